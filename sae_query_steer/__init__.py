@@ -1,0 +1,115 @@
+"""Steer language models by gradient descent on sparse features of attention queries.
+
+The names below follow the way of the data: sites, SAEs, labelled texts, centroids, checks,
+steering, comparison. Importing the package registers its SAE architectures with SAELens.
+"""
+
+from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt, mean_difference
+from sae_query_steer.bloom import BloomLevel
+from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.data import (
+    LabelledExample,
+    TokenizedExample,
+    tokenize_example,
+    tokenize_examples,
+)
+from sae_query_steer.descent import DescentResult, descend
+from sae_query_steer.hosts.models import load_model
+from sae_query_steer.interchange import interchange_effect
+from sae_query_steer.objectives import (
+    CentroidContrast,
+    Objective,
+    PrototypeLogLikelihood,
+    SquaredDistance,
+)
+from sae_query_steer.positions import (
+    AnyOf,
+    EveryPosition,
+    LastPromptToken,
+    LastResponseToken,
+    Positions,
+    ResponseTokens,
+)
+from sae_query_steer.readers import (
+    examples_from_csv,
+    examples_from_dataset,
+    examples_from_jsonl,
+    texts_from_csv,
+)
+from sae_query_steer.sae import (
+    QueryHeadSAE,
+    QueryHeadSAEConfig,
+    QueryHeadStandardSAE,
+    QueryHeadStandardSAEConfig,
+    QueryHeadStandardTrainingSAE,
+    QueryHeadStandardTrainingSAEConfig,
+    QueryHeadTopKSAE,
+    QueryHeadTopKSAEConfig,
+    QueryHeadTopKTrainingSAE,
+    QueryHeadTopKTrainingSAEConfig,
+    QueryHeadTrainingSAE,
+    QueryHeadTrainingSAEConfig,
+    to_inference,
+)
+from sae_query_steer.sae.collection import QuerySAEs
+from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder, identity_encoders
+from sae_query_steer.separability import separability
+from sae_query_steer.sites import QuerySite, query_sites
+from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.targets import CentroidTargetBuilder
+from sae_query_steer.trace import SteeringTrace
+from sae_query_steer.training import train_query_saes
+
+__all__ = [
+    "AnyOf",
+    "BloomLevel",
+    "CentroidContrast",
+    "CentroidTargetBuilder",
+    "CentroidTargets",
+    "DescentResult",
+    "EveryPosition",
+    "IdentityEncoder",
+    "LabelledExample",
+    "LastPromptToken",
+    "LastResponseToken",
+    "LatentGradientSteerer",
+    "Objective",
+    "Positions",
+    "PrototypeLogLikelihood",
+    "QueryEncoder",
+    "QueryHeadSAE",
+    "QueryHeadSAEConfig",
+    "QueryHeadStandardSAE",
+    "QueryHeadStandardSAEConfig",
+    "QueryHeadStandardTrainingSAE",
+    "QueryHeadStandardTrainingSAEConfig",
+    "QueryHeadTopKSAE",
+    "QueryHeadTopKSAEConfig",
+    "QueryHeadTopKTrainingSAE",
+    "QueryHeadTopKTrainingSAEConfig",
+    "QueryHeadTrainingSAE",
+    "QueryHeadTrainingSAEConfig",
+    "QuerySAEs",
+    "QuerySite",
+    "RandomDirectionSteerer",
+    "ResponseTokens",
+    "SquaredDistance",
+    "SteeringTrace",
+    "TokenizedExample",
+    "descend",
+    "examples_from_csv",
+    "examples_from_dataset",
+    "examples_from_jsonl",
+    "few_shot_prompt",
+    "identity_encoders",
+    "interchange_effect",
+    "load_model",
+    "mean_difference",
+    "query_sites",
+    "separability",
+    "texts_from_csv",
+    "to_inference",
+    "tokenize_example",
+    "tokenize_examples",
+    "train_query_saes",
+]

@@ -1,0 +1,169 @@
+"""What a steer is compared with, in the same form as the steer."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.data import LabelledExample
+from sae_query_steer.hosts.tracking import PromptLengths
+from sae_query_steer.intervention import HookFunction, applied, plain_fwd_hooks
+from sae_query_steer.objectives import CentroidContrast
+from sae_query_steer.positions import LastPromptToken, Scope
+from sae_query_steer.sae.encoders import identity_encoders
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.trace import QueryChange, SteeringTrace
+
+
+def mean_difference(
+    sites: Sequence[QuerySite],
+    dense_targets: CentroidTargets,
+    *,
+    target: str,
+    strength: float,
+    scope: Scope | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Any = None,
+) -> LatentGradientSteerer:
+    """Return a steerer that adds `strength` times the mean difference to the query.
+
+    The difference is the target class's mean query minus the mean over the classes: one step of
+    `CentroidContrast` over identity encoders, so everything but the SAE is the same mechanism.
+
+    Args:
+        sites: where, from `query_sites`.
+        dense_targets: centroids made with `identity_encoders(sites)`.
+        target: the class to steer towards.
+        strength: 1 adds the whole difference.
+        scope: where to steer; None means the last prompt token.
+        layers: which layers; None means all.
+        heads: which heads; None means all.
+
+    Source: contrastive activation addition, at the query.
+    """
+    return LatentGradientSteerer(
+        identity_encoders(sites),
+        dense_targets,
+        target=target,
+        objective=CentroidContrast(),
+        n_steps=1,
+        step_size=strength,
+        scope=LastPromptToken() if scope is None else scope,
+        layers=layers,
+        heads=heads,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RandomDirectionSteerer:
+    """The control: at every token and head a random direction, as long as the steer's change.
+
+    The direction is one for each site and head, drawn once from the seed; only its length follows
+    the steerer, token by token.
+
+    Source: our choice.
+    """
+
+    steerer: LatentGradientSteerer
+    """The steerer whose change sets the length."""
+
+    seed: int = 0
+    """Of the directions."""
+
+    @property
+    def scope(self) -> Scope:
+        """The steerer's."""
+        return self.steerer.scope
+
+    @property
+    def sites(self) -> Any:
+        """The steerer's."""
+        return self.steerer.sites
+
+    @property
+    def site_heads(self) -> Any:
+        """The steerer's."""
+        return self.steerer.site_heads
+
+    def apply(
+        self, model: Any, *, record: bool = False, prompt_lengths: PromptLengths | None = None
+    ) -> AbstractContextManager[SteeringTrace]:
+        """Steer for the length of a `with` block; see `LatentGradientSteerer.apply`."""
+        return applied(self, model, record=record, prompt_lengths=prompt_lengths)
+
+    def fwd_hooks(
+        self,
+        model: Any,
+        *,
+        prompt_lengths: PromptLengths | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> list[tuple[str, HookFunction]]:
+        """Return plain TransformerLens pairs; see `LatentGradientSteerer.fwd_hooks`."""
+        return plain_fwd_hooks(
+            self, model, prompt_lengths=prompt_lengths, attention_mask=attention_mask
+        )
+
+    def check_model(self, model: Any) -> None:
+        """Raise unless the steerer belongs to this model."""
+        self.steerer.check_model(model)
+
+    def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
+        """Return an empty trace."""
+        return replace(
+            self.steerer.new_trace(model, recording=recording),
+            target=f"random direction (seed {self.seed})",
+        )
+
+    def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
+        """Return the random change of queries [token head d_head] of all heads of a site."""
+        del record  # there is no descent to record
+        length = self.steerer.change(hook_name, queries, record=False).delta.norm(
+            dim=-1, keepdim=True
+        )
+        site = self.sites[hook_name]
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
+        direction = torch.randn(site.n_heads, site.d_head, generator=generator)
+        direction = direction / direction.norm(dim=-1, keepdim=True)
+        return QueryChange(delta=length * direction.to(length))
+
+
+def few_shot_prompt(
+    prompt: str,
+    examples: Sequence[LabelledExample],
+    *,
+    target: str,
+    k: int,
+    seed: int = 0,
+    separator: str = "\n\n",
+) -> str:
+    """Return a prompt with k solved examples of the target class in front of it.
+
+    Args:
+        prompt: the prompt to answer.
+        examples: labelled examples with responses; those equal to `prompt` are left out.
+        target: the class whose examples are shown.
+        k: how many, 1 or more.
+        seed: of the choice, which does not depend on the global random state.
+        separator: what stands between two examples, and before the prompt.
+
+    Raises:
+        ValueError: fewer than k examples of the class have a response.
+
+    Source: arXiv 2502.18644 compares with few-shot prompting.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} is not allowed: give 1 or more examples")
+    pool = [e for e in examples if e.label == target and e.response and e.prompt != prompt]
+    if len(pool) < k:
+        raise ValueError(
+            f"class {target!r} has {len(pool)} examples with a response: k={k} are wanted; the "
+            f"labels are {sorted({e.label for e in examples})}"
+        )
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:k]
+    shots = [pool[i].prompt + pool[i].response for i in order.tolist()]
+    return separator.join([*shots, prompt])

@@ -1,0 +1,104 @@
+"""`BloomLevel`: the six cognitive levels of Bloom's revised taxonomy, in order."""
+
+import enum
+
+
+class BloomLevel(enum.StrEnum):
+    """A level of the revised taxonomy; iterate the class to go from the lowest to the highest.
+
+    A level is a str, its lower-case verb, so it serves as a class label as it is. Like any str it
+    compares by alphabet: compare `order` where the height of a level is meant.
+
+    Source: the six levels are those of Anderson & Krathwohl 2001, a revision of Bloom 1956. The
+    wording of the definitions and the choice of verbs are ours.
+    """
+
+    definition: str
+    """What a learner does at this level, in one sentence."""
+
+    verbs: tuple[str, ...]
+    """Verbs typical of tasks at this level; none stands at two levels."""
+
+    def __new__(cls, value: str, definition: str, *verbs: str) -> "BloomLevel":
+        """Make a member from its value, its definition and its verbs."""
+        level = str.__new__(cls, value)
+        level._value_ = value
+        level.definition = definition
+        level.verbs = verbs
+        return level
+
+    REMEMBER = (
+        "remember",
+        "Bring facts, terms or procedures back from memory as they were learned.",
+        *("define", "identify", "label", "list", "match", "name", "recall", "recite", "repeat"),
+    )
+    UNDERSTAND = (
+        "understand",
+        "Make sense of what was learned and say it in one's own words.",
+        *("classify", "describe", "discuss", "explain", "illustrate", "interpret", "paraphrase"),
+        *("summarize", "translate"),
+    )
+    APPLY = (
+        "apply",
+        "Carry out a known procedure or use a known idea in a concrete situation.",
+        *("calculate", "demonstrate", "execute", "implement", "operate", "perform", "sketch"),
+        *("solve", "use"),
+    )
+    ANALYZE = (
+        "analyze",
+        "Take something apart and find how the parts relate to each other and to the whole.",
+        *("attribute", "categorize", "compare", "contrast", "deconstruct", "differentiate"),
+        *("distinguish", "examine", "organize"),
+    )
+    EVALUATE = (
+        "evaluate",
+        "Judge something by criteria or standards and give reasons for the judgement.",
+        *("appraise", "argue", "assess", "critique", "defend", "judge", "justify", "rate"),
+        *("recommend",),
+    )
+    CREATE = (
+        "create",
+        "Put elements together into something new that forms a working whole.",
+        *("compose", "construct", "design", "develop", "devise", "formulate", "generate"),
+        *("invent", "plan", "produce"),
+    )
+
+    @property
+    def order(self) -> int:
+        """Height of the level: 1 for remember to 6 for create."""
+        return list(BloomLevel).index(self) + 1
+
+    @classmethod
+    def parse(cls, text: str) -> "BloomLevel":
+        """Return the level that a name means, whatever its case and the space around it.
+
+        Args:
+            text: a revised name as verb ("analyze"), gerund ("analyzing") or noun ("analysis"),
+                in American or British spelling, or a name of 1956, where Knowledge becomes
+                remember, Comprehension understand, and Synthesis create.
+
+        Raises:
+            ValueError: the name means no level.
+
+        Source: Bloom 1956 for the old names; Anderson & Krathwohl 2001 for what became of them.
+        """
+        level = _LEVEL_BY_NAME.get(text.strip().casefold())
+        if level is None:
+            raise ValueError(
+                f"{text!r} names no Bloom level: allowed are {', '.join(cls)}, their gerunds and "
+                "nouns, and the names of 1956 (Knowledge, Comprehension, Application, Analysis, "
+                "Synthesis, Evaluation); correct the label, or map it to one of these first"
+            )
+        return level
+
+
+_NAMES = {
+    BloomLevel.REMEMBER: "remember remembering remembrance knowledge",
+    BloomLevel.UNDERSTAND: "understand understanding comprehension",
+    BloomLevel.APPLY: "apply applying application",
+    BloomLevel.ANALYZE: "analyze analyse analyzing analysing analysis",
+    BloomLevel.EVALUATE: "evaluate evaluating evaluation",
+    BloomLevel.CREATE: "create creating creation synthesis",
+}
+
+_LEVEL_BY_NAME = {name: level for level, names in _NAMES.items() for name in names.split()}

@@ -1,0 +1,169 @@
+"""Centroids: mean, variance and count of the latents of each class, per site and head."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_query_steer.fingerprint import Fingerprint
+from sae_query_steer.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+
+FORMAT = "sae_query_steer.centroids/1"
+
+_TENSORS = "centroids.safetensors"
+_SETTINGS = "centroids.json"
+
+
+class ClassMoments:
+    """Streams mean and sum of squared deviations of each class; two of them merge exactly.
+
+    Memory is that of the result, in float64. Source: the pairwise update of Chan, Golub and
+    LeVeque, stable where sums of squares are not.
+    """
+
+    def __init__(self, n_classes: int, shape: Sequence[int]) -> None:
+        self.count = torch.zeros(n_classes, dtype=torch.int64)
+        self.mean = torch.zeros(n_classes, *shape, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.mean)
+
+    def update(self, values: Float[Tensor, "token *shape"], classes: Int[Tensor, " token"]) -> None:
+        """Add values, each with the index of its class."""
+        values, classes = values.detach().double().cpu(), classes.cpu()
+        for k in classes.unique().tolist():
+            chosen = values[classes == k]
+            mean = chosen.mean(0)
+            self._add(k, len(chosen), mean, (chosen - mean).square().sum(0))
+
+    def merge(self, other: "ClassMoments") -> None:
+        """Add all that another one has seen."""
+        for k in range(len(self.count)):
+            self._add(k, int(other.count[k]), other.mean[k], other.squares[k])
+
+    def variance(self) -> Float[Tensor, "class *shape"]:
+        """Return the population variance of each class (divided by the count)."""
+        count = self.count.clamp(min=1).reshape(-1, *[1] * (self.mean.ndim - 1))
+        return self.squares / count
+
+    def _add(self, k: int, count: int, mean: Tensor, squares: Tensor) -> None:
+        if count == 0:
+            return
+        before, total = int(self.count[k]), int(self.count[k]) + count
+        difference = mean - self.mean[k]
+        self.mean[k] += difference * (count / total)
+        self.squares[k] += squares + difference.square() * (before * count / total)
+        self.count[k] = total
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CentroidTargets:
+    """Where each class of text lies in the latent space of each site and head."""
+
+    classes: tuple[str, ...]
+    """Names of the classes; their order is the order of every class axis."""
+
+    means: Mapping[str, Float[Tensor, "class head d_latent"]]
+    """The centroids, by hook name."""
+
+    variances: Mapping[str, Float[Tensor, "class head d_latent"]]
+    """Population variance of each latent within its class, by hook name."""
+
+    counts: Int[Tensor, " class"]
+    """Tokens that each centroid is the mean of."""
+
+    span: str
+    """The span in which they were taken, as it prints."""
+
+    fingerprint: Fingerprint
+    """What tells the model and the SAEs that they belong to."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+            raise ValueError(f"classes={self.classes} must be two or more different names")
+        for hook_name, mean in self.means.items():
+            variance = self.variances.get(hook_name)
+            if variance is None or variance.shape != mean.shape or len(mean) != len(self.classes):
+                raise ValueError(
+                    f"centroids at {hook_name} have shape {list(mean.shape)}: expected "
+                    f"{len(self.classes)} classes and variances of the same shape"
+                )
+            if not (bool(mean.isfinite().all()) and bool(variance.isfinite().all())):
+                raise ValueError(f"centroids at {hook_name} hold values that are not finite")
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{c} {int(n)}" for c, n in zip(self.classes, self.counts, strict=True))
+        return f"CentroidTargets({counts}; span {self.span}; sites {list(self.means)})"
+
+    def class_index(self, target: str) -> int:
+        """Return the index of a class.
+
+        Raises:
+            ValueError: no such class; the message lists those there are.
+        """
+        if target not in self.classes:
+            raise ValueError(f"no class {str(target)!r}: the classes are {list(self.classes)}")
+        return self.classes.index(target)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the centroids to a folder (safetensors and JSON), whole or not at all.
+
+        Raises:
+            FileExistsError: the folder exists and `overwrite` is False.
+        """
+        tensors = {"counts": self.counts, "fingerprint.tokens": self.fingerprint.tokens}
+        for prefix, group in self._groups().items():
+            tensors |= {f"{prefix}.{i}": group[name] for i, name in enumerate(self.means)}
+        settings = {
+            "format": FORMAT,
+            "classes": [str(name) for name in self.classes],
+            "span": self.span,
+            "hook_names": list(self.means),
+        }
+        with new_folder(folder, overwrite=overwrite) as new:
+            write_tensors(new / _TENSORS, tensors)
+            write_json(new / _SETTINGS, settings)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "CentroidTargets":
+        """Read centroids that `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, of another format, or its parts do not fit.
+        """
+        settings = read_json(Path(folder) / _SETTINGS)
+        tensors = read_tensors(Path(folder) / _TENSORS)
+        if settings.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder} has format {settings.get('format')!r}: this version reads {FORMAT!r}"
+            )
+        try:
+            hook_names = list(settings["hook_names"])
+            group = {
+                prefix: {name: tensors[f"{prefix}.{i}"] for i, name in enumerate(hook_names)}
+                for prefix in ("mean", "variance", "query", "reconstruction")
+            }
+            return cls(
+                classes=tuple(settings["classes"]),
+                means=group["mean"],
+                variances=group["variance"],
+                counts=tensors["counts"],
+                span=settings["span"],
+                fingerprint=Fingerprint(
+                    tokens=tensors["fingerprint.tokens"],
+                    queries=group["query"],
+                    reconstructions=group["reconstruction"],
+                ),
+            )
+        except KeyError as error:
+            raise ValueError(f"{folder} is incomplete: it has no {error}") from error
+
+    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
+        return {
+            "mean": self.means,
+            "variance": self.variances,
+            "query": self.fingerprint.queries,
+            "reconstruction": self.fingerprint.reconstructions,
+        }

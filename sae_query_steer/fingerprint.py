@@ -1,0 +1,101 @@
+"""Is this the model and the SAE that these files belong to?
+
+A fingerprint holds the queries of a model at each site on a few fixed token rows, and what each
+SAE makes of exactly those queries. It is compared within a tolerance, so it holds across hosts,
+devices and number formats, and tells another model, or another SAE, at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Queries = Float[Tensor, "row pos head d_head"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fingerprint:
+    """Queries on fixed token rows, and the encoder's reconstruction of them, by hook name."""
+
+    tokens: Int[Tensor, "row pos"]
+    """The token rows; see `fingerprint_tokens`."""
+
+    queries: Mapping[str, Queries]
+    """The model's queries at each site on these rows."""
+
+    reconstructions: Mapping[str, Queries]
+    """decode(encode(queries)) of the encoder at each site."""
+
+
+def fingerprint_tokens(d_vocab: int) -> Int[Tensor, "2 6"]:
+    """Return the fixed token rows for a vocabulary: two rows of six, spread over its ids."""
+    return (torch.arange(12) * 7919 + 104_729).remainder(d_vocab).reshape(2, 6)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Return ||a - b|| / ||b||, infinite where the shapes differ."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Return how far fingerprints may differ: 1e-3 for 32 and 64 bits, 0.1 for shorter floats.
+
+    Another model of the same shape differs by about 1.4 (two unrelated directions). Source: our
+    choice.
+    """
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+
+
+def check_queries(stored: Fingerprint, queries: Mapping[str, Queries], *, tolerance: float) -> None:
+    """Raise unless a model gives the stored queries.
+
+    Args:
+        stored: the fingerprint that was saved.
+        queries: what the model at hand gives on `stored.tokens`, for the sites to check.
+        tolerance: largest relative difference that counts as equal.
+
+    Raises:
+        ValueError: another model; the message names the site and both sides' sizes or distance.
+    """
+    for hook_name, query in queries.items():
+        if hook_name not in stored.queries:
+            raise ValueError(
+                f"no fingerprint for {hook_name}: there is one for {sorted(stored.queries)}"
+            )
+        expected = stored.queries[hook_name]
+        if (difference := relative_difference(query, expected)) > tolerance:
+            raise ValueError(
+                f"another model: at {hook_name} the queries differ from the fingerprint by "
+                f"{difference:.3g} (relative), more than {tolerance:g}; shape here "
+                f"{list(query.shape)}, in the fingerprint {list(expected.shape)}. Load the model "
+                "that these centroids were made on, or make them anew with CentroidTargetBuilder"
+            )
+
+
+def check_reconstructions(
+    stored: Fingerprint, reconstructions: Mapping[str, Queries], *, tolerance: float
+) -> None:
+    """Raise unless an encoder gives the stored reconstructions of the stored queries.
+
+    Args:
+        stored: the fingerprint that was saved.
+        reconstructions: what the encoder at hand makes of `stored.queries`.
+        tolerance: largest relative difference that counts as equal.
+
+    Raises:
+        ValueError: another SAE; the message names the site and the distance.
+    """
+    for hook_name, reconstruction in reconstructions.items():
+        difference = relative_difference(reconstruction, stored.reconstructions[hook_name])
+        if difference > tolerance:
+            raise ValueError(
+                f"another SAE: at {hook_name} it reconstructs the fingerprint's queries "
+                f"differently by {difference:.3g} (relative), more than {tolerance:g}. Load the "
+                "SAEs that these centroids were made with, or make the centroids anew with "
+                "CentroidTargetBuilder"
+            )

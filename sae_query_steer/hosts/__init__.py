@@ -1,0 +1,1 @@
+"""The hosts' oddities, each in one place."""

@@ -1,0 +1,105 @@
+"""Models on both hosts: loading, and the few calls whose form differs or is easily got wrong."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+
+def load_model(
+    name_or_folder: str, *, device: str | None = None, dtype: torch.dtype = torch.float32
+) -> TransformerBridge:
+    """Return a model booted on TransformerBridge from a local folder or a hub name.
+
+    Args:
+        name_or_folder: a Hugging Face folder (config, safetensors, tokenizer), or a name that
+            Hugging Face's hub, or its cache on this machine, knows.
+        device: where to put it; None lets TransformerLens choose.
+        dtype: number format of the weights.
+
+    Raises:
+        FileNotFoundError: it looks like a path, and there is no model there.
+
+    Source: `HookedTransformer.from_pretrained` does not take a folder; the bridge takes both.
+    """
+    path = Path(name_or_folder)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json: give a Hugging Face model folder")
+    if not path.exists() and (path.is_absolute() or name_or_folder.startswith((".", "~"))):
+        raise FileNotFoundError(f"no model folder {path}")
+    return TransformerBridge.boot_transformers(name_or_folder, device=device, dtype=dtype)
+
+
+def tokenizer_of(model: Any) -> Any:
+    """Return a model's tokenizer.
+
+    Raises:
+        ValueError: the model was made without one.
+    """
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer: give it one, or pass token rows")
+    return model.tokenizer
+
+
+def model_name(model: Any) -> str:
+    """Return the name under which a model was loaded; the folder's own name for a folder."""
+    name = str(getattr(model.cfg, "model_name", "") or "custom")
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+@torch.no_grad()
+def queries_at(
+    model: Any, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]
+) -> dict[str, Float[Tensor, "batch pos head d_head"]]:
+    """Return the queries at several sites from one forward pass that stops after the last of them.
+
+    Rows may be padded on the right: attention is causal, so padding changes nothing before it.
+    """
+    last = max(int(name.split(".")[1]) for name in hook_names)
+    cache = model.run_with_cache(
+        tokens.to(model.cfg.device),
+        names_filter=list(hook_names),
+        stop_at_layer=last + 1,
+        prepend_bos=False,
+    )[1]
+    shape = (int(model.cfg.n_heads), int(model.cfg.d_head))
+    return {name: cache[name].reshape(*tokens.shape, *shape) for name in hook_names}
+
+
+@torch.no_grad()
+def next_token_log_probs(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    rows: Int[Tensor, " token"],
+    columns: Int[Tensor, " token"],
+    fwd_hooks: Iterable[tuple[str, Any]] = (),
+) -> Float[Tensor, "token d_vocab"]:
+    """Return the log probabilities of the token after each named position, with hooks in place."""
+    logits = model.run_with_hooks(
+        tokens.to(model.cfg.device), fwd_hooks=list(fwd_hooks), prepend_bos=False
+    )
+    return logits[rows.to(logits.device), columns.to(logits.device)].float().log_softmax(-1)
+
+
+@contextmanager
+def without_hooks(model: Any) -> Iterator[None]:
+    """Run a model bare: every hook on its hook points is set aside, and put back afterwards.
+
+    A fingerprint is taken so, because a user's own hooks, or a steerer already in place, would
+    change the queries that tell which model this is.
+    """
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    aside = [(point, point._forward_hooks) for point in points if point._forward_hooks]
+    try:
+        for point, _ in aside:
+            point._forward_hooks = OrderedDict()
+        yield
+    finally:
+        for point, hooks in aside:
+            point._forward_hooks = hooks

@@ -1,0 +1,134 @@
+"""SAELens's store and trainers, with the three things that query heads need of them.
+
+- Documents that must stay whole are padded, and the padding is excluded by mask: SAELens's store
+  knows no padding, and excludes by token id, where the padding's id may be a real token's too.
+- The gradient of each head is clipped on its own, as in a solo run: SAELens clips the global norm,
+  which would couple the heads of a layer.
+- A data set of token rows that is read again from its start at every epoch, without warnings.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sae_lens import TrainingSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+from torch.nn import Parameter
+from typing_extensions import override
+
+PAD = -1
+"""Marks padding in token rows; no token has this id."""
+
+CLIP_NORM = 1.0
+"""Largest norm of the gradient of one head; SAELens's value for a whole SAE."""
+
+
+class TokenRowsStore(ActivationsStore):
+    """SAELens's store over token rows of one length, in which `PAD` marks padding."""
+
+    @override
+    def _get_filtered_multi_hook_llm_batch(
+        self, raise_on_epoch_end: bool = False
+    ) -> dict[str, Tensor]:
+        tokens = self.get_batch_tokens(raise_at_epoch_end=raise_on_epoch_end)
+        real = (tokens != PAD).flatten().to(self.device)
+        # Padding stands to the right of a causal model's row: whatever it reads as, no real
+        # token sees it.
+        activations = self.get_multi_hook_activations(tokens.clamp(min=0))
+        return {
+            name: value.to(self.device).flatten(0, 1)[real] for name, value in activations.items()
+        }
+
+
+def token_rows_store(
+    model: Any, rows: Sequence[Sequence[int]], hook_d_ins: dict[str, int], **settings: Any
+) -> TokenRowsStore:
+    """Return a store over token rows that serves the queries of several hooks from one forward.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        rows: token ids, all rows of one length, `PAD` where there is none.
+        hook_d_ins: size of the flat activation at each hook name.
+        settings: further arguments of SAELens's `from_config_multi_hook`.
+    """
+    store = TokenRowsStore.from_config_multi_hook(
+        model,
+        dataset=[{"tokens": row} for row in rows],  # pyright: ignore[reportArgumentType]
+        hook_names=list(hook_d_ins),
+        hook_d_ins=hook_d_ins,
+        context_size=len(rows[0]),
+        prepend_bos=False,
+        **settings,
+    )
+    assert isinstance(store, TokenRowsStore)
+    return store
+
+
+class _ParametersHidden:
+    """Stands for an SAE where SAELens clips the global gradient norm, and shows it nothing."""
+
+    def __init__(self, sae: TrainingSAE[Any]) -> None:
+        self.train = sae.train
+
+    def parameters(self) -> list[Parameter]:
+        return []
+
+
+class HeadwiseTrainer(SAETrainer[Any, Any]):
+    """SAELens's trainer, with the gradient of each head clipped on its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizer.register_step_pre_hook(
+            lambda *_: clip_grad_norm_per_head_(list(self.sae.parameters()), CLIP_NORM)
+        )
+
+    @override
+    def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+        # SAELens's step reads `self.sae` for everything but the clipping.
+        return super()._train_step(sae=_ParametersHidden(sae), sae_in=sae_in)
+
+
+class HeadwiseMultiTrainer(MultiSAETrainer):
+    """SAELens's trainer of several SAEs over one stream, with `HeadwiseTrainer` for each."""
+
+    def __init__(self, cfg: SAETrainerConfig, **kwargs: Any) -> None:
+        super().__init__(cfg=cfg, **kwargs)
+        solo = replace(cfg, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False)
+        self.trainers = {
+            name: HeadwiseTrainer(cfg=solo, sae=sae, data_provider=iter(()))
+            for name, sae in self.saes.items()
+        }
+
+
+@torch.no_grad()
+def clip_grad_norm_per_head_(parameters: Sequence[Parameter], max_norm: float) -> None:
+    """Scale the gradient of each head so that its norm over all parameters is at most `max_norm`.
+
+    Args:
+        parameters: tensors whose first axis is the head.
+        max_norm: the bound.
+
+    Source: `torch.nn.utils.clip_grad_norm_`, the same rule on the parameters of one head.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad *= scale.reshape(-1, *[1] * (grad.ndim - 1))
+
+
+@contextmanager
+def epochs_unannounced() -> Iterator[None]:
+    """Silence SAELens's warning at every new epoch: over a user's few texts it is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All samples in the training dataset have been exhausted")
+        yield

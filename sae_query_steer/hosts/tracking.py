@@ -1,0 +1,307 @@
+"""Where the columns of a running forward pass stand: prompt lengths, padding, cache offset.
+
+A hook sees only a tensor [batch pos head d_head]. What its columns mean is known to the block
+around it, which gets attention mask and cache as keyword arguments on both hosts, and to the call
+of `generate` that started it. `PositionTracker` listens to both and leaves nothing behind.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sae_query_steer.positions import Positions
+
+PromptLengths = int | Sequence[int] | Tensor
+
+
+@dataclass(eq=False)
+class _Run:
+    """One call of `generate`, or one row that a user's own loop grows."""
+
+    number: int
+    prompt_lengths: Int[Tensor, " batch"] | None
+    columns: Bool[Tensor, "batch total"] | None = None
+    tokens: Int[Tensor, "batch total"] | None = None
+    last_layer: int = -1
+
+
+class PositionTracker:
+    """Tells, inside a hook of a steered layer, where each column of its query stands.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        layers: the layers whose hooks will ask.
+        prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward
+            passes that do not come from `generate`; these win over what `generate` shows.
+        keep_tokens: also keep the token ids, for a trace.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[int],
+        prompt_lengths: PromptLengths | None = None,
+        *,
+        keep_tokens: bool = False,
+    ) -> None:
+        self._model = model
+        self._layers = tuple(layers)
+        self._given = as_lengths(prompt_lengths)
+        self._keep_tokens = keep_tokens
+        self._run = _Run(number=0, prompt_lengths=None)
+        self._n_runs = 0
+        self._generating = False
+        self._positions: Positions | None = None
+
+    @property
+    def positions(self) -> Positions:
+        """Where the columns of the forward pass that is running stand."""
+        assert self._positions is not None, "asked outside a forward pass of a steered layer"
+        return self._positions
+
+    @property
+    def run_number(self) -> int:
+        """Counts calls of `generate` and forward passes outside it, from 0."""
+        return self._run.number
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch total"] | None:
+        """Token ids of the rows so far, padding included; None if not kept or not known."""
+        return self._run.tokens
+
+    @property
+    def columns(self) -> Bool[Tensor, "batch total"] | None:
+        """Which of the columns so far are real."""
+        return self._run.columns
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Listen to the model for the length of a `with` block."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                handle = self._model.blocks[layer].register_forward_pre_hook(
+                    self._before_block(layer), with_kwargs=True
+                )
+                stack.callback(handle.remove)
+            if self._keep_tokens:
+                handle = self._model.embed.register_forward_pre_hook(self._before_embedding)
+                stack.callback(handle.remove)
+            for name, around in (
+                ("generate", self._around_call),
+                ("generate_stream", self._around_stream),
+            ):
+                stack.enter_context(_replaced_method(self._model, name, around))
+            yield
+
+    def _around_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            with self._inside(self._new_run()):
+                return original(*args, **kwargs)
+
+        return generate
+
+    def _around_stream(
+        self, original: Callable[..., Generator[Any, None, None]]
+    ) -> Callable[..., Generator[Any, None, None]]:
+        @wraps(original)
+        def generate_stream(*args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+            stream, run = original(*args, **kwargs), self._new_run()
+            try:
+                while True:
+                    # Between two items the caller may use the model for something else.
+                    with self._inside(run):
+                        try:
+                            item = next(stream)
+                        except StopIteration:
+                            return
+                    yield item
+            finally:
+                stream.close()
+
+        return generate_stream
+
+    def _new_run(self) -> _Run:
+        run = _Run(number=self._n_runs, prompt_lengths=self._given)
+        self._n_runs += 1
+        return run
+
+    @contextmanager
+    def _inside(self, run: _Run) -> Iterator[None]:
+        before = self._run, self._generating
+        self._run, self._generating = run, True
+        try:
+            yield
+        finally:
+            self._run, self._generating = before
+
+    def _before_block(self, layer: int) -> Callable[..., None]:
+        def listen(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            past = _cached_length(kwargs, layer)
+            starts = self._n_runs == 0 or (past == 0 and layer <= self._run.last_layer)
+            if starts and not self._generating:
+                run = self._new_run()
+                run.tokens = self._run.tokens  # they were embedded before the first block ran
+                self._run = run
+            self._run.last_layer = layer
+            self._positions = self._locate(hidden, kwargs, past)
+
+        return listen
+
+    def _locate(self, hidden: Tensor, kwargs: dict[str, Any], past: int) -> Positions:
+        batch, n_pos = hidden.shape[:2]
+        mask = kwargs.get("attention_mask")
+        run = self._run
+        valid = _own_columns(mask, batch, n_pos, past, hidden.device)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            seen = mask[:, : mask.shape[1] - n_pos].bool().to(hidden.device)
+        elif past == 0:
+            seen = valid[:, :0]
+        elif run.columns is not None and run.columns.shape == (batch, past):
+            seen = run.columns
+        elif run.columns is not None and run.columns.shape == (batch, past + n_pos):
+            seen = run.columns[:, :past]  # another layer of the same forward pass
+        else:
+            seen = valid.new_ones(batch, past)  # the cache was begun outside: no padding known
+        run.columns = torch.cat([seen, valid], dim=1)
+        if run.prompt_lengths is None and self._generating:
+            run.prompt_lengths = run.columns.sum(1)
+        lengths = run.prompt_lengths if self._generating else self._given
+        return Positions(
+            index=seen.sum(1, keepdim=True) + valid.cumsum(1) - 1,
+            valid=valid,
+            prompt_lengths=None
+            if lengths is None
+            else expand_lengths(lengths, batch).to(valid.device),
+        )
+
+    def _before_embedding(self, _embed: Any, args: tuple[Any, ...]) -> None:
+        tokens = args[0] if args else None
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+            return
+        run = self._run
+        grows = tokens.shape[1] == 1 and run.tokens is not None and self._generating
+        if grows and run.tokens is not None and len(run.tokens) == len(tokens):
+            tokens = torch.cat([run.tokens, tokens.to(run.tokens.device)], dim=1)
+        run.tokens = tokens
+
+
+def fixed_positions(
+    batch: int,
+    n_pos: int,
+    device: torch.device,
+    prompt_lengths: PromptLengths | None,
+    attention_mask: Tensor | None,
+) -> Positions:
+    """Return the positions of one forward pass over whole rows, without a cache.
+
+    Raises:
+        ValueError: mask or prompt lengths don't fit the rows, as when a decode step with a KV
+            cache sees one column of a row.
+    """
+    if attention_mask is None:
+        valid = torch.ones(batch, n_pos, dtype=torch.bool, device=device)
+    elif attention_mask.shape != (batch, n_pos):
+        raise ValueError(
+            f"attention_mask of shape {list(attention_mask.shape)} does not fit a forward pass of "
+            f"[batch pos] = {[batch, n_pos]}: fwd_hooks sees whole rows; inside generate use apply"
+        )
+    else:
+        valid = attention_mask.bool().to(device)
+    lengths = as_lengths(prompt_lengths)
+    if lengths is not None:
+        lengths = expand_lengths(lengths, batch).to(device)
+        if bool((lengths > valid.sum(1)).any()):
+            raise ValueError(
+                f"prompt_lengths={lengths.tolist()} exceed rows of {valid.sum(1).tolist()} tokens: "
+                "fwd_hooks sees whole rows without a KV cache; inside generate use apply"
+            )
+    return Positions(index=valid.long().cumsum(1) - 1, valid=valid, prompt_lengths=lengths)
+
+
+def as_lengths(lengths: PromptLengths | None) -> Int[Tensor, " batch"] | None:
+    """Return prompt lengths as a tensor.
+
+    Raises:
+        ValueError: a length is below 1, or they are not whole numbers in one row.
+    """
+    if lengths is None:
+        return None
+    tensor = (
+        torch.as_tensor(lengths).reshape(-1)
+        if isinstance(lengths, int)
+        else torch.as_tensor(lengths)
+    )
+    if tensor.ndim != 1 or tensor.is_floating_point() or len(tensor) == 0 or int(tensor.min()) < 1:
+        raise ValueError(
+            f"prompt_lengths={lengths!r} is not allowed: give one whole number of 1 or more for "
+            "each row (BOS included, padding not)"
+        )
+    return tensor.long()
+
+
+def expand_lengths(lengths: Int[Tensor, " n"], batch: int) -> Int[Tensor, " batch"]:
+    """Return one length for each row; a single length serves all.
+
+    Raises:
+        ValueError: there are neither one nor `batch` of them.
+    """
+    if len(lengths) == 1:
+        return repeat(lengths, "1 -> b", b=batch)
+    if len(lengths) != batch:
+        raise ValueError(
+            f"prompt_lengths has {len(lengths)} entries: the forward pass has {batch} rows"
+        )
+    return lengths
+
+
+def _cached_length(kwargs: dict[str, Any], layer: int) -> int:
+    """Return how many columns the cache holds for a layer that is about to run."""
+    if (entry := kwargs.get("past_kv_cache_entry")) is not None:  # HookedTransformer
+        return int(entry.past_keys.shape[1])
+    cache = kwargs.get("past_key_values")  # TransformerBridge, with Hugging Face's cache
+    return 0 if cache is None else int(cache.get_seq_length(layer))
+
+
+def _own_columns(
+    mask: Any, batch: int, n_pos: int, past: int, device: torch.device
+) -> Bool[Tensor, "batch pos"]:
+    """Return which columns of this forward pass are real: those that may attend to themselves.
+
+    HookedTransformer hands its blocks a mask [batch total] of 0 and 1; the bridge hands them
+    Hugging Face's [batch 1 pos total], additive or boolean, or nothing where nothing is masked.
+    """
+    if not isinstance(mask, Tensor):
+        return torch.ones(batch, n_pos, dtype=torch.bool, device=device)
+    if mask.ndim == 2:
+        return mask[:, mask.shape[1] - n_pos :].bool().to(device)
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1.0
+    # A sliding window's cache is shorter than what was seen, a preallocated one is longer.
+    own = min(past, allowed.shape[-1] - n_pos) + torch.arange(n_pos, device=allowed.device)
+    diagonal = allowed[:, torch.arange(n_pos, device=allowed.device), own]
+    return diagonal.expand(batch, n_pos).to(device)
+
+
+@contextmanager
+def _replaced_method(model: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    if not hasattr(model, name):
+        yield
+        return
+    had = name in vars(model)
+    original = getattr(model, name)
+    setattr(model, name, around(original))
+    try:
+        yield
+    finally:
+        if had:
+            setattr(model, name, original)
+        else:
+            delattr(model, name)

@@ -1,0 +1,208 @@
+"""A change of queries as a scope over `model.hooks`: what every steerer shares.
+
+Everything is checked before the first hook is placed; the hook returns a new tensor, in which
+only the chosen heads at the scoped positions differ; nothing is left behind, after an exception
+too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sae_query_steer.capture import check_finite
+from sae_query_steer.hosts.tracking import PositionTracker, PromptLengths, fixed_positions
+from sae_query_steer.positions import Positions, Scope, select
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.trace import QueryChange, SteeringTrace, TraceRecord
+
+HookFunction = Callable[..., Tensor | None]
+
+
+@runtime_checkable
+class Steerer(Protocol):
+    """Something that changes the queries of scoped positions at some sites."""
+
+    @property
+    def scope(self) -> Scope:
+        """Which positions."""
+        ...
+
+    @property
+    def site_heads(self) -> Mapping[str, tuple[int, ...]]:
+        """The heads that change, by hook name."""
+        ...
+
+    @property
+    def sites(self) -> Mapping[str, QuerySite]:
+        """The site of every hook name."""
+        ...
+
+    def check_model(self, model: Any) -> None:
+        """Raise unless the steerer belongs to this model."""
+        ...
+
+    def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
+        """Return an empty trace."""
+        ...
+
+    def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
+        """Return the change of queries [token head d_head] of all heads of a site."""
+        ...
+
+
+@contextmanager
+def applied(
+    steerer: Steerer,
+    model: Any,
+    *,
+    record: bool = False,
+    prompt_lengths: PromptLengths | None = None,
+) -> Iterator[SteeringTrace]:
+    """Steer every forward pass of a model for the length of a `with` block."""
+    steerer.check_model(model)
+    trace = steerer.new_trace(model, recording=record)
+    layers = [steerer.sites[name].layer for name in steerer.site_heads]
+    tracker = PositionTracker(model, layers, prompt_lengths, keep_tokens=record)
+    hooks = [
+        (name, _hook(steerer, name, lambda _queries: tracker.positions, trace, tracker))
+        for name in steerer.site_heads
+    ]
+    with tracker.attached(), model.hooks(fwd_hooks=hooks):
+        yield trace
+
+
+def plain_fwd_hooks(
+    steerer: Steerer,
+    model: Any,
+    *,
+    prompt_lengths: PromptLengths | None = None,
+    attention_mask: Tensor | None = None,
+) -> list[tuple[str, HookFunction]]:
+    """Return a steerer as TransformerLens's `(name, function)` pairs."""
+    steerer.check_model(model)
+    trace = SteeringTrace(recording=False)
+
+    def positions(queries: Tensor) -> Positions:
+        return fixed_positions(
+            queries.shape[0], queries.shape[1], queries.device, prompt_lengths, attention_mask
+        )
+
+    return [(name, _hook(steerer, name, positions, trace, None)) for name in steerer.site_heads]
+
+
+def _hook(
+    steerer: Steerer,
+    hook_name: str,
+    positions_of: Callable[[Tensor], Positions],
+    trace: SteeringTrace,
+    tracker: PositionTracker | None,
+) -> HookFunction:
+    site, heads = steerer.sites[hook_name], steerer.site_heads[hook_name]
+
+    def steer(activation: Tensor, hook: Any) -> Tensor | None:
+        del hook  # its name differs between the hosts
+        queries = activation
+        if activation.ndim == 3:
+            queries = rearrange(activation, "b p (h d) -> b p h d", h=site.n_heads, d=site.d_head)
+        positions = positions_of(queries)
+        rows, columns = select(steerer.scope, positions).nonzero(as_tuple=True)
+        if len(rows) == 0:
+            return None
+        at_scope = queries[rows, columns]
+        check_finite(at_scope, hook_name)
+        change = steerer.change(hook_name, at_scope, record=trace.recording)
+        delta = change.delta.to(queries.dtype)
+        index = torch.tensor(heads, device=queries.device)
+        steered = queries.clone()
+        steered[rows[:, None], columns[:, None], index] = (at_scope + delta)[:, index]
+        if trace.recording and tracker is not None:
+            trace.records.append(
+                _record(change, at_scope, index, site.layer, rows, columns, positions, tracker)
+            )
+        return steered.reshape(activation.shape)
+
+    return steer
+
+
+def _record(
+    change: QueryChange,
+    queries: Tensor,
+    heads: Tensor,
+    layer: int,
+    rows: Tensor,
+    columns: Tensor,
+    positions: Positions,
+    tracker: PositionTracker,
+) -> TraceRecord:
+    def chosen(value: Tensor | None, axis: int) -> Tensor | None:
+        return None if value is None else value.index_select(axis, heads.to(value.device)).cpu()
+
+    delta = chosen(change.delta, 1)
+    assert delta is not None
+    tokens = tracker.tokens
+    offset = 0 if tokens is None else tokens.shape[1] - positions.index.shape[1]
+    return TraceRecord(
+        run=tracker.run_number,
+        layer=layer,
+        heads=heads.cpu(),
+        row=rows.cpu(),
+        position=positions.index[rows, columns].cpu(),
+        token=None if tokens is None or offset < 0 else tokens[rows, columns + offset].cpu(),
+        query_norm=queries[:, heads].float().norm(dim=-1).cpu(),
+        change=QueryChange(
+            delta=delta,
+            distance_before=chosen(change.distance_before, 1),
+            distance_after=chosen(change.distance_after, 1),
+            loss=chosen(change.loss, 2),
+        ),
+    )
+
+
+def chosen_heads(
+    sites: Mapping[str, QuerySite],
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
+) -> dict[str, tuple[int, ...]]:
+    """Return the heads to steer, by hook name.
+
+    Args:
+        sites: the sites there are.
+        layers: which of their layers; None means all.
+        heads: the same heads in each of these layers, or heads by layer; None means all.
+
+    Raises:
+        ValueError: a layer or head that there is not, or nothing left to steer.
+    """
+    by_layer = {site.layer: name for name, site in sites.items()}
+    wanted = sorted(by_layer) if layers is None else list(layers)
+    if isinstance(heads, Mapping):
+        wanted = [layer for layer in wanted if layer in heads] if layers is None else wanted
+        named = [*wanted, *heads]
+    else:
+        named = wanted
+    for layer in named:
+        if layer not in by_layer:
+            raise ValueError(f"no SAE for layer {layer}: there is one for {sorted(by_layer)}")
+    chosen = {}
+    for layer in wanted:
+        site = sites[by_layer[layer]]
+        here = heads.get(layer) if isinstance(heads, Mapping) else heads
+        picked = tuple(range(site.n_heads)) if here is None else tuple(here)
+        for head in picked:
+            if not 0 <= head < site.n_heads:
+                raise ValueError(
+                    f"no head {head} at layer {layer}: the heads are 0 to {site.n_heads - 1}"
+                )
+        if not picked or len(set(picked)) != len(picked):
+            raise ValueError(
+                f"heads={list(picked)} at layer {layer} is not allowed: name at least one head, "
+                "and each once"
+            )
+        chosen[by_layer[layer]] = picked
+    if not chosen:
+        raise ValueError(f"nothing to steer: layers={layers} and heads={heads} leave no site")
+    return chosen

@@ -1,0 +1,41 @@
+"""SAEs of query heads: all heads of one layer in one SAELens object.
+
+Importing this package registers its architectures with SAELens, so that `SAE.load_from_disk`
+and SAELens's runners know them.
+"""
+
+from sae_query_steer.sae.core import (
+    QueryHeadSAE,
+    QueryHeadSAEConfig,
+    QueryHeadTrainingSAE,
+    QueryHeadTrainingSAEConfig,
+    to_inference,
+)
+from sae_query_steer.sae.standard import (
+    QueryHeadStandardSAE,
+    QueryHeadStandardSAEConfig,
+    QueryHeadStandardTrainingSAE,
+    QueryHeadStandardTrainingSAEConfig,
+)
+from sae_query_steer.sae.topk import (
+    QueryHeadTopKSAE,
+    QueryHeadTopKSAEConfig,
+    QueryHeadTopKTrainingSAE,
+    QueryHeadTopKTrainingSAEConfig,
+)
+
+__all__ = [
+    "QueryHeadSAE",
+    "QueryHeadSAEConfig",
+    "QueryHeadStandardSAE",
+    "QueryHeadStandardSAEConfig",
+    "QueryHeadStandardTrainingSAE",
+    "QueryHeadStandardTrainingSAEConfig",
+    "QueryHeadTopKSAE",
+    "QueryHeadTopKSAEConfig",
+    "QueryHeadTopKTrainingSAE",
+    "QueryHeadTopKTrainingSAEConfig",
+    "QueryHeadTrainingSAE",
+    "QueryHeadTrainingSAEConfig",
+    "to_inference",
+]

@@ -1,0 +1,95 @@
+"""The SAEs of several query sites together: what training returns and steering takes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from sae_lens import SAE
+
+from sae_query_steer.sae.core import QueryHeadSAE
+from sae_query_steer.storage import new_folder, read_json, write_json
+
+FORMAT = "sae_query_steer.saes/1"
+
+_INDEX = "query_saes.json"
+
+
+class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
+    """A mapping from hook name to the SAE of all heads of that site.
+
+    Args:
+        saes: the SAEs, by hook name.
+        metrics: one row per layer and head: l0, explained_variance, dead_share, n_tokens.
+    """
+
+    def __init__(
+        self, saes: Mapping[str, QueryHeadSAE[Any]], metrics: pd.DataFrame | None = None
+    ) -> None:
+        if not saes:
+            raise ValueError("there are no SAEs: give at least one, by hook name")
+        self._saes = dict(saes)
+        self.metrics = metrics
+
+    def __getitem__(self, hook_name: str) -> QueryHeadSAE[Any]:
+        return self._saes[hook_name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._saes)
+
+    def __len__(self) -> int:
+        return len(self._saes)
+
+    def __repr__(self) -> str:
+        rows = (
+            f"{name}: {sae.cfg.architecture()}, {sae.n_heads} heads of {sae.d_head}, "
+            f"{sae.d_latent} latents each"
+            for name, sae in self.items()
+        )
+        return "QuerySAEs(" + "; ".join(rows) + ")"
+
+    def to(self, device: str | torch.device) -> "QuerySAEs":
+        """Move every SAE to a device, in place, and return this mapping."""
+        for sae in self.values():
+            sae.to(device=device)
+        return self
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write a folder with one SAELens folder per site, whole or not at all.
+
+        Each of them loads with SAELens's `SAE.load_from_disk` once this package is imported.
+
+        Raises:
+            FileExistsError: the folder exists and `overwrite` is False.
+        """
+        with new_folder(folder, overwrite=overwrite) as new:
+            for name, sae in self.items():
+                sae.save_model(new / name)
+            rows = None if self.metrics is None else self.metrics.to_dict(orient="records")
+            write_json(new / _INDEX, {"format": FORMAT, "hook_names": list(self), "metrics": rows})
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "cpu") -> "QuerySAEs":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the folder is of another format, or an SAE in it is not a query-head SAE.
+        """
+        folder = Path(folder)
+        index = read_json(folder / _INDEX)
+        if index.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder} has format {index.get('format')!r}: this version reads {FORMAT!r}"
+            )
+        saes = {}
+        for name in index["hook_names"]:
+            if Path(name).name != name:
+                raise ValueError(f"{folder} names an SAE {name!r}, which is no folder name")
+            sae = SAE.load_from_disk(folder / name, device=device)
+            if not isinstance(sae, QueryHeadSAE):
+                raise ValueError(f"{folder / name} holds a {type(sae).__name__}, no query-head SAE")
+            saes[name] = sae.requires_grad_(False).eval()
+        rows = index["metrics"]
+        return cls(saes, None if rows is None else pd.DataFrame(rows))

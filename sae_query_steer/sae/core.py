@@ -1,0 +1,229 @@
+"""The block-diagonal core: one SAELens SAE object that holds an SAE for every head of a layer.
+
+`W_enc [head d_head d_sae_per_head]`, `W_dec [head d_sae_per_head d_head]`, biases likewise;
+`cfg.d_in` and `cfg.d_sae` are totals over heads, as SAELens's trainer and evals need. Heads share
+nothing: what one head reads, loses and learns never touches another.
+
+An architecture is a small class beside this one: its activation, its losses, its config.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor, nn
+from typing_extensions import override
+
+HeadedIn = Float[Tensor, "*batch head d_head"]
+HeadedLatents = Float[Tensor, "*batch head d_sae_per_head"]
+FlatOrHeaded = Float[Tensor, "..."]
+
+
+@dataclass(kw_only=True)
+class QueryHeadSAEConfig(SAEConfig, ABC):
+    """What every query-head SAE is told: heads, and sizes per head.
+
+    `d_in` and `d_sae` follow from these and need not be given. At training `n_heads` and `d_head`
+    may stay 0: they are then taken from the site.
+    """
+
+    d_in: int = 0
+    d_sae: int = 0
+    n_heads: int = 0
+    d_head: int = 0
+    d_sae_per_head: int = 0
+    metadata: Any = field(default_factory=SAEMetadata)
+
+    @override
+    def __post_init__(self) -> None:
+        if isinstance(self.metadata, dict):  # SAELens's from_dict passes it as it was saved
+            self.metadata = SAEMetadata(**self.metadata)
+        super().__post_init__()
+        if self.d_sae_per_head < 1:
+            raise ValueError(
+                f"d_sae_per_head={self.d_sae_per_head} is not allowed: give the number of latents "
+                "of one head, 1 or more (a usual choice is 4 to 32 times d_head)"
+            )
+        if self.n_heads < 0 or self.d_head < 0 or (self.n_heads == 0) != (self.d_head == 0):
+            raise ValueError(
+                f"n_heads={self.n_heads} with d_head={self.d_head} is not allowed: give both as "
+                "1 or more, or neither to take them from the site"
+            )
+        for name, per_head in (("d_in", self.d_head), ("d_sae", self.d_sae_per_head)):
+            given, total = getattr(self, name), self.n_heads * per_head
+            if given not in (0, total):
+                raise ValueError(
+                    f"{name}={given} contradicts {self.n_heads} heads of {per_head} = {total}: "
+                    f"leave {name} out, it is the total over heads"
+                )
+            setattr(self, name, total)
+        if self.normalize_activations != "none":
+            raise ValueError(
+                f"normalize_activations={self.normalize_activations!r} is not supported for "
+                "query-head SAEs: it would mix the heads of a layer; use 'none'"
+            )
+        if self.reshape_activations != "none":
+            raise ValueError(
+                f"reshape_activations={self.reshape_activations!r} is not supported: query-head "
+                "SAEs take flat and headed queries as they are; use 'none'"
+            )
+
+
+@dataclass(kw_only=True)
+class QueryHeadTrainingSAEConfig(QueryHeadSAEConfig, TrainingSAEConfig, ABC):
+    """What every query-head SAE is told for training.
+
+    `decoder_init_norm` is SAELens's: the norm of each decoder row at the start.
+    """
+
+
+T_CONFIG = TypeVar("T_CONFIG", bound=QueryHeadSAEConfig)
+T_TRAINING_CONFIG = TypeVar("T_TRAINING_CONFIG", bound=QueryHeadTrainingSAEConfig)
+
+
+class QueryHeadSAE(SAE[T_CONFIG], ABC):
+    """SAEs of all heads of one query site, side by side and independent.
+
+    Flat in (`[..., n_heads*d_head]`) gives flat latents and flat output; headed in
+    (`[..., n_heads, d_head]`) gives headed. No shape is both, but with a single head, where the
+    two are the same numbers in the same shape.
+    """
+
+    b_enc: nn.Parameter
+
+    latent_min: ClassVar[float | None] = 0.0
+    """Least value a latent can take; None if there is none."""
+
+    @override
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        super().turn_off_forward_pass_hook_z_reshaping()
+        self.d_head = self.cfg.d_head  # SAELens sets None, for it knows d_head of hook_z only
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of the site."""
+        return self.cfg.n_heads
+
+    @property
+    def d_latent(self) -> int:
+        """Latents of one head."""
+        return self.cfg.d_sae_per_head
+
+    @override
+    def initialize_weights(self) -> None:
+        """Make the weights as SAELens makes those of each head on its own."""
+        cfg, kind = self.cfg, {"dtype": self.dtype, "device": self.device}
+        if cfg.n_heads == 0:
+            raise ValueError(
+                "n_heads and d_head are not set: give them in the config, or train with "
+                "train_query_saes, which takes them from the site"
+            )
+        w_dec = torch.empty(cfg.n_heads, cfg.d_sae_per_head, cfg.d_head, **kind)
+        for head in w_dec:
+            nn.init.kaiming_uniform_(head)
+        norm = getattr(cfg, "decoder_init_norm", None)
+        if norm is not None:
+            w_dec *= norm / w_dec.norm(dim=-1, keepdim=True)
+        self.W_dec = nn.Parameter(w_dec)
+        self.W_enc = nn.Parameter(w_dec.mT.clone(memory_format=torch.contiguous_format))
+        self.b_enc = nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_sae_per_head, **kind))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_head, **kind))
+
+    @abstractmethod
+    def activation(self, hidden_pre: HeadedLatents) -> HeadedLatents:
+        """Return the latents of pre-activations, each head on its own."""
+
+    def hidden_pre(self, x: HeadedIn) -> HeadedLatents:
+        """Return the pre-activations of headed input."""
+        sae_in = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+        return einsum(sae_in, self.W_enc, "... h d, h d s -> ... h s") + self.b_enc
+
+    def linear_decode(self, latents: HeadedLatents) -> HeadedIn:
+        """Return the decoding of headed latents without the decoder bias."""
+        return einsum(latents, self.W_dec, "... h s, h s d -> ... h d")
+
+    @override
+    def encode(self, x: FlatOrHeaded) -> FlatOrHeaded:
+        """Return the latents of queries, in the layout in which the queries came.
+
+        Args:
+            x: queries, flat or headed, of any number of leading axes.
+
+        Raises:
+            ValueError: the shape is neither flat nor headed for this SAE.
+        """
+        return self.encode_with_hidden_pre(x)[0]
+
+    def encode_with_hidden_pre(self, x: FlatOrHeaded) -> tuple[FlatOrHeaded, FlatOrHeaded]:
+        """Return latents and pre-activations, in the layout in which the queries came."""
+        headed, flat = self._to_heads(x, self.cfg.d_head, "queries")
+        headed = self.hook_sae_input(headed.to(self.dtype))
+        pre = self.hook_sae_acts_pre(_as_came(self.hidden_pre(headed), flat))
+        latents = self.activation(self._to_heads(pre, self.cfg.d_sae_per_head, "latents")[0])
+        return self.hook_sae_acts_post(_as_came(latents, flat)), pre
+
+    @override
+    def decode(self, feature_acts: FlatOrHeaded) -> FlatOrHeaded:
+        """Return the queries that latents stand for, in the layout in which the latents came.
+
+        Raises:
+            ValueError: the shape is neither flat nor headed for this SAE.
+        """
+        latents, flat = self._to_heads(feature_acts, self.cfg.d_sae_per_head, "latents")
+        return self.hook_sae_recons(_as_came(self.linear_decode(latents) + self.b_dec, flat))
+
+    @override
+    @torch.no_grad()
+    def fold_and_get_W_dec_norm(self) -> Float[Tensor, "head d_sae_per_head"]:
+        """Fold the decoder norms into the encoder, head by head, and return them."""
+        norms = self.get_W_dec_norm()
+        self.W_dec.data /= norms[..., None]
+        self.W_enc.data *= norms[:, None, :]
+        self.b_enc.data *= norms
+        return norms
+
+    def _to_heads(self, x: Tensor, size: int, what: str) -> tuple[Tensor, bool]:
+        """Return `x` as [..., head, size] and whether it came flat."""
+        n_heads = self.cfg.n_heads
+        if x.ndim >= 2 and x.shape[-2:] == (n_heads, size):
+            return x, False
+        if x.ndim >= 1 and x.shape[-1] == n_heads * size:
+            return x.unflatten(-1, (n_heads, size)), True
+        raise ValueError(
+            f"{what} of shape {list(x.shape)} fit neither layout of this SAE: allowed are "
+            f"[..., {n_heads}, {size}] (headed) and [..., {n_heads * size}] (flat)"
+        )
+
+
+def _as_came(x: Tensor, flat: bool) -> Tensor:
+    return x.flatten(-2) if flat else x
+
+
+class QueryHeadTrainingSAE(QueryHeadSAE[T_TRAINING_CONFIG], TrainingSAE[T_TRAINING_CONFIG], ABC):
+    """Adds the losses: each is summed over heads, so that a head's gradient is its own.
+
+    With equal weights and batches a head's part of every loss is SAELens's loss of that head.
+    """
+
+    @override
+    def log_histograms(self) -> dict[str, Any]:
+        """Return the decoder norms of all latents of all heads."""
+        return {"weights/W_dec_norms": self.get_W_dec_norm().float().flatten().cpu().numpy()}
+
+
+def to_inference(sae: QueryHeadTrainingSAE[Any]) -> QueryHeadSAE[Any]:
+    """Return the inference SAE of a trained one, as saving and loading it would.
+
+    The weights are copies, on the same device, and need no gradient.
+    """
+    state = {name: value.detach().clone() for name, value in sae.state_dict().items()}
+    sae.process_state_dict_for_saving_inference(state)
+    inference = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    inference.load_state_dict(state)
+    assert isinstance(inference, QueryHeadSAE)
+    return inference.requires_grad_(False).eval()

@@ -1,0 +1,105 @@
+"""Query sites: the hook point of a layer's queries, and its heads."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class QuerySite:
+    """The queries of all heads of one layer, before rotary embedding: `blocks.L.attn.hook_q`."""
+
+    layer: int
+    """Index of the layer, from 0."""
+
+    n_heads: int
+    """Query heads of the layer (not key heads, of which grouped-query attention has fewer)."""
+
+    d_head: int
+    """Dimension of one head's query."""
+
+    @property
+    def hook_name(self) -> str:
+        """Name of the hook point, on HookedTransformer and TransformerBridge alike."""
+        return f"blocks.{self.layer}.attn.hook_q"
+
+    @classmethod
+    def from_hook_name(cls, hook_name: str, *, n_heads: int, d_head: int) -> "QuerySite":
+        """Return the site with a hook name such as `blocks.3.attn.hook_q`.
+
+        Raises:
+            ValueError: the name is not that of a query hook point.
+        """
+        match = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_q", hook_name)
+        if match is None:
+            raise ValueError(
+                f"{hook_name!r} is no query hook point: the names are blocks.L.attn.hook_q"
+            )
+        return cls(layer=int(match[1]), n_heads=n_heads, d_head=d_head)
+
+    @property
+    def d_in(self) -> int:
+        """Size of all heads' queries together."""
+        return self.n_heads * self.d_head
+
+    def check(self, model: Any) -> None:
+        """Raise unless a model has this site.
+
+        Args:
+            model: a HookedTransformer or a TransformerBridge.
+
+        Raises:
+            ValueError: the model has no such layer or hook point, or other heads there.
+        """
+        n_layers = int(model.cfg.n_layers)
+        if not 0 <= self.layer < n_layers:
+            raise ValueError(
+                f"no query site at layer {self.layer}: the model has {n_layers} layers "
+                f"(0 to {n_layers - 1})"
+            )
+        if self.hook_name not in model.hook_dict:
+            raise ValueError(
+                f"no hook point {self.hook_name}: this architecture does not expose its queries; "
+                f"its attention has {_attention_hooks(model, self.layer)}"
+            )
+        here = (int(model.cfg.n_heads), int(model.cfg.d_head))
+        if (self.n_heads, self.d_head) != here:
+            raise ValueError(
+                f"the site at layer {self.layer} has {self.n_heads} heads of {self.d_head}: the "
+                f"model has {here[0]} heads of {here[1]}; use the model that the site belongs to"
+            )
+
+
+def query_sites(model: Any, layers: Iterable[int] | None = None) -> tuple[QuerySite, ...]:
+    """Return the query sites of a model, one a layer, in the order of the layers.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        layers: which layers; None means all.
+
+    Returns:
+        The sites, each checked against the model.
+
+    Raises:
+        ValueError: a layer that the model does not have, a layer named twice, or none at all.
+
+    Source: arXiv 2502.18644 trains its SAEs on the query activations.
+    """
+    chosen = list(range(int(model.cfg.n_layers))) if layers is None else list(layers)
+    if not chosen:
+        raise ValueError("layers=[] names no site: name at least one layer, or None for all")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"layers={chosen} names a layer twice: name each once")
+    sites = tuple(
+        QuerySite(layer=int(n), n_heads=int(model.cfg.n_heads), d_head=int(model.cfg.d_head))
+        for n in sorted(chosen)
+    )
+    for site in sites:
+        site.check(model)
+    return sites
+
+
+def _attention_hooks(model: Any, layer: int) -> list[str]:
+    prefix = f"blocks.{layer}.attn."
+    return sorted(name.removeprefix(prefix) for name in model.hook_dict if name.startswith(prefix))

@@ -1,0 +1,198 @@
+"""`LatentGradientSteerer`: move the latent of the current query towards a class, and decode."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.descent import check_strength, descend
+from sae_query_steer.fingerprint import default_tolerance
+from sae_query_steer.hosts.tracking import PromptLengths
+from sae_query_steer.intervention import HookFunction, applied, chosen_heads, plain_fwd_hooks
+from sae_query_steer.objectives import Objective, squared_distances
+from sae_query_steer.positions import LastPromptToken, Scope, check_scope
+from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.targets import check_belongs
+from sae_query_steer.trace import QueryChange, SteeringTrace
+
+
+@dataclass(frozen=True, eq=False)
+class LatentGradientSteerer:
+    """Steers by gradient descent on sparse features of attention queries.
+
+    At every scoped position, for every chosen head: z0 = encode(q), K projected gradient steps on
+    the objective lead to zK, and the query becomes q + decode(zK) - decode(z0). The SAE's
+    reconstruction error never enters the model: zero steps, or a step size of zero, is exactly
+    the identity. Over `identity_encoders` the same value is dense query steering.
+
+    Source: arXiv 2502.18644; writing the difference of two decodings, not the reconstruction, is
+    our choice, so that steering is not confounded with the SAE's error.
+    """
+
+    saes: Mapping[str, QueryEncoder]
+    """Encoders by hook name; those of the layers that are steered."""
+
+    targets: CentroidTargets
+    """The centroids that were made with these encoders on this model."""
+
+    _: KW_ONLY
+
+    target: str
+    """The class to steer towards."""
+
+    objective: Objective
+    """What is minimised: `PrototypeLogLikelihood`, `SquaredDistance` or `CentroidContrast`."""
+
+    n_steps: int
+    """Gradient steps at each position, 0 or more."""
+
+    step_size: float
+    """Size of a step, 0 or more, in units of the objective's gradient."""
+
+    scope: Scope = field(default_factory=LastPromptToken)
+    """Where to steer. A steer that is clean at the last prompt token breaks the text elsewhere."""
+
+    layers: Sequence[int] | None = None
+    """Which layers; None means all that have an SAE."""
+
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None
+    """Which heads: the same in every layer, or by layer; None means all."""
+
+    sites: Mapping[str, QuerySite] = field(init=False, repr=False)
+    """The site of every encoder, by hook name."""
+
+    site_heads: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
+    """The heads that are steered, by hook name."""
+
+    _verified: WeakSet[Any] = field(init=False, repr=False, default_factory=WeakSet)
+
+    def __post_init__(self) -> None:
+        check_strength(self.n_steps, self.step_size)
+        check_scope(self.scope, name="scope")
+        if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
+            raise TypeError(
+                f"objective={self.objective!r} is no objective; allowed: SquaredDistance(), "
+                "PrototypeLogLikelihood(), CentroidContrast(), or a value with loss and gradient"
+            )
+        self.targets.class_index(self.target)
+        sites = encoder_sites(self.saes)
+        object.__setattr__(self, "sites", sites)
+        object.__setattr__(self, "site_heads", chosen_heads(sites, self.layers, self.heads))
+        for name in self.site_heads:
+            if name not in self.targets.means:
+                raise ValueError(
+                    f"no centroids at {name}: there are some at {list(self.targets.means)}; build "
+                    "them with the same SAEs"
+                )
+            sae = self.saes[name]
+            have, want = tuple(self.targets.means[name].shape[1:]), (sae.n_heads, sae.d_latent)
+            if have != want:
+                raise ValueError(
+                    f"centroids of another SAE at {name}: they are for {have[0]} heads of "
+                    f"{have[1]} latents, the SAE has {want[0]} heads of {want[1]}"
+                )
+
+    def apply(
+        self, model: Any, *, record: bool = False, prompt_lengths: PromptLengths | None = None
+    ) -> AbstractContextManager[SteeringTrace]:
+        """Steer every forward pass of a model for the length of a `with` block.
+
+        Works in `generate` and `generate_stream` with the KV cache on and off, in batches of
+        prompts of different lengths, in plain forward passes and in `run_with_cache`, beside other
+        hooks: on the same hook point, hooks placed before see the query as it was, hooks placed
+        inside the block see the steered one.
+
+        Args:
+            model: a HookedTransformer or a TransformerBridge.
+            record: keep a trace of what was done; it costs nothing otherwise.
+            prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward
+                passes that do not come from `generate`, where scopes such as `LastPromptToken`
+                can't know it.
+
+        Returns:
+            A context manager that yields the trace.
+
+        Raises:
+            ValueError: the model is not the one that the centroids belong to, or has no such site.
+        """
+        return applied(self, model, record=record, prompt_lengths=prompt_lengths)
+
+    def fwd_hooks(
+        self,
+        model: Any,
+        *,
+        prompt_lengths: PromptLengths | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> list[tuple[str, HookFunction]]:
+        """Return plain TransformerLens pairs, for `run_with_hooks` and `model.hooks`.
+
+        They see forward passes over whole rows without a KV cache; inside `generate` use `apply`,
+        which knows where a decode step stands.
+
+        Args:
+            model: a HookedTransformer or a TransformerBridge.
+            prompt_lengths: tokens of each row's prompt; needed by scopes that depend on it.
+            attention_mask: 0 where a column is padding, [batch pos]; None means no padding.
+
+        Raises:
+            ValueError: the model is not the one that the centroids belong to, or has no such site.
+        """
+        return plain_fwd_hooks(
+            self, model, prompt_lengths=prompt_lengths, attention_mask=attention_mask
+        )
+
+    def check_model(self, model: Any) -> None:
+        """Raise unless the steerer belongs to this model; the answer is remembered.
+
+        Raises:
+            ValueError: the model has no such site, or other queries than the fingerprint's.
+        """
+        if model in self._verified:
+            return
+        for name in self.site_heads:
+            self.sites[name].check(model)
+        steered = {name: self.saes[name] for name in self.site_heads}
+        tolerance = default_tolerance(next(model.parameters()).dtype)
+        check_belongs(model, steered, self.targets, tolerance=tolerance)
+        self._verified.add(model)
+
+    def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
+        """Return an empty trace that knows classes, target and tokenizer."""
+        return SteeringTrace(
+            recording=recording,
+            classes=self.targets.classes,
+            target=str(self.target),
+            tokenizer=model.tokenizer,
+        )
+
+    def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
+        """Return what the descent adds to queries [token head d_head] of all heads of a site."""
+        sae = self.saes[hook_name]
+        z0 = sae.encode(queries)
+        centroids = self.targets.means[hook_name].to(device=z0.device, dtype=z0.dtype)
+        result = descend(
+            z0,
+            centroids,
+            self.targets.class_index(self.target),
+            self.objective,
+            n_steps=self.n_steps,
+            step_size=self.step_size,
+            lower=sae.latent_min,
+            record_loss=record,
+        )
+        delta = sae.decode(result.z) - sae.decode(z0)
+        if not record:
+            return QueryChange(delta=delta)
+        with torch.no_grad():
+            return QueryChange(
+                delta=delta.detach(),
+                distance_before=squared_distances(z0, centroids).sqrt(),
+                distance_after=squared_distances(result.z, centroids).sqrt(),
+                loss=result.loss,
+            )

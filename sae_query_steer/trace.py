@@ -1,0 +1,137 @@
+"""What a steer did: per token, layer and head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QueryChange:
+    """A change of the queries of some tokens at one site, and on request how it came about."""
+
+    delta: Float[Tensor, "token head d_head"]
+    """What is added to the queries."""
+
+    distance_before: Float[Tensor, "token head class"] | None = None
+    """Euclidean distance of the latent to every centroid before the change."""
+
+    distance_after: Float[Tensor, "token head class"] | None = None
+    """The same afterwards."""
+
+    loss: Float[Tensor, "steps token head"] | None = None
+    """Loss before the first step and after each."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TraceRecord:
+    """One change, with where it happened."""
+
+    run: int
+    layer: int
+    heads: Int[Tensor, " head"]
+    row: Int[Tensor, " token"]
+    position: Int[Tensor, " token"]
+    token: Int[Tensor, " token"] | None
+    query_norm: Float[Tensor, "token head"]
+    change: QueryChange
+
+
+@dataclass(eq=False)
+class SteeringTrace:
+    """Records of what a steer did; empty unless it was applied with `record=True`."""
+
+    recording: bool
+    classes: Sequence[str] = ()
+    target: str = ""
+    tokenizer: Any = None
+    records: list[TraceRecord] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        state = f"{len(self.records)} records" if self.recording else "not recorded"
+        return f"SteeringTrace({state}, target {self.target!r})"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return one row for every steered token, layer and head.
+
+        A position that is computed again, as in every step of `generate` without a KV cache,
+        counts once.
+
+        Returns:
+            A table with the columns
+
+            - run: which call of `generate`, or forward pass outside it, from 0
+            - row, position: row of the batch; position in the row, absolute and without padding
+            - token, text: id and text of the token at that position, where known
+            - layer, head, target
+            - delta_norm, query_norm, relative_change: norm of the change, of the query, their ratio
+            - loss_before, loss_after, lowering_steps: the objective's loss; share of the steps
+              that lowered it (missing where the steerer has no objective)
+            - distance_before.C, distance_after.C: Euclidean distance to the centroid of class C
+            - nearest_before, nearest_after: the class whose centroid is nearest
+
+        Raises:
+            ValueError: the steer was applied without `record=True`.
+        """
+        if not self.recording:
+            raise ValueError(
+                "this steer was not recorded: use `with steerer.apply(model, record=True) as trace`"
+            )
+        if not self.records:
+            return pd.DataFrame(columns=[*_KEYS, "target", "delta_norm", "relative_change"])
+        table = pd.concat([self._table(record) for record in self.records], ignore_index=True)
+        table = table.drop_duplicates(_KEYS, keep="first")
+        return table.sort_values(_KEYS).reset_index(drop=True)
+
+    def _table(self, record: TraceRecord) -> pd.DataFrame:
+        n_tokens, n_heads = record.query_norm.shape
+        change = record.change
+        delta_norm = change.delta.double().norm(dim=-1).cpu()
+        query_norm = record.query_norm.double().cpu()
+
+        def per_token(values: Tensor) -> np.ndarray:
+            return np.repeat(values.cpu().numpy(), n_heads)
+
+        columns: dict[str, Any] = {
+            "run": record.run,
+            "row": per_token(record.row),
+            "position": per_token(record.position),
+            "layer": record.layer,
+            "head": np.tile(record.heads.cpu().numpy(), n_tokens),
+            "target": self.target,
+        }
+        if record.token is not None:
+            columns["token"] = per_token(record.token)
+            if self.tokenizer is not None:
+                texts = [self.tokenizer.decode([int(t)]) for t in record.token]
+                columns["text"] = np.repeat(np.array(texts, dtype=object), n_heads)
+        columns |= {
+            "delta_norm": delta_norm.flatten().numpy(),
+            "query_norm": query_norm.flatten().numpy(),
+            "relative_change": (delta_norm / query_norm.clamp(min=1e-30)).flatten().numpy(),
+        }
+        if change.loss is not None:
+            loss = change.loss.double().cpu()
+            columns["loss_before"] = loss[0].flatten().numpy()
+            columns["loss_after"] = loss[-1].flatten().numpy()
+            if len(loss) > 1:
+                lowered = (loss.diff(dim=0) < 0).double().mean(0)
+                columns["lowering_steps"] = lowered.flatten().numpy()
+        for when, distance in (
+            ("before", change.distance_before),
+            ("after", change.distance_after),
+        ):
+            if distance is not None:
+                distance = distance.double().cpu().flatten(0, 1)
+                for name, values in zip(self.classes, distance.T, strict=True):
+                    columns[f"distance_{when}.{name}"] = values.numpy()
+                names = np.array([str(name) for name in self.classes], dtype=object)
+                columns[f"nearest_{when}"] = names[distance.argmin(1).numpy()]
+        return pd.DataFrame(columns)
+
+
+_KEYS = ["run", "row", "position", "layer", "head"]

@@ -1,0 +1,193 @@
+"""Fixtures shared by the tests: real data where it is at hand, tiny models on both hosts."""
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import sae_query_steer as sqs
+
+# The models are tiny: two threads that wait for each other on a busy machine cost 20 x more.
+torch.set_num_threads(1)
+
+WORDS = [f"w{i}" for i in range(48)]
+HOSTS = ("hooked", "bridge")
+
+
+def as_hooked_transformer(hf, tokenizer) -> HookedTransformer:
+    """A HookedTransformer with the weights of a Hugging Face Llama, nothing folded or centred."""
+    c = hf.config
+    config = HookedTransformerConfig(
+        d_model=c.hidden_size,
+        n_layers=c.num_hidden_layers,
+        n_heads=c.num_attention_heads,
+        d_head=c.head_dim,
+        d_mlp=c.intermediate_size,
+        d_vocab=c.vocab_size,
+        n_ctx=c.max_position_embeddings,
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        positional_embedding_type="rotary",
+        rotary_dim=c.head_dim,
+        n_key_value_heads=c.num_key_value_heads,
+        eps=c.rms_norm_eps,
+        original_architecture="LlamaForCausalLM",
+        default_prepend_bos=True,
+        device="cpu",
+    )
+    model = HookedTransformer(config, tokenizer=tokenizer)
+    model.load_and_process_state_dict(
+        convert_llama_weights(hf, model.cfg),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 48 words and four special tokens, each with an id of its own."""
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture
+def untyped():
+    """Switch the type checks of the tests off, to reach the errors that users see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A Hugging Face folder: Llama, 3 layers, 4 query heads of 8 over 2 key heads, random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        hf = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=24,
+                intermediate_size=40,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                vocab_size=52,
+                max_position_embeddings=64,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                initializer_range=0.4,
+            )
+        )
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    hf.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_folder):
+    """The tiny model on both hosts, by name."""
+    hf = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    return {
+        "hooked": as_hooked_transformer(hf, tokenizer),
+        "bridge": TransformerBridge.boot_transformers(str(tiny_folder), device="cpu"),
+    }
+
+
+@pytest.fixture(params=HOSTS)
+def model(request, tiny_models):
+    """The tiny model, once on each host."""
+    return tiny_models[request.param]
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[sqs.LabelledExample]:
+    """Forty-eight examples of three classes that differ in their words, of different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for i in range(48):
+        k = i % 3
+        length = 3 + int(torch.randint(5, (1,), generator=generator))
+        ids = torch.randint(16, (length,), generator=generator) + 16 * k
+        words = [WORDS[j] for j in ids]
+        label = ("apply", "remember", "create")[k]
+        made.append(
+            sqs.LabelledExample(
+                prompt=" ".join(words), response=" " + " ".join(words[::-1]), label=label
+            )
+        )
+    return made
+
+
+@pytest.fixture(scope="session")
+def saes(tiny_models) -> sqs.QuerySAEs:
+    """TopK SAEs of layers 0 and 2 of the tiny model: 16 latents a head, 3 of them firing."""
+    model = tiny_models["bridge"]
+    rows = torch.randint(4, 52, (64, 16), generator=torch.Generator().manual_seed(5))
+    return sqs.train_query_saes(
+        model,
+        rows,
+        sqs.query_sites(model, [0, 2]),
+        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3),
+        training_tokens=8192,
+        train_batch_size_tokens=128,
+        lr=3e-3,
+    )
+
+
+@pytest.fixture(scope="session")
+def targets(tiny_models, saes, examples) -> sqs.CentroidTargets:
+    """Centroids of the three classes at the last prompt token."""
+    return sqs.CentroidTargetBuilder(tiny_models["bridge"], saes).fit(examples)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; tests that read it skip where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the real data in ../shared/data, which is absent here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories_tokenizer(shared_data: Path):
+    """The tokenizer of the pretrained model stories260K (vocabulary of 512)."""
+    return AutoTokenizer.from_pretrained(shared_data / "stories260K")
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path, stories_tokenizer):
+    """The pretrained model stories260K on both hosts, by name."""
+    folder = shared_data / "stories260K"
+    hf = AutoModelForCausalLM.from_pretrained(folder)
+    return {
+        "hooked": as_hooked_transformer(hf, stories_tokenizer),
+        "bridge": TransformerBridge.boot_transformers(str(folder), device="cpu"),
+    }

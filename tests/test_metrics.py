@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from sae_query_steer.metrics import ReconstructionMoments, kl_divergence
+
+N_TOKENS, N_HEADS, D_HEAD, D_SAE = 23, 3, 5, 7
+
+
+def measured():
+    """Queries, their reconstructions and latents; heads and latents differ in every score."""
+    generator = torch.Generator().manual_seed(31)
+    x = 2 + torch.randn(N_TOKENS, N_HEADS, D_HEAD, generator=generator)
+    noise = torch.randn(N_TOKENS, N_HEADS, D_HEAD, generator=generator)
+    reconstruction = x + noise * torch.tensor([0.1, 0.5, 1.5])[:, None]
+    latents = torch.randn(N_TOKENS, N_HEADS, D_SAE, generator=generator)
+    latents = (latents - torch.tensor([0.0, 0.5, 1.0])[:, None]).relu()
+    latents[:, 1, 4] = 0
+    latents[:, 2, :3] = 0
+    return x, reconstruction, latents
+
+
+def moments(x, reconstruction, latents, *, splits=(N_TOKENS,)) -> ReconstructionMoments:
+    made = ReconstructionMoments()
+    for batch in zip(
+        x.split(splits), reconstruction.split(splits), latents.split(splits), strict=True
+    ):
+        made.update(*batch)
+    return made
+
+
+@pytest.mark.parametrize("splits", [(23,), (1, 22), (9, 3, 11)])
+def test_scores_streamed_in_batches_are_those_of_all_tokens_at_once(splits):
+    x, reconstruction, latents = measured()
+    made = moments(x, reconstruction, latents, splits=splits)
+    assert made.n_tokens == N_TOKENS
+    for head in range(N_HEADS):
+        q, r, z = x[:, head].double(), reconstruction[:, head].double(), latents[:, head]
+        variance = ((q - q.mean(0)) ** 2).sum(-1).mean()
+        explained = 1 - ((q - r) ** 2).sum(-1).mean() / variance
+        torch.testing.assert_close(made.explained_variance()[head], explained)
+        fired = [[bool(value > 0) for value in token] for token in z]
+        n_fired = sum(map(sum, fired)) / N_TOKENS
+        assert made.l0()[head].item() == pytest.approx(n_fired, rel=1e-6)
+        n_dead = sum(not any(latent) for latent in zip(*fired, strict=True))
+        assert made.dead_share()[head].item() == pytest.approx(n_dead / D_SAE)
+    assert made.dead_share().tolist() == pytest.approx([0, 1 / 7, 3 / 7])
+
+
+def test_a_perfect_reconstruction_explains_all_and_the_mean_explains_nothing():
+    x, _, latents = measured()
+    assert torch.equal(moments(x, x, latents).explained_variance(), torch.ones(3).double())
+    mean = moments(x.double(), x.double().mean(0).expand(x.shape), latents)
+    torch.testing.assert_close(
+        mean.explained_variance(), torch.zeros(3).double(), rtol=0, atol=1e-12
+    )
+
+
+def test_half_precision_queries_are_summed_in_64_bits():
+    x, reconstruction, latents = (t.bfloat16() for t in measured())
+    low = moments(x, reconstruction, latents).explained_variance()
+    high = moments(x.double(), reconstruction.double(), latents).explained_variance()
+    assert torch.equal(low, high)
+
+
+def test_kl_divergence_is_its_formula_in_nats():
+    generator = torch.Generator().manual_seed(4)
+    log_p = torch.randn(2, 3, 5, generator=generator).double().log_softmax(-1)
+    log_q = torch.randn(2, 3, 5, generator=generator).double().log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    expected = sum(p[..., i] * (p[..., i] / q[..., i]).log() for i in range(5))
+    torch.testing.assert_close(kl_divergence(log_p, log_q), expected, rtol=0, atol=1e-12)
+    assert kl_divergence(log_p, log_p).eq(0).all()

@@ -1,0 +1,79 @@
+"""A file of the package imports only from files above it; the mathematics knows no host."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import sae_query_steer
+
+PACKAGE = "sae_query_steer"
+FOLDER = Path(sae_query_steer.__file__).parent
+
+# "" is the package itself, which imports everything but the command line.
+ORDER = (
+    *("bloom", "positions", "storage", "fingerprint", "centroids", "objectives", "descent"),
+    *("metrics", "data", "sites"),
+    *("hosts", "hosts.models", "hosts.tracking", "hosts.saelens"),
+    *("sae.core", "sae.standard", "sae.topk", "sae", "sae.collection", "sae.encoders"),
+    *("token_rows", "capture", "training", "targets", "separability", "interchange"),
+    *("trace", "intervention", "steering", "baselines", "", "cli"),
+)
+WITHOUT_HOSTS = ORDER[: ORDER.index("sites") + 1]
+HOSTS = {"transformer_lens", "sae_lens"}
+
+
+def module_name(path: Path) -> str:
+    return (
+        ".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix("__init__").strip(".")
+    )
+
+
+MODULES = {module_name(path): path for path in FOLDER.rglob("*.py")}
+
+
+@cache
+def imported(module: str) -> frozenset[str]:
+    """Full names of all modules that a module of the package imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module or PACKAGE} has a relative import; write it in full"
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {name for name in full if name.removeprefix(f"{PACKAGE}.") in MODULES}
+            names |= submodules if submodules == full else submodules | {node.module}
+    return frozenset(names)
+
+
+def imported_rooms(module: str) -> set[str]:
+    """Names, within the package, of the modules of the package that a module imports."""
+    inside = {name for name in imported(module) if name.split(".")[0] == PACKAGE}
+    return {name.removeprefix(PACKAGE).removeprefix(".") for name in inside}
+
+
+def with_all_below(module: str) -> set[str]:
+    """The module and every module of the package that it leads to."""
+    seen, open_ = set(), [module]
+    while open_:
+        if (name := open_.pop()) not in seen:
+            seen.add(name)
+            open_ += imported_rooms(name)
+    return seen
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert sorted(MODULES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_file_imports_only_from_files_above_it(module):
+    assert imported_rooms(module) <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize("module", WITHOUT_HOSTS)
+def test_the_mathematics_and_the_data_lead_to_no_host(module):
+    for name in with_all_below(module):
+        assert not {outer.split(".")[0] for outer in imported(name)} & HOSTS

@@ -1,0 +1,173 @@
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_query_steer.storage import (
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+
+TENSORS = {
+    "half": torch.tensor([[1.5, -2.0, 0.1]], dtype=torch.bfloat16),
+    "whole": torch.arange(6),
+    "mask": torch.tensor([True, False]),
+}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_new_folder_has_its_name_only_once_its_writer_is_done(tmp_path):
+    path = tmp_path / "not" / "there" / "yet"
+    with new_folder(path) as new:
+        (new / "a.txt").write_text("new")
+        assert not path.exists()
+    assert contents(tmp_path) == {"not/there/yet/a.txt": "new"}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_writer_that_fails_leaves_no_folder_and_nothing_beside_it(tmp_path, error):
+    with pytest.raises(error), new_folder(tmp_path / "made") as new:
+        (new / "a.txt").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "made"
+    path.mkdir()
+    (path / "a.txt").write_text("old")
+    with pytest.raises(ValueError, match="^half way$"), new_folder(path, overwrite=True) as new:
+        (new / "a.txt").write_text("half")
+        raise ValueError("half way")
+    assert contents(tmp_path) == {"made/a.txt": "old"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_there_comes_back_when_the_new_folder_can_not_take_its_name(tmp_path):
+    path = tmp_path / "made"
+    path.mkdir()
+    (path / "a.txt").write_text("old")
+    with pytest.raises(FileNotFoundError), new_folder(path, overwrite=True) as new:
+        shutil.rmtree(new)
+    assert contents(tmp_path) == {"made/a.txt": "old"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_overwriting_replaces_all_that_was_there(tmp_path):
+    path = tmp_path / "made"
+    path.mkdir()
+    (path / "old.txt").write_text("old")
+    with new_folder(path, overwrite=True) as new:
+        (new / "new.txt").write_text("new")
+        assert contents(path) == {"old.txt": "old"}
+    assert contents(tmp_path) == {"made/new.txt": "new"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_exists_is_refused_before_anything_is_written(tmp_path):
+    path = tmp_path / "made"
+    path.mkdir()
+    text = f"{path} exists: give another folder, or overwrite=True"
+    with pytest.raises(FileExistsError, match=f"^{re.escape(text)}$"), new_folder(path):
+        pytest.fail("the writer must not run")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_folder_can_be_read_by_whom_any_other_can(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with new_folder(tmp_path / "made"):
+        pass
+    assert (tmp_path / "made").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_json_comes_back_as_it_was_written(tmp_path):
+    value = {"naïve": [1, 2.5, None], "b": {"c": True}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_know_are_not_written(tmp_path, number):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"a": [number]})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_reading_json_names_the_file_that_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / 'a.json'}")):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"a": 1', r"is not JSON: .+"),
+        ("[1, 2]", "holds list, where an object is expected"),
+        ('"a"', "holds str, where an object is expected"),
+    ],
+)
+def test_reading_json_says_what_is_wrong_with_the_file(tmp_path, text, what):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {what}$"):
+        read_json(path)
+
+
+def test_tensors_come_back_bit_for_bit_with_their_types(tmp_path):
+    turned = torch.randn(3, 5, generator=torch.Generator().manual_seed(2)).T.requires_grad_()
+    write_tensors(tmp_path / "a.safetensors", TENSORS | {"turned": turned})
+    read = read_tensors(tmp_path / "a.safetensors")
+    assert set(read) == {*TENSORS, "turned"}
+    for name, tensor in (TENSORS | {"turned": turned.detach()}).items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_a_missing_tensor_file_is_named(tmp_path):
+    for path in (tmp_path / "a.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"^no file {re.escape(str(path))}$"):
+            read_tensors(path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, -1])
+def test_a_truncated_tensor_file_is_refused(tmp_path, kept):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, TENSORS)
+    path.write_bytes(path.read_bytes()[:kept])
+    text = f"{path} is not a readable safetensors file: "
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}.+"):
+        read_tensors(path)
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_disguise_is_refused_and_not_run(tmp_path):
+    path, trace = tmp_path / "a.safetensors", tmp_path / "was-run"
+    path.write_bytes(pickle.dumps(Touch(trace)))
+    with pytest.raises(ValueError, match="is not a readable safetensors file: "):
+        read_tensors(path)
+    assert not trace.exists()
+    pickle.loads(path.read_bytes())
+    assert trace.exists(), "the pickle must be able to act for this to say anything"

@@ -1,0 +1,250 @@
+"""Training: SAELens's, head by head, seeded, on whole or packed documents."""
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.util import temporary_seed
+
+import sae_query_steer as sqs
+from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.hosts.saelens import PAD, HeadwiseTrainer, token_rows_store
+from sae_query_steer.token_rows import token_rows
+
+TOPK = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3)
+
+
+def small(model, texts, sites=None, **changes):
+    settings = {"sae": TOPK, "training_tokens": 1024, "train_batch_size_tokens": 128}
+    sites = sqs.query_sites(model, [0, 2]) if sites is None else sites
+    return sqs.train_query_saes(model, texts, sites, **{**settings, **changes})
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    words = [f"w{i}" for i in range(48)]
+    return [" ".join(words[(i * 7 + j * j) % 48] for j in range(5 + i % 9)) for i in range(60)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["gradients below the clip", "clipped"])
+def test_one_head_follows_a_solo_saelens_run_on_the_same_batches(scale):
+    n_heads, d_head, n_steps = 3, 8, 200
+    generator = torch.Generator().manual_seed(0)
+    # Unequal heads: a global clip would couple them.
+    size = torch.tensor([0.2, 1.0, 5.0])[:, None] * scale
+    batches = torch.randn(n_steps, 64, n_heads, d_head, generator=generator) * size
+    trainer_config = SAETrainerConfig(
+        total_training_samples=n_steps * 64,
+        train_batch_size_samples=64,
+        lr=1e-3,
+        lr_end=1e-4,
+        lr_warm_up_steps=20,
+        lr_decay_steps=40,
+        dead_feature_window=15,
+    )
+    with temporary_seed(0):
+        ours = sqs.QueryHeadTopKTrainingSAE(
+            sqs.QueryHeadTopKTrainingSAEConfig(
+                n_heads=n_heads, d_head=d_head, d_sae_per_head=24, k=2
+            )
+        )
+    solos = []
+    for head in range(n_heads):
+        solo = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_head, d_sae=24, k=2))
+        with torch.no_grad():
+            for name, parameter in solo.named_parameters():
+                parameter.copy_(getattr(ours, name)[head])
+        solos.append(solo)
+    flat = (batch.flatten(-2) for batch in batches)
+    trainer = HeadwiseTrainer(cfg=trainer_config, sae=ours, data_provider=flat)
+    trainer.fit()
+    for head, solo in enumerate(solos):
+        theirs = SAETrainer(
+            cfg=trainer_config, sae=solo, data_provider=(batch[:, head] for batch in batches)
+        )
+        theirs.fit()
+        for name, parameter in solo.named_parameters():
+            mine = getattr(ours, name)[head]
+            assert (mine - parameter).norm() / parameter.norm() <= 1e-4
+        since = trainer.n_forward_passes_since_fired.unflatten(0, (n_heads, 24))[head]
+        assert torch.equal(since, theirs.n_forward_passes_since_fired)
+    assert trainer.dead_neurons.any(), "the auxiliary loss was never on: the test shows too little"
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not(model, texts):
+    first, again, other = (small(model, texts, seed=seed) for seed in (3, 3, 4))
+    for name in first:
+        assert torch.equal(first[name].W_dec, again[name].W_dec)
+        assert not torch.equal(first[name].W_dec, other[name].W_dec)
+    assert first.metrics.equals(again.metrics)
+
+
+def test_the_global_random_state_is_left_as_it_was(model, texts):
+    before = torch.get_rng_state()
+    small(model, texts)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_training_explains_more_variance_than_the_start(model, texts):
+    short = small(model, texts, lr=1e-2)
+    long = small(model, texts, lr=1e-2, training_tokens=30_000)
+    better = long.metrics["explained_variance"] > short.metrics["explained_variance"] + 0.05
+    assert better.all()
+    assert (long.metrics["l0"] <= 3).all()
+    assert list(long.metrics["head"]) == [0, 1, 2, 3] * 2
+
+
+def test_the_standard_architecture_trains_and_sparsifies(model, texts):
+    l0 = [
+        small(
+            model,
+            texts,
+            sae=sqs.QueryHeadStandardTrainingSAEConfig(d_sae_per_head=16, l1_coefficient=c),
+            lr=1e-2,
+            training_tokens=20_000,
+        ).metrics["l0"]
+        for c in (0.01, 5.0)
+    ]
+    assert (l0[1] < l0[0]).all()
+
+
+def test_saes_save_and_load_with_their_metrics(saes, tmp_path, model):
+    saes.save(tmp_path / "saes")
+    loaded = sqs.QuerySAEs.load(tmp_path / "saes")
+    assert list(loaded) == list(saes)
+    assert loaded.metrics.equals(saes.metrics)
+    queries = queries_at(model, torch.arange(4, 20)[None], list(saes))
+    for name, sae in saes.items():
+        assert torch.equal(loaded[name](queries[name]), sae(queries[name]))
+        assert loaded[name].cfg == sae.cfg
+    with pytest.raises(FileExistsError, match="give another folder, or overwrite=True"):
+        saes.save(tmp_path / "saes")
+    saes.save(tmp_path / "saes", overwrite=True)
+
+
+def test_saelens_evaluates_our_saes(saes, texts, model):
+    name = "blocks.2.attn.hook_q"
+    rows = token_rows(model, texts, context_size=16)
+    store = ActivationsStore.from_sae(
+        model,
+        saes[name],
+        [{"tokens": row} for row in rows],
+        context_size=16,
+        streaming=False,
+        store_batch_size_prompts=4,
+        train_batch_size_tokens=16,
+        n_batches_in_buffer=4,
+        total_tokens=16,
+    )
+    metrics, _ = run_evals(
+        saes[name],
+        store,
+        model,
+        ActivationScaler(),
+        EvalConfig(
+            batch_size_prompts=4,
+            n_eval_reconstruction_batches=1,
+            compute_kl=True,
+            compute_ce_loss=True,
+            compute_l2_norms=True,
+            compute_sparsity_metrics=True,
+            compute_variance_metrics=True,
+        ),
+    )
+    assert metrics["sparsity"]["l0"] == pytest.approx(4 * 3, abs=0.5)
+    assert 0.3 < metrics["reconstruction_quality"]["explained_variance"] < 1
+
+
+def test_packed_documents_are_joined_with_bos_and_cut_into_full_rows(model):
+    rows = token_rows(model, ["w0 w1 w2", "w3", "w4 w5 w6 w7"], context_size=5)
+    assert rows == [[1, 4, 5, 6, 1], [1, 7, 1, 8, 9]]
+
+
+def test_whole_documents_are_padded_and_their_padding_is_never_served(model):
+    texts = ["w0 w1 w2", "w3", "w4 w5"]
+    rows = token_rows(model, texts, context_size=8, concat_sequences=False)
+    assert rows == [[1, 4, 5, 6], [1, 7, PAD, PAD], [1, 8, 9, PAD]]
+    name = "blocks.1.attn.hook_q"
+    store = token_rows_store(
+        model,
+        rows,
+        {name: 32},
+        store_batch_size_prompts=3,
+        train_batch_size_tokens=9,
+        activations_mixing_fraction=0.0,
+        n_batches_in_buffer=3,
+    )
+    served = store._get_filtered_multi_hook_llm_batch()[name]
+    expected = [
+        queries_at(model, torch.tensor([row[:n]]), [name])[name][0].flatten(1)
+        for row, n in zip(rows, (4, 2, 3), strict=True)
+    ]
+    torch.testing.assert_close(served, torch.cat(expected))
+
+
+def test_the_pad_id_may_be_the_id_of_a_real_token(model):
+    # `PAD` is a mark, not a token: a document that is full of the token with id 0 keeps all of it.
+    rows = token_rows(model, torch.zeros(2, 4, dtype=torch.long))
+    name = "blocks.1.attn.hook_q"
+    store = token_rows_store(
+        model, rows, {name: 32}, store_batch_size_prompts=2, train_batch_size_tokens=4
+    )
+    assert len(store._get_filtered_multi_hook_llm_batch()[name]) == 8
+
+
+def test_every_form_of_texts_is_accepted(model, texts, examples):
+    tokenized = sqs.tokenize_examples(examples, model.tokenizer)
+    for given in (
+        texts,
+        (text for text in texts),
+        Dataset.from_dict({"text": texts}),
+        torch.randint(4, 52, (30, 12), generator=torch.Generator().manual_seed(0)),
+        tokenized,
+    ):
+        assert len(small(model, given, training_tokens=256)) == 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "changes", "message"),
+    [
+        ([], {}, "texts is empty"),
+        (["w0", "  "], {}, "text 1 is '  ': every document must be a non-empty string"),
+        (["w0 w1"], {}, "the texts have fewer than context_size=64 tokens"),
+        (["w0 " * 20], {"context_size": 8, "concat_sequences": False}, "document 0 has 21 tokens"),
+        (["w0"], {"context_size": 65}, "context_size=65 is not allowed: give 2 to n_ctx=64"),
+        (torch.tensor([[1, 52]]), {}, "with ids 0 to 51"),
+        (torch.ones(2, 3), {}, "give whole numbers"),
+        (Dataset.from_dict({"body": ["w0"]}), {}, "no column 'text'"),
+        (["w0"], {"training_tokens": 64}, "is less than one step of train_batch_size_tokens=128"),
+        (["w0"], {"training_tokens": 0}, "training_tokens=0 is not allowed"),
+    ],
+)
+def test_texts_and_settings_that_cannot_work_are_refused(tiny_models, texts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(tiny_models["bridge"], texts, **changes)
+
+
+def test_one_string_is_not_taken_for_a_list_of_letters(tiny_models):
+    with pytest.raises(TypeError, match="give a list of strings"):
+        small(tiny_models["bridge"], "w0 w1 w2")
+
+
+def test_sites_and_config_must_fit_the_model(tiny_models, texts):
+    model = tiny_models["bridge"]
+    with pytest.raises(ValueError, match="the model has 4 heads of 8"):
+        small(model, texts, [sqs.QuerySite(layer=0, n_heads=2, d_head=16)])
+    with pytest.raises(ValueError, match="no query site at layer 9"):
+        small(model, texts, [sqs.QuerySite(layer=9, n_heads=4, d_head=8)])
+    with pytest.raises(ValueError, match="the SAE config has 4 heads of 4"):
+        small(
+            model,
+            texts,
+            sae=sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=4, d_sae_per_head=16, k=3),
+        )
+    with pytest.raises(ValueError, match="sites is empty"):
+        small(model, texts, [])
