@@ -32,13 +32,19 @@ class ClassMoments:
     def update(self, values: Float[Tensor, "token *shape"], classes: Int[Tensor, " token"]) -> None:
         """Add values, each with the index of its class."""
         values, classes = values.detach().double().cpu(), classes.cpu()
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(self.count):
+            raise ValueError(f"class indices must be 0 to {len(self.count) - 1}")
         for k in classes.unique().tolist():
             chosen = values[classes == k]
             mean = chosen.mean(0)
             self._add(k, len(chosen), mean, (chosen - mean).square().sum(0))
 
     def merge(self, other: "ClassMoments") -> None:
-        """Add all that another one has seen."""
+        """Add all that another one has seen; both must have the same shape."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"moments of shape {list(self.mean.shape)} and {list(other.mean.shape)} can't merge"
+            )
         for k in range(len(self.count)):
             self._add(k, int(other.count[k]), other.mean[k], other.squares[k])
 
@@ -83,6 +89,8 @@ class CentroidTargets:
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
             raise ValueError(f"classes={self.classes} must be two or more different names")
         for hook_name, mean in self.means.items():
+            if hook_name not in self.fingerprint.queries.keys() & self.fingerprint.reconstructions:
+                raise ValueError(f"the fingerprint lacks {hook_name}, where there are centroids")
             variance = self.variances.get(hook_name)
             if variance is None or variance.shape != mean.shape or len(mean) != len(self.classes):
                 raise ValueError(
@@ -91,6 +99,8 @@ class CentroidTargets:
                 )
             if not (bool(mean.isfinite().all()) and bool(variance.isfinite().all())):
                 raise ValueError(f"centroids at {hook_name} hold values that are not finite")
+        if len(self.counts) != len(self.classes):
+            raise ValueError(f"{len(self.counts)} counts do not fit {len(self.classes)} classes")
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{c} {int(n)}" for c, n in zip(self.classes, self.counts, strict=True))
@@ -134,11 +144,11 @@ class CentroidTargets:
             ValueError: a file is damaged, of another format, or its parts do not fit.
         """
         settings = read_json(Path(folder) / _SETTINGS)
-        tensors = read_tensors(Path(folder) / _TENSORS)
         if settings.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} has format {settings.get('format')!r}: this version reads {FORMAT!r}"
             )
+        tensors = read_tensors(Path(folder) / _TENSORS)
         try:
             hook_names = list(settings["hook_names"])
             group = {

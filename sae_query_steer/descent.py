@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Float
@@ -72,13 +73,15 @@ def check_strength(n_steps: int, step_size: float) -> None:
     """Raise unless a number of steps and a step size can be used.
 
     Raises:
-        TypeError: `n_steps` is not a whole number.
+        TypeError: `n_steps` is not a whole number, or `step_size` not a number.
         ValueError: a value is negative or not finite.
     """
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int):
+    if isinstance(n_steps, bool) or not isinstance(n_steps, Integral):
         raise TypeError(f"n_steps={n_steps!r} is not allowed: give a whole number, 0 or more")
     if n_steps < 0:
         raise ValueError(f"n_steps={n_steps} is not allowed: give 0 or more (0 changes nothing)")
+    if isinstance(step_size, bool) or not isinstance(step_size, Real):
+        raise TypeError(f"step_size={step_size!r} is not allowed: give a number, 0 or more")
     if not math.isfinite(step_size) or step_size < 0:
         raise ValueError(
             f"step_size={step_size} is not allowed: give a finite number, 0 or more "

@@ -31,7 +31,7 @@ class Fingerprint:
 
 def fingerprint_tokens(d_vocab: int) -> Int[Tensor, "2 6"]:
     """Return the fixed token rows for a vocabulary: two rows of six, spread over its ids."""
-    return (torch.arange(12) * 7919 + 104_729).remainder(d_vocab).reshape(2, 6)
+    return ((2 * torch.arange(12) + 1) * d_vocab // 24).reshape(2, 6)
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
@@ -63,12 +63,9 @@ def check_queries(stored: Fingerprint, queries: Mapping[str, Queries], *, tolera
         ValueError: another model; the message names the site and both sides' sizes or distance.
     """
     for hook_name, query in queries.items():
-        if hook_name not in stored.queries:
-            raise ValueError(
-                f"no fingerprint for {hook_name}: there is one for {sorted(stored.queries)}"
-            )
-        expected = stored.queries[hook_name]
-        if (difference := relative_difference(query, expected)) > tolerance:
+        expected = _stored(stored.queries, hook_name)
+        difference = relative_difference(query, expected)
+        if not difference <= tolerance:  # NaN too
             raise ValueError(
                 f"another model: at {hook_name} the queries differ from the fingerprint by "
                 f"{difference:.3g} (relative), more than {tolerance:g}; shape here "
@@ -91,11 +88,18 @@ def check_reconstructions(
         ValueError: another SAE; the message names the site and the distance.
     """
     for hook_name, reconstruction in reconstructions.items():
-        difference = relative_difference(reconstruction, stored.reconstructions[hook_name])
-        if difference > tolerance:
+        expected = _stored(stored.reconstructions, hook_name)
+        difference = relative_difference(reconstruction, expected)
+        if not difference <= tolerance:  # NaN too
             raise ValueError(
                 f"another SAE: at {hook_name} it reconstructs the fingerprint's queries "
                 f"differently by {difference:.3g} (relative), more than {tolerance:g}. Load the "
                 "SAEs that these centroids were made with, or make the centroids anew with "
                 "CentroidTargetBuilder"
             )
+
+
+def _stored(queries: Mapping[str, Queries], hook_name: str) -> Queries:
+    if hook_name not in queries:
+        raise ValueError(f"no fingerprint for {hook_name}: there is one for {sorted(queries)}")
+    return queries[hook_name]

@@ -139,7 +139,9 @@ def _record(
     tracker: PositionTracker,
 ) -> TraceRecord:
     def chosen(value: Tensor | None, axis: int) -> Tensor | None:
-        return None if value is None else value.index_select(axis, heads.to(value.device)).cpu()
+        if value is None:
+            return None
+        return value.detach().index_select(axis, heads.to(value.device)).cpu()
 
     delta = chosen(change.delta, 1)
     assert delta is not None
@@ -152,7 +154,7 @@ def _record(
         row=rows.cpu(),
         position=positions.index[rows, columns].cpu(),
         token=None if tokens is None or offset < 0 else tokens[rows, columns + offset].cpu(),
-        query_norm=queries[:, heads].float().norm(dim=-1).cpu(),
+        query_norm=queries.detach()[:, heads].float().norm(dim=-1).cpu(),
         change=QueryChange(
             delta=delta,
             distance_before=chosen(change.distance_before, 1),

@@ -62,5 +62,9 @@ class ReconstructionMoments:
 def kl_divergence(
     log_p: Float[Tensor, "*batch d_vocab"], log_q: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """Return KL(p || q) in nats of distributions given by their log probabilities."""
-    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    """Return KL(p || q) in nats of distributions given by their log probabilities.
+
+    Where p is 0 the term is 0, as for a token that is masked out.
+    """
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.where(log_p > -torch.inf, 0.0).sum(-1)

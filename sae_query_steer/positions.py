@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -44,6 +45,9 @@ class _Joinable:
 
     def __or__(self, other: Scope) -> "AnyOf":
         return AnyOf(self, other)  # pyright: ignore[reportArgumentType]
+
+    def __ror__(self, other: Scope) -> "AnyOf":
+        return AnyOf(other, self)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,12 @@ class AnyOf(_Joinable):
     def __init__(self, *scopes: Scope) -> None:
         if not scopes:
             raise ValueError("AnyOf() needs at least one scope; got none")
+        for scope in scopes:
+            check_scope(scope, name="scope")
         object.__setattr__(self, "scopes", scopes)
 
     def __repr__(self) -> str:
-        return " | ".join(map(repr, self.scopes))
+        return scope_name(self)
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the union of the scopes' columns."""
@@ -128,7 +134,7 @@ def select(scope: Scope, positions: Positions) -> Bool[Tensor, "batch pos"]:
     Source: our choice.
     """
     mask = scope(positions)
-    if not isinstance(mask, Tensor) or mask.dtype.is_floating_point or mask.dtype.is_complex:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(
             f"the scope {scope!r} returned {_describe(mask)}: it must return a boolean tensor "
             "of shape [batch pos]"
@@ -138,7 +144,15 @@ def select(scope: Scope, positions: Positions) -> Bool[Tensor, "batch pos"]:
             f"the scope {scope!r} returned shape {list(mask.shape)}: this forward pass has "
             f"[batch pos] = {list(positions.valid.shape)}"
         )
-    return mask.bool() & positions.valid
+    return mask & positions.valid
+
+
+def scope_name(scope: Scope) -> str:
+    """Return how a scope prints; a function by its name, without the address that changes."""
+    if isinstance(scope, AnyOf):
+        return " | ".join(map(scope_name, scope.scopes))
+    name = getattr(scope, "__qualname__", None)
+    return repr(scope) if name is None else f"{scope.__module__}.{name}"
 
 
 def check_scope(scope: object, *, name: str) -> None:

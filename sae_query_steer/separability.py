@@ -73,8 +73,11 @@ def separability(
     labels = [example.label for example in tokenized]
     check_classes(labels, at_least=4)
     classes = ordered_classes(labels)
-    train, test = train_test_split(
-        tokenized, test_size=test_share, stratify=labels, random_state=seed
+    train, test = (
+        [tokenized[i] for i in part]
+        for part in train_test_split(
+            range(len(labels)), test_size=test_share, stratify=labels, random_state=seed
+        )
     )
     sites = encoder_sites(saes)
     encoders = {"latents": saes, "query": identity_encoders(sites.values())}

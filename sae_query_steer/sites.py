@@ -31,7 +31,7 @@ class QuerySite:
         Raises:
             ValueError: the name is not that of a query hook point.
         """
-        match = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_q", hook_name)
+        match = re.fullmatch(r"blocks\.(0|[1-9]\d*)\.attn\.hook_q", hook_name)
         if match is None:
             raise ValueError(
                 f"{hook_name!r} is no query hook point: the names are blocks.L.attn.hook_q"

@@ -37,6 +37,8 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         written = aside / "new"
         written.mkdir()
         yield written
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} appeared while it was written: nothing was replaced")
         if path.exists():
             path.rename(aside / "old")
         written.rename(path)
@@ -70,7 +72,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors."""
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
+    # A copy of each: safetensors refuses two names for one piece of memory.
+    save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

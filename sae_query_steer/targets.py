@@ -16,7 +16,7 @@ from sae_query_steer.data import (
 )
 from sae_query_steer.fingerprint import check_queries, check_reconstructions
 from sae_query_steer.hosts.models import queries_at, tokenizer_of, without_hooks
-from sae_query_steer.positions import LastPromptToken, Span, check_scope
+from sae_query_steer.positions import LastPromptToken, Span, check_scope, scope_name
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 
 
@@ -149,7 +149,7 @@ class CentroidTargetBuilder:
             means={name: m.mean.float() for name, m in self._moments.items()},
             variances={name: m.variance().float() for name, m in self._moments.items()},
             counts=counts.clone(),
-            span=repr(self.span),
+            span=scope_name(self.span),
             fingerprint=take_fingerprint(self.model, self.saes),
         )
 

@@ -62,8 +62,9 @@ def token_rows(
     items = list(texts)
     if not items:
         raise ValueError("texts is empty: give at least one document")
-    if isinstance(items[0], TokenizedExample):
-        return _padded([example.tokens.tolist() for example in items], context_size)
+    whole = [item.tokens.tolist() for item in items if isinstance(item, TokenizedExample)]
+    if len(whole) == len(items):
+        return _padded(whole, context_size)
     tokenizer = tokenizer_of(model)
     documents = _tokenized(items, tokenizer)
     bos = _bos(tokenizer) if prepend_bos else None

@@ -335,3 +335,18 @@ def test_an_sae_of_another_shape_is_refused():
         check_reconstructions(
             some_fingerprint(), {HOOKS[0]: torch.ones(2, 6, 4, D_HEAD)}, tolerance=0.1
         )
+
+
+def test_a_fingerprint_that_is_not_a_number_matches_nothing():
+    stored = Fingerprint(
+        tokens=fingerprint_tokens(20),
+        queries={"a": torch.ones(2, 6, 3, 4)},
+        reconstructions={"a": torch.ones(2, 6, 3, 4)},
+    )
+    nan = {"a": torch.full((2, 6, 3, 4), torch.nan)}
+    with pytest.raises(ValueError, match="another model"):
+        check_queries(stored, nan, tolerance=1e-3)
+    with pytest.raises(ValueError, match="another SAE"):
+        check_reconstructions(stored, nan, tolerance=1e-3)
+    with pytest.raises(ValueError, match="no fingerprint for b"):
+        check_reconstructions(stored, {"b": nan["a"]}, tolerance=1e-3)

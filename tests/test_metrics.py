@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ def measured():
     latents = torch.randn(N_TOKENS, N_HEADS, D_SAE, generator=generator)
     latents = (latents - torch.tensor([0.0, 0.5, 1.0])[:, None]).relu()
     latents[:, 1, 4] = 0
+    latents[:, 1, 5] = torch.arange(N_TOKENS) == 0  # Fires in the first batch only.
     latents[:, 2, :3] = 0
     return x, reconstruction, latents
 
@@ -70,3 +73,11 @@ def test_kl_divergence_is_its_formula_in_nats():
     expected = sum(p[..., i] * (p[..., i] / q[..., i]).log() for i in range(5))
     torch.testing.assert_close(kl_divergence(log_p, log_q), expected, rtol=0, atol=1e-12)
     assert kl_divergence(log_p, log_p).eq(0).all()
+
+
+def test_a_token_of_probability_zero_adds_nothing_to_the_divergence():
+    log_p = torch.tensor([0.25, 0.75, 0.0]).log()
+    log_q = torch.tensor([0.5, 0.25, 0.25]).log()
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(3)
+    assert float(kl_divergence(log_p, log_q)) == pytest.approx(expected)
+    assert float(kl_divergence(log_p, log_p)) == 0

@@ -182,3 +182,18 @@ def test_a_value_that_can_not_be_called_is_no_scope():
     )
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         check_scope("last", name="scope")
+
+
+def test_a_class_where_an_instance_is_meant_is_found_inside_a_union():
+    with pytest.raises(TypeError, match=r"write scope=ResponseTokens\(\)"):
+        LastPromptToken() | ResponseTokens
+
+
+def test_a_function_joins_from_the_left_and_prints_by_its_name():
+    def second(positions):
+        return positions.index == 1
+
+    joined = second | LastPromptToken()
+    assert isinstance(joined, AnyOf)
+    assert repr(joined).endswith("second | LastPromptToken()")
+    assert "0x" not in repr(joined)

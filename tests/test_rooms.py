@@ -14,7 +14,7 @@ FOLDER = Path(sae_query_steer.__file__).parent
 # "" is the package itself, which imports everything but the command line.
 ORDER = (
     *("bloom", "positions", "storage", "fingerprint", "centroids", "objectives", "descent"),
-    *("metrics", "data", "sites"),
+    *("metrics", "data", "readers", "sites"),
     *("hosts", "hosts.models", "hosts.tracking", "hosts.saelens"),
     *("sae.core", "sae.standard", "sae.topk", "sae", "sae.collection", "sae.encoders"),
     *("token_rows", "capture", "training", "targets", "separability", "interchange"),

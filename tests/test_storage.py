@@ -171,3 +171,23 @@ def test_a_pickle_in_disguise_is_refused_and_not_run(tmp_path):
     assert not trace.exists()
     pickle.loads(path.read_bytes())
     assert trace.exists(), "the pickle must be able to act for this to say anything"
+
+
+def test_two_names_for_one_tensor_are_written_as_two(tmp_path):
+    tensor = torch.arange(6.0).reshape(2, 3)
+    write_tensors(tmp_path / "t.safetensors", {"a": tensor, "b": tensor.mT})
+    loaded = read_tensors(tmp_path / "t.safetensors")
+    assert torch.equal(loaded["a"], tensor)
+    assert torch.equal(loaded["b"], tensor.mT)
+
+
+def test_a_folder_that_appears_while_another_is_written_is_not_replaced(tmp_path):
+    with (
+        pytest.raises(FileExistsError, match="appeared while it was written"),
+        new_folder(tmp_path / "out") as new,
+    ):
+        (new / "mine").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

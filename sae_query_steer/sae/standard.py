@@ -1,6 +1,7 @@
 """Standard: ReLU latents under an L1 penalty."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from einops import rearrange
 from sae_lens.registry import register_sae_class, register_sae_training_class
@@ -29,7 +30,10 @@ class QueryHeadStandardSAEConfig(QueryHeadSAEConfig):
         return ARCHITECTURE
 
 
-class QueryHeadStandardSAE(QueryHeadSAE[QueryHeadStandardSAEConfig]):
+T_STANDARD = TypeVar("T_STANDARD", bound=QueryHeadStandardSAEConfig)
+
+
+class QueryHeadStandardSAE(QueryHeadSAE[T_STANDARD]):
     """ReLU SAEs of all heads of a query site."""
 
     @override
@@ -53,7 +57,8 @@ class QueryHeadStandardTrainingSAEConfig(QueryHeadStandardSAEConfig, QueryHeadTr
 
 
 class QueryHeadStandardTrainingSAE(
-    QueryHeadStandardSAE, QueryHeadTrainingSAE[QueryHeadStandardTrainingSAEConfig]
+    QueryHeadStandardSAE[QueryHeadStandardTrainingSAEConfig],
+    QueryHeadTrainingSAE[QueryHeadStandardTrainingSAEConfig],
 ):
     """ReLU SAEs of all heads of a query site, in training."""
 

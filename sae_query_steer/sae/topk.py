@@ -1,7 +1,7 @@
 """TopK: the k largest pre-activations of each head, above zero."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -47,7 +47,10 @@ class QueryHeadTopKSAEConfig(QueryHeadSAEConfig):
         return ARCHITECTURE
 
 
-class QueryHeadTopKSAE(QueryHeadSAE[QueryHeadTopKSAEConfig]):
+T_TOPK = TypeVar("T_TOPK", bound=QueryHeadTopKSAEConfig)
+
+
+class QueryHeadTopKSAE(QueryHeadSAE[T_TOPK]):
     """TopK SAEs of all heads of a query site."""
 
     @override
@@ -87,7 +90,8 @@ class QueryHeadTopKTrainingSAEConfig(QueryHeadTopKSAEConfig, QueryHeadTrainingSA
 
 
 class QueryHeadTopKTrainingSAE(
-    QueryHeadTopKSAE, QueryHeadTrainingSAE[QueryHeadTopKTrainingSAEConfig]
+    QueryHeadTopKSAE[QueryHeadTopKTrainingSAEConfig],
+    QueryHeadTrainingSAE[QueryHeadTopKTrainingSAEConfig],
 ):
     """TopK SAEs of all heads of a query site, in training."""
 

@@ -1,0 +1,130 @@
+"""Baselines: the same mechanism without the SAE, without the direction, without the steer."""
+
+import pytest
+import torch
+
+import sae_query_steer as sqs
+from sae_query_steer.hosts.models import queries_at
+
+NAME = "blocks.2.attn.hook_q"
+
+
+@pytest.fixture
+def dense(tiny_models, examples):
+    """Identity encoders of layers 0 and 2 and the centroids of raw queries."""
+    sites = sqs.query_sites(tiny_models["bridge"], [0, 2])
+    encoders = sqs.identity_encoders(sites)
+    targets = sqs.CentroidTargetBuilder(tiny_models["bridge"], encoders).fit(examples)
+    return sites, encoders, targets
+
+
+def change_of(model, steerer, tokens) -> torch.Tensor:
+    """What a steerer adds at the last prompt token of layer 2, [head d_head]."""
+    seen = []
+    with (
+        steerer.apply(model, prompt_lengths=tokens.shape[1]),
+        model.hooks(fwd_hooks=[(NAME, lambda q, hook: seen.append(q.clone()))]),
+    ):
+        model(tokens)
+    return (seen[0] - queries_at(model, tokens, [NAME])[NAME])[0, -1]
+
+
+def test_dense_centroids_are_the_mean_queries_of_the_classes(model, dense, examples):
+    _, _, targets = dense
+    tokenized = sqs.tokenize_examples(examples, model.tokenizer)
+    for index, label in enumerate(targets.classes):
+        queries = [
+            queries_at(model, e.tokens[None, : e.prompt_length], [NAME])[NAME][0, -1]
+            for e in tokenized
+            if e.label == label
+        ]
+        torch.testing.assert_close(targets.means[NAME][index], torch.stack(queries).mean(0))
+
+
+def test_dense_steering_moves_the_query_itself_towards_the_mean(model, dense):
+    _, encoders, targets = dense
+    steerer = sqs.LatentGradientSteerer(
+        encoders,
+        targets,
+        target="create",
+        objective=sqs.SquaredDistance(),
+        n_steps=2,
+        step_size=0.5,
+        layers=[2],
+    )
+    tokens = model.to_tokens("w1 w20 w33")
+    query = queries_at(model, tokens, [NAME])[NAME][0, -1]
+    mean = targets.means[NAME][targets.class_index("create")]
+    torch.testing.assert_close(
+        change_of(model, steerer, tokens), 0.75 * (mean - query), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_mean_difference_is_added_whole_and_may_leave_the_positive_range(model, dense):
+    sites, _, targets = dense
+    steerer = sqs.mean_difference(sites, targets, target="apply", strength=1.5, layers=[2])
+    means = targets.means[NAME]
+    difference = 1.5 * (means[targets.class_index("apply")] - means.mean(0))
+    assert (difference < 0).any()
+    tokens = model.to_tokens("w1 w20 w33")
+    torch.testing.assert_close(change_of(model, steerer, tokens), difference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_random_direction_is_as_long_as_the_steers_change_and_follows_its_seed(
+    model, saes, targets
+):
+    steerer = sqs.LatentGradientSteerer(
+        saes,
+        targets,
+        target="create",
+        objective=sqs.SquaredDistance(),
+        n_steps=3,
+        step_size=0.5,
+        layers=[2],
+        heads=[0, 2],
+    )
+    tokens = model.to_tokens("w1 w20 w33")
+    real = change_of(model, steerer, tokens)
+    first, again, other = (
+        change_of(model, sqs.RandomDirectionSteerer(steerer, seed=s), tokens) for s in (1, 1, 2)
+    )
+    torch.testing.assert_close(first.norm(dim=-1), real.norm(dim=-1), rtol=1e-3, atol=1e-5)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first[0], other[0], atol=1e-3)
+    assert (real[[1, 3]] == 0).all()
+    cosine = torch.cosine_similarity(first[[0, 2]], real[[0, 2]], dim=-1)
+    assert (cosine.abs() < 0.95).all()
+
+
+def test_the_random_control_is_recorded_and_needs_its_model(model, saes, targets, tiny_folder):
+    steerer = sqs.LatentGradientSteerer(
+        saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0
+    )
+    control = sqs.RandomDirectionSteerer(steerer, seed=5)
+    with control.apply(model, record=True) as trace:
+        model.generate("w1 w2", max_new_tokens=2, do_sample=False, verbose=False)
+    table = trace.to_dataframe()
+    assert set(table["target"]) == {"random direction (seed 5)"}
+    assert len(table) == 8
+    pairs = control.fwd_hooks(model, prompt_lengths=3)
+    assert [name for name, _ in pairs] == ["blocks.0.attn.hook_q", NAME]
+
+
+def test_a_few_shot_prompt_shows_k_solved_examples_of_the_class(examples):
+    prompt = sqs.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=4)
+    shots = {e.prompt + e.response for e in examples if e.label == "create"}
+    *shown, last = prompt.split("\n\n")
+    assert last == "w0 w1"
+    assert len(set(shown)) == 2
+    assert set(shown) <= shots
+    assert prompt == sqs.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=4)
+    assert prompt != sqs.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=5)
+
+
+def test_a_few_shot_prompt_never_shows_the_prompts_own_answer(examples):
+    own = next(e for e in examples if e.label == "create")
+    n = sum(e.label == "create" for e in examples)
+    with pytest.raises(ValueError, match=f"class 'create' has {n - 1} examples with a response"):
+        sqs.few_shot_prompt(own.prompt, examples, target="create", k=n)
+    with pytest.raises(ValueError, match="k=0 is not allowed"):
+        sqs.few_shot_prompt("w0", examples, target="create", k=0)

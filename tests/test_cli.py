@@ -1,0 +1,102 @@
+"""The command line: the chain in four commands, and what it says to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+from wheel_check import chain, make_model, make_texts
+
+from sae_query_steer.cli import app
+
+# What SAELens and TransformerLens warn of while a model boots is theirs to mend.
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model and texts, in which the four commands have run."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("cli")
+    with torch.random.fork_rng():
+        make_model(folder / "model")
+    make_texts(folder / "texts.csv")
+    outputs = []
+    for arguments in chain(folder):
+        result = runner.invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        outputs.append(result.output)
+    return folder, outputs
+
+
+def test_the_four_commands_show_tables_and_write_folders(folder):
+    folder, (train, targets, sites, steer) = folder
+    assert "explained_variance" in train
+    for label in ("remember", "apply", "create"):
+        assert [label, "12"] in [line.split() for line in targets.splitlines()]
+    table = pd.read_csv(folder / "sites" / "sites.csv")
+    assert set(table["layer"]) == {0, 1}
+    assert {"kl", "kl_control", "accuracy_latents", "accuracy_position"} <= set(table.columns)
+    assert len(table) == 2 * 5
+    assert "kl_control" in sites
+    texts = json.loads((folder / "steered" / "texts.json").read_text())
+    assert texts["unsteered"].startswith("w1 w2 w3")
+    assert texts["steered"].startswith("w1 w2 w3")
+    assert f"steered towards create: {texts['steered']}" in steer
+    trace = pd.read_csv(folder / "steered" / "trace.csv")
+    assert (trace["distance_after.create"] < trace["distance_before.create"]).all()
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, {"--layers": "0-7"}, "no query site at layer 2: the model has 2 layers (0 to 1)"),
+        (0, {"--layers": "one"}, "--layers 'one' is not allowed: give all, or such as 1,2 or 8-20"),
+        (0, {"--arch": "gated"}, "--arch 'gated' is not allowed: choose from topk, standard"),
+        (0, {"--text": "body"}, "there is no column 'body'"),
+        (0, {"--k": "99"}, "k=99 is not allowed: give 1 to d_sae_per_head=16"),
+        (0, {"--out": "saes"}, "exists: give another folder, or --overwrite"),
+        (1, {"--label": "grade"}, "there is no column 'grade'; the columns are"),
+        (1, {"--span": "end"}, "--span 'end' is not allowed: choose from last-prompt-token"),
+        (1, {"--csv": "none.csv"}, "there is no file"),
+        (1, {"--saes": "none"}, "none"),
+        (3, {"--target": "creation"}, "no class 'creation': the classes are"),
+        (3, {"--objective": "nearest"}, "--objective 'nearest' is not allowed: choose from"),
+        (3, {"--step-size": "nan"}, "step_size=nan is not allowed"),
+        (3, {"--scope": "last-response-token"}, "LastResponseToken() can't be a scope"),
+        (3, {"--model": "/none/such"}, "no model folder"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(folder, index, change, message):
+    folder, _ = folder
+    arguments = chain(folder)[index]
+    options = {"--out": "elsewhere"} | change
+    for option, value in options.items():
+        if option in ("--csv", "--out", "--saes"):
+            value = str(folder / value)
+        if option in arguments:
+            arguments[arguments.index(option) + 1] = value
+        else:
+            arguments += [option, value]
+    result = runner.invoke(app, arguments)
+    assert message in f"{result.exception}"
+    assert isinstance(result.exception, ValueError | FileNotFoundError | FileExistsError)
+    assert not (folder / "elsewhere").exists()
+
+
+def test_the_command_ends_with_one_line_and_status_two(tmp_path):
+    command = [sys.executable, "-c", "from sae_query_steer.cli import main; main()"]
+    result = subprocess.run(
+        [*command, "targets", "--model", "/none", "--saes", "x", "--csv", str(tmp_path / "t.csv")]
+        + ["--prompt", "q", "--label", "l", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("sae-query-steer: there is no file")

@@ -1,0 +1,137 @@
+"""Separability and interchange effect: what they measure, on models where the answer is known."""
+
+import pytest
+import torch
+
+import sae_query_steer as sqs
+from sae_query_steer.hosts.models import queries_at
+
+
+# A latent that never fires has no deviation: scikit-learn says so.
+@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_:UserWarning")
+def test_separability_is_the_held_out_accuracy_of_the_nearest_centroid(model, saes, examples):
+    from sklearn.model_selection import train_test_split
+    from sklearn.neighbors import NearestCentroid
+
+    table = sqs.separability(model, saes, examples, seed=3, test_share=0.4)
+    name, head = "blocks.2.attn.hook_q", 1
+    tokenized = sqs.tokenize_examples(examples, model.tokenizer)
+    labels = [e.label for e in tokenized]
+    queries = torch.stack(
+        [
+            queries_at(model, e.tokens[None, : e.prompt_length], [name])[name][0, -1]
+            for e in tokenized
+        ]
+    )
+    latents = saes[name].encode(queries)
+    train, test = train_test_split(
+        range(len(labels)), test_size=0.4, stratify=labels, random_state=3
+    )
+    truth = [labels[i] for i in test]
+    row = table.query("layer == 2 and head == @head").iloc[0]
+    together = table.query("layer == 2 and head == 'all'").iloc[0]
+    for column, values in (("accuracy_latents", latents), ("accuracy_query", queries)):
+        for where, features in ((row, values[:, head]), (together, values.flatten(1))):
+            referee = NearestCentroid().fit(features[train], [labels[i] for i in train])
+            assert where[column] == pytest.approx(referee.score(features[test], truth))
+    assert row["n_test"] == len(test)
+    assert row["n_train"] == len(train)
+    assert row["chance"] == pytest.approx(max(map(truth.count, labels)) / len(test))
+    assert len(table) == 2 * 5
+
+
+def test_classes_that_differ_by_length_alone_are_told_apart_by_position(tiny_models, saes):
+    examples = [
+        sqs.LabelledExample(prompt=" ".join(["w1"] * n), label=label)
+        for label, n in (("short", 3), ("long", 9))
+        for _ in range(12)
+    ]
+    table = sqs.separability(tiny_models["bridge"], saes, examples)
+    assert (table["accuracy_position"] == 1).all()
+
+
+def test_separability_refuses_what_it_cannot_split(tiny_models, saes, examples):
+    with pytest.raises(ValueError, match="test_share=1.0 is not allowed"):
+        sqs.separability(tiny_models["bridge"], saes, examples, test_share=1.0)
+    few = [e for e in examples if e.label != "apply"][:20] + [
+        sqs.LabelledExample(prompt=f"w{i}", label="apply") for i in range(3)
+    ]
+    with pytest.raises(ValueError, match="class 'apply' has 3 example"):
+        sqs.separability(tiny_models["bridge"], saes, few)
+
+
+def test_the_interchange_effect_equals_a_patch_made_by_hand(model, examples):
+    # Two examples of two classes: every pair is known.
+    chosen = [next(e for e in examples if e.label == k) for k in ("apply", "create")]
+    pair = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in chosen for _ in (0, 1)]
+    table = sqs.interchange_effect(model, sqs.query_sites(model, [1]), pair, n_pairs=2)
+    name = "blocks.1.attn.hook_q"
+    a, b = (model.to_tokens(e.prompt) for e in chosen)
+
+    def log_probs(tokens, hooks=()):
+        logits = model.run_with_hooks(tokens, fwd_hooks=list(hooks))
+        return logits.detach()[0, -1].log_softmax(-1)
+
+    for head in (0, 1, 2, 3, "all"):
+        heads = slice(None) if head == "all" else [head]
+        kl, toward, before = [], [], []
+        for receiver, donor in ((a, b), (b, a)):
+            donated = queries_at(model, donor, [name])[name][:, -1]
+
+            def patch(q, hook, donated=donated, heads=heads):
+                q = q.clone()
+                q[:, -1, heads] = donated[:, heads]
+                return q
+
+            clean, goal = log_probs(receiver), log_probs(donor)
+            patched = log_probs(receiver, [(name, patch)])
+            kl.append((clean.exp() * (clean - patched)).sum())
+            toward.append((goal.exp() * (patched - clean)).sum())
+            before.append((goal.exp() * (goal - clean)).sum())
+        row = table[table["head"] == head].iloc[0]
+        assert row["kl"] == pytest.approx(float(sum(kl) / 2), rel=1e-3, abs=1e-6)
+        assert row["kl_control"] == pytest.approx(0, abs=1e-6)  # the donor has the same text
+        assert row["toward_class"] == pytest.approx(float(sum(toward) / 2), rel=1e-2, abs=1e-5)
+        assert row["toward_share"] == pytest.approx(
+            float(sum(toward) / sum(before)), rel=1e-2, abs=1e-5
+        )
+
+
+def test_a_site_whose_output_is_cut_off_has_no_effect(tiny_folder, examples):
+    model = sqs.load_model(str(tiny_folder), device="cpu")
+    with torch.no_grad():
+        model.blocks[1].attn.o.original_component.weight.zero_()
+    table = sqs.interchange_effect(
+        model, sqs.query_sites(model), examples, n_pairs=6, per_head=False
+    ).set_index("layer")
+    assert table.loc[1, "kl"] == pytest.approx(0, abs=1e-6)
+    assert table.loc[0, "kl"] > 1e-3
+    assert list(table["head"]) == ["all"] * 3
+
+
+def test_spans_of_unequal_length_are_patched_as_far_as_both_go(model, examples):
+    table = sqs.interchange_effect(
+        model,
+        sqs.query_sites(model, [0]),
+        examples,
+        span=sqs.ResponseTokens(),
+        n_pairs=6,
+        per_head=False,
+        batch_size=4,
+    )
+    assert table["kl"].iloc[0] > 1e-3
+
+
+def test_equal_seeds_give_equal_tables_and_leave_no_hook(model, examples):
+    tables = [
+        sqs.interchange_effect(
+            model, sqs.query_sites(model, [2]), examples, n_pairs=5, seed=seed, per_head=False
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert tables[0].equals(tables[1])
+    assert not tables[0].equals(tables[2])
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    assert not any(point._forward_hooks for point in points)
+    with pytest.raises(ValueError, match="n_pairs=0 is not allowed"):
+        sqs.interchange_effect(model, sqs.query_sites(model), examples, n_pairs=0)

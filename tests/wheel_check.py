@@ -1,0 +1,100 @@
+"""Run the chain by the command line alone, on a model made here; for an installed wheel.
+
+Usage: python wheel_check.py PATH_OF_COMMAND. Also imported by tests/test_cli.py.
+"""
+
+import csv
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+WORDS = [f"w{i}" for i in range(48)]
+
+
+def make_model(folder: Path) -> None:
+    """Write a tiny Llama with a word tokenizer: 2 layers, 4 query heads of 8, random weights."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=52,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.4,
+        )
+    ).save_pretrained(folder)
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+
+
+def make_texts(path: Path) -> None:
+    """Write a CSV of 36 texts, labelled with the 1956 names of three Bloom levels."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "level"])
+        for i in range(36):
+            k = i % 3
+            words = [WORDS[16 * k + (i * 5 + j * 3) % 16] for j in range(3 + i % 4)]
+            writer.writerow([" ".join(words), ("Knowledge", "Application", "Synthesis")[k]])
+
+
+def chain(folder: Path) -> list[list[str]]:
+    """Return the arguments of the four commands, in order."""
+    model = ["--model", str(folder / "model"), "--device", "cpu"]
+    texts = ["--csv", str(folder / "texts.csv"), "--prompt", "question", "--label", "level"]
+    saes = ["--saes", str(folder / "saes")]
+    return [
+        [
+            "train", *model, "--layers", "0-1", "--csv", str(folder / "texts.csv"),
+            "--text", "question", "--d-sae", "16", "--k", "3", "--tokens", "4096",
+            "--batch-tokens", "128", "--context-size", "16", "--out", str(folder / "saes"),
+        ],
+        ["targets", *model, *saes, *texts, "--bloom", "--out", str(folder / "targets")],
+        ["sites", *model, *saes, *texts, "--bloom", "--pairs", "6", "--out", str(folder / "sites")],
+        [
+            "steer", *model, *saes, "--targets", str(folder / "targets"), "--target", "create",
+            "--prompt", "w1 w2 w3", "--objective", "distance", "--step-size", "0.2",
+            "--max-new-tokens", "8", "--out", str(folder / "steered"),
+        ],
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Run the four commands and look at what they wrote."""
+    command = sys.argv[1]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        make_texts(folder / "texts.csv")
+        for arguments in chain(folder):
+            subprocess.run([command, *arguments], check=True, stdout=subprocess.DEVNULL)
+        wrote = {p.name for p in (folder / "steered").iterdir()}
+        assert wrote == {"trace.csv", "texts.json"}, wrote
+    import sae_query_steer
+
+    assert (Path(sae_query_steer.__file__).parent / "py.typed").is_file()
+    sys.stdout.write("the wheel runs the chain in an environment of its own\n")
+
+
+if __name__ == "__main__":
+    main()
