@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import HOSTS
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformers import DynamicCache
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import queries_at
@@ -397,3 +399,30 @@ def test_prompt_lengths_that_do_not_fit_are_refused(untyped, model, make, length
         make(scope=sqs.LastPromptToken()).apply(model, prompt_lengths=lengths),
     ):
         model(tokens_of(model, PROMPTS[0]))
+
+
+def test_a_hand_written_loop_with_a_cache_steers_as_generate_does(tiny_models, make):
+    prompt = "w1 w20 w33"
+    for scope in SCOPES.values():
+        steerer = make(scope=scope)
+        model = tiny_models["hooked"]
+        with steerer.apply(model):
+            expected = generate(model, prompt)[0]
+        tokens = model.to_tokens(prompt)
+        cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
+        with steerer.apply(model, prompt_lengths=4), torch.no_grad():
+            new = tokens
+            for _ in range(6):
+                new = model(new, past_kv_cache=cache)[:, -1].argmax(-1, keepdim=True)
+                tokens = torch.cat([tokens, new], dim=1)
+        assert torch.equal(tokens, expected)
+
+        model = tiny_models["bridge"]
+        tokens, past = model.to_tokens(prompt), DynamicCache()
+        with steerer.apply(model, prompt_lengths=4), torch.no_grad():
+            new = tokens
+            for _ in range(6):
+                logits = model(new, past_key_values=past, use_cache=True)
+                new = logits[:, -1].argmax(-1, keepdim=True)
+                tokens = torch.cat([tokens, new], dim=1)
+        assert torch.equal(tokens, expected)

@@ -5,6 +5,7 @@ around it, which gets attention mask and cache as keyword arguments on both host
 of `generate` that started it. `PositionTracker` listens to both and leaves nothing behind.
 """
 
+import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -143,16 +144,21 @@ class PositionTracker:
             self._run, self._generating = before
 
     def _before_block(self, layer: int) -> Callable[..., None]:
+        block = self._model.blocks[layer]
+        inner = getattr(block, "original_component", block)  # the bridge hides the names
+        names = list(inspect.signature(inner.forward).parameters)
+
         def listen(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            past = _cached_length(kwargs, layer)
+            # GPT-2's blocks get mask and cache by position, Llama's by name.
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            past = _cached_length(arguments, layer)
             starts = self._n_runs == 0 or (past == 0 and layer <= self._run.last_layer)
             if starts and not self._generating:
                 run = self._new_run()
                 run.tokens = self._run.tokens  # they were embedded before the first block ran
                 self._run = run
             self._run.last_layer = layer
-            self._positions = self._locate(hidden, kwargs, past)
+            self._positions = self._locate(arguments[names[0]], arguments, past)
 
         return listen
 

@@ -1,0 +1,96 @@
+"""Architectures beside Llama, tiny, from their Hugging Face configs, on the bridge."""
+
+import pytest
+import torch
+from conftest import word_tokenizer
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+import sae_query_steer as sqs
+
+IDS = {"vocab_size": 52, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ROTARY = IDS | {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+}
+ARCHITECTURES = {
+    "gpt2, learned positions, fused qkv": (
+        GPT2LMHeadModel,
+        lambda: GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4, **IDS
+        ),
+    ),
+    "mistral, a window of 4 tokens": (
+        MistralForCausalLM,
+        lambda: MistralConfig(sliding_window=4, head_dim=8, **ROTARY),
+    ),
+    "phi3, fused qkv": (
+        Phi3ForCausalLM,
+        lambda: Phi3Config(original_max_position_embeddings=64, **ROTARY),
+    ),
+}
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "stop_at_eos": False}
+PROMPTS = ["w1 w2 w3 w4 w9 w12", "w7"]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request, tmp_path_factory):
+    """A tiny model of another architecture, its sites, and dense centroids of two classes."""
+    cls, config = ARCHITECTURES[request.param]
+    folder = tmp_path_factory.mktemp("architecture")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        cls(config()).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    model = sqs.load_model(str(folder), device="cpu")
+    examples = [
+        sqs.LabelledExample(prompt=f"w{i} w{i + 1} w{2 * i}", label="ab"[i % 2]) for i in range(20)
+    ]
+    sites = sqs.query_sites(model)
+    targets = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(examples)
+    return model, sites, targets
+
+
+def generate(model, prompts, **changes):
+    output = model.generate(prompts, return_type="tokens", output_logits=True, **GREEDY | changes)
+    return torch.stack(output.logits, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("scope", "positions"),
+    [
+        (sqs.EveryPosition(), [range(14), range(9)]),
+        (sqs.LastPromptToken(), [[6], [1]]),
+        (sqs.ResponseTokens(), [range(7, 14), range(2, 9)]),
+    ],
+    ids=repr,
+)
+def test_positions_are_exact_with_cache_without_and_in_a_padded_batch(
+    architecture, scope, positions
+):
+    model, sites, targets = architecture
+    steerer = sqs.mean_difference(sites, targets, target="a", strength=2.0, scope=scope)
+    with steerer.apply(model, record=True) as trace:
+        on = generate(model, PROMPTS)
+    with steerer.apply(model):
+        off = generate(model, PROMPTS, use_past_kv_cache=False)
+        alone = [generate(model, prompt) for prompt in PROMPTS]
+    torch.testing.assert_close(on, off, rtol=0, atol=1e-4)
+    for row, logits in enumerate(alone):
+        torch.testing.assert_close(on[row], logits[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(on, generate(model, PROMPTS), atol=1e-2)
+    table = trace.to_dataframe()
+    for row, wanted in enumerate(positions):
+        steered = table.loc[table["row"] == row, "position"].unique().tolist()
+        assert steered == list(wanted)[: 14 if row == 0 else 9]
