@@ -70,6 +70,11 @@ def interchange_effect(
         - toward_class: by how many nats the patch lowers KL(c || next token), where c is the mean
           next-token distribution of the donor's class at its own span
         - toward_share: that, as a share of KL(c || unpatched): 1 would be all the way
+        - toward_control: the same as toward_class, towards the same c, but with the queries of the
+          donor of the receiver's own class: what any patch does
+        - class_effect: toward_class minus toward_control, and class_effect_se, its standard error
+          over the pairs. Where it is within two standard errors of 0, nothing says that the
+          queries of this site carry the class into the next token.
         - n_pairs
 
     Raises:
@@ -94,7 +99,9 @@ def interchange_effect(
         for site in sites
         for head in ([*range(site.n_heads), ALL_HEADS] if per_head else [ALL_HEADS])
     ]
-    sums = {(site.layer, head): torch.zeros(4, dtype=torch.float64) for site, head in cases}
+    found: dict[tuple[int, int | str], list[Tensor]] = {
+        (site.layer, head): [] for site, head in cases
+    }
     receivers = [tokenized[pair.receiver] for pair in pairs]
     with tqdm(total=len(pairs) * len(cases), desc="Patching queries", unit="patch") as bar:
         for batch in length_sorted_batches(receivers, batch_size):
@@ -104,10 +111,12 @@ def interchange_effect(
             control = _Patch.between(mask, [donors[pair.control] for pair in here])
             clean = other.next_tokens(model, batch)
             clean_control = control.next_tokens(model, batch)
-            aim = torch.stack(
-                [class_log_probs[tokenized[here[row].other].label] for row in other.rows.tolist()]
-            ).to(clean)
-            before = kl_divergence(aim, clean)
+            aims = torch.stack([class_log_probs[tokenized[pair.other].label] for pair in here])
+            aim, aim_control = (aims[patch.rows].to(clean) for patch in (other, control))
+            before, before_control = (
+                kl_divergence(aim, clean),
+                kl_divergence(aim_control, clean_control),
+            )
             for site, head in cases:
                 patched = other.next_tokens(model, batch, site, head)
                 moved = control.next_tokens(model, batch, site, head)
@@ -115,13 +124,16 @@ def interchange_effect(
                     other.mean_per_row(kl_divergence(clean, patched)),
                     control.mean_per_row(kl_divergence(clean_control, moved)),
                     other.mean_per_row(before - kl_divergence(aim, patched)),
+                    control.mean_per_row(before_control - kl_divergence(aim_control, moved)),
                     other.mean_per_row(before),
                 )
-                sums[site.layer, head] += torch.stack([v.double().sum().cpu() for v in values])
+                found[site.layer, head].append(torch.stack(values).double().cpu())
                 bar.update(len(here))
     rows = []
     for site, head in cases:
-        kl, kl_control, toward, before = (sums[site.layer, head] / len(pairs)).tolist()
+        values = torch.cat(found[site.layer, head], dim=1)
+        kl, kl_control, toward, toward_control, before = values.mean(1).tolist()
+        effect = values[2] - values[3]
         rows.append(
             {
                 "layer": site.layer,
@@ -130,6 +142,9 @@ def interchange_effect(
                 "kl_control": kl_control,
                 "toward_class": toward,
                 "toward_share": toward / before,
+                "toward_control": toward_control,
+                "class_effect": float(effect.mean()),
+                "class_effect_se": float(effect.std(correction=0)) / len(pairs) ** 0.5,
                 "n_pairs": len(pairs),
             }
         )

@@ -91,6 +91,11 @@ def test_the_interchange_effect_equals_a_patch_made_by_hand(model, examples):
         row = table[table["head"] == head].iloc[0]
         assert row["kl"] == pytest.approx(float(sum(kl) / 2), rel=1e-3, abs=1e-6)
         assert row["kl_control"] == pytest.approx(0, abs=1e-6)  # the donor has the same text
+        assert row["toward_control"] == pytest.approx(0, abs=1e-5)
+        assert row["class_effect"] == pytest.approx(row["toward_class"] - row["toward_control"])
+        effects = [float(t) for t in toward]
+        error = abs(effects[0] - effects[1]) / 2 / 2**0.5
+        assert row["class_effect_se"] == pytest.approx(error, rel=1e-2, abs=1e-5)
         assert row["toward_class"] == pytest.approx(float(sum(toward) / 2), rel=1e-2, abs=1e-5)
         assert row["toward_share"] == pytest.approx(
             float(sum(toward) / sum(before)), rel=1e-2, abs=1e-5

@@ -1,0 +1,65 @@
+"""The README: its example runs as it stands, its commands are CI's, its names are all there are."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import sae_query_steer as sqs
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_example_runs_as_it_stands_but_for_the_model(shared_data, capsys):
+    example = BLOCKS[0].replace("HuggingFaceTB/SmolLM2-135M", str(shared_data / "stories260K"))
+    assert example != BLOCKS[0]
+    names: dict = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(example, "README.md", "exec"), names)  # noqa: S102
+    assert "The dog was" in capsys.readouterr().out
+    table = names["trace"].to_dataframe()
+    assert len(table) == 1 * 2 * 8
+    assert (table["loss_after"] < table["loss_before"]).all()
+    for line in BLOCKS[1].splitlines():
+        assert isinstance(eval(line, names), pd.DataFrame)
+
+
+def test_the_example_is_short():
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 18
+
+
+def test_every_public_name_is_in_the_readme():
+    missing = [name for name in sqs.__all__ if f"`{name}`" not in README and name not in BLOCKS[0]]
+    assert missing == []
+    assert sorted(sqs.__all__) == sqs.__all__
+    assert all(hasattr(sqs, name) for name in sqs.__all__)
+
+
+def test_every_public_name_has_a_docstring_of_its_own():
+    for name in sqs.__all__:
+        assert getattr(sqs, name).__doc__, name
+
+
+def test_ci_runs_the_readmes_test_command():
+    (commands,) = re.findall(r"```\n(pip install.*?)```", README, re.S)
+    install, test = commands.splitlines()[1].split("#")[0].split("&&")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert install.strip().removeprefix("pip install ") in script
+    assert test.strip() == script.strip().splitlines()[-1] == "pytest"
+
+
+def test_the_commands_of_the_readme_have_these_options():
+    from typer.testing import CliRunner
+
+    from sae_query_steer.cli import app
+
+    (block,) = re.findall(r"```\n(sae-query-steer train.*?)```", README, re.S)
+    for line in block.splitlines():
+        _, command, *arguments = line.split()
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
+        for option in (a for a in arguments if a.startswith("--")):
+            assert option in text, (command, option)
