@@ -1,8 +1,7 @@
 """What a steer is compared with, in the same form as the steer."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
-from sae_query_steer.hosts.tracking import PromptLengths
-from sae_query_steer.intervention import HookFunction, applied, plain_fwd_hooks
+from sae_query_steer.intervention import Steerer
 from sae_query_steer.objectives import CentroidContrast
 from sae_query_steer.positions import LastPromptToken, Scope
 from sae_query_steer.sae.encoders import identity_encoders
@@ -60,7 +58,7 @@ def mean_difference(
 
 
 @dataclass(frozen=True, eq=False)
-class RandomDirectionSteerer:
+class RandomDirectionSteerer(Steerer):
     """The control: at every token and head a random direction, as long as the steer's change.
 
     The direction is one for each site and head, drawn once from the seed; only its length follows
@@ -75,38 +73,18 @@ class RandomDirectionSteerer:
     seed: int = 0
     """Of the directions."""
 
-    @property
-    def scope(self) -> Scope:
-        """The steerer's."""
-        return self.steerer.scope
+    scope: Scope = field(init=False, repr=False)
+    """The steerer's."""
 
-    @property
-    def sites(self) -> Any:
-        """The steerer's."""
-        return self.steerer.sites
+    sites: Mapping[str, QuerySite] = field(init=False, repr=False)
+    """The steerer's."""
 
-    @property
-    def site_heads(self) -> Any:
-        """The steerer's."""
-        return self.steerer.site_heads
+    site_heads: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
+    """The steerer's."""
 
-    def apply(
-        self, model: Any, *, record: bool = False, prompt_lengths: PromptLengths | None = None
-    ) -> AbstractContextManager[SteeringTrace]:
-        """Steer for the length of a `with` block; see `LatentGradientSteerer.apply`."""
-        return applied(self, model, record=record, prompt_lengths=prompt_lengths)
-
-    def fwd_hooks(
-        self,
-        model: Any,
-        *,
-        prompt_lengths: PromptLengths | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> list[tuple[str, HookFunction]]:
-        """Return plain TransformerLens pairs; see `LatentGradientSteerer.fwd_hooks`."""
-        return plain_fwd_hooks(
-            self, model, prompt_lengths=prompt_lengths, attention_mask=attention_mask
-        )
+    def __post_init__(self) -> None:
+        for name in ("scope", "sites", "site_heads"):
+            object.__setattr__(self, name, getattr(self.steerer, name))
 
     def check_model(self, model: Any) -> None:
         """Raise unless the steerer belongs to this model."""

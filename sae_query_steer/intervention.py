@@ -5,9 +5,10 @@ only the chosen heads at the scoped positions differ; nothing is left behind, af
 too.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -22,76 +23,99 @@ from sae_query_steer.trace import QueryChange, SteeringTrace, TraceRecord
 HookFunction = Callable[..., Tensor | None]
 
 
-@runtime_checkable
-class Steerer(Protocol):
-    """Something that changes the queries of scoped positions at some sites."""
+class Steerer(ABC):
+    """Something that changes the queries of scoped positions at some sites; a frozen value."""
 
-    @property
-    def scope(self) -> Scope:
-        """Which positions."""
-        ...
+    scope: Scope
+    """Which positions."""
 
-    @property
-    def site_heads(self) -> Mapping[str, tuple[int, ...]]:
-        """The heads that change, by hook name."""
-        ...
+    sites: Mapping[str, QuerySite]
+    """The site of every hook name."""
 
-    @property
-    def sites(self) -> Mapping[str, QuerySite]:
-        """The site of every hook name."""
-        ...
+    site_heads: Mapping[str, tuple[int, ...]]
+    """The heads that change, by hook name."""
 
+    @abstractmethod
     def check_model(self, model: Any) -> None:
         """Raise unless the steerer belongs to this model."""
-        ...
 
+    @abstractmethod
     def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
         """Return an empty trace."""
-        ...
 
+    @abstractmethod
     def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
         """Return the change of queries [token head d_head] of all heads of a site."""
-        ...
 
+    def apply(
+        self, model: Any, *, record: bool = False, prompt_lengths: PromptLengths | None = None
+    ) -> AbstractContextManager[SteeringTrace]:
+        """Steer every forward pass of a model for the length of a `with` block.
 
-@contextmanager
-def applied(
-    steerer: Steerer,
-    model: Any,
-    *,
-    record: bool = False,
-    prompt_lengths: PromptLengths | None = None,
-) -> Iterator[SteeringTrace]:
-    """Steer every forward pass of a model for the length of a `with` block."""
-    steerer.check_model(model)
-    trace = steerer.new_trace(model, recording=record)
-    layers = [steerer.sites[name].layer for name in steerer.site_heads]
-    tracker = PositionTracker(model, layers, prompt_lengths, keep_tokens=record)
-    hooks = [
-        (name, _hook(steerer, name, lambda _queries: tracker.positions, trace, tracker))
-        for name in steerer.site_heads
-    ]
-    with tracker.attached(), model.hooks(fwd_hooks=hooks):
-        yield trace
+        Works in `generate` and `generate_stream` with the KV cache on and off, in batches of
+        prompts of different lengths, in plain forward passes and in `run_with_cache`, beside other
+        hooks: on the same hook point, hooks placed before see the query as it was, hooks placed
+        inside the block see the steered one.
 
+        Args:
+            model: a HookedTransformer or a TransformerBridge.
+            record: keep a trace of what was done; it costs nothing otherwise.
+            prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward
+                passes that do not come from `generate`, where scopes such as `LastPromptToken`
+                can't know it.
 
-def plain_fwd_hooks(
-    steerer: Steerer,
-    model: Any,
-    *,
-    prompt_lengths: PromptLengths | None = None,
-    attention_mask: Tensor | None = None,
-) -> list[tuple[str, HookFunction]]:
-    """Return a steerer as TransformerLens's `(name, function)` pairs."""
-    steerer.check_model(model)
-    trace = SteeringTrace(recording=False)
+        Returns:
+            A context manager that yields the trace.
 
-    def positions(queries: Tensor) -> Positions:
-        return fixed_positions(
-            queries.shape[0], queries.shape[1], queries.device, prompt_lengths, attention_mask
-        )
+        Raises:
+            ValueError: the model is not the one that the centroids belong to, or has no such site.
+        """
+        return self._applied(model, record, prompt_lengths)
 
-    return [(name, _hook(steerer, name, positions, trace, None)) for name in steerer.site_heads]
+    def fwd_hooks(
+        self,
+        model: Any,
+        *,
+        prompt_lengths: PromptLengths | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> list[tuple[str, HookFunction]]:
+        """Return plain TransformerLens pairs, for `run_with_hooks` and `model.hooks`.
+
+        They see forward passes over whole rows without a KV cache; inside `generate` use `apply`,
+        which knows where a decode step stands.
+
+        Args:
+            model: a HookedTransformer or a TransformerBridge.
+            prompt_lengths: tokens of each row's prompt; needed by scopes that depend on it.
+            attention_mask: 0 where a column is padding, [batch pos]; None means no padding.
+
+        Raises:
+            ValueError: the model is not the one that the centroids belong to, or has no such site.
+        """
+        self.check_model(model)
+        trace = SteeringTrace(recording=False)
+
+        def positions(queries: Tensor) -> Positions:
+            return fixed_positions(
+                queries.shape[0], queries.shape[1], queries.device, prompt_lengths, attention_mask
+            )
+
+        return [(name, _hook(self, name, positions, trace, None)) for name in self.site_heads]
+
+    @contextmanager
+    def _applied(
+        self, model: Any, record: bool, prompt_lengths: PromptLengths | None
+    ) -> Iterator[SteeringTrace]:
+        self.check_model(model)
+        trace = self.new_trace(model, recording=record)
+        layers = [self.sites[name].layer for name in self.site_heads]
+        tracker = PositionTracker(model, layers, prompt_lengths, keep_tokens=record)
+        hooks = [
+            (name, _hook(self, name, lambda _queries: tracker.positions, trace, tracker))
+            for name in self.site_heads
+        ]
+        with tracker.attached(), model.hooks(fwd_hooks=hooks):
+            yield trace
 
 
 def _hook(

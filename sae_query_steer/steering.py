@@ -1,7 +1,6 @@
 """`LatentGradientSteerer`: move the latent of the current query towards a class, and decode."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -12,8 +11,7 @@ from torch import Tensor
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.descent import check_strength, descend
 from sae_query_steer.fingerprint import default_tolerance
-from sae_query_steer.hosts.tracking import PromptLengths
-from sae_query_steer.intervention import HookFunction, applied, chosen_heads, plain_fwd_hooks
+from sae_query_steer.intervention import Steerer, chosen_heads
 from sae_query_steer.objectives import Objective, squared_distances
 from sae_query_steer.positions import LastPromptToken, Scope, check_scope
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
@@ -23,7 +21,7 @@ from sae_query_steer.trace import QueryChange, SteeringTrace
 
 
 @dataclass(frozen=True, eq=False)
-class LatentGradientSteerer:
+class LatentGradientSteerer(Steerer):
     """Steers by gradient descent on sparse features of attention queries.
 
     At every scoped position, for every chosen head: z0 = encode(q), K projected gradient steps on
@@ -97,55 +95,6 @@ class LatentGradientSteerer:
                     f"centroids of another SAE at {name}: they are for {have[0]} heads of "
                     f"{have[1]} latents, the SAE has {want[0]} heads of {want[1]}"
                 )
-
-    def apply(
-        self, model: Any, *, record: bool = False, prompt_lengths: PromptLengths | None = None
-    ) -> AbstractContextManager[SteeringTrace]:
-        """Steer every forward pass of a model for the length of a `with` block.
-
-        Works in `generate` and `generate_stream` with the KV cache on and off, in batches of
-        prompts of different lengths, in plain forward passes and in `run_with_cache`, beside other
-        hooks: on the same hook point, hooks placed before see the query as it was, hooks placed
-        inside the block see the steered one.
-
-        Args:
-            model: a HookedTransformer or a TransformerBridge.
-            record: keep a trace of what was done; it costs nothing otherwise.
-            prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward
-                passes that do not come from `generate`, where scopes such as `LastPromptToken`
-                can't know it.
-
-        Returns:
-            A context manager that yields the trace.
-
-        Raises:
-            ValueError: the model is not the one that the centroids belong to, or has no such site.
-        """
-        return applied(self, model, record=record, prompt_lengths=prompt_lengths)
-
-    def fwd_hooks(
-        self,
-        model: Any,
-        *,
-        prompt_lengths: PromptLengths | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> list[tuple[str, HookFunction]]:
-        """Return plain TransformerLens pairs, for `run_with_hooks` and `model.hooks`.
-
-        They see forward passes over whole rows without a KV cache; inside `generate` use `apply`,
-        which knows where a decode step stands.
-
-        Args:
-            model: a HookedTransformer or a TransformerBridge.
-            prompt_lengths: tokens of each row's prompt; needed by scopes that depend on it.
-            attention_mask: 0 where a column is padding, [batch pos]; None means no padding.
-
-        Raises:
-            ValueError: the model is not the one that the centroids belong to, or has no such site.
-        """
-        return plain_fwd_hooks(
-            self, model, prompt_lengths=prompt_lengths, attention_mask=attention_mask
-        )
 
     def check_model(self, model: Any) -> None:
         """Raise unless the steerer belongs to this model; the answer is remembered.

@@ -5,7 +5,6 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions import convert_llama_weights
@@ -14,15 +13,14 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
+from wheel_check import WORDS, word_tokenizer
 
 import sae_query_steer as sqs
 
 # The models are tiny: two threads that wait for each other on a busy machine cost 20 x more.
 torch.set_num_threads(1)
 
-WORDS = [f"w{i}" for i in range(48)]
 HOSTS = ("hooked", "bridge")
 
 
@@ -58,20 +56,6 @@ def as_hooked_transformer(hf, tokenizer) -> HookedTransformer:
         fold_value_biases=False,
     )
     return model
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 48 words and four special tokens, each with an id of its own."""
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import word_tokenizer
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -11,6 +10,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
+from wheel_check import word_tokenizer
 
 import sae_query_steer as sqs
 

@@ -1,6 +1,6 @@
 """Run the chain by the command line alone, on a model made here; for an installed wheel.
 
-Usage: python wheel_check.py PATH_OF_COMMAND. Also imported by tests/test_cli.py.
+Usage: python wheel_check.py PATH_OF_COMMAND. The tests import its parts.
 """
 
 import csv
@@ -15,8 +15,7 @@ WORDS = [f"w{i}" for i in range(48)]
 def make_model(folder: Path) -> None:
     """Write a tiny Llama with a word tokenizer: 2 layers, 4 query heads of 8, random weights."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     LlamaForCausalLM(
@@ -35,16 +34,24 @@ def make_model(folder: Path) -> None:
             initializer_range=0.4,
         )
     ).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
+def word_tokenizer():
+    """A tokenizer of 48 words and four special tokens, each with an id of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-    ).save_pretrained(folder)
+    )
 
 
 def make_texts(path: Path) -> None:
