@@ -22,6 +22,7 @@ from sae_query_steer.objectives import (
     PrototypeLogLikelihood,
     SquaredDistance,
 )
+from sae_query_steer.plots import plot_sites, plot_trace
 from sae_query_steer.positions import (
     AnyOf,
     EveryPosition,
@@ -105,6 +106,8 @@ __all__ = [
     "interchange_effect",
     "load_model",
     "mean_difference",
+    "plot_sites",
+    "plot_trace",
     "query_sites",
     "separability",
     "texts_from_csv",

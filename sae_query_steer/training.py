@@ -167,12 +167,14 @@ def reconstruction_metrics(
     """
     moments = {name: ReconstructionMoments() for name in saes}
     with tqdm(total=n_tokens, desc="Measuring SAEs", unit="token") as bar:
-        while bar.n < n_tokens:
+        seen = 0  # not the bar's count: a user may have switched the bars off
+        while seen < n_tokens:
             batch = next(batches)
             for name, sae in saes.items():
                 x = batch[name].unflatten(-1, (sae.n_heads, sae.cfg.d_head))
                 latents = sae.encode(x)
                 moments[name].update(x, sae.decode(latents), latents)
+            seen += len(next(iter(batch.values())))
             bar.update(len(next(iter(batch.values()))))
     tables = []
     for name, moment in moments.items():

@@ -18,7 +18,7 @@ ORDER = (
     *("hosts", "hosts.models", "hosts.tracking", "hosts.saelens"),
     *("sae.core", "sae.standard", "sae.topk", "sae", "sae.collection", "sae.encoders"),
     *("token_rows", "capture", "training", "targets", "separability", "interchange"),
-    *("trace", "intervention", "steering", "baselines", "", "cli"),
+    *("trace", "intervention", "steering", "baselines", "plots", "", "cli"),
 )
 WITHOUT_HOSTS = ORDER[: ORDER.index("sites") + 1]
 HOSTS = {"transformer_lens", "sae_lens"}

@@ -1,5 +1,7 @@
 """Training: SAELens's, head by head, seeded, on whole or packed documents."""
 
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
@@ -10,6 +12,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import temporary_seed
+from tqdm.auto import tqdm
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import queries_at
@@ -248,3 +251,9 @@ def test_sites_and_config_must_fit_the_model(tiny_models, texts):
         )
     with pytest.raises(ValueError, match="sites is empty"):
         small(model, texts, [])
+
+
+def test_training_ends_with_the_progress_bars_switched_off(tiny_models, texts, monkeypatch):
+    monkeypatch.setattr("sae_query_steer.training.tqdm", partial(tqdm, disable=True))
+    saes = small(tiny_models["bridge"], texts, training_tokens=256)
+    assert (saes.metrics["n_tokens"] >= 16_384).all()
