@@ -75,11 +75,6 @@ def main() -> None:
             sites,
             sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=args.d_sae, k=args.k),
             training_tokens=args.tokens,
-            lr=1e-3,
-            lr_decay_steps=args.tokens // 1024 // 5,
-            train_batch_size_tokens=1024,
-            # The run has some 500 steps: SAELens's window of 1,000 would call no latent dead.
-            dead_feature_window=50,
             seed=args.seed,
         )
         assert saes.metrics is not None
@@ -121,28 +116,21 @@ def main() -> None:
             )
             with steerer.apply(model, record=True) as trace:
                 texts_out[target.value] = [generate(model, prompt) for prompt in PROMPTS]
-            steering.append(trace.to_dataframe())
+            steering.append(trace.summary().assign(target=target.value))
         texts_out["unsteered"] = [generate(model, prompt) for prompt in PROMPTS]
-        table = pd.concat(steering, ignore_index=True)
-        tables["trace"] = table
-        tables["steering by layer"] = table.groupby(["target", "layer"], as_index=False).agg(
-            relative_change=("relative_change", "mean"),
-            loss_before=("loss_before", "mean"),
-            loss_after=("loss_after", "mean"),
-        )
+        tables["steering by layer"] = pd.concat(steering, ignore_index=True)
 
     tables["seconds"] = pd.DataFrame(
         {"step": list(seconds), "seconds": [round(s, 2) for s in seconds.values()]}
     )
     for name, table in tables.items():
-        if name != "trace":
-            shown = table[table["head"] == "all"] if name.startswith("sites") else table
-            print(f"\n{name}\n{shown.round(3).to_string(index=False)}")
+        shown = table[table["head"] == "all"] if name.startswith("sites") else table
+        print(f"\n{name}\n{shown.round(3).to_string(index=False)}")
     for label, continuations in texts_out.items():
         print(f"\n{label}")
         for text in continuations:
             print("  ", text.replace("\n", " "))
-    with new_folder(args.out, overwrite=args.overwrite) as out:
+    with new_folder(args.out, overwrite=args.overwrite, holding="chain.json") as out:
         for name, table in tables.items():
             table.to_csv(out / f"{name.replace(':', '').replace(',', '')}.csv", index=False)
         write_json(out / "chain.json", report(args, seconds, texts_out))

@@ -1,5 +1,6 @@
 """What a steer is compared with, in the same form as the steer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,8 +43,16 @@ def mean_difference(
         layers: which layers; None means all.
         heads: which heads; None means all.
 
+    Raises:
+        ValueError: a strength that is negative or not finite, or centroids of other sites.
+
     Source: contrastive activation addition, at the query.
     """
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(
+            f"strength={strength} is not allowed: give a finite number, 0 or more (to go the other "
+            "way, steer towards another class)"
+        )
     return LatentGradientSteerer(
         identity_encoders(sites),
         dense_targets,
@@ -83,6 +92,11 @@ class RandomDirectionSteerer(Steerer):
     """The steerer's."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.steerer, LatentGradientSteerer):
+            raise TypeError(
+                f"steerer={type(self.steerer).__name__} is no steerer: give the "
+                "LatentGradientSteerer that the control is for"
+            )
         for name in ("scope", "sites", "site_heads"):
             object.__setattr__(self, name, getattr(self.steerer, name))
 
@@ -94,12 +108,11 @@ class RandomDirectionSteerer(Steerer):
         """Return an empty trace."""
         return replace(
             self.steerer.new_trace(model, recording=recording),
-            target=f"random direction (seed {self.seed})",
+            method=f"random direction (seed {self.seed})",
         )
 
     def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
         """Return the random change of queries [token head d_head] of all heads of a site."""
-        del record  # there is no descent to record
         length = self.steerer.change(hook_name, queries, record=False).delta.norm(
             dim=-1, keepdim=True
         )
@@ -107,7 +120,10 @@ class RandomDirectionSteerer(Steerer):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
         direction = torch.randn(site.n_heads, site.d_head, generator=generator)
         direction = direction / direction.norm(dim=-1, keepdim=True)
-        return QueryChange(delta=length * direction.to(length))
+        delta = length * direction.to(length)
+        if not record:
+            return QueryChange(delta=delta)
+        return self.steerer.described(hook_name, queries, delta)
 
 
 def few_shot_prompt(

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from sae_query_steer.data import TokenBatch, TokenizedExample, length_sorted_batches
 from sae_query_steer.fingerprint import Fingerprint, fingerprint_tokens
-from sae_query_steer.hosts.models import queries_at, without_hooks
+from sae_query_steer.hosts.models import check_not_steered, queries_at, without_hooks
 from sae_query_steer.positions import Positions, Span, select
-from sae_query_steer.sae.encoders import QueryEncoder
+from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +28,9 @@ class SpanQueries:
 
     position: Int[Tensor, " token"]
     """Absolute position of the token in its example."""
+
+    token: Int[Tensor, " token"]
+    """Id of the token."""
 
 
 def batch_positions(batch: TokenBatch) -> Positions:
@@ -80,6 +83,9 @@ def capture(
     Raises:
         ValueError: an example has no token in the span, or a query is not finite.
     """
+    check_not_steered(model)
+    for batch in length_sorted_batches(examples, batch_size):
+        span_of(batch, span)  # before the model runs: an example outside the span costs no work
     with tqdm(total=len(examples), desc=description, unit="text") as bar:
         for batch in length_sorted_batches(examples, batch_size):
             mask = span_of(batch, span)
@@ -89,7 +95,10 @@ def capture(
                 at_span[name] = queries[rows.to(queries.device), columns.to(queries.device)]
                 check_finite(at_span[name], name)
             yield SpanQueries(
-                queries=at_span, row=torch.tensor(batch.indices)[rows], position=columns
+                queries=at_span,
+                row=torch.tensor(batch.indices)[rows],
+                position=columns,
+                token=batch.tokens[rows, columns],
             )
             bar.update(len(batch.labels))
 
@@ -109,6 +118,7 @@ def check_finite(queries: Tensor, hook_name: str) -> None:
 
 def take_fingerprint(model: Any, encoders: Mapping[str, QueryEncoder]) -> Fingerprint:
     """Return the fingerprint of a model and its encoders, taken with all hooks set aside."""
+    check_devices(model, encoders)
     tokens = fingerprint_tokens(int(model.cfg.d_vocab))
     with without_hooks(model):
         queries = queries_at(model, tokens, list(encoders))
@@ -116,6 +126,7 @@ def take_fingerprint(model: Any, encoders: Mapping[str, QueryEncoder]) -> Finger
         tokens=tokens,
         queries={name: query.float().cpu() for name, query in queries.items()},
         reconstructions=reconstructions(encoders, queries),
+        dtype=dtype_name(model),
     )
 
 
@@ -128,3 +139,24 @@ def reconstructions(
         name: encoder.decode(encoder.encode(queries[name])).float().cpu()
         for name, encoder in encoders.items()
     }
+
+
+def dtype_name(model: Any) -> str:
+    """Return the number format of a model's weights, such as "bfloat16"."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def check_devices(model: Any, encoders: Mapping[str, QueryEncoder]) -> None:
+    """Raise unless every encoder lies on the device of its layer.
+
+    Raises:
+        ValueError: the message names both devices.
+    """
+    for name, site in encoder_sites(encoders).items():
+        here = next(model.blocks[site.layer].parameters()).device
+        weights = getattr(encoders[name], "W_dec", None)
+        if isinstance(weights, Tensor) and weights.device.type != here.type:
+            raise ValueError(
+                f"the SAE at {name} is on {weights.device}, the layer on {here}: move it with "
+                f"saes.to({str(here)!r})"
+            )

@@ -92,6 +92,8 @@ class CentroidTargets:
             if hook_name not in self.fingerprint.queries.keys() & self.fingerprint.reconstructions:
                 raise ValueError(f"the fingerprint lacks {hook_name}, where there are centroids")
             variance = self.variances.get(hook_name)
+            if mean.ndim != 3:
+                raise ValueError(f"centroids at {hook_name} have {mean.ndim} axes, not 3")
             if variance is None or variance.shape != mean.shape or len(mean) != len(self.classes):
                 raise ValueError(
                     f"centroids at {hook_name} have shape {list(mean.shape)}: expected "
@@ -101,6 +103,8 @@ class CentroidTargets:
                 raise ValueError(f"centroids at {hook_name} hold values that are not finite")
         if len(self.counts) != len(self.classes):
             raise ValueError(f"{len(self.counts)} counts do not fit {len(self.classes)} classes")
+        if self.counts.is_floating_point() or int(self.counts.min()) < 1:
+            raise ValueError(f"counts={self.counts.tolist()} must be whole numbers above 0")
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{c} {int(n)}" for c, n in zip(self.classes, self.counts, strict=True))
@@ -130,8 +134,9 @@ class CentroidTargets:
             "classes": [str(name) for name in self.classes],
             "span": self.span,
             "hook_names": list(self.means),
+            "model_dtype": self.fingerprint.dtype,
         }
-        with new_folder(folder, overwrite=overwrite) as new:
+        with new_folder(folder, overwrite=overwrite, holding=_SETTINGS) as new:
             write_tensors(new / _TENSORS, tensors)
             write_json(new / _SETTINGS, settings)
 
@@ -150,13 +155,13 @@ class CentroidTargets:
             )
         tensors = read_tensors(Path(folder) / _TENSORS)
         try:
-            hook_names = list(settings["hook_names"])
+            hook_names = _names(settings["hook_names"])
             group = {
                 prefix: {name: tensors[f"{prefix}.{i}"] for i, name in enumerate(hook_names)}
                 for prefix in ("mean", "variance", "query", "reconstruction")
             }
             return cls(
-                classes=tuple(settings["classes"]),
+                classes=tuple(_names(settings["classes"])),
                 means=group["mean"],
                 variances=group["variance"],
                 counts=tensors["counts"],
@@ -165,10 +170,13 @@ class CentroidTargets:
                     tokens=tensors["fingerprint.tokens"],
                     queries=group["query"],
                     reconstructions=group["reconstruction"],
+                    dtype=str(settings["model_dtype"]),
                 ),
             )
         except KeyError as error:
             raise ValueError(f"{folder} is incomplete: it has no {error}") from error
+        except (TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{folder} is damaged: {error}") from error
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {
@@ -177,3 +185,9 @@ class CentroidTargets:
             "query": self.fingerprint.queries,
             "reconstruction": self.fingerprint.reconstructions,
         }
+
+
+def _names(value: object) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{value!r} is no list of names")
+    return value

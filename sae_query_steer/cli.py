@@ -10,8 +10,9 @@ import pandas as pd
 import typer
 
 import sae_query_steer as sqs
+from sae_query_steer.descent import check_strength
 from sae_query_steer.positions import Span
-from sae_query_steer.storage import new_folder, write_json
+from sae_query_steer.storage import check_replaceable, new_folder, write_json
 
 app = typer.Typer(
     help="Steer language models by gradient descent on sparse features of attention queries.",
@@ -75,8 +76,8 @@ def train(
     l1: Annotated[float, typer.Option(help="standard: weight of the L1 penalty.")] = 1.0,
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 500_000,
     context_size: Annotated[int | None, typer.Option(help="Tokens of a row; 128 if unset.")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 2048,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 512,
     whole: Annotated[
         bool, typer.Option("--whole-documents", help="Keep documents whole, one a row.")
     ] = False,
@@ -86,7 +87,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train SAEs on the queries of all heads of some layers."""
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, "query_saes.json")
     if (csv is None) == (text_file is None):
         raise ValueError("give the texts as --csv FILE or as --text-file FILE, one of the two")
     configs = {
@@ -139,11 +140,11 @@ def targets(
     overwrite: Overwrite = False,
 ) -> None:
     """Find the centroid of each class of labelled texts in the latents."""
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, "centroids.json")
     examples = _examples(csv, prompt, response, label, bloom)
     chosen = _named(SPANS, span, "--span")()
     host = sqs.load_model(model, device=device)
-    encoders = sqs.QuerySAEs.load(saes, device=str(host.cfg.device))
+    encoders = _saes(saes, host)
     found = sqs.CentroidTargetBuilder(
         host, encoders, span=chosen, prepend_bos=bos, chat_template=chat_template
     ).fit(examples)
@@ -175,11 +176,11 @@ def sites(
 ) -> None:
     """Show where steering can work: separability and interchange effect of each site and head."""
     if out is not None:
-        _check_free(out, overwrite)
+        _check_free(out, overwrite, "sites.csv")
     examples = _examples(csv, prompt, response, label, bloom)
     chosen = _named(SPANS, span, "--span")()
     host = sqs.load_model(model, device=device)
-    encoders = sqs.QuerySAEs.load(saes, device=str(host.cfg.device))
+    encoders = _saes(saes, host)
     shared: dict[str, Any] = {
         "span": chosen,
         "seed": seed,
@@ -199,7 +200,7 @@ def sites(
     table = moved.merge(apart, on=["layer", "head"], how="left")
     _show(table)
     if out is not None:
-        with new_folder(out, overwrite=overwrite) as new:
+        with new_folder(out, overwrite=overwrite, holding="sites.csv") as new:
             table.to_csv(new / "sites.csv", index=False)
         typer.echo(f"wrote {out}")
 
@@ -220,6 +221,7 @@ def steer(
     layers: Layers = "all",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
     bos: Bos = True,
+    chat_template: Chat = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for texts (JSON) and trace (CSV).")
     ] = None,
@@ -228,9 +230,14 @@ def steer(
 ) -> None:
     """Continue a prompt without and with steering, greedily, and show what the steer did."""
     if out is not None:
-        _check_free(out, overwrite)
+        _check_free(out, overwrite, "texts.json")
+    if not prompt.strip():
+        raise ValueError("--prompt is blank: give a text to go on from")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed: give 1 or more")
+    check_strength(steps, step_size)
     host = sqs.load_model(model, device=device)
-    encoders = sqs.QuerySAEs.load(saes, device=str(host.cfg.device))
+    encoders = _saes(saes, host)
     steerer = sqs.LatentGradientSteerer(
         encoders,
         sqs.CentroidTargets.load(targets),
@@ -242,32 +249,36 @@ def steer(
         layers=_layer_list(layers),
     )
 
+    # Tokenised as `targets` tokenises, so that the steer meets the prompts it was made for.
+    given = sqs.tokenize_example(
+        sqs.LabelledExample(prompt=prompt, label="none"),
+        host.tokenizer,
+        prepend_bos=bos,
+        chat_template=chat_template,
+    ).tokens
+
     def generate() -> str:
-        return str(
-            host.generate(
-                prompt,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                prepend_bos=bos,
-                verbose=False,
-            )
+        tokens = host.generate(
+            given[None].to(host.cfg.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            verbose=False,
         )
+        return str(host.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
     plain = generate()
     with steerer.apply(host, record=True) as trace:
         steered = generate()
     table = trace.to_dataframe()
     typer.echo(f"unsteered: {plain}\n\nsteered towards {target}: {steered}\n")
-    summary = table.groupby("layer").agg(
-        tokens=("position", "nunique"),
-        relative_change=("relative_change", "mean"),
-        distance_before=(f"distance_before.{target}", "mean"),
-        distance_after=(f"distance_after.{target}", "mean"),
-        nearest_is_target=("nearest_after", lambda nearest: float((nearest == target).mean())),
-    )
-    _show(summary.reset_index())
+    if steered == plain:
+        typer.echo("The text is unchanged.\n")
+    if len(table) == 0:
+        typer.echo("No position was steered: the scope met none of the positions that were read.")
+    else:
+        _show(trace.summary())
     if out is not None:
-        with new_folder(out, overwrite=overwrite) as new:
+        with new_folder(out, overwrite=overwrite, holding="texts.json") as new:
             table.to_csv(new / "trace.csv", index=False)
             write_json(
                 new / "texts.json", {"prompt": prompt, "unsteered": plain, "steered": steered}
@@ -281,8 +292,9 @@ def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
-        typer.echo(f"sae-query-steer: {error}", err=True)
+    except (ValueError, TypeError, OSError) as error:
+        # The first line says it; what Hugging Face adds is about its hub.
+        typer.echo(f"sae-query-steer: {str(error).strip().splitlines()[0]}", err=True)
         raise SystemExit(2) from None
 
 
@@ -300,11 +312,13 @@ def _layer_list(layers: str) -> list[int] | None:
         return None
     chosen: list[int] = []
     for part in layers.split(","):
-        first, _, last = part.partition("-")
+        first, _, last = part.strip().partition("-")
         if not first.strip().isdigit() or (last and not last.strip().isdigit()):
             raise ValueError(
                 f"--layers {layers!r} is not allowed: give all, or such as 1,2 or 8-20"
             )
+        if last and int(last) < int(first):
+            raise ValueError(f"--layers {layers!r} runs backwards: write {last}-{first}")
         chosen += range(int(first), int(last or first) + 1)
     return chosen
 
@@ -315,9 +329,16 @@ def _named(choices: dict[str, Any], name: str, option: str) -> Any:
     return choices[name]
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def _check_free(out: Path, overwrite: bool, holding: str) -> None:
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: give another folder, or --overwrite")
+    check_replaceable(out, overwrite=overwrite, holding=holding)
+
+
+def _saes(folder: Path, host: Any) -> sqs.QuerySAEs:
+    if not (folder / "query_saes.json").is_file():
+        raise FileNotFoundError(f"--saes {folder} is no folder that `train` wrote")
+    return sqs.QuerySAEs.load(folder, device=str(host.cfg.device))
 
 
 def _show(table: pd.DataFrame) -> None:

@@ -28,6 +28,11 @@ class LabelledExample:
     """Name of the class; not blank."""
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "response", "label"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(
+                    f"{name}={getattr(self, name)!r} is no text: every example's {name} is a string"
+                )
         for name in ("prompt", "label"):
             if not getattr(self, name).strip():
                 raise ValueError(

@@ -52,20 +52,23 @@ def descend(
         The latents at the end and, on request, the loss before and after each step.
 
     Raises:
-        ValueError: `n_steps` or `step_size` is negative or not finite.
+        ValueError: `n_steps` or `step_size` is negative or not finite, or loss or gradient of the
+            objective have other shapes than theirs.
 
     Source: arXiv 2502.18644 for gradient descent in the latent space; the projection onto the
     SAE's latent range is our choice, so that what is decoded stays a possible activation.
     """
     check_strength(n_steps, step_size)
-    losses = [objective.loss(z, centroids, target)] if record_loss else []
+    losses = [_loss(objective, z, centroids, target)] if record_loss else []
     for _ in range(n_steps):
         if step_size > 0:
-            z = z - step_size * objective.gradient(z, centroids, target)
+            gradient = objective.gradient(z, centroids, target)
+            _check_shape(gradient, z.shape, objective, "gradient")
+            z = z - step_size * gradient
             if lower is not None:
                 z = z.clamp(min=lower)
         if record_loss:
-            losses.append(objective.loss(z, centroids, target))
+            losses.append(_loss(objective, z, centroids, target))
     return DescentResult(z=z, loss=torch.stack(losses) if record_loss else None)
 
 
@@ -86,4 +89,19 @@ def check_strength(n_steps: int, step_size: float) -> None:
         raise ValueError(
             f"step_size={step_size} is not allowed: give a finite number, 0 or more "
             "(0 changes nothing)"
+        )
+
+
+def _loss(objective: Objective, z: Latents, centroids: Centroids, target: int) -> Tensor:
+    loss = objective.loss(z, centroids, target)
+    _check_shape(loss, z.shape[:-1], objective, "loss")
+    return loss
+
+
+def _check_shape(value: Tensor, shape: torch.Size, objective: Objective, name: str) -> None:
+    """A user's objective of another shape would be broadcast, and steer somewhere else."""
+    if value.shape != shape:
+        raise ValueError(
+            f"the {name} of {objective!r} has shape {list(value.shape)}: it must be {list(shape)}, "
+            "one value for each row and head" + (" and latent" if name == "gradient" else "")
         )

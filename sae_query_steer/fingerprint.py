@@ -28,6 +28,9 @@ class Fingerprint:
     reconstructions: Mapping[str, Queries]
     """decode(encode(queries)) of the encoder at each site."""
 
+    dtype: str = "float32"
+    """Number format of the model that it was taken on."""
+
 
 def fingerprint_tokens(d_vocab: int) -> Int[Tensor, "2 6"]:
     """Return the fixed token rows for a vocabulary: two rows of six, spread over its ids."""
@@ -42,13 +45,15 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
-def default_tolerance(dtype: torch.dtype) -> float:
-    """Return how far fingerprints may differ: 1e-3 for 32 and 64 bits, 0.1 for shorter floats.
+def default_tolerance(*dtypes: str) -> float:
+    """Return how far fingerprints of models in these number formats may differ, relatively.
+
+    1e-3 where all have 32 or 64 bits, 0.1 where one has fewer.
 
     Another model of the same shape differs by about 1.4 (two unrelated directions). Source: our
     choice.
     """
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    return 1e-3 if set(dtypes) <= {"float32", "float64"} else 0.1
 
 
 def check_queries(stored: Fingerprint, queries: Mapping[str, Queries], *, tolerance: float) -> None:

@@ -22,11 +22,11 @@ from sae_query_steer.data import (
     check_classes,
     length_sorted_batches,
 )
-from sae_query_steer.hosts.models import next_token_log_probs
+from sae_query_steer.hosts.models import check_not_steered, next_token_log_probs
 from sae_query_steer.metrics import kl_divergence
 from sae_query_steer.positions import LastPromptToken, Span
 from sae_query_steer.separability import ALL_HEADS
-from sae_query_steer.sites import QuerySite
+from sae_query_steer.sites import QuerySite, check_sites
 from sae_query_steer.targets import as_tokenized
 
 
@@ -55,7 +55,8 @@ def interchange_effect(
         sites: where, from `query_sites`.
         examples: labelled examples, two or more of each class.
         span: which positions are patched; None means the last prompt token.
-        n_pairs: receivers, drawn evenly from the classes.
+        n_pairs: pairs, drawn evenly from the classes; every example is a receiver once before one
+            is so twice.
         per_head: also patch every head alone, not only all heads of a layer.
         seed: of the pairs.
         prepend_bos: begin every prompt with BOS.
@@ -72,9 +73,12 @@ def interchange_effect(
         - toward_share: that, as a share of KL(c || unpatched): 1 would be all the way
         - toward_control: the same as toward_class, towards the same c, but with the queries of the
           donor of the receiver's own class: what any patch does
-        - class_effect: toward_class minus toward_control, and class_effect_se, its standard error
-          over the pairs. Where it is within two standard errors of 0, nothing says that the
-          queries of this site carry the class into the next token.
+        - class_effect: toward_class minus toward_control. Where it is within two standard errors of
+          0, nothing says that the queries of this site carry the class into the next token.
+        - class_effect_se: its standard error, the larger of two that count receivers, or donors,
+          and not pairs as independent; NaN with fewer than two of either. Two standard errors are
+          meant for one site: of forty, about one is beyond them, above, by luck. With fewer than
+          some twenty examples a class it is too small.
         - n_pairs
 
     Raises:
@@ -85,8 +89,10 @@ def interchange_effect(
     if n_pairs < 1:
         raise ValueError(f"n_pairs={n_pairs} is not allowed: give 1 or more")
     span = LastPromptToken() if span is None else span
+    check_sites(sites)
     for site in sites:
         site.check(model)
+    check_not_steered(model)
     tokenized = as_tokenized(examples, model, prepend_bos=prepend_bos, chat_template=chat_template)
     check_classes([example.label for example in tokenized])
     pairs = _draw_pairs([example.label for example in tokenized], n_pairs, seed)
@@ -103,9 +109,11 @@ def interchange_effect(
         (site.layer, head): [] for site, head in cases
     }
     receivers = [tokenized[pair.receiver] for pair in pairs]
+    order: list[int] = []
     with tqdm(total=len(pairs) * len(cases), desc="Patching queries", unit="patch") as bar:
         for batch in length_sorted_batches(receivers, batch_size):
             here = [pairs[i] for i in batch.indices]
+            order += batch.indices
             mask = span_of(batch, span)
             other = _Patch.between(mask, [donors[pair.other] for pair in here])
             control = _Patch.between(mask, [donors[pair.control] for pair in here])
@@ -144,7 +152,10 @@ def interchange_effect(
                 "toward_share": toward / before,
                 "toward_control": toward_control,
                 "class_effect": float(effect.mean()),
-                "class_effect_se": float(effect.std(correction=0)) / len(pairs) ** 0.5,
+                "class_effect_se": max(
+                    _clustered_error(effect, [pairs[i].receiver for i in order]),
+                    _clustered_error(effect, [pairs[i].other for i in order]),
+                ),
                 "n_pairs": len(pairs),
             }
         )
@@ -167,10 +178,11 @@ def _draw_pairs(labels: Sequence[str], n_pairs: int, seed: int) -> list[_Pair]:
 
     classes = sorted(set(labels))
     members = {k: [i for i, label in enumerate(labels) if label == k] for k in classes}
+    orders = {k: torch.randperm(len(members[k]), generator=generator).tolist() for k in classes}
     pairs = []
     for n in range(n_pairs):
         k = classes[n % len(classes)]
-        receiver = draw(members[k])
+        receiver = members[k][orders[k][n // len(classes) % len(members[k])]]
         other_class = draw([i for i, name in enumerate(classes) if name != k])
         pairs.append(
             _Pair(
@@ -180,6 +192,17 @@ def _draw_pairs(labels: Sequence[str], n_pairs: int, seed: int) -> list[_Pair]:
             )
         )
     return pairs
+
+
+def _clustered_error(values: Tensor, clusters: Sequence[int]) -> float:
+    """Return the standard error of a mean whose values are dependent within clusters."""
+    index = torch.tensor(clusters).unique(return_inverse=True)[1]
+    n_clusters = int(index.max()) + 1
+    if n_clusters < 2:
+        return float("nan")
+    sums = torch.zeros(n_clusters, dtype=values.dtype).index_add(0, index, values - values.mean())
+    correction = n_clusters / (n_clusters - 1)
+    return float((sums.square().sum() * correction).sqrt()) / len(values)
 
 
 def _donor_queries(

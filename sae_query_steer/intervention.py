@@ -5,6 +5,7 @@ only the chosen heads at the scoped positions differ; nothing is left behind, af
 too.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -141,6 +142,11 @@ def _hook(
         change = steerer.change(hook_name, at_scope, record=trace.recording)
         delta = change.delta.to(queries.dtype)
         index = torch.tensor(heads, device=queries.device)
+        if not bool(delta[:, index].isfinite().all()):
+            raise ValueError(
+                f"the change of the queries at {hook_name} is not finite: the descent diverged, or "
+                f"overflows {queries.dtype}; use a smaller step_size or fewer steps"
+            )
         steered = queries.clone()
         steered[rows[:, None], columns[:, None], index] = (at_scope + delta)[:, index]
         if trace.recording and tracker is not None:
@@ -149,6 +155,7 @@ def _hook(
             )
         return steered.reshape(activation.shape)
 
+    vars(steer)["steers_queries"] = True  # read by hosts.models.check_not_steered
     return steer
 
 
@@ -204,7 +211,10 @@ def chosen_heads(
         ValueError: a layer or head that there is not, or nothing left to steer.
     """
     by_layer = {site.layer: name for name, site in sites.items()}
-    wanted = sorted(by_layer) if layers is None else list(layers)
+    for name, value in (("layers", layers), ("heads", heads)):
+        if isinstance(value, int | float | str):
+            raise TypeError(f"{name}={value!r} is not allowed: give a list, such as [{value}]")
+    wanted = sorted(by_layer) if layers is None else [operator.index(layer) for layer in layers]
     if isinstance(heads, Mapping):
         wanted = [layer for layer in wanted if layer in heads] if layers is None else wanted
         named = [*wanted, *heads]
@@ -217,7 +227,7 @@ def chosen_heads(
     for layer in wanted:
         site = sites[by_layer[layer]]
         here = heads.get(layer) if isinstance(heads, Mapping) else heads
-        picked = tuple(range(site.n_heads)) if here is None else tuple(here)
+        picked = tuple(range(site.n_heads) if here is None else map(operator.index, here))
         for head in picked:
             if not 0 <= head < site.n_heads:
                 raise ValueError(

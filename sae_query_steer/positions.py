@@ -40,6 +40,12 @@ Span: TypeAlias = Scope
 """A scope used to say where centroids are taken."""
 
 
+_NO_LAST_TOKEN = (
+    "LastResponseToken() can't be a scope: while a row is generated nobody knows its last token; "
+    "steer at LastPromptToken(), ResponseTokens() or EveryPosition()"
+)
+
+
 class _Joinable:
     """Adds `|`, so that scopes read as they are said: `LastPromptToken() | ResponseTokens()`."""
 
@@ -87,10 +93,7 @@ class LastResponseToken(_Joinable):
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the column at `length - 1` of each row that has a response."""
         if positions.lengths is None:
-            raise ValueError(
-                "LastResponseToken() can't be a scope: while a row is generated nobody knows its "
-                "last token; steer at LastPromptToken(), ResponseTokens() or EveryPosition()"
-            )
+            raise ValueError(_NO_LAST_TOKEN)
         last = positions.index == positions.lengths[:, None] - 1
         return last & ResponseTokens()(positions)
 
@@ -155,12 +158,23 @@ def scope_name(scope: Scope) -> str:
     return repr(scope) if name is None else f"{scope.__module__}.{name}"
 
 
-def check_scope(scope: object, *, name: str) -> None:
+def check_scope(scope: object, *, name: str, generating: bool = False) -> None:
     """Raise unless a value can be called as a scope; `name` is the argument it came by.
+
+    Args:
+        scope: the value.
+        name: what the message calls it.
+        generating: it is to hold while rows are generated, so their end is not known.
 
     Raises:
         TypeError: the value is not callable, or is a class where an instance is meant.
+        ValueError: `LastResponseToken` where rows are generated.
     """
+    if generating and isinstance(scope, LastResponseToken):
+        raise ValueError(_NO_LAST_TOKEN)
+    if generating and isinstance(scope, AnyOf):
+        for part in scope.scopes:
+            check_scope(part, name=name, generating=True)
     allowed = "LastPromptToken(), ResponseTokens(), EveryPosition(), a union with |, or a function"
     if isinstance(scope, type):
         raise TypeError(f"{name}={scope.__name__} is a class: write {name}={scope.__name__}()")

@@ -1,5 +1,6 @@
 """Query sites: the hook point of a layer's queries, and its heads."""
 
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,18 +87,36 @@ def query_sites(model: Any, layers: Iterable[int] | None = None) -> tuple[QueryS
 
     Source: arXiv 2502.18644 trains its SAEs on the query activations.
     """
-    chosen = list(range(int(model.cfg.n_layers))) if layers is None else list(layers)
+    if isinstance(layers, int | float | str):
+        raise TypeError(f"layers={layers!r} is not allowed: give a list, such as [{layers}]")
+    every = range(int(model.cfg.n_layers))
+    chosen = [operator.index(layer) for layer in (every if layers is None else layers)]
     if not chosen:
         raise ValueError("layers=[] names no site: name at least one layer, or None for all")
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"layers={chosen} names a layer twice: name each once")
     sites = tuple(
-        QuerySite(layer=int(n), n_heads=int(model.cfg.n_heads), d_head=int(model.cfg.d_head))
+        QuerySite(layer=n, n_heads=int(model.cfg.n_heads), d_head=int(model.cfg.d_head))
         for n in sorted(chosen)
     )
     for site in sites:
         site.check(model)
     return sites
+
+
+def check_sites(sites: Iterable[QuerySite]) -> None:
+    """Raise unless sites are some, and sites.
+
+    Raises:
+        TypeError: something else, such as the number of a layer.
+        ValueError: none.
+    """
+    if isinstance(sites, QuerySite) or not all(isinstance(site, QuerySite) for site in sites):
+        raise TypeError(
+            f"sites={sites!r} is no list of sites: give query_sites(model, layers=[...])"
+        )
+    if not list(sites):
+        raise ValueError("sites is empty: give at least one, from query_sites(model, layers=[...])")
 
 
 def _attention_hooks(model: Any, layer: int) -> list[str]:

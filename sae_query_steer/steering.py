@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.descent import check_strength, descend
-from sae_query_steer.fingerprint import default_tolerance
 from sae_query_steer.intervention import Steerer, chosen_heads
 from sae_query_steer.objectives import Objective, squared_distances
 from sae_query_steer.positions import LastPromptToken, Scope, check_scope
@@ -72,7 +71,7 @@ class LatentGradientSteerer(Steerer):
 
     def __post_init__(self) -> None:
         check_strength(self.n_steps, self.step_size)
-        check_scope(self.scope, name="scope")
+        check_scope(self.scope, name="scope", generating=True)
         if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
             raise TypeError(
                 f"objective={self.objective!r} is no objective; allowed: SquaredDistance(), "
@@ -97,18 +96,20 @@ class LatentGradientSteerer(Steerer):
                 )
 
     def check_model(self, model: Any) -> None:
-        """Raise unless the steerer belongs to this model; the answer is remembered.
+        """Raise unless the steerer belongs to this model; a yes is remembered.
+
+        A model whose weights are changed in place afterwards is not looked at again.
 
         Raises:
-            ValueError: the model has no such site, or other queries than the fingerprint's.
+            ValueError: the model has no such site, other queries than the fingerprint's, or lies
+                on another device than the SAEs.
         """
         if model in self._verified:
             return
         for name in self.site_heads:
             self.sites[name].check(model)
         steered = {name: self.saes[name] for name in self.site_heads}
-        tolerance = default_tolerance(next(model.parameters()).dtype)
-        check_belongs(model, steered, self.targets, tolerance=tolerance)
+        check_belongs(model, steered, self.targets)
         self._verified.add(model)
 
     def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
@@ -138,10 +139,27 @@ class LatentGradientSteerer(Steerer):
         delta = sae.decode(result.z) - sae.decode(z0)
         if not record:
             return QueryChange(delta=delta)
-        with torch.no_grad():
-            return QueryChange(
-                delta=delta.detach(),
-                distance_before=squared_distances(z0, centroids).sqrt(),
-                distance_after=squared_distances(result.z, centroids).sqrt(),
-                loss=result.loss,
-            )
+        return self._described(delta, z0, result.z, centroids, result.loss)
+
+    def described(self, hook_name: str, queries: Tensor, delta: Tensor) -> QueryChange:
+        """Return a change that something else made, with what it does in this steerer's terms.
+
+        The latents afterwards are those of the changed query.
+        """
+        sae, target = self.saes[hook_name], self.targets.class_index(self.target)
+        before, after = sae.encode(queries), sae.encode(queries + delta.to(queries.dtype))
+        centroids = self.targets.means[hook_name].to(device=before.device, dtype=before.dtype)
+        loss = torch.stack([self.objective.loss(z, centroids, target) for z in (before, after)])
+        return self._described(delta, before, after, centroids, loss)
+
+    @staticmethod
+    @torch.no_grad()
+    def _described(
+        delta: Tensor, before: Tensor, after: Tensor, centroids: Tensor, loss: Tensor | None
+    ) -> QueryChange:
+        return QueryChange(
+            delta=delta,
+            distance_before=squared_distances(before, centroids).sqrt(),
+            distance_after=squared_distances(after, centroids).sqrt(),
+            loss=loss,
+        )

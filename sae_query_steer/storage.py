@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, *, overwrite: bool = False, holding: str) -> Iterator[Path]:
     """Yield an empty folder that takes the name `path` only once its writer has succeeded.
 
     Until then it lies beside `path` under another name; after an exception it is removed and
@@ -23,22 +23,21 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: the folder to make.
-        overwrite: replace what is there.
+        overwrite: replace what is there, if it is such a folder.
+        holding: a file that every such folder holds; by it, what is there is known as one.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is False.
+        FileExistsError: `path` exists and `overwrite` is False, or it is a folder of another kind.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: give another folder, or overwrite=True")
+    check_replaceable(path, overwrite=overwrite, holding=holding)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         written = aside / "new"
         written.mkdir()
         yield written
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} appeared while it was written: nothing was replaced")
+        check_replaceable(path, overwrite=overwrite, holding=holding)
         if path.exists():
             path.rename(aside / "old")
         written.rename(path)
@@ -47,6 +46,23 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         if not path.exists() and (aside / "old").exists():
             (aside / "old").rename(path)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_replaceable(path: Path, *, overwrite: bool, holding: str) -> None:
+    """Raise if a folder may not be made or replaced; see `new_folder`.
+
+    Raises:
+        FileExistsError: the message says which of the two it is.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists: give another folder, or overwrite=True")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / holding).is_file()):
+        raise FileExistsError(
+            f"{path} is not replaced: it holds no {holding}, so it is something else; give "
+            "another folder"
+        )
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,11 +1,18 @@
 """`CentroidTargetBuilder`: where each class of text lies in the latent space of each site."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sae_query_steer.capture import capture, reconstructions, take_fingerprint
+from sae_query_steer.capture import (
+    capture,
+    check_devices,
+    dtype_name,
+    reconstructions,
+    take_fingerprint,
+)
 from sae_query_steer.centroids import CentroidTargets, ClassMoments
 from sae_query_steer.data import (
     LabelledExample,
@@ -14,7 +21,7 @@ from sae_query_steer.data import (
     ordered_classes,
     tokenize_examples,
 )
-from sae_query_steer.fingerprint import check_queries, check_reconstructions
+from sae_query_steer.fingerprint import check_queries, check_reconstructions, default_tolerance
 from sae_query_steer.hosts.models import queries_at, tokenizer_of, without_hooks
 from sae_query_steer.positions import LastPromptToken, Span, check_scope, scope_name
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
@@ -62,6 +69,7 @@ class CentroidTargetBuilder:
         self.prepend_bos, self.chat_template = prepend_bos, chat_template
         self.batch_size = batch_size
         self._classes = None if classes is None else ordered_classes(classes)
+        self._n_examples: Counter[str] = Counter()
         self._moments: dict[str, ClassMoments] = {}
 
     @property
@@ -76,21 +84,18 @@ class CentroidTargetBuilder:
             ValueError: fewer than two classes, fewer than two examples of a class, a label that
                 is no class, a text that can't be tokenised exactly or has no token in the span.
         """
-        return self.update(examples).targets()
+        tokenized = self._tokenized(examples)
+        classes = self._classes_of(tokenized)
+        seen = self._n_examples + Counter(example.label for example in tokenized)
+        _check_enough(classes, seen)  # before the model runs
+        return self.update(tokenized).targets()
 
     def update(
         self, examples: Iterable[LabelledExample | TokenizedExample]
     ) -> "CentroidTargetBuilder":
         """Read labelled examples; may be called again with more."""
-        tokenized = as_tokenized(
-            examples,
-            self.model,
-            prepend_bos=self.prepend_bos,
-            chat_template=self.chat_template,
-        )
-        classes = self._classes or ordered_classes(
-            check_classes(example.label for example in tokenized)
-        )
+        tokenized = self._tokenized(examples)
+        classes = self._classes_of(tokenized)
         for index, example in enumerate(tokenized):
             if example.label not in classes:
                 raise ValueError(
@@ -108,14 +113,16 @@ class CentroidTargetBuilder:
                     latents = self.saes[name].encode(queries)
                     moments[name].update(latents, label_index[batch.row])
         self._classes = classes
+        self._n_examples.update(example.label for example in tokenized)
         self._add(moments)
         return self
 
     def merge(self, other: "CentroidTargetBuilder") -> "CentroidTargetBuilder":
-        """Add all that another builder has read; both must have the same sites, span, classes.
+        """Add all that another builder has read; both must measure the same.
 
         Raises:
-            ValueError: the builders differ in what they measure.
+            ValueError: they differ in model, SAEs, span, classes or tokenising, or one of them has
+                read nothing.
         """
         if self._classes is None or other._classes is None:
             raise ValueError("both builders must have read examples before they are merged")
@@ -123,9 +130,16 @@ class CentroidTargetBuilder:
             ("classes", self._classes, other._classes),
             ("span", self.span, other.span),
             ("sites", list(self.saes), list(other.saes)),
+            ("prepend_bos", self.prepend_bos, other.prepend_bos),
+            ("chat_template", self.chat_template, other.chat_template),
         ):
             if mine != theirs:
                 raise ValueError(f"builders with different {what} can't merge: {mine} and {theirs}")
+        mine, theirs = (take_fingerprint(b.model, b.saes) for b in (self, other))
+        tolerance = default_tolerance(mine.dtype, theirs.dtype)
+        check_queries(mine, theirs.queries, tolerance=tolerance)
+        check_reconstructions(mine, theirs.reconstructions, tolerance=tolerance)
+        self._n_examples.update(other._n_examples)
         self._add(other._moments)
         return self
 
@@ -133,17 +147,12 @@ class CentroidTargetBuilder:
         """Return the centroids of all that was read so far.
 
         Raises:
-            ValueError: nothing was read, or a class has fewer than two tokens in its span.
+            ValueError: nothing was read, or fewer than two examples of a class.
         """
         if self._classes is None:
             raise ValueError("no examples were read yet: call fit or update with some")
+        _check_enough(self._classes, self._n_examples)
         counts = next(iter(self._moments.values())).count
-        for label, count in zip(self._classes, counts.tolist(), strict=True):
-            if count < 2:
-                raise ValueError(
-                    f"class {label!r} has {count} tokens in its span: a centroid needs two or "
-                    "more; give more examples or leave the class out"
-                )
         return CentroidTargets(
             classes=self._classes,
             means={name: m.mean.float() for name, m in self._moments.items()},
@@ -152,6 +161,19 @@ class CentroidTargetBuilder:
             span=scope_name(self.span),
             fingerprint=take_fingerprint(self.model, self.saes),
         )
+
+    def _tokenized(
+        self, examples: Iterable[LabelledExample | TokenizedExample]
+    ) -> list[TokenizedExample]:
+        return as_tokenized(
+            examples,
+            self.model,
+            prepend_bos=self.prepend_bos,
+            chat_template=self.chat_template,
+        )
+
+    def _classes_of(self, examples: Sequence[TokenizedExample]) -> tuple[str, ...]:
+        return self._classes or ordered_classes(check_classes(e.label for e in examples))
 
     def _new_moments(self, classes: Sequence[str]) -> dict[str, ClassMoments]:
         return {
@@ -164,6 +186,15 @@ class CentroidTargetBuilder:
             self._moments = self._new_moments(self.classes)
         for name, moment in moments.items():
             self._moments[name].merge(moment)
+
+
+def _check_enough(classes: Iterable[str], n_examples: Mapping[str, int]) -> None:
+    for label in classes:
+        if (n := n_examples.get(label, 0)) < 2:
+            raise ValueError(
+                f"class {label!r} has {n} example(s): a centroid needs two or more; give more or "
+                "leave the class out"
+            )
 
 
 def as_tokenized(
@@ -197,16 +228,22 @@ def as_tokenized(
     )
 
 
-def check_belongs(
-    model: Any, saes: Mapping[str, QueryEncoder], targets: CentroidTargets, *, tolerance: float
-) -> None:
+def check_belongs(model: Any, saes: Mapping[str, QueryEncoder], targets: CentroidTargets) -> None:
     """Raise unless centroids belong to this model and these encoders, by their fingerprint.
 
     Raises:
         ValueError: another model or another SAE; the message names the site.
     """
+    check_devices(model, saes)
+    stored_tokens, d_vocab = targets.fingerprint.tokens, int(model.cfg.d_vocab)
+    if int(stored_tokens.min()) < 0 or int(stored_tokens.max()) >= d_vocab:
+        raise ValueError(
+            f"another model: the fingerprint's tokens go up to {int(stored_tokens.max())}, the "
+            f"model's vocabulary has {d_vocab}"
+        )
     with without_hooks(model):
-        queries = queries_at(model, targets.fingerprint.tokens, list(saes))
+        queries = queries_at(model, stored_tokens, list(saes))
+    tolerance = default_tolerance(dtype_name(model), targets.fingerprint.dtype)
     check_queries(targets.fingerprint, queries, tolerance=tolerance)
     device = next(iter(queries.values())).device
     stored = {name: targets.fingerprint.queries[name].to(device) for name in saes}

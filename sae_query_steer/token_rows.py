@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
@@ -50,6 +50,11 @@ def token_rows(
         raise ValueError(f"context_size={context_size} is not allowed: give 2 to n_ctx={n_ctx}")
     if isinstance(texts, str):
         raise TypeError("texts is one string: give a list of strings, one for each document")
+    if isinstance(texts, DatasetDict | IterableDatasetDict | IterableDataset):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}: give one split of a data set that is not "
+            "streaming, such as dataset['train'], or an iterable of strings"
+        )
     if isinstance(texts, Tensor):
         return _given_rows(texts, n_ctx, int(model.cfg.d_vocab))
     if isinstance(texts, Dataset):

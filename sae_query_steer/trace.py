@@ -48,6 +48,7 @@ class SteeringTrace:
     recording: bool
     classes: Sequence[str] = ()
     target: str = ""
+    method: str = "latent gradient"
     tokenizer: Any = None
     records: list[TraceRecord] = field(default_factory=list)
 
@@ -67,7 +68,7 @@ class SteeringTrace:
             - run: which call of `generate`, or forward pass outside it, from 0
             - row, position: row of the batch; position in the row, absolute and without padding
             - token, text: id and text of the token at that position, where known
-            - layer, head, target
+            - layer, head, method, target
             - delta_norm, query_norm, relative_change: norm of the change, of the query, their ratio
             - loss_before, loss_after, lowering_steps: the objective's loss; share of the steps
               that lowered it (missing where the steerer has no objective)
@@ -87,6 +88,36 @@ class SteeringTrace:
         table = table.drop_duplicates(_KEYS, keep="first")
         return table.sort_values(_KEYS).reset_index(drop=True)
 
+    def summary(self) -> pd.DataFrame:
+        """Return what the steer did layer by layer: one row for each layer, means over the rest.
+
+        Returns:
+            A table with the columns layer, n_tokens (steered tokens), relative_change, loss_before,
+            loss_after, and nearest_is_target_before and nearest_is_target_after (share of tokens
+            and heads whose nearest centroid is the target's). A loss that fell says that the
+            descent worked; whether the text follows is up to the site.
+
+        Raises:
+            ValueError: the steer was applied without `record=True`.
+        """
+        table = self.to_dataframe()
+        wanted = {
+            "n_tokens": (
+                "position",
+                lambda p: len(table.loc[p.index, _KEYS[:3]].drop_duplicates()),
+            ),
+            "relative_change": ("relative_change", "mean"),
+            "loss_before": ("loss_before", "mean"),
+            "loss_after": ("loss_after", "mean"),
+            "nearest_is_target_before": ("nearest_before", self._share_of_target),
+            "nearest_is_target_after": ("nearest_after", self._share_of_target),
+        }
+        there = {name: how for name, how in wanted.items() if how[0] in table.columns}
+        return table.groupby("layer", as_index=False).agg(**there)
+
+    def _share_of_target(self, nearest: pd.Series) -> float:
+        return float((nearest == self.target).mean())
+
     def _table(self, record: TraceRecord) -> pd.DataFrame:
         n_tokens, n_heads = record.query_norm.shape
         change = record.change
@@ -102,6 +133,7 @@ class SteeringTrace:
             "position": per_token(record.position),
             "layer": record.layer,
             "head": np.tile(record.heads.cpu().numpy(), n_tokens),
+            "method": self.method,
             "target": self.target,
         }
         if record.token is not None:

@@ -1,5 +1,6 @@
 """Baselines: the same mechanism without the SAE, without the direction, without the steer."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -104,8 +105,17 @@ def test_the_random_control_is_recorded_and_needs_its_model(model, saes, targets
     with control.apply(model, record=True) as trace:
         model.generate("w1 w2", max_new_tokens=2, do_sample=False, verbose=False)
     table = trace.to_dataframe()
-    assert set(table["target"]) == {"random direction (seed 5)"}
-    assert len(table) == 8
+    assert set(table["method"]) == {"random direction (seed 5)"}
+    assert set(table["target"]) == {"create"}
+    with steerer.apply(model, record=True) as trace:
+        model.generate("w1 w2", max_new_tokens=2, do_sample=False, verbose=False)
+    real = trace.to_dataframe()
+    # At the first layer both start at the same latents; only the steer comes nearer to the target.
+    table, real = (t[t["layer"] == 0] for t in (table, real))
+    pd.testing.assert_series_equal(table["loss_before"], real["loss_before"], rtol=1e-4)
+    assert (real["loss_after"] < table["loss_after"]).all()
+    assert (table["loss_after"] < table["loss_before"]).mean() < 1
+    assert len(table) == 4
     pairs = control.fwd_hooks(model, prompt_lengths=3)
     assert [name for name, _ in pairs] == ["blocks.0.attn.hook_q", NAME]
 
@@ -128,3 +138,15 @@ def test_a_few_shot_prompt_never_shows_the_prompts_own_answer(examples):
         sqs.few_shot_prompt(own.prompt, examples, target="create", k=n)
     with pytest.raises(ValueError, match="k=0 is not allowed"):
         sqs.few_shot_prompt("w0", examples, target="create", k=0)
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan")])
+def test_a_strength_that_is_not_allowed_is_named_as_the_user_gave_it(dense, strength):
+    sites, _, targets = dense
+    with pytest.raises(ValueError, match=f"strength={strength} is not allowed"):
+        sqs.mean_difference(sites, targets, target="apply", strength=strength)
+
+
+def test_a_control_without_its_steerer_is_refused(saes, untyped):
+    with pytest.raises(TypeError, match="steerer=QuerySAEs is no steerer"):
+        sqs.RandomDirectionSteerer(saes)

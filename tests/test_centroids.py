@@ -274,8 +274,8 @@ def test_the_relative_difference_is_measured_by_the_second_norm():
 
 
 def test_short_floats_may_differ_more():
-    assert [default_tolerance(d) for d in (torch.float64, torch.float32)] == [1e-3, 1e-3]
-    assert [default_tolerance(d) for d in (torch.float16, torch.bfloat16)] == [0.1, 0.1]
+    assert default_tolerance("float64", "float32") == default_tolerance("float32") == 1e-3
+    assert default_tolerance("float16") == default_tolerance("float32", "bfloat16") == 0.1
 
 
 def test_noise_within_the_tolerance_is_the_same_model_and_the_same_sae():
@@ -283,7 +283,7 @@ def test_noise_within_the_tolerance_is_the_same_model_and_the_same_sae():
     near = {name: query * 1.0009 for name, query in stored.queries.items()}
     check_queries(stored, near, tolerance=1e-3)
     short = {HOOKS[0]: stored.queries[HOOKS[0]].bfloat16()}
-    check_queries(stored, short, tolerance=default_tolerance(torch.bfloat16))
+    check_queries(stored, short, tolerance=default_tolerance("bfloat16"))
     near = {name: made * 1.0009 for name, made in stored.reconstructions.items()}
     check_reconstructions(stored, near, tolerance=1e-3)
 
@@ -350,3 +350,37 @@ def test_a_fingerprint_that_is_not_a_number_matches_nothing():
         check_reconstructions(stored, nan, tolerance=1e-3)
     with pytest.raises(ValueError, match="no fingerprint for b"):
         check_reconstructions(stored, {"b": nan["a"]}, tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": "abc"}, "is damaged: 'abc' is no list of names"),
+        ({"classes": None}, "is damaged: None is no list of names"),
+        ({"classes": [1, 2, 3]}, "is no list of names"),
+        ({"hook_names": 7}, "is no list of names"),
+        ({"hook_names": ["blocks.3.attn.hook_q", "a", "b"]}, "is incomplete: it has no"),
+    ],
+)
+def test_damaged_settings_are_refused(tmp_path, change, message):
+    some_targets().save(tmp_path / "targets")
+    path = tmp_path / "targets" / "centroids.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CentroidTargets.load(tmp_path / "targets")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("counts", torch.tensor([4, 0, 2]), "must be whole numbers above 0"),
+        ("counts", torch.tensor([4, 2]), "2 counts do not fit 3 classes"),
+        ("mean.0", torch.ones(3, 4), "have 2 axes, not 3"),
+    ],
+)
+def test_damaged_tensors_are_refused(tmp_path, untyped, name, tensor, message):
+    some_targets().save(tmp_path / "targets")
+    path = tmp_path / "targets" / "centroids.safetensors"
+    write_tensors(path, read_tensors(path) | {name: tensor})
+    with pytest.raises(ValueError, match=message):
+        CentroidTargets.load(tmp_path / "targets")

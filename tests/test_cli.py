@@ -49,6 +49,18 @@ def test_the_four_commands_show_tables_and_write_folders(folder):
     assert f"steered towards create: {texts['steered']}" in steer
     trace = pd.read_csv(folder / "steered" / "trace.csv")
     assert (trace["distance_after.create"] < trace["distance_before.create"]).all()
+    assert "nearest_is_target_after" in steer
+
+
+def test_steer_says_when_no_position_was_met(folder):
+    folder, _ = folder
+    arguments = chain(folder)[3][:-2]
+    arguments += ["--scope", "response", "--max-new-tokens", "1"]
+    arguments.remove("8")
+    arguments.remove("--max-new-tokens")
+    result = runner.invoke(app, arguments, catch_exceptions=False)
+    assert "No position was steered" in result.output
+    assert "The text is unchanged." in result.output
 
 
 @pytest.mark.parametrize(
@@ -69,6 +81,10 @@ def test_the_four_commands_show_tables_and_write_folders(folder):
         (3, {"--step-size": "nan"}, "step_size=nan is not allowed"),
         (3, {"--scope": "last-response-token"}, "LastResponseToken() can't be a scope"),
         (3, {"--model": "/none/such"}, "no model folder"),
+        (3, {"--prompt": " "}, "--prompt is blank"),
+        (3, {"--max-new-tokens": "0"}, "--max-new-tokens 0 is not allowed"),
+        (3, {"--saes": "targets"}, "is no folder that `train` wrote"),
+        (0, {"--layers": "1-0"}, "--layers '1-0' runs backwards: write 0-1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_writes_nothing(folder, index, change, message):

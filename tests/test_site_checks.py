@@ -5,14 +5,21 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.interchange import _draw_pairs
 
 
 # A latent that never fires has no deviation: scikit-learn says so.
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_:UserWarning")
-def test_separability_is_the_held_out_accuracy_of_the_nearest_centroid(model, saes, examples):
+def test_separability_is_the_held_out_balanced_accuracy_of_the_nearest_centroid(
+    model, saes, examples
+):
+    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import train_test_split
     from sklearn.neighbors import NearestCentroid
 
+    # Classes of unequal size: 16, 16 and 6.
+    few = [e for e in examples if e.label == "apply"][:6]
+    examples = [e for e in examples if e.label != "apply"] + few
     table = sqs.separability(model, saes, examples, seed=3, test_share=0.4)
     name, head = "blocks.2.attn.hook_q", 1
     tokenized = sqs.tokenize_examples(examples, model.tokenizer)
@@ -33,11 +40,40 @@ def test_separability_is_the_held_out_accuracy_of_the_nearest_centroid(model, sa
     for column, values in (("accuracy_latents", latents), ("accuracy_query", queries)):
         for where, features in ((row, values[:, head]), (together, values.flatten(1))):
             referee = NearestCentroid().fit(features[train], [labels[i] for i in train])
-            assert where[column] == pytest.approx(referee.score(features[test], truth))
+            expected = balanced_accuracy_score(truth, referee.predict(features[test]))
+            assert where[column] == pytest.approx(expected)
     assert row["n_test"] == len(test)
     assert row["n_train"] == len(train)
-    assert row["chance"] == pytest.approx(max(map(truth.count, labels)) / len(test))
+    assert row["chance"] == pytest.approx(1 / 3)
     assert len(table) == 2 * 5
+
+
+def test_labels_without_meaning_score_at_chance_however_unequal_the_classes(tiny_models, saes):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(48, (160, 4), generator=generator)
+    examples = [
+        sqs.LabelledExample(
+            prompt=" ".join(f"w{j}" for j in row), label="rare" if i % 5 == 0 else "common"
+        )
+        for i, row in enumerate(words)
+    ]
+    table = sqs.separability(tiny_models["bridge"], saes, examples)
+    for column in ("accuracy_latents", "accuracy_query", "accuracy_position", "accuracy_token"):
+        assert table[column].mean() == pytest.approx(0.5, abs=0.12), column
+    assert (table["chance"] == 0.5).all()
+
+
+def test_classes_that_differ_by_their_last_token_alone_are_told_apart_by_the_token(
+    tiny_models, saes
+):
+    examples = [
+        sqs.LabelledExample(prompt=f"w{i} w{i + 9} {last}", label=last)
+        for last in ("w40", "w41")
+        for i in range(12)
+    ]
+    table = sqs.separability(tiny_models["bridge"], saes, examples)
+    assert (table["accuracy_token"] == 1).all()
+    assert (table["accuracy_position"] == 0.5).all()
 
 
 def test_classes_that_differ_by_length_alone_are_told_apart_by_position(tiny_models, saes):
@@ -94,7 +130,7 @@ def test_the_interchange_effect_equals_a_patch_made_by_hand(model, examples):
         assert row["toward_control"] == pytest.approx(0, abs=1e-5)
         assert row["class_effect"] == pytest.approx(row["toward_class"] - row["toward_control"])
         effects = [float(t) for t in toward]
-        error = abs(effects[0] - effects[1]) / 2 / 2**0.5
+        error = abs(effects[0] - effects[1]) / 2  # two receivers, deviations of half of that
         assert row["class_effect_se"] == pytest.approx(error, rel=1e-2, abs=1e-5)
         assert row["toward_class"] == pytest.approx(float(sum(toward) / 2), rel=1e-2, abs=1e-5)
         assert row["toward_share"] == pytest.approx(
@@ -140,3 +176,44 @@ def test_equal_seeds_give_equal_tables_and_leave_no_hook(model, examples):
     assert not any(point._forward_hooks for point in points)
     with pytest.raises(ValueError, match="n_pairs=0 is not allowed"):
         sqs.interchange_effect(model, sqs.query_sites(model), examples, n_pairs=0)
+
+
+def test_the_error_counts_examples_and_not_pairs(model, examples):
+    # Six examples make two hundred pairs no more certain than they are.
+    few = [e for k in ("apply", "create", "remember") for e in examples if e.label == k][::8]
+    errors = [
+        sqs.interchange_effect(model, sqs.query_sites(model, [0]), few, n_pairs=n, per_head=False)[
+            "class_effect_se"
+        ].iloc[0]
+        for n in (12, 192)
+    ]
+    assert errors[1] > errors[0] / 2
+    alone = sqs.interchange_effect(
+        model, sqs.query_sites(model, [0]), examples, n_pairs=1, per_head=False
+    )
+    assert alone["class_effect_se"].isna().all()
+
+
+def test_every_example_is_a_receiver_once_before_one_is_so_twice():
+    labels = ["a", "b", "c"] * 5
+    pairs = _draw_pairs(labels, 15, seed=0)
+    assert sorted(pair.receiver for pair in pairs) == list(range(15))
+    for pair in pairs:
+        assert labels[pair.other] != labels[pair.receiver] == labels[pair.control]
+        assert pair.control != pair.receiver
+
+
+def test_a_steered_model_is_not_measured(model, saes, targets, examples):
+    steerer = sqs.LatentGradientSteerer(
+        saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0
+    )
+    with steerer.apply(model):
+        for measure in (
+            lambda: sqs.CentroidTargetBuilder(model, saes).fit(examples),
+            lambda: sqs.separability(model, saes, examples),
+            lambda: sqs.interchange_effect(model, sqs.query_sites(model), examples),
+        ):
+            with pytest.raises(ValueError, match="the model is being steered at blocks.0"):
+                measure()
+    with pytest.raises(ValueError, match="sites is empty"):
+        sqs.interchange_effect(model, [], examples)

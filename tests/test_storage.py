@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_a_new_folder_has_its_name_only_once_its_writer_is_done(tmp_path):
     path = tmp_path / "not" / "there" / "yet"
-    with new_folder(path) as new:
+    with new_folder(path, holding="a.txt") as new:
         (new / "a.txt").write_text("new")
         assert not path.exists()
     assert contents(tmp_path) == {"not/there/yet/a.txt": "new"}
@@ -40,7 +40,7 @@ def test_a_new_folder_has_its_name_only_once_its_writer_is_done(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_writer_that_fails_leaves_no_folder_and_nothing_beside_it(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "made") as new:
+    with pytest.raises(error), new_folder(tmp_path / "made", holding="a.txt") as new:
         (new / "a.txt").write_text("half")
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -50,7 +50,10 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "made"
     path.mkdir()
     (path / "a.txt").write_text("old")
-    with pytest.raises(ValueError, match="^half way$"), new_folder(path, overwrite=True) as new:
+    with (
+        pytest.raises(ValueError, match="^half way$"),
+        new_folder(path, overwrite=True, holding="a.txt") as new,
+    ):
         (new / "a.txt").write_text("half")
         raise ValueError("half way")
     assert contents(tmp_path) == {"made/a.txt": "old"}
@@ -61,7 +64,7 @@ def test_what_was_there_comes_back_when_the_new_folder_can_not_take_its_name(tmp
     path = tmp_path / "made"
     path.mkdir()
     (path / "a.txt").write_text("old")
-    with pytest.raises(FileNotFoundError), new_folder(path, overwrite=True) as new:
+    with pytest.raises(FileNotFoundError), new_folder(path, overwrite=True, holding="a.txt") as new:
         shutil.rmtree(new)
     assert contents(tmp_path) == {"made/a.txt": "old"}
     assert list(tmp_path.iterdir()) == [path]
@@ -71,7 +74,7 @@ def test_overwriting_replaces_all_that_was_there(tmp_path):
     path = tmp_path / "made"
     path.mkdir()
     (path / "old.txt").write_text("old")
-    with new_folder(path, overwrite=True) as new:
+    with new_folder(path, overwrite=True, holding="old.txt") as new:
         (new / "new.txt").write_text("new")
         assert contents(path) == {"old.txt": "old"}
     assert contents(tmp_path) == {"made/new.txt": "new"}
@@ -82,14 +85,17 @@ def test_a_folder_that_exists_is_refused_before_anything_is_written(tmp_path):
     path = tmp_path / "made"
     path.mkdir()
     text = f"{path} exists: give another folder, or overwrite=True"
-    with pytest.raises(FileExistsError, match=f"^{re.escape(text)}$"), new_folder(path):
+    with (
+        pytest.raises(FileExistsError, match=f"^{re.escape(text)}$"),
+        new_folder(path, holding="a.txt"),
+    ):
         pytest.fail("the writer must not run")
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_new_folder_can_be_read_by_whom_any_other_can(tmp_path):
     (tmp_path / "plain").mkdir()
-    with new_folder(tmp_path / "made"):
+    with new_folder(tmp_path / "made", holding="a.txt"):
         pass
     assert (tmp_path / "made").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -183,11 +189,35 @@ def test_two_names_for_one_tensor_are_written_as_two(tmp_path):
 
 def test_a_folder_that_appears_while_another_is_written_is_not_replaced(tmp_path):
     with (
-        pytest.raises(FileExistsError, match="appeared while it was written"),
-        new_folder(tmp_path / "out") as new,
+        pytest.raises(FileExistsError, match="exists: give another folder"),
+        new_folder(tmp_path / "out", holding="a.txt") as new,
     ):
         (new / "mine").touch()
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").touch()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_overwrite_replaces_no_folder_or_file_of_another_kind(tmp_path, what):
+    path = tmp_path / "results"
+    if what == "folder":
+        path.mkdir()
+        (path / "thesis.txt").write_text("years of work")
+    else:
+        path.write_text("years of work")
+    before = contents(tmp_path)
+    with (
+        pytest.raises(FileExistsError, match="is not replaced: it holds no a.txt"),
+        new_folder(path, overwrite=True, holding="a.txt"),
+    ):
+        pass
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_replaces_an_empty_folder(tmp_path):
+    (tmp_path / "made").mkdir()
+    with new_folder(tmp_path / "made", overwrite=True, holding="a.txt") as new:
+        (new / "a.txt").write_text("new")
+    assert contents(tmp_path) == {"made/a.txt": "new"}

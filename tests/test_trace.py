@@ -120,3 +120,25 @@ def test_a_recorded_steer_that_met_no_position_gives_an_empty_table(model, saes,
     table = record(model, nowhere)
     assert len(table) == 0
     assert {"run", "row", "position", "layer", "head", "relative_change"} <= set(table.columns)
+
+
+def test_a_plain_forward_after_a_generation_is_a_run_of_its_own(model, steerer):
+    tokens = model.to_tokens(PROMPTS[0])
+    with steerer.apply(model, record=True, prompt_lengths=4) as trace:
+        model.generate(tokens, **GREEDY)
+        model(tokens)
+        model.generate(tokens, **GREEDY)
+    table = trace.to_dataframe()
+    assert table.groupby("run")["position"].nunique().tolist() == [4, 1, 4]
+
+
+def test_the_summary_says_by_layer_whether_the_descent_reached_the_class(model, steerer):
+    with steerer.apply(model, record=True) as trace:
+        model.generate(PROMPTS, **GREEDY)
+    table, summary = trace.to_dataframe(), trace.summary()
+    assert summary["layer"].tolist() == [0, 2]
+    assert summary["n_tokens"].tolist() == [8, 8]
+    for _, row in summary.iterrows():
+        own = table[table["layer"] == row["layer"]]
+        assert row["loss_after"] == pytest.approx(own["loss_after"].mean())
+        assert row["nearest_is_target_after"] == (own["nearest_after"] == "create").mean()

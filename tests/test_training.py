@@ -1,10 +1,12 @@
 """Training: SAELens's, head by head, seeded, on whole or packed documents."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.evals import EvalConfig, run_evals
@@ -12,6 +14,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import temporary_seed
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 import sae_query_steer as sqs
@@ -23,7 +26,7 @@ TOPK = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3)
 
 
 def small(model, texts, sites=None, **changes):
-    settings = {"sae": TOPK, "training_tokens": 1024, "train_batch_size_tokens": 128}
+    settings = {"sae": TOPK, "training_tokens": 1024, "train_batch_size_tokens": 128, "lr": 1e-2}
     sites = sqs.query_sites(model, [0, 2]) if sites is None else sites
     return sqs.train_query_saes(model, texts, sites, **{**settings, **changes})
 
@@ -209,7 +212,7 @@ def test_every_form_of_texts_is_accepted(model, texts, examples):
         torch.randint(4, 52, (30, 12), generator=torch.Generator().manual_seed(0)),
         tokenized,
     ):
-        assert len(small(model, given, training_tokens=256)) == 2
+        assert len(small(model, given, training_tokens=512)) == 2
 
 
 @pytest.mark.parametrize(
@@ -255,5 +258,72 @@ def test_sites_and_config_must_fit_the_model(tiny_models, texts):
 
 def test_training_ends_with_the_progress_bars_switched_off(tiny_models, texts, monkeypatch):
     monkeypatch.setattr("sae_query_steer.training.tqdm", partial(tqdm, disable=True))
-    saes = small(tiny_models["bridge"], texts, training_tokens=256)
+    saes = small(tiny_models["bridge"], texts)
     assert (saes.metrics["n_tokens"] >= 16_384).all()
+
+
+def test_training_starts_at_the_mean_query_and_a_poor_end_is_told(tiny_models, texts):
+    # From zeros, so short a run explains less than the mean query does.
+    saes = small(tiny_models["bridge"], texts, training_tokens=2560, lr=1e-3)
+    assert (saes.metrics["explained_variance"] > 0).all()
+    with pytest.warns(UserWarning, match="heads' SAEs explain less than the mean query does"):
+        small(tiny_models["bridge"], texts, training_tokens=1280, lr=3.0)
+
+
+def test_metrics_that_are_no_numbers_are_saved_and_come_back(saes, tmp_path):
+    metrics = saes.metrics.copy()
+    metrics.loc[2, "explained_variance"] = float("nan")
+    sqs.QuerySAEs(saes, metrics).save(tmp_path / "saes")
+    loaded = sqs.QuerySAEs.load(tmp_path / "saes").metrics
+    assert loaded["explained_variance"].isna().tolist() == [i == 2 for i in range(8)]
+
+
+def damage_index(folder, **changes):
+    path = folder / "query_saes.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_damaged_or_hostile_folders_are_refused(saes, tmp_path):
+    name = "blocks.0.attn.hook_q"
+
+    def made(number) -> Path:
+        folder = tmp_path / str(number)
+        saes.save(folder)
+        return folder
+
+    for number, (changes, message) in enumerate(
+        (
+            ({"format": "other/9"}, "has format 'other/9'"),
+            ({"hook_names": None}, "is damaged: it lists no SAEs"),
+            ({"metrics": 3}, "is damaged"),
+            ({"hook_names": [".."]}, "'..' is no query hook point"),
+            ({"hook_names": ["../secret"]}, "is no query hook point"),
+        )
+    ):
+        folder = made(number)
+        damage_index(folder, **changes)
+        with pytest.raises(ValueError, match=message):
+            sqs.QuerySAEs.load(folder)
+    weights = made("truncated") / name / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ValueError, match="is no SAE that can be read"):
+        sqs.QuerySAEs.load(tmp_path / "truncated")
+    weights = made("nan") / name / "sae_weights.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"b_enc": tensors["b_enc"] * torch.nan}, weights)
+    with pytest.raises(ValueError, match="holds weights that are not finite"):
+        sqs.QuerySAEs.load(tmp_path / "nan")
+    config = made("architecture") / name / "cfg.json"
+    config.write_text(config.read_text().replace("query_head_topk", "nope"))
+    with pytest.raises(ValueError, match="is no SAE that can be read"):
+        sqs.QuerySAEs.load(tmp_path / "architecture")
+
+
+def test_sites_that_are_no_sites_and_data_sets_that_are_no_split_are_named(tiny_models, untyped):
+    model = tiny_models["bridge"]
+    with pytest.raises(TypeError, match=r"sites=\[1, 2\] is no list of sites"):
+        small(model, ["w0"], [1, 2])
+    with pytest.raises(TypeError, match=r"layers=1 is not allowed: give a list, such as \[1\]"):
+        sqs.query_sites(model, 1)
+    with pytest.raises(TypeError, match="texts is a DatasetDict: give one split"):
+        small(model, DatasetDict({"train": Dataset.from_dict({"text": ["w0"]})}))

@@ -33,6 +33,10 @@ def load_model(
         raise FileNotFoundError(f"{path} has no config.json: give a Hugging Face model folder")
     if not path.exists() and (path.is_absolute() or name_or_folder.startswith((".", "~"))):
         raise FileNotFoundError(f"no model folder {path}")
+    if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+        raise FileNotFoundError(
+            f"{path} has no tokenizer files: TransformerLens needs them to boot"
+        )
     return TransformerBridge.boot_transformers(name_or_folder, device=device, dtype=dtype)
 
 
@@ -89,17 +93,31 @@ def next_token_log_probs(
 
 @contextmanager
 def without_hooks(model: Any) -> Iterator[None]:
-    """Run a model bare: every hook on its hook points is set aside, and put back afterwards.
+    """Run a model bare: the hooks on its hook points, blocks and embedding are set aside.
 
     A fingerprint is taken so, because a user's own hooks, or a steerer already in place, would
-    change the queries that tell which model this is.
+    change the queries that tell which model this is. Afterwards every hook is where it was.
     """
-    points = {id(point): point for point in model.hook_dict.values()}.values()
-    aside = [(point, point._forward_hooks) for point in points if point._forward_hooks]
+    modules = {id(m): m for m in [*model.hook_dict.values(), *model.blocks, model.embed]}.values()
+    aside = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
     try:
-        for point, _ in aside:
-            point._forward_hooks = OrderedDict()
+        for module, _, _ in aside:
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
         yield
     finally:
-        for point, hooks in aside:
-            point._forward_hooks = hooks
+        for module, hooks, pre_hooks in aside:
+            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+
+
+def check_not_steered(model: Any) -> None:
+    """Raise if a steerer of this package is in place: what is measured would be its work.
+
+    Raises:
+        ValueError: the message says to leave the `with` block first.
+    """
+    for point in model.hook_dict.values():
+        if any(getattr(handle.user_hook, "steers_queries", False) for handle in point.fwd_hooks):
+            raise ValueError(
+                f"the model is being steered at {point.name}: leave the `with steerer.apply(...)` "
+                "block before you measure it"
+            )

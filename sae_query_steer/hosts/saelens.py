@@ -1,10 +1,11 @@
-"""SAELens's store and trainers, with the three things that query heads need of them.
+"""SAELens's store and trainers, with the four things that query heads need of them.
 
 - Documents that must stay whole are padded, and the padding is excluded by mask: SAELens's store
   knows no padding, and excludes by token id, where the padding's id may be a real token's too.
 - The gradient of each head is clipped on its own, as in a solo run: SAELens clips the global norm,
   which would couple the heads of a layer.
-- A data set of token rows that is read again from its start at every epoch, without warnings.
+- A data set of token rows is read again from its start at every epoch, without warnings.
+- The progress bar moves at every step.
 """
 
 import warnings
@@ -107,6 +108,14 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
             name: HeadwiseTrainer(cfg=solo, sae=sae, data_provider=iter(()))
             for name, sae in self.saes.items()
         }
+
+    @override
+    def _update_pbar(self, step_outputs: Any, pbar: Any, update_interval: int = 100) -> None:
+        # SAELens moves the bar every 100 steps: a short run would stand at 0 % to its end.
+        pbar.update(self.cfg.train_batch_size_samples)
+        if self.n_training_steps % update_interval == 0:
+            losses = (f"{name}: {out.loss.item():.4f}" for name, out in step_outputs.items())
+            pbar.set_postfix_str(", ".join(losses))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ of `generate` that started it. `PositionTracker` listens to both and leaves noth
 
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -30,7 +30,17 @@ class _Run:
     prompt_lengths: Int[Tensor, " batch"] | None
     columns: Bool[Tensor, "batch total"] | None = None
     tokens: Int[Tensor, "batch total"] | None = None
-    last_layer: int = -1
+
+
+@dataclass
+class _State:
+    """What is going on; put back when a call that lies inside another one ends."""
+
+    run: _Run
+    generating: bool = False
+    in_forward: bool = False
+    run_begun: bool = False
+    positions: Positions | None = None
 
 
 class PositionTracker:
@@ -56,31 +66,24 @@ class PositionTracker:
         self._layers = tuple(layers)
         self._given = as_lengths(prompt_lengths)
         self._keep_tokens = keep_tokens
-        self._run = _Run(number=0, prompt_lengths=None)
         self._n_runs = 0
-        self._generating = False
-        self._positions: Positions | None = None
+        self._now = self._nothing_yet()
 
     @property
     def positions(self) -> Positions:
         """Where the columns of the forward pass that is running stand."""
-        assert self._positions is not None, "asked outside a forward pass of a steered layer"
-        return self._positions
+        assert self._now.positions is not None, "asked outside a block of a steered layer"
+        return self._now.positions
 
     @property
     def run_number(self) -> int:
         """Counts calls of `generate` and forward passes outside it, from 0."""
-        return self._run.number
+        return self._now.run.number
 
     @property
     def tokens(self) -> Int[Tensor, "batch total"] | None:
         """Token ids of the rows so far, padding included; None if not kept or not known."""
-        return self._run.tokens
-
-    @property
-    def columns(self) -> Bool[Tensor, "batch total"] | None:
-        """Which of the columns so far are real."""
-        return self._run.columns
+        return self._now.run.tokens
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -95,6 +98,7 @@ class PositionTracker:
                 handle = self._model.embed.register_forward_pre_hook(self._before_embedding)
                 stack.callback(handle.remove)
             for name, around in (
+                ("forward", self._around_forward),
                 ("generate", self._around_call),
                 ("generate_stream", self._around_stream),
             ):
@@ -104,10 +108,26 @@ class PositionTracker:
     def _around_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with self._inside(self._new_run()):
+            with self._generating(self._new_run()):
                 return original(*args, **kwargs)
 
         return generate
+
+    def _around_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._now.in_forward:
+                # A hook of the user's runs the model inside the model: a pass of its own.
+                with self._put_back(self._nothing_yet(in_forward=True)):
+                    return original(*args, **kwargs)
+            now = self._now
+            now.in_forward, now.run_begun = True, False
+            try:
+                return original(*args, **kwargs)
+            finally:
+                now.in_forward, now.positions = False, None
+
+        return forward
 
     def _around_stream(
         self, original: Callable[..., Generator[Any, None, None]]
@@ -118,7 +138,7 @@ class PositionTracker:
             try:
                 while True:
                     # Between two items the caller may use the model for something else.
-                    with self._inside(run):
+                    with self._generating(run):
                         try:
                             item = next(stream)
                         except StopIteration:
@@ -134,14 +154,19 @@ class PositionTracker:
         self._n_runs += 1
         return run
 
+    def _nothing_yet(self, *, in_forward: bool = False) -> _State:
+        return _State(run=_Run(number=-1, prompt_lengths=self._given), in_forward=in_forward)
+
+    def _generating(self, run: _Run) -> AbstractContextManager[None]:
+        return self._put_back(_State(run=run, generating=True))
+
     @contextmanager
-    def _inside(self, run: _Run) -> Iterator[None]:
-        before = self._run, self._generating
-        self._run, self._generating = run, True
+    def _put_back(self, state: _State) -> Iterator[None]:
+        before, self._now = self._now, state
         try:
             yield
         finally:
-            self._run, self._generating = before
+            self._now = before
 
     def _before_block(self, layer: int) -> Callable[..., None]:
         block = self._model.blocks[layer]
@@ -152,20 +177,20 @@ class PositionTracker:
             # GPT-2's blocks get mask and cache by position, Llama's by name.
             arguments = dict(zip(names, args, strict=False)) | kwargs
             past = _cached_length(arguments, layer)
-            starts = self._n_runs == 0 or (past == 0 and layer <= self._run.last_layer)
-            if starts and not self._generating:
+            now = self._now
+            if not now.generating and not now.run_begun and (past == 0 or now.run.number < 0):
                 run = self._new_run()
-                run.tokens = self._run.tokens  # they were embedded before the first block ran
-                self._run = run
-            self._run.last_layer = layer
-            self._positions = self._locate(arguments[names[0]], arguments, past)
+                run.tokens = now.run.tokens  # they were embedded before the first block ran
+                now.run = run
+            now.run_begun = now.in_forward
+            now.positions = self._locate(arguments[names[0]], arguments, past)
 
         return listen
 
     def _locate(self, hidden: Tensor, kwargs: dict[str, Any], past: int) -> Positions:
         batch, n_pos = hidden.shape[:2]
         mask = kwargs.get("attention_mask")
-        run = self._run
+        run, generating = self._now.run, self._now.generating
         valid = _own_columns(mask, batch, n_pos, past, hidden.device)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             seen = mask[:, : mask.shape[1] - n_pos].bool().to(hidden.device)
@@ -178,23 +203,24 @@ class PositionTracker:
         else:
             seen = valid.new_ones(batch, past)  # the cache was begun outside: no padding known
         run.columns = torch.cat([seen, valid], dim=1)
-        if run.prompt_lengths is None and self._generating:
+        if run.prompt_lengths is None and generating:
             run.prompt_lengths = run.columns.sum(1)
-        lengths = run.prompt_lengths if self._generating else self._given
+        lengths = run.prompt_lengths
+        if lengths is not None:
+            lengths = expand_lengths(lengths, batch).to(valid.device)
+            check_lengths(lengths, run.columns)
         return Positions(
             index=seen.sum(1, keepdim=True) + valid.cumsum(1) - 1,
             valid=valid,
-            prompt_lengths=None
-            if lengths is None
-            else expand_lengths(lengths, batch).to(valid.device),
+            prompt_lengths=lengths,
         )
 
     def _before_embedding(self, _embed: Any, args: tuple[Any, ...]) -> None:
         tokens = args[0] if args else None
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
             return
-        run = self._run
-        grows = tokens.shape[1] == 1 and run.tokens is not None and self._generating
+        run = self._now.run
+        grows = tokens.shape[1] == 1 and run.tokens is not None and self._now.generating
         if grows and run.tokens is not None and len(run.tokens) == len(tokens):
             tokens = torch.cat([run.tokens, tokens.to(run.tokens.device)], dim=1)
         run.tokens = tokens
@@ -225,11 +251,7 @@ def fixed_positions(
     lengths = as_lengths(prompt_lengths)
     if lengths is not None:
         lengths = expand_lengths(lengths, batch).to(device)
-        if bool((lengths > valid.sum(1)).any()):
-            raise ValueError(
-                f"prompt_lengths={lengths.tolist()} exceed rows of {valid.sum(1).tolist()} tokens: "
-                "fwd_hooks sees whole rows without a KV cache; inside generate use apply"
-            )
+        check_lengths(lengths, valid)
     return Positions(index=valid.long().cumsum(1) - 1, valid=valid, prompt_lengths=lengths)
 
 
@@ -267,6 +289,20 @@ def expand_lengths(lengths: Int[Tensor, " n"], batch: int) -> Int[Tensor, " batc
             f"prompt_lengths has {len(lengths)} entries: the forward pass has {batch} rows"
         )
     return lengths
+
+
+def check_lengths(lengths: Int[Tensor, " batch"], columns: Bool[Tensor, "batch total"]) -> None:
+    """Raise if a prompt is said to be longer than its row is so far.
+
+    Raises:
+        ValueError: the message gives both.
+    """
+    if bool((lengths > columns.sum(1)).any()):
+        raise ValueError(
+            f"prompt_lengths={lengths.tolist()} exceed rows of {columns.sum(1).tolist()} tokens: "
+            "give the tokens of each row's prompt. (fwd_hooks sees whole rows without a KV cache: "
+            "inside generate use apply)"
+        )
 
 
 def _cached_length(kwargs: dict[str, Any], layer: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from sae_lens import SAE
 
 from sae_query_steer.sae.core import QueryHeadSAE
+from sae_query_steer.sites import QuerySite
 from sae_query_steer.storage import new_folder, read_json, write_json
 
 FORMAT = "sae_query_steer.saes/1"
@@ -63,10 +64,18 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         Raises:
             FileExistsError: the folder exists and `overwrite` is False.
         """
-        with new_folder(folder, overwrite=overwrite) as new:
+        with new_folder(folder, overwrite=overwrite, holding=_INDEX) as new:
             for name, sae in self.items():
                 sae.save_model(new / name)
-            rows = None if self.metrics is None else self.metrics.to_dict(orient="records")
+            rows = None
+            if self.metrics is not None:  # JSON knows no NaN, as of a head that is constant
+                rows = [
+                    {
+                        str(k): v if v == v and abs(v) != float("inf") else None
+                        for k, v in row.items()
+                    }
+                    for row in self.metrics.to_dict(orient="records")
+                ]
             write_json(new / _INDEX, {"format": FORMAT, "hook_names": list(self), "metrics": rows})
 
     @classmethod
@@ -75,7 +84,8 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the folder is of another format, or an SAE in it is not a query-head SAE.
+            ValueError: the folder is of another format or damaged, or an SAE in it is not a
+                query-head SAE.
         """
         folder = Path(folder)
         index = read_json(folder / _INDEX)
@@ -83,13 +93,26 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
             raise ValueError(
                 f"{folder} has format {index.get('format')!r}: this version reads {FORMAT!r}"
             )
-        saes = {}
-        for name in index["hook_names"]:
-            if Path(name).name != name:
-                raise ValueError(f"{folder} names an SAE {name!r}, which is no folder name")
-            sae = SAE.load_from_disk(folder / name, device=device)
-            if not isinstance(sae, QueryHeadSAE):
-                raise ValueError(f"{folder / name} holds a {type(sae).__name__}, no query-head SAE")
-            saes[name] = sae.requires_grad_(False).eval()
-        rows = index["metrics"]
-        return cls(saes, None if rows is None else pd.DataFrame(rows))
+        names, rows = index.get("hook_names"), index.get("metrics")
+        if not isinstance(names, list) or not isinstance(rows, list | None):
+            raise ValueError(f"{folder / _INDEX} is damaged: it lists no SAEs")
+        return cls(
+            {str(name): _loaded(folder, str(name), device) for name in names},
+            None if rows is None else pd.DataFrame(rows),
+        )
+
+
+def _loaded(folder: Path, name: str, device: str) -> QueryHeadSAE[Any]:
+    # The name becomes a path: only that of a query hook point may.
+    QuerySite.from_hook_name(name, n_heads=1, d_head=1)
+    try:
+        sae = SAE.load_from_disk(folder / name, device=device)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001 - SAELens raises whatever its parts raise
+        raise ValueError(f"{folder / name} is no SAE that can be read: {error!r}") from error
+    if not isinstance(sae, QueryHeadSAE):
+        raise ValueError(f"{folder / name} holds a {type(sae).__name__}, no query-head SAE")
+    if not all(bool(value.isfinite().all()) for value in sae.state_dict().values()):
+        raise ValueError(f"{folder / name} holds weights that are not finite")
+    return sae.requires_grad_(False).eval()

@@ -84,6 +84,11 @@ def encoder_sites(encoders: Mapping[str, QueryEncoder]) -> dict[str, QuerySite]:
         TypeError: a value is no encoder of queries.
         ValueError: there are none, or a name is not that of a query hook point.
     """
+    if not isinstance(encoders, Mapping):
+        raise TypeError(
+            f"saes is a {type(encoders).__name__}: give a mapping from hook name to SAE, such as "
+            "train_query_saes returns"
+        )
     if not encoders:
         raise ValueError("there are no SAEs: give a mapping from hook name to SAE")
     sites = {}

@@ -1,5 +1,6 @@
 """Standard: ReLU latents under an L1 penalty."""
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -54,6 +55,15 @@ class QueryHeadStandardTrainingSAEConfig(QueryHeadStandardSAEConfig, QueryHeadTr
 
     l1_warm_up_steps: int = 0
     """Steps over which the weight grows from 0."""
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.l1_coefficient) and self.l1_coefficient >= 0):
+            raise ValueError(
+                f"l1_coefficient={self.l1_coefficient} is not allowed: give a finite number, 0 or "
+                "more"
+            )
 
 
 class QueryHeadStandardTrainingSAE(

@@ -36,7 +36,7 @@ class QueryHeadTopKSAEConfig(QueryHeadSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.k <= self.d_sae_per_head:
+        if not isinstance(self.k, int) or not 1 <= self.k <= self.d_sae_per_head:
             raise ValueError(
                 f"k={self.k} is not allowed: give 1 to d_sae_per_head={self.d_sae_per_head}"
             )
