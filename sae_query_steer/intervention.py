@@ -16,8 +16,9 @@ from einops import rearrange
 from torch import Tensor
 
 from sae_query_steer.capture import check_finite
-from sae_query_steer.hosts.tracking import PositionTracker, PromptLengths, fixed_positions
+from sae_query_steer.hosts.tracking import PositionTracker
 from sae_query_steer.positions import Positions, Scope, select
+from sae_query_steer.prompt_lengths import PromptLengths, fixed_positions
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.trace import QueryChange, SteeringTrace, TraceRecord
 

@@ -19,7 +19,7 @@ def test_the_example_runs_as_it_stands_but_for_the_model(shared_data, capsys):
     names: dict = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        exec(compile(example, "README.md", "exec"), names)  # noqa: S102
+        exec(compile(example, "README.md", "exec"), names)
     said = capsys.readouterr().out
     assert "unsteered: The dog was sad and said" in said
     assert "nearest_is_target_after" in said

@@ -13,7 +13,16 @@ FOLDER = Path(sae_query_steer.__file__).parent
 
 # "" is the package itself, which imports everything but the command line.
 ORDER = (
-    *("bloom", "positions", "storage", "fingerprint", "centroids", "objectives", "descent"),
+    *(
+        "bloom",
+        "positions",
+        "prompt_lengths",
+        "storage",
+        "fingerprint",
+        "centroids",
+        "objectives",
+        "descent",
+    ),
     *("metrics", "data", "readers", "sites"),
     *("hosts", "hosts.models", "hosts.tracking", "hosts.saelens"),
     *("sae.core", "sae.standard", "sae.topk", "sae", "sae.collection", "sae.encoders"),

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import torch
 from sae_lens import SAE
+from safetensors import SafetensorError
 
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sites import QuerySite
@@ -107,9 +108,7 @@ def _loaded(folder: Path, name: str, device: str) -> QueryHeadSAE[Any]:
     QuerySite.from_hook_name(name, n_heads=1, d_head=1)
     try:
         sae = SAE.load_from_disk(folder / name, device=device)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # noqa: BLE001 - SAELens raises whatever its parts raise
+    except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / name} is no SAE that can be read: {error!r}") from error
     if not isinstance(sae, QueryHeadSAE):
         raise ValueError(f"{folder / name} holds a {type(sae).__name__}, no query-head SAE")
