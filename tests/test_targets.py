@@ -210,3 +210,30 @@ def test_the_span_is_kept_as_it_prints_and_a_function_by_its_name(model, saes, e
     targets = sqs.CentroidTargetBuilder(model, saes, span=second).fit(examples)
     assert targets.span.endswith("second")
     assert "0x" not in targets.span
+
+
+@pytest.mark.parametrize("settings", [{"prepend_bos": False}, {"chat_template": True}])
+def test_settings_of_the_tokens_reach_the_centroids(model, saes, examples, settings, monkeypatch):
+    template = "w9 {{ messages[0]['content'] }} w8"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    wanted = sqs.CentroidTargetBuilder(model, saes).fit(
+        sqs.tokenize_examples(examples, model.tokenizer, **settings)
+    )
+    found = sqs.CentroidTargetBuilder(model, saes, **settings).fit(examples)
+    plain = sqs.CentroidTargetBuilder(model, saes).fit(examples)
+    assert torch.equal(found.means[NAME], wanted.means[NAME])
+    assert not torch.equal(found.means[NAME], plain.means[NAME])
+
+
+def test_builders_with_other_saes_or_tokens_do_not_merge(model, saes, examples):
+    name = "blocks.0.attn.hook_q"
+    one = sqs.CentroidTargetBuilder(model, {name: saes[name]}).update(examples)
+    other = sqs.QueryHeadTopKTrainingSAE(
+        sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
+    )
+    stranger = sqs.CentroidTargetBuilder(model, {name: sqs.to_inference(other)}).update(examples)
+    with pytest.raises(ValueError, match="another SAE"):
+        one.merge(stranger)
+    bare = sqs.CentroidTargetBuilder(model, {name: saes[name]}, prepend_bos=False)
+    with pytest.raises(ValueError, match="different prepend_bos"):
+        one.merge(bare.update(examples))

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import queries_at
@@ -142,3 +143,18 @@ def test_the_summary_says_by_layer_whether_the_descent_reached_the_class(model, 
         own = table[table["layer"] == row["layer"]]
         assert row["loss_after"] == pytest.approx(own["loss_after"].mean())
         assert row["nearest_is_target_after"] == (own["nearest_after"] == "create").mean()
+
+
+def test_a_cache_that_was_begun_outside_the_scope_goes_on_inside_it(tiny_models, steerer):
+    model = tiny_models["hooked"]
+    tokens = model.to_tokens(PROMPTS[0])
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
+    with torch.no_grad():
+        model(tokens, past_kv_cache=cache)
+        with steerer.apply(model, record=True, prompt_lengths=4) as trace:
+            for token in (9, 10):
+                model(torch.tensor([[token]]), past_kv_cache=cache)
+    table = trace.to_dataframe()
+    assert table["run"].unique().tolist() == [0]
+    assert table["position"].unique().tolist() == [4, 5]
+    assert table.drop_duplicates("position")["token"].tolist() == [9, 10]
