@@ -217,3 +217,42 @@ def test_a_steered_model_is_not_measured(model, saes, targets, examples):
                 measure()
     with pytest.raises(ValueError, match="sites is empty"):
         sqs.interchange_effect(model, [], examples)
+
+
+def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(model, examples):
+    chosen = [e for k in ("apply", "create") for e in [x for x in examples if x.label == k][:2]]
+    chosen = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in chosen]
+    labels = [e.label for e in chosen]
+    assert sorted(labels) == ["apply", "apply", "create", "create"]
+    table = sqs.interchange_effect(
+        model, sqs.query_sites(model, [1]), chosen, n_pairs=4, seed=2, per_head=False
+    )
+    name = "blocks.1.attn.hook_q"
+    tokens = [model.to_tokens(e.prompt) for e in chosen]
+
+    def log_probs(i, donor=None):
+        hooks = []
+        if donor is not None:
+            donated = queries_at(model, tokens[donor], [name])[name][:, -1]
+
+            def patch(q, hook):
+                q = q.clone()
+                q[:, -1] = donated
+                return q
+
+            hooks.append((name, patch))
+        logits = model.run_with_hooks(tokens[i], fwd_hooks=hooks).detach()
+        return logits[0, -1].log_softmax(-1)
+
+    expected: dict[str, list[float]] = {"kl": [], "kl_control": [], "toward_control": []}
+    for pair in _draw_pairs(labels, 4, seed=2):
+        own_class = [i for i in range(4) if labels[i] == labels[pair.other]]
+        aim = torch.stack([log_probs(i).exp() for i in own_class]).mean(0)
+        clean = log_probs(pair.receiver)
+        other, control = (log_probs(pair.receiver, d) for d in (pair.other, pair.control))
+        expected["kl"].append(float((clean.exp() * (clean - other)).sum()))
+        expected["kl_control"].append(float((clean.exp() * (clean - control)).sum()))
+        expected["toward_control"].append(float((aim * (control - clean)).sum()))
+    assert abs(sum(expected["toward_control"])) > 1e-3
+    for column, values in expected.items():
+        assert table[column].iloc[0] == pytest.approx(sum(values) / 4, rel=1e-2, abs=1e-5)
