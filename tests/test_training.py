@@ -1,13 +1,23 @@
 """Training: SAELens's, head by head, seeded, on whole or packed documents."""
 
 import json
+import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import (
+    SAE,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -327,3 +337,74 @@ def test_sites_that_are_no_sites_and_data_sets_that_are_no_split_are_named(tiny_
         sqs.query_sites(model, 1)
     with pytest.raises(TypeError, match="texts is a DatasetDict: give one split"):
         small(model, DatasetDict({"train": Dataset.from_dict({"text": ["w0"]})}))
+
+
+def runner_settings(tmp_path: Path) -> dict:
+    return {
+        "model_name": "tiny",
+        "dataset_path": "",
+        "is_dataset_tokenized": True,
+        "streaming": False,
+        "context_size": 16,
+        "prepend_bos": False,
+        "training_tokens": 1024,
+        "train_batch_size_tokens": 128,
+        "store_batch_size_prompts": 8,
+        "n_batches_in_buffer": 16,
+        "checkpoint_path": str(tmp_path / "checkpoints"),
+        "n_checkpoints": 1,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+
+
+def token_data_set() -> list[dict[str, list[int]]]:
+    rows = torch.randint(4, 52, (400, 16), generator=torch.Generator().manual_seed(0))
+    return [{"tokens": row} for row in rows.tolist()]
+
+
+# SAELens's runners say at the end how to load HookedTransformer models, which a bridge is not.
+@pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from:UserWarning")
+def test_saelens_own_runner_trains_checkpoints_and_saves_our_saes(model, tmp_path):
+    config = LanguageModelSAERunnerConfig(
+        sae=sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3),
+        hook_name="blocks.1.attn.hook_q",
+        output_path=str(tmp_path / "out"),
+        **runner_settings(tmp_path),
+    )
+    trained = LanguageModelSAETrainingRunner(
+        config, override_dataset=token_data_set(), override_model=model
+    ).run()
+    loaded = SAE.load_from_disk(tmp_path / "out")
+    assert isinstance(loaded, sqs.QueryHeadTopKSAE)
+    assert loaded.cfg.metadata.hook_name == "blocks.1.attn.hook_q"
+    x = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(x), trained(x).detach())
+    assert len(list((tmp_path / "checkpoints").rglob("sae_weights.safetensors"))) == 1
+
+
+# SAELens's runners say at the end how to load HookedTransformer models, which a bridge is not.
+@pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from:UserWarning")
+def test_saelens_runner_of_several_saes_trains_ours_in_one_pass(model, tmp_path):
+    settings = runner_settings(tmp_path)
+    del settings["is_dataset_tokenized"]
+    names = {"a": "blocks.0.attn.hook_q", "b": "blocks.2.attn.hook_q"}
+    config = MultiSAETrainingRunnerConfig(
+        saes={
+            "a": sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3),
+            "b": sqs.QueryHeadStandardTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=12),
+        },
+        hook_names=names,
+        output_path=str(tmp_path / "out"),
+        **settings,
+    )
+    # SAELens's runner takes SIGINT and SIGTERM and does not give them back.
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        MultiSAETrainingRunner(
+            config, override_dataset=token_data_set(), override_model=model
+        ).run()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    kinds = {name: type(SAE.load_from_disk(tmp_path / "out" / name)) for name in names}
+    assert kinds == {"a": sqs.QueryHeadTopKSAE, "b": sqs.QueryHeadStandardSAE}
