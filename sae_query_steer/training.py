@@ -84,8 +84,9 @@ def train_query_saes(
         dead_feature_window: steps without firing after which a latent counts as dead.
 
     Returns:
-        The inference SAEs by hook name, with `metrics` per layer and head, measured on further
-        tokens of the same texts. A warning names heads that explain less than the mean does.
+        The inference SAEs by hook name, with `metrics` per layer and head. The metrics are measured
+        as the stream of training goes on, so on texts that were trained on, not on texts held out.
+        A warning names heads that explain less than the mean does.
 
     Raises:
         ValueError: a site that the model does not have, settings that contradict it, or texts
