@@ -11,10 +11,8 @@ from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
-from wheel_check import WORDS, word_tokenizer
+from wheel_check import WORDS, make_model
 
 import sae_query_steer as sqs
 
@@ -69,27 +67,9 @@ def untyped():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A Hugging Face folder: Llama, 3 layers, 4 query heads of 8 over 2 key heads, random."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        hf = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=24,
-                intermediate_size=40,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                vocab_size=52,
-                max_position_embeddings=64,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                initializer_range=0.4,
-            )
-        )
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    hf.save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    with torch.random.fork_rng():
+        make_model(folder, n_layers=3, seed=7)
     return folder
 
 

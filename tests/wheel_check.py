@@ -12,17 +12,17 @@ from pathlib import Path
 WORDS = [f"w{i}" for i in range(48)]
 
 
-def make_model(folder: Path) -> None:
-    """Write a tiny Llama with a word tokenizer: 2 layers, 4 query heads of 8, random weights."""
+def make_model(folder: Path, *, n_layers: int = 2, seed: int = 0) -> None:
+    """Write a tiny Llama, 4 query heads of 8 over 2 key heads, random, with a word tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     LlamaForCausalLM(
         LlamaConfig(
             hidden_size=24,
             intermediate_size=40,
-            num_hidden_layers=2,
+            num_hidden_layers=n_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
