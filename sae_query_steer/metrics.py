@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy.stats import binomtest
 from torch import Tensor
 
 
@@ -68,3 +69,22 @@ def kl_divergence(
     """
     terms = log_p.exp() * (log_p - log_q)
     return terms.where(log_p > -torch.inf, 0.0).sum(-1)
+
+
+def wilson_interval(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of a share, hits out of n.
+
+    Args:
+        hits: how many of them.
+        n: of how many, 1 or more.
+        confidence: that the interval holds the true share.
+
+    Raises:
+        ValueError: hits that are not 0 to n, or nothing counted.
+    """
+    if n < 1 or not 0 <= hits <= n:
+        raise ValueError(
+            f"hits={hits} of n={n} is not allowed: give n of 1 or more and 0 to n hits"
+        )
+    interval = binomtest(hits, n).proportion_ci(confidence_level=confidence, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
 
 from sae_query_steer.centroids import CentroidTargets, ClassMoments
 from sae_query_steer.fingerprint import (
@@ -384,3 +386,66 @@ def test_damaged_tensors_are_refused(tmp_path, untyped, name, tensor, message):
     write_tensors(path, read_tensors(path) | {name: tensor})
     with pytest.raises(ValueError, match=message):
         CentroidTargets.load(tmp_path / "targets")
+
+
+def targets_of(latents, classes) -> CentroidTargets:
+    """Centroids of latents [token head d_latent] at the second site; another at the first."""
+    found = ClassMoments(N_CLASSES, latents.shape[1:])
+    found.update(latents, classes)
+    other = torch.arange(N_CLASSES).double()[:, None, None].expand(found.mean.shape).clone()
+    return some_targets(
+        means={HOOKS[0]: other, HOOKS[1]: found.mean},
+        variances={HOOKS[0]: torch.zeros_like(other), HOOKS[1]: found.variance()},
+        counts=found.count,
+    )
+
+
+def unequal_classes():
+    """Seventy-one tokens of three classes of 50, 4 and 17, which differ in their means."""
+    generator = torch.Generator().manual_seed(23)
+    classes = torch.tensor([0] * 50 + [1] * 4 + [2] * 17)
+    means = 0.4 * torch.randn(N_CLASSES, N_HEADS, D_LATENT, generator=generator).double()
+    noise = torch.randn(71, N_HEADS, D_LATENT, generator=generator).double()
+    scale = torch.tensor([1.0, 3.0, 0.5]).double()[classes, None, None]
+    return 5 + means[classes] + scale * noise, classes
+
+
+def test_the_share_of_the_class_is_what_a_regression_on_the_class_explains():
+    latents, classes = unequal_classes()
+    flat, indicators = latents.flatten(1).numpy(), torch.eye(N_CLASSES)[classes].numpy()
+    fitted = LinearRegression().fit(indicators, flat).predict(indicators)
+    expected = r2_score(flat, fitted, multioutput="variance_weighted")
+    assert 0.05 < expected < 0.5
+    found = targets_of(latents, classes).class_share_of_variance(HOOKS[1])
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_share_of_the_class_is_the_same_after_a_shift_and_in_other_units():
+    latents, classes = unequal_classes()
+    share = targets_of(latents, classes).class_share_of_variance(HOOKS[1])
+    shifted = 100 - 3 * latents
+    found = targets_of(shifted, classes).class_share_of_variance(HOOKS[1])
+    assert found == pytest.approx(share, rel=1e-6)
+
+
+def test_the_share_is_zero_where_all_centroids_are_one_and_one_where_nothing_else_varies():
+    latents, classes = unequal_classes()
+    centred = latents.clone()
+    for k in range(N_CLASSES):
+        centred[classes == k] -= latents[classes == k].mean(0)
+    assert targets_of(centred, classes).class_share_of_variance(HOOKS[1]) < 1e-12
+    pure = targets_of(latents - centred, classes)
+    assert pure.class_share_of_variance(HOOKS[1]) == pytest.approx(1, abs=1e-9)
+    assert pure.class_share_of_variance(HOOKS[0]) == 1
+
+
+def test_of_few_tokens_the_share_is_too_high_by_as_much_as_is_said():
+    noise = torch.randn(11, 1, 5000, generator=torch.Generator().manual_seed(2)).double()
+    classes = torch.tensor([0] * 6 + [1] * 2 + [2] * 3)
+    found = targets_of(noise, classes).class_share_of_variance(HOOKS[1])
+    assert found == pytest.approx((N_CLASSES - 1) / (11 - 1), rel=0.05)
+
+
+def test_a_share_of_a_site_without_centroids_is_refused():
+    with pytest.raises(KeyError, match="blocks.1.attn.hook_q"):
+        some_targets().class_share_of_variance("blocks.1.attn.hook_q")

@@ -1,9 +1,11 @@
 import math
+import re
 
 import pytest
 import torch
+from scipy.stats import norm
 
-from sae_query_steer.metrics import ReconstructionMoments, kl_divergence
+from sae_query_steer.metrics import ReconstructionMoments, kl_divergence, wilson_interval
 
 N_TOKENS, N_HEADS, D_HEAD, D_SAE = 23, 3, 5, 7
 
@@ -81,3 +83,39 @@ def test_a_token_of_probability_zero_adds_nothing_to_the_divergence():
     expected = 0.25 * math.log(0.5) + 0.75 * math.log(3)
     assert float(kl_divergence(log_p, log_q)) == pytest.approx(expected)
     assert float(kl_divergence(log_p, log_p)) == 0
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 9), (1, 1), (7, 23), (60, 61), (300, 300)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_ends_of_the_interval_are_the_shares_at_which_the_score_test_turns(hits, n, confidence):
+    z = norm.isf((1 - confidence) / 2)
+    share = hits / n
+    low, high = wilson_interval(hits, n, confidence=confidence)
+    assert low < high
+    for end in (low, high):
+        assert (share - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / n, abs=1e-12)
+
+
+def test_the_interval_is_that_of_the_textbook():
+    # Wilson's formula by hand: 15 of 20, z = 1.959964.
+    z, n, share = 1.959964, 20, 0.75
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    assert wilson_interval(15, 20) == pytest.approx((centre - half, centre + half), abs=1e-6)
+    assert wilson_interval(15, 20) == pytest.approx((0.531, 0.888), abs=1e-3)
+
+
+def test_the_interval_holds_the_share_and_mirrors_with_the_misses():
+    for hits in range(14):
+        low, high = wilson_interval(hits, 13)
+        assert 0 <= low <= hits / 13 <= high <= 1
+        assert wilson_interval(13 - hits, 13) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+    assert wilson_interval(0, 13)[0] == 0
+    assert wilson_interval(13, 13)[1] == 1
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_hits_that_are_not_among_those_counted_are_refused(hits, n):
+    text = f"hits={hits} of n={n} is not allowed: give n of 1 or more and 0 to n hits"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        wilson_interval(hits, n)

@@ -27,7 +27,15 @@ ORDER = (
     *("hosts", "hosts.models", "hosts.tracking", "hosts.saelens"),
     *("sae.core", "sae.standard", "sae.topk", "sae", "sae.collection", "sae.encoders"),
     *("token_rows", "capture", "training", "targets", "separability", "interchange"),
-    *("trace", "intervention", "steering", "baselines", "plots", "", "cli"),
+    *("trace", "intervention", "steering", "baselines", "plots"),
+    *("evaluation", "evaluation.generation", "evaluation.rowwise"),
+    *("tasks", "tasks.tutor.words", "tasks.tutor.corpus", "tasks.tutor.tokenizer"),
+    *("tasks.tutor.batches", "tasks.tutor.judges", "tasks.tutor.obedience"),
+    *("tasks.tutor.training", "tasks.tutor.settings"),
+    *("tasks.tutor.comparison", "tasks.tutor.preparation", "tasks.tutor.methods"),
+    *("tasks.tutor.demo", "tasks.tutor.report"),
+    "tasks.tutor",
+    *("", "commands", "commands.options", "commands.chain", "commands.tutor", "cli"),
 )
 WITHOUT_HOSTS = ORDER[: ORDER.index("sites") + 1]
 HOSTS = {"transformer_lens", "sae_lens"}

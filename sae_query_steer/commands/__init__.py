@@ -1,0 +1,1 @@
+"""The commands of `sae-query-steer`; `cli` puts them together."""

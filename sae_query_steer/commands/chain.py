@@ -1,0 +1,260 @@
+"""`train`, `targets`, `sites` and `steer`: the chain on a model and texts of your own."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+import sae_query_steer as sqs
+from sae_query_steer.commands.options import (
+    OBJECTIVES,
+    SPANS,
+    Bloom,
+    Bos,
+    Chat,
+    Csv,
+    Device,
+    Label,
+    Layers,
+    Model,
+    Out,
+    Overwrite,
+    Prompt,
+    Response,
+    Saes,
+    Seed,
+    SpanName,
+    check_free,
+    labelled_examples,
+    layer_list,
+    load_saes,
+    named,
+    show,
+)
+from sae_query_steer.descent import check_strength
+from sae_query_steer.storage import new_folder, write_json
+
+
+def train(
+    model: Model,
+    layers: Layers,
+    out: Out,
+    csv: Annotated[Path | None, typer.Option("--csv", help="CSV with a column of text.")] = None,
+    text: Annotated[
+        str, typer.Option("--text", help="Column of the CSV, or a template over its columns.")
+    ] = "text",
+    text_file: Annotated[
+        Path | None, typer.Option("--text-file", help="Plain text; blank lines part documents.")
+    ] = None,
+    arch: Annotated[str, typer.Option(help="topk or standard.")] = "topk",
+    d_sae: Annotated[int, typer.Option("--d-sae", help="Latents of each head.")] = 64,
+    k: Annotated[int, typer.Option(help="topk: latents that may fire.")] = 8,
+    l1: Annotated[float, typer.Option(help="standard: weight of the L1 penalty.")] = 1.0,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 500_000,
+    context_size: Annotated[int | None, typer.Option(help="Tokens of a row; 128 if unset.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 512,
+    whole: Annotated[
+        bool, typer.Option("--whole-documents", help="Keep documents whole, one a row.")
+    ] = False,
+    bos: Bos = True,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train SAEs on the queries of all heads of some layers."""
+    check_free(out, overwrite, "query_saes.json")
+    if (csv is None) == (text_file is None):
+        raise ValueError("give the texts as --csv FILE or as --text-file FILE, one of the two")
+    configs = {
+        "topk": lambda: sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=d_sae, k=k),
+        "standard": lambda: sqs.QueryHeadStandardTrainingSAEConfig(
+            d_sae_per_head=d_sae, l1_coefficient=l1
+        ),
+    }
+    config = named(configs, arch, "--arch")()
+    if csv is not None:
+        texts = sqs.texts_from_csv(csv, text=text)
+    else:
+        assert text_file is not None
+        paragraphs = text_file.read_text(encoding="utf-8").split("\n\n")
+        texts = [paragraph for paragraph in paragraphs if paragraph.strip()]
+    host = sqs.load_model(model, device=device)
+    saes = sqs.train_query_saes(
+        host,
+        texts,
+        sqs.query_sites(host, layer_list(layers)),
+        sae=config,
+        training_tokens=tokens,
+        context_size=context_size,
+        concat_sequences=not whole,
+        prepend_bos=bos,
+        lr=lr,
+        train_batch_size_tokens=batch_tokens,
+        seed=seed,
+    )
+    saes.save(out, overwrite=overwrite)
+    assert saes.metrics is not None
+    show(saes.metrics)
+    typer.echo(f"wrote {out}")
+
+
+def targets(
+    model: Model,
+    saes: Saes,
+    csv: Csv,
+    prompt: Prompt,
+    label: Label,
+    out: Out,
+    response: Response = None,
+    bloom: Bloom = False,
+    span: SpanName = "last-prompt-token",
+    bos: Bos = True,
+    chat_template: Chat = False,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the centroid of each class of labelled texts in the latents."""
+    check_free(out, overwrite, "centroids.json")
+    examples = labelled_examples(csv, prompt, response, label, bloom)
+    chosen = named(SPANS, span, "--span")()
+    host = sqs.load_model(model, device=device)
+    encoders = load_saes(saes, host)
+    found = sqs.CentroidTargetBuilder(
+        host, encoders, span=chosen, prepend_bos=bos, chat_template=chat_template
+    ).fit(examples)
+    found.save(out, overwrite=overwrite)
+    show(pd.DataFrame({"class": map(str, found.classes), "tokens": found.counts.tolist()}))
+    typer.echo(f"wrote {out}")
+
+
+def sites(
+    model: Model,
+    saes: Saes,
+    csv: Csv,
+    prompt: Prompt,
+    label: Label,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the table as CSV.")] = None,
+    response: Response = None,
+    bloom: Bloom = False,
+    span: SpanName = "last-prompt-token",
+    pairs: Annotated[int, typer.Option(help="Pairs for the interchange effect.")] = 64,
+    per_head: Annotated[
+        bool, typer.Option("--per-head/--per-layer", help="Also look at every head alone.")
+    ] = True,
+    bos: Bos = True,
+    chat_template: Chat = False,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Show where steering can work: separability and interchange effect of each site and head."""
+    if out is not None:
+        check_free(out, overwrite, "sites.csv")
+    examples = labelled_examples(csv, prompt, response, label, bloom)
+    chosen = named(SPANS, span, "--span")()
+    host = sqs.load_model(model, device=device)
+    encoders = load_saes(saes, host)
+    shared: dict[str, Any] = {
+        "span": chosen,
+        "seed": seed,
+        "prepend_bos": bos,
+        "chat_template": chat_template,
+    }
+    apart = sqs.separability(host, encoders, examples, **shared)
+    layers = [int(layer) for layer in apart["layer"].unique()]
+    moved = sqs.interchange_effect(
+        host,
+        sqs.query_sites(host, layers),
+        examples,
+        n_pairs=pairs,
+        per_head=per_head,
+        **shared,
+    )
+    table = moved.merge(apart, on=["layer", "head"], how="left")
+    show(table)
+    if out is not None:
+        with new_folder(out, overwrite=overwrite, holding="sites.csv") as new:
+            table.to_csv(new / "sites.csv", index=False)
+        typer.echo(f"wrote {out}")
+
+
+def steer(
+    model: Model,
+    saes: Saes,
+    targets: Annotated[Path, typer.Option("--targets", help="Folder that `targets` wrote.")],
+    target: Annotated[str, typer.Option(help="Class to steer towards.")],
+    prompt: Annotated[str, typer.Option(help="The prompt.")],
+    objective: Annotated[str, typer.Option(help=", ".join(OBJECTIVES))] = "prototype",
+    steps: Annotated[int, typer.Option(help="Gradient steps at each position.")] = 20,
+    step_size: Annotated[float, typer.Option(help="Size of a step.")] = 1.0,
+    scope: Annotated[str, typer.Option(help="Where to steer; see --span of targets.")] = (
+        "last-prompt-token"
+    ),
+    layers: Layers = "all",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 40,
+    bos: Bos = True,
+    chat_template: Chat = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for texts (JSON) and trace (CSV).")
+    ] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Continue a prompt without and with steering, greedily, and show what the steer did."""
+    if out is not None:
+        check_free(out, overwrite, "texts.json")
+    if not prompt.strip():
+        raise ValueError("--prompt is blank: give a text to go on from")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed: give 1 or more")
+    check_strength(steps, step_size)
+    host = sqs.load_model(model, device=device)
+    encoders = load_saes(saes, host)
+    steerer = sqs.LatentGradientSteerer(
+        encoders,
+        sqs.CentroidTargets.load(targets),
+        target=target,
+        objective=named(OBJECTIVES, objective, "--objective")(),
+        n_steps=steps,
+        step_size=step_size,
+        scope=named(SPANS, scope, "--scope")(),
+        layers=layer_list(layers),
+    )
+
+    # Tokenised as `targets` tokenises, so that the steer meets the prompts it was made for.
+    given = sqs.tokenize_example(
+        sqs.LabelledExample(prompt=prompt, label="none"),
+        host.tokenizer,
+        prepend_bos=bos,
+        chat_template=chat_template,
+    ).tokens
+
+    def generate() -> str:
+        tokens = host.generate(
+            given[None].to(host.cfg.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            verbose=False,
+        )
+        return str(host.tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+    plain = generate()
+    with steerer.apply(host, record=True) as trace:
+        steered = generate()
+    table = trace.to_dataframe()
+    typer.echo(f"unsteered: {plain}\n\nsteered towards {target}: {steered}\n")
+    if steered == plain:
+        typer.echo("The text is unchanged.\n")
+    if len(table) == 0:
+        typer.echo("No position was steered: the scope met none of the positions that were read.")
+    else:
+        show(trace.summary())
+    if out is not None:
+        with new_folder(out, overwrite=overwrite, holding="texts.json") as new:
+            table.to_csv(new / "trace.csv", index=False)
+            write_json(
+                new / "texts.json", {"prompt": prompt, "unsteered": plain, "steered": steered}
+            )
+        typer.echo(f"wrote {out}")

@@ -1,0 +1,102 @@
+"""What the commands share: their options, the names of spans and objectives, and checks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+import sae_query_steer as sqs
+from sae_query_steer.positions import Span
+from sae_query_steer.storage import check_replaceable
+
+SPANS: dict[str, Callable[[], Span]] = {
+    "last-prompt-token": sqs.LastPromptToken,
+    "response": sqs.ResponseTokens,
+    "last-response-token": sqs.LastResponseToken,
+    "every": sqs.EveryPosition,
+    "last-prompt-token+response": lambda: sqs.LastPromptToken() | sqs.ResponseTokens(),
+}
+
+OBJECTIVES: dict[str, Callable[[], sqs.Objective]] = {
+    "prototype": sqs.PrototypeLogLikelihood,
+    "distance": sqs.SquaredDistance,
+    "contrast": sqs.CentroidContrast,
+}
+
+Model = Annotated[
+    str, typer.Option("--model", help="Hugging Face model folder, or a name on its hub.")
+]
+Device = Annotated[str | None, typer.Option(help="Where to run; TransformerLens chooses if unset.")]
+Layers = Annotated[str, typer.Option(help="Layers, such as 1,2 or 8-20 or all.")]
+Csv = Annotated[Path, typer.Option("--csv", help="Labelled texts, one a row.")]
+Prompt = Annotated[
+    str, typer.Option(help="Column of the prompt, or a template such as 'Q: {question} A:'.")
+]
+Response = Annotated[str | None, typer.Option(help="Column or template of the response, if any.")]
+Label = Annotated[str, typer.Option(help="Column of the class.")]
+Bloom = Annotated[
+    bool, typer.Option("--bloom", help="Read the labels as Bloom levels, 1956 names too.")
+]
+SpanName = Annotated[str, typer.Option(help="Where centroids are taken: " + ", ".join(SPANS))]
+Chat = Annotated[bool, typer.Option("--chat-template", help="Use the tokenizer's chat template.")]
+Bos = Annotated[bool, typer.Option("--bos/--no-bos", help="Begin every prompt with BOS.")]
+Saes = Annotated[Path, typer.Option("--saes", help="Folder that `train` wrote.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+
+
+def labelled_examples(
+    csv: Path, prompt: str, response: str | None, label: str, bloom: bool
+) -> list[sqs.LabelledExample]:
+    """Return the examples of a CSV, Bloom levels parsed where they are meant."""
+    parse = sqs.BloomLevel.parse if bloom else str
+    return sqs.examples_from_csv(
+        csv, prompt=prompt, response=response, label=label, parse_label=parse
+    )
+
+
+def layer_list(layers: str) -> list[int] | None:
+    """Return the layers that a text such as "1,2" or "8-20" names; None for "all"."""
+    if layers == "all":
+        return None
+    chosen: list[int] = []
+    for part in layers.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.strip().isdigit() or (last and not last.strip().isdigit()):
+            raise ValueError(
+                f"--layers {layers!r} is not allowed: give all, or such as 1,2 or 8-20"
+            )
+        if last and int(last) < int(first):
+            raise ValueError(f"--layers {layers!r} runs backwards: write {last}-{first}")
+        chosen += range(int(first), int(last or first) + 1)
+    return chosen
+
+
+def named(choices: dict[str, Any], name: str, option: str) -> Any:
+    """Return what a name stands for."""
+    if name not in choices:
+        raise ValueError(f"{option} {name!r} is not allowed: choose from {', '.join(choices)}")
+    return choices[name]
+
+
+def check_free(out: Path, overwrite: bool, holding: str) -> None:
+    """Raise unless a folder may be written, before any work starts."""
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: give another folder, or --overwrite")
+    check_replaceable(out, overwrite=overwrite, holding=holding)
+
+
+def load_saes(folder: Path, host: Any) -> sqs.QuerySAEs:
+    """Return the SAEs of a folder, on the model's device."""
+    if not (folder / "query_saes.json").is_file():
+        raise FileNotFoundError(f"--saes {folder} is no folder that `train` wrote")
+    return sqs.QuerySAEs.load(folder, device=str(host.cfg.device))
+
+
+def show(table: pd.DataFrame) -> None:
+    """Print a table, numbers with three digits."""
+    with pd.option_context("display.width", 160, "display.max_columns", None):
+        typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))

@@ -1,0 +1,1 @@
+"""Evaluation: texts generated with and without a steer, and what they score."""

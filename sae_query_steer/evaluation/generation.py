@@ -1,0 +1,127 @@
+"""Greedy continuations of many prompts at once, and how likely a model finds them."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sae_query_steer.hosts.models import next_token_log_probs, tokenizer_of
+from sae_query_steer.intervention import Steerer
+from sae_query_steer.trace import TraceRecord
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Continuations:
+    """What a model wrote after each of several prompts."""
+
+    texts: list[str]
+    """The continuations, without special tokens."""
+
+    tokens: list[Tensor]
+    """Their ids [pos], with EOS where the model ended."""
+
+    relative_changes: list[float]
+    """Of each prompt, the mean of |delta q| / |q| over its steered tokens, layers and heads."""
+
+
+def continuations(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    steerer: Steerer | None = None,
+    batch_size: int = 256,
+) -> Continuations:
+    """Return greedy continuations of prompts, each as if it were alone.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        prompts: texts of any lengths; BOS is put in front of each.
+        max_new_tokens: most tokens of a continuation.
+        steerer: what changes the queries meanwhile; one that tells the rows of a batch apart wants
+            all prompts in one batch.
+        batch_size: rows of one call of `generate`.
+
+    Raises:
+        ValueError: no prompts, or a size below 1.
+    """
+    if not prompts or max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(
+            f"{len(prompts)} prompts, max_new_tokens={max_new_tokens} and batch_size={batch_size} "
+            "are not allowed: give at least one of each"
+        )
+    tokenizer = tokenizer_of(model)
+    tokens: list[Tensor] = []
+    changes: list[float] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = list(prompts[start : start + batch_size])
+        steering = nullcontext() if steerer is None else steerer.apply(model, record=True)
+        with steering as trace:
+            width = model.to_tokens(rows, padding_side="left", prepend_bos=True).shape[1]
+            written = model.generate(
+                rows,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                prepend_bos=True,
+                return_type="tokens",
+                verbose=False,
+            )
+        tokens += [_until_eos(row, tokenizer.eos_token_id) for row in written[:, width:].cpu()]
+        changes += _mean_changes([] if trace is None else trace.records, len(rows))
+    return Continuations(
+        texts=[tokenizer.decode(row, skip_special_tokens=True) for row in tokens],
+        tokens=tokens,
+        relative_changes=changes,
+    )
+
+
+def mean_negative_log_likelihood(
+    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, batch_size: int = 256
+) -> float:
+    """Return the mean of -log p, in nats, of the tokens after their prompts, over all tokens.
+
+    Its exponential is the perplexity of the tokens given the prompts.
+
+    Raises:
+        ValueError: not one row of tokens for each prompt.
+    """
+    if len(prompts) != len(tokens):
+        raise ValueError(f"{len(prompts)} prompts do not fit {len(tokens)} rows of tokens")
+    total, count = 0.0, 0
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        scores = _log_likelihoods(model, prompts[part], tokens[part])
+        total, count = total - float(scores.sum()), count + len(scores)
+    return total / count
+
+
+def _log_likelihoods(
+    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor]
+) -> Float[Tensor, " token"]:
+    contexts = [model.to_tokens(prompt, prepend_bos=True)[0].cpu() for prompt in prompts]
+    joined = [torch.cat(pair) for pair in zip(contexts, tokens, strict=True)]
+    rows = [torch.full((len(t),), i) for i, t in enumerate(tokens)]
+    columns = [torch.arange(len(t)) + len(c) - 1 for c, t in zip(contexts, tokens, strict=True)]
+    log_probs = next_token_log_probs(
+        model, pad_sequence(joined, batch_first=True), torch.cat(rows), torch.cat(columns)
+    ).cpu()
+    return log_probs.gather(1, torch.cat(list(tokens))[:, None])[:, 0].double()
+
+
+def _mean_changes(records: Sequence[TraceRecord], n_rows: int) -> list[float]:
+    total, count = torch.zeros(n_rows), torch.zeros(n_rows)
+    for record in records:
+        ratio = record.change.delta.float().norm(dim=-1) / record.query_norm.clamp(min=1e-30)
+        total.index_add_(0, record.row, ratio.sum(-1))
+        count.index_add_(0, record.row, torch.full((len(ratio),), float(ratio.shape[-1])))
+    return (total / count.clamp(min=1)).tolist()
+
+
+def _until_eos(row: Tensor, eos: int | None) -> Tensor:
+    ends = (row == eos).nonzero()
+    return row[: int(ends[0]) + 1] if len(ends) else row

@@ -1,0 +1,90 @@
+"""What the demo does before anything is steered: labelled texts, and a look at the sites."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from sae_query_steer.bloom import BloomLevel
+from sae_query_steer.data import LabelledExample
+from sae_query_steer.evaluation.generation import continuations
+from sae_query_steer.interchange import interchange_effect
+from sae_query_steer.sae.collection import QuerySAEs
+from sae_query_steer.sae.encoders import identity_encoders
+from sae_query_steer.separability import ALL_HEADS, separability
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.targets import CentroidTargetBuilder
+from sae_query_steer.tasks.tutor.comparison import MAX_NEW_TOKENS
+from sae_query_steer.tasks.tutor.corpus import TutorCorpus
+from sae_query_steer.tasks.tutor.judges import LevelClassifier, restated_level
+from sae_query_steer.tasks.tutor.settings import DemoSettings
+
+
+def training_examples(
+    model: Any, classifier: LevelClassifier, notes: bool, settings: DemoSettings
+) -> tuple[list[LabelledExample], list[LabelledExample]]:
+    """Return labelled examples two ways: as requested, and as the tutor chose on open prompts.
+
+    The label of an open prompt is the level of the note that the tutor restated; where there are
+    no notes, the classifier's.
+    """
+    corpus = TutorCorpus("train", seed=settings.seed, notes=notes)
+    requested = corpus.examples(settings.n_train)
+    prompts = [corpus.prompt(None) for _ in range(settings.n_train)]
+    texts = continuations(model, [p.text for p in prompts], max_new_tokens=MAX_NEW_TOKENS).texts
+    labels = classifier.levels(texts)
+    if notes:
+        labels = [restated_level(text, p) for text, p in zip(texts, prompts, strict=True)]
+    opened = [
+        LabelledExample(prompt=prompt.text, response=text, label=label)
+        for prompt, text, label in zip(prompts, texts, labels, strict=True)
+        if label is not None
+    ]
+    counts = {level: sum(e.label == level for e in opened) for level in BloomLevel}
+    if min(counts.values()) < 2:
+        said = ", ".join(f"{level} {n}" for level, n in counts.items())
+        raise ValueError(
+            f"on open prompts the tutor restated the notes of {said} times: two or more of each "
+            "are needed for centroids; train it longer, or give more prompts (n_train)"
+        )
+    return requested, opened
+
+
+def site_table(
+    model: Any,
+    saes: QuerySAEs,
+    sites: Sequence[QuerySite],
+    requested: Sequence[LabelledExample],
+    notes: bool,
+    settings: DemoSettings,
+) -> pd.DataFrame:
+    """Return what is known of each layer before anything is steered.
+
+    Interchange effect and separability are measured on validation prompts that request a level,
+    at the last prompt token; the label's share of the query's variance on the training prompts.
+    """
+    validation = TutorCorpus("validation", seed=settings.seed, notes=notes).examples(240)
+    moved = interchange_effect(
+        model, sites, validation, n_pairs=settings.n_pairs, per_head=False, seed=settings.seed
+    )
+    apart = separability(model, saes, validation, seed=settings.seed)
+    queries = CentroidTargetBuilder(model, identity_encoders(sites)).fit(requested)
+    shares = {site.layer: queries.class_share_of_variance(site.hook_name) for site in sites}
+    table = moved.merge(apart[apart["head"] == ALL_HEADS], on=["layer", "head"])
+    return table.assign(label_share=[shares[int(layer)] for layer in table["layer"]]).drop(
+        columns="head"
+    )
+
+
+def chosen_layers(table: pd.DataFrame) -> tuple[int, ...]:
+    """Return the layers to steer: those whose interchange effect stands out.
+
+    A layer stands out when its class effect is above two standard errors and above a tenth of the
+    largest. Where none does, the one with the largest effect is returned, so that the
+    null can be seen.
+    """
+    effect, error = table["class_effect"], table["class_effect_se"]
+    stands_out = (effect > 2 * error) & (effect > 0.1 * effect.max())
+    if not bool(stands_out.any()):
+        stands_out = effect == effect.max()
+    return tuple(int(layer) for layer in table.loc[stands_out, "layer"])

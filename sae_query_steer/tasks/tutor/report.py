@@ -1,0 +1,298 @@
+"""The demo's report: one HTML file that opens offline, and the same numbers as JSON."""
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from sae_query_steer.storage import new_folder, write_json
+from sae_query_steer.tasks.tutor.comparison import MAX_PERPLEXITY_RATIO, TASKS
+from sae_query_steer.tasks.tutor.demo import MAIN, DemoResult
+
+RESULTS = "results.json"
+
+COLOURS = {
+    "unsteered": "#9aa0a6",
+    "instruction": "#5f6368",
+    "few-shot (k=2)": "#80868b",
+    "interchange": "#202124",
+    "mean difference": "#b06000",
+    "dense descent": "#e8710a",
+    "SAE descent": "#1a73e8",
+    "random direction": "#bdc1c6",
+}
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;color:#202124;max-width:1060px;
+margin:2rem auto;padding:0 1rem}
+h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.2rem}
+table{border-collapse:collapse;font-size:.86rem;width:100%}
+th,td{padding:.28rem .5rem;border-bottom:1px solid #e0e0e0;text-align:left;vertical-align:top}
+th{border-bottom:2px solid #80868b}td.n{text-align:right;font-variant-numeric:tabular-nums}
+pre{white-space:pre-wrap;background:#f6f8fa;padding:.7rem;border-radius:6px;font-size:.86rem}
+tr.best td{background:#e8f0fe}.verdict{background:#f1f3f4;padding:.8rem 1rem;border-radius:6px}
+.hit{color:#137333;font-weight:600}.miss{color:#a50e0e}
+@media print{body{max-width:none}h2{break-after:avoid}table,pre{break-inside:avoid}}
+"""
+
+
+def write_report(result: DemoResult, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write `report.html` and `results.json` to a folder, whole or not at all.
+
+    Raises:
+        FileExistsError: the folder exists and `overwrite` is False, or is something else.
+    """
+    with new_folder(folder, overwrite=overwrite, holding=RESULTS) as new:
+        write_json(new / RESULTS, result.to_json())
+        (new / "report.html").write_text(report_html(result), encoding="utf-8")
+
+
+def report_html(result: DemoResult) -> str:
+    """Return the report as one page that holds all it needs, plotly included."""
+    figures = [success_figure(result.rows), curve_figure(result.curves), site_figure(result)]
+    drawn = [
+        figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
+        for i, figure in enumerate(figures)
+    ]
+    n = max(result.rows["n"].tolist())
+    layers = ", ".join(map(str, result.layers))
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>",
+        f"<title>sae_query_steer demo</title><style>{STYLE}</style>",
+        "<h1>Does steering the query change the level of the feedback?</h1>",
+        f"<p class='verdict'>{html.escape(verdict(result))}</p>",
+        f"<p>{n} held-out prompts a row, greedy decoding, steered at the last prompt token of "
+        f"layer{'s' if len(result.layers) > 1 else ''} {layers}. Success: the classifier finds "
+        "the target level and the target's note is restated. Bars: 95 % Wilson intervals. Every "
+        "method's strength was chosen on other prompts, at a perplexity ratio of "
+        f"{MAX_PERPLEXITY_RATIO} or less.</p>",
+        drawn[0],
+        "<h2>The table</h2>",
+        table_html(display_table(result.rows)),
+        "<h2>What strength costs</h2><p>Each line is a method on the validation prompts, from "
+        "weak to strong: to the left fluent, up on target.</p>",
+        drawn[1],
+        "<h2>Where to steer: known before the first steer</h2><p>The class effect says how far "
+        "real queries of another level move the next token towards that level, in nats, beyond "
+        "what queries of the same level do. Separability says that the levels can be told apart; "
+        "it does not say that anything reads them.</p>",
+        drawn[2],
+        table_html(display_sites(result.sites)),
+        "<h2>Three examples in full</h2>",
+        *(example_html(example) for example in result.examples),
+        "<h2>Judges, SAEs, cost</h2>",
+        table_html(pd.DataFrame({"judge": result.judge.keys(), "share": result.judge.values()})),
+        table_html(result.saes),
+        table_html(
+            pd.DataFrame({"step": result.seconds.keys(), "seconds": result.seconds.values()})
+        ),
+        "</html>",
+    ]
+    return "\n".join(parts)
+
+
+def verdict(result: DemoResult) -> str:
+    """Return the result in one or two sentences."""
+    said = []
+    for task in TASKS:
+        rows = result.rows[result.rows["task"] == task].set_index("method")["success"]
+        best = rows["SAE descent"].max() if "SAE descent" in rows.index else float("nan")
+        said.append(
+            f"{task}: SAE descent {best:.2f} at best, dense descent "
+            f"{rows.loc[['dense descent']].max():.2f}, real queries patched in "
+            f"{rows['interchange']:.2f}, unsteered {rows['unsteered']:.2f}, the request itself "
+            f"{rows['instruction']:.2f}"
+        )
+    top = result.sites.loc[result.sites["class_effect"].idxmax()]
+    found = top["class_effect"] > 2 * top["class_effect_se"]
+    before = (
+        f"Beforehand, the interchange effect was {top['class_effect']:.3f} ± "
+        f"{top['class_effect_se']:.3f} nats at layer {int(top['layer'])}: "
+        + ("there is something to steer." if found else "nothing here for a query to change.")
+    )
+    return f"{before} Success, {'; '.join(said)}."
+
+
+def label_of(row: Mapping[str, object]) -> str:
+    """Return the name of a row: method, objective, and centroids where they are not the main."""
+    parts = [str(row["method"])]
+    if isinstance(row["objective"], str):
+        parts.append(row["objective"])
+    if isinstance(row["centroids"], str) and (row["centroids"], row["span"]) != MAIN:
+        parts.append(f"{row['centroids']} prompts, {row['span']}")
+    return ", ".join(parts)
+
+
+def display_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the table as it is read: names in words, intervals beside their shares."""
+
+    def share(row: pd.Series, low: str, high: str, value: str) -> str:
+        return f"{row[value]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"
+
+    shown = []
+    for _, row in rows.iterrows():
+        strength = row["step_size"]
+        shown.append(
+            {
+                "task": row["task"],
+                "method": label_of(row.to_dict()),
+                "steps x size": "" if pd.isna(strength) else f"{row['n_steps']:.0f} x {strength:g}",
+                "|Δq|/|q|": "" if pd.isna(row["delta_q_ratio"]) else f"{row['delta_q_ratio']:.2f}",
+                "target [95 %]": share(row, "ci_low", "ci_high", "target_rate"),
+                "grounded": "" if pd.isna(row["grounded"]) else f"{row['grounded']:.2f}",
+                "success [95 %]": share(row, "success_low", "success_high", "success"),
+                "perplexity ratio": f"{row['perplexity_ratio']:.2f}",
+                "under own prompt": f"{row['perplexity_ratio_original']:.2f}",
+            }
+        )
+    return pd.DataFrame(shown)
+
+
+def display_sites(sites: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of sites with the columns that are read."""
+    return pd.DataFrame(
+        {
+            "layer": sites["layer"].astype(str),
+            "class effect, nats": [
+                f"{e:.3f} ± {s:.3f}"
+                for e, s in zip(sites["class_effect"], sites["class_effect_se"], strict=True)
+            ],
+            "label's share of q's variance": sites["label_share"].map("{:.2f}".format),
+            "levels told apart: latents": sites["accuracy_latents"].map("{:.2f}".format),
+            "raw q": sites["accuracy_query"].map("{:.2f}".format),
+            "token alone": sites["accuracy_token"].map("{:.2f}".format),
+        }
+    )
+
+
+def success_figure(rows: pd.DataFrame) -> go.Figure:
+    """Return success of every row as bars with intervals, open and redirected side by side."""
+    figure = go.Figure()
+    for i, task in enumerate(TASKS):
+        part = rows[rows["task"] == task].iloc[::-1]
+        figure.add_bar(
+            y=[label_of(row.to_dict()) for _, row in part.iterrows()],
+            x=part["success"],
+            orientation="h",
+            xaxis=f"x{i + 1 if i else ''}",
+            yaxis=f"y{i + 1 if i else ''}",
+            marker_color=[COLOURS.get(method, "#5f6368") for method in part["method"]],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": part["success_high"] - part["success"],
+                "arrayminus": part["success"] - part["success_low"],
+                "thickness": 1,
+                "color": "#202124",
+            },
+            hovertemplate="%{y}: %{x:.2f}<extra></extra>",
+        )
+    figure.update_layout(
+        height=110 + 26 * (len(rows) // 2),
+        template="plotly_white",
+        showlegend=False,
+        margin={"l": 10, "r": 10, "t": 50, "b": 40},
+        xaxis={"domain": [0, 0.49], "range": [0, 1.02], "title": "success"},
+        xaxis2={"domain": [0.51, 1], "range": [0, 1.02], "title": "success"},
+        yaxis={"automargin": True},
+        yaxis2={"anchor": "x2", "showticklabels": False},
+        annotations=[
+            {"text": text, "x": x, "y": 1.0, "xref": "paper", "yref": "paper", "yanchor": "bottom",
+             "showarrow": False, "font": {"size": 15}}
+            for text, x in (("open prompts", 0.2), ("redirected prompts", 0.8))
+        ],
+    )  # fmt: skip
+    return figure
+
+
+def curve_figure(curves: pd.DataFrame) -> go.Figure:
+    """Return target rate against perplexity ratio for the methods with the main centroids."""
+    figure = go.Figure()
+    main = curves[(curves["centroids"] == MAIN[0]) & (curves["span"] == MAIN[1])]
+    dashes = {"prototype": "solid", "squared distance": "dash", "contrast": "dot"}
+    for task, symbol in zip(TASKS, ("circle", "square-open"), strict=True):
+        here = main[main["task"] == task]
+        pairs = here[["method", "objective"]].drop_duplicates().itertuples(index=False, name=None)
+        for method, objective in pairs:
+            same = (here["method"] == method) & (
+                (here["objective"] == objective) | (here["objective"].isna() & pd.isna(objective))
+            )
+            part = here[same]
+            named = f"{method}, {objective}" if isinstance(objective, str) else str(method)
+            figure.add_scatter(
+                x=part["perplexity_ratio"],
+                y=part["target_rate"],
+                mode="lines+markers",
+                name=f"{named} ({task})",
+                marker={"symbol": symbol},
+                line={"color": COLOURS.get(str(method)), "dash": dashes.get(str(objective))},
+                customdata=part["step_size"],
+                hovertemplate="step size %{customdata:g}: target %{y:.2f}, ratio %{x:.2f}",
+            )
+    figure.add_vline(x=MAX_PERPLEXITY_RATIO, line_dash="dot", line_color="#80868b")
+    figure.update_layout(
+        height=460,
+        template="plotly_white",
+        margin={"l": 10, "r": 10, "t": 20, "b": 40},
+        xaxis={"title": "perplexity ratio (1 = as fluent as unsteered)", "type": "log"},
+        yaxis={"title": "target rate", "range": [0, 1.03]},
+    )
+    return figure
+
+
+def site_figure(result: DemoResult) -> go.Figure:
+    """Return interchange effect by layer, with two standard errors; the steered layers in blue."""
+    sites = result.sites
+    steered = [int(layer) in result.layers for layer in sites["layer"]]
+    figure = go.Figure(
+        go.Bar(
+            x=[f"layer {layer}" for layer in sites["layer"]],
+            y=sites["class_effect"],
+            error_y={"type": "data", "array": 2 * sites["class_effect_se"], "thickness": 1.5},
+            marker_color=[COLOURS["SAE descent" if s else "unsteered"] for s in steered],
+            hovertemplate="%{x}: %{y:.3f} nats<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        height=300,
+        template="plotly_white",
+        margin={"l": 10, "r": 10, "t": 20, "b": 30},
+        yaxis={"title": "class effect, nats (± 2 s.e.)"},
+    )
+    return figure
+
+
+def table_html(table: pd.DataFrame) -> str:
+    """Return a table as HTML, numbers to the right with three digits."""
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in table.columns)
+    body = []
+    for _, row in table.iterrows():
+        cells = []
+        for value in row:
+            number = isinstance(value, float | int)
+            text = f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
+            cells.append(f"<td class='n'>{text}</td>" if number else f"<td>{text}</td>")
+        body.append("<tr>" + "".join(cells) + "</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def example_html(example: Mapping[str, str]) -> str:
+    """Return one case: its prompt, and what each method wrote."""
+    asked = example["requested"]
+    title = f"target {example['target']}, " + (
+        f"prompt asks for {asked}" if asked else "prompt leaves the level open"
+    )
+    written = pd.DataFrame(
+        [
+            {"method": name, "feedback": text}
+            for name, text in example.items()
+            if name not in ("task", "prompt", "requested", "target")
+        ]
+    )
+    return (
+        f"<h3>{html.escape(title)}</h3><pre>{html.escape(example['prompt'])} ...</pre>"
+        + table_html(written)
+    )

@@ -1,0 +1,38 @@
+"""Sizes of the demo."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Sizes of the demo; the defaults take some minutes on two cores."""
+
+    seed: int = 0
+    n_train: int = 600
+    """Labelled prompts, of each kind, for SAEs and centroids."""
+
+    n_validation: int = 60
+    """Cases of each task on which strengths are chosen."""
+
+    n_test: int = 210
+    """Cases of each task in the table."""
+
+    n_pairs: int = 180
+    """Pairs of the interchange effect."""
+
+    training_tokens: int = 200_000
+    """Tokens that the SAEs are trained on."""
+
+    d_sae_per_head: int = 64
+    k: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_train", 60), ("n_validation", 6), ("n_test", 6), ("n_pairs", 6)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not allowed: give {least} or more"
+                )
+
+
+QUICK = DemoSettings(n_train=180, n_validation=24, n_test=60, n_pairs=60, training_tokens=80_000)
+"""Sizes for a first look, in about a minute; too small to tell methods apart."""

@@ -1,0 +1,118 @@
+"""The tutor's comparison: cases, the grid's end, the operating point, rows of the table."""
+
+from collections import Counter
+
+import pytest
+
+from sae_query_steer import BloomLevel
+from sae_query_steer.tasks.tutor.comparison import (
+    TASKS,
+    CaseScorer,
+    Method,
+    Outcome,
+    operating_point,
+    strength_curves,
+    table_row,
+    tutor_cases,
+)
+
+
+def outcome(strength, target, ratio, *, success=None, grounded=True):
+    n = 20
+    hits = [i < round(target * n) for i in range(n)]
+    good = hits if success is None else [i < round(success * n) for i in range(n)]
+    return Outcome(
+        strength=float(strength),
+        texts=["text"] * n,
+        judged=[None] * n,
+        restated=[None] * n,
+        target=hits,
+        grounded=good if grounded else None,
+        success=good,
+        perplexity_ratio=float(ratio),
+        perplexity_ratio_original=1.0,
+        delta_q_ratio=0.5,
+    )
+
+
+class FakeScorer(CaseScorer):
+    """Answers from a table of strength to (target rate, perplexity ratio)."""
+
+    def __init__(self, table):
+        self.cases = dict.fromkeys(TASKS, ())
+        self.table, self.asked = table, []
+
+    def score(self, method, strength):
+        self.asked.append(strength)
+        return {task: outcome(strength, *self.table[strength]) for task in self.cases}
+
+
+def curve(table):
+    scorer = FakeScorer(table)
+    found = strength_curves(scorer, Method(name="m", strengths=tuple(map(float, table))))
+    assert [o.strength for o in found["redirect"]] == scorer.asked
+    return scorer.asked
+
+
+def test_a_grid_ends_where_the_target_rate_has_fallen():
+    assert curve({1: (0.5, 1.0), 2: (0.9, 1.1), 4: (0.8, 1.2), 8: (1.0, 1.0)}) == [1, 2, 4]
+
+
+def test_a_small_fall_does_not_end_a_grid():
+    assert curve({1: (0.9, 1.0), 2: (0.85, 1.1), 4: (0.95, 1.2)}) == [1, 2, 4]
+
+
+def test_a_grid_ends_where_the_text_breaks():
+    assert curve({1: (0.1, 1.0), 2: (0.2, 3.1), 4: (1.0, 1.0)}) == [1, 2]
+    assert curve({1: (0.1, 1.0), 2: (0.2, 3.0), 4: (1.0, 1.0)}) == [1, 2, 4]
+
+
+def test_the_operating_point_is_the_most_successful_of_the_fluent():
+    outcomes = [
+        outcome(1, 0.9, 1.2, success=0.5),
+        outcome(2, 0.8, 1.5, success=0.7),
+        outcome(3, 1.0, 1.51, success=1.0),
+    ]
+    assert operating_point(outcomes).strength == 2
+
+
+def test_of_equal_outcomes_the_weaker_is_chosen():
+    assert operating_point([outcome(s, 0.8, 1.0) for s in (1, 2, 3)]).strength == 1
+
+
+def test_without_a_fluent_strength_the_most_fluent_is_chosen():
+    outcomes = [outcome(1, 0.1, 1.9), outcome(2, 0.5, 1.7), outcome(3, 0.9, 2.5)]
+    assert operating_point(outcomes).strength == 2
+
+
+def test_a_row_holds_the_shares_with_their_intervals():
+    descent = Method(name="m", objective="prototype", n_steps=20, steerer=lambda cases, s: None)
+    row = table_row("open", descent, outcome(0.2, 0.5, 1.1, success=0.25))
+    assert (row["target_rate"], row["success"], row["grounded"]) == (0.5, 0.25, 0.25)
+    assert row["ci_low"] == pytest.approx(0.2993, abs=1e-4)  # Wilson, 10 of 20
+    assert row["ci_high"] == pytest.approx(0.7007, abs=1e-4)
+    assert (row["step_size"], row["n_steps"], row["n"]) == (0.2, 20, 20)
+    plain = table_row("open", Method(name="unsteered"), outcome(0.0, 0.5, 1.1, grounded=False))
+    assert plain["step_size"] is plain["delta_q_ratio"] is plain["grounded"] is None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_cases_meet_every_target_alike_often(task):
+    cases = tutor_cases(task, "test", 60, seed=0)
+    assert set(Counter(case.target for case in cases).values()) == {10}
+    assert len({case.prompt.text for case in cases}) == 60
+    for case in cases:
+        assert case.requesting.requested == case.target
+        assert case.requesting.notes == case.prompt.notes
+    if task == "open":
+        assert {case.prompt.requested for case in cases} == {None}
+    else:
+        pairs = Counter((case.prompt.requested, case.target) for case in cases)
+        assert set(pairs.values()) == {2}
+        assert set(pairs) == {(a, b) for a in BloomLevel for b in BloomLevel if a != b}
+
+
+def test_cases_repeat_with_their_seed():
+    first, again, other = (tutor_cases("open", "test", 6, seed=seed) for seed in (0, 0, 1))
+    assert [c.prompt.text for c in first] == [c.prompt.text for c in again]
+    assert [c.prompt.text for c in first] != [c.prompt.text for c in other]

@@ -1,0 +1,191 @@
+"""The demo as a whole, small, on tutors that have hardly been trained."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import sae_query_steer as sqs
+from sae_query_steer.cli import app
+from sae_query_steer.commands import tutor as commands
+from sae_query_steer.storage import read_json
+from sae_query_steer.tasks.tutor import (
+    DemoSettings,
+    TutorCorpus,
+    TutorTraining,
+    comparison,
+    run_demo,
+    train_tutor,
+    write_report,
+)
+from sae_query_steer.tasks.tutor import demo as demo_module
+from sae_query_steer.tasks.tutor.demo import MAIN
+from sae_query_steer.tasks.tutor.preparation import chosen_layers
+from sae_query_steer.tasks.tutor.report import display_table, report_html, verdict
+
+ROW = {
+    *("task", "method", "objective", "centroids", "span", "scope", "n_steps", "step_size"),
+    *("delta_q_ratio", "n", "target_rate", "ci_low", "ci_high", "grounded", "success"),
+    "perplexity_ratio",
+}
+
+
+# What a tutor that was hardly trained does is noise: these tests are of the chain alone.
+SMALL = DemoSettings(
+    n_train=60, n_validation=6, n_test=12, n_pairs=6, training_tokens=4096, d_sae_per_head=16, k=4
+)
+TINY = {"n_steps": 2, "max_steps": 2, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_mlp": 32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Eight tokens of each text: a tutor that was hardly trained never ends by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "MAX_NEW_TOKENS", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tutor that has hardly been trained."""
+    folder = tmp_path_factory.mktemp("tutor") / "tutor"
+    train_tutor(folder, TutorTraining(**TINY))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(folder):
+    """Labelled texts as an able tutor would write them on open prompts."""
+    return TutorCorpus("train", seed=9).examples(60, open_share=1.0)
+
+
+@pytest.fixture(scope="module")
+def demo(folder, opened):
+    """The whole demo, with texts in the place of what the tutor writes on open prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))
+        return run_demo(sqs.load_model(str(folder), device="cpu"), settings=SMALL)
+
+
+def test_every_task_has_every_row(demo):
+    for task in ("open", "redirect"):
+        rows = demo.rows[demo.rows["task"] == task]
+        assert len(rows) == 3 + 1 + 1 + 2 * (3 + 3) + 1
+        assert (rows["n"] == SMALL.n_test).all()
+        assert rows["success"].between(0, 1).all()
+        assert (rows["ci_low"] <= rows["target_rate"]).all()
+        steered = rows[rows["scope"].notna()]
+        assert (steered["delta_q_ratio"] > 0).all()
+        assert rows["delta_q_ratio"].isna().sum() == 3
+
+
+def test_the_unsteered_tutor_is_as_fluent_as_itself(demo):
+    rows = demo.rows[demo.rows["method"] == "unsteered"]
+    assert rows["perplexity_ratio_original"].to_numpy() == pytest.approx(1)
+    asked = demo.rows[demo.rows["method"] == "instruction"]
+    assert asked["perplexity_ratio"].to_numpy() == pytest.approx(1)
+
+
+def test_a_random_direction_is_as_long_as_the_descent_it_stands_for(demo):
+    for task in ("open", "redirect"):
+        rows = demo.rows[demo.rows["task"] == task]
+        sae = rows[rows["method"] == "SAE descent"].iloc[0]
+        random = rows[rows["method"] == "random direction"].iloc[0]
+        assert random["delta_q_ratio"] == pytest.approx(sae["delta_q_ratio"], rel=1e-4)
+
+
+def test_mean_difference_is_dense_descent_on_the_contrast(demo):
+    curves = demo.curves[(demo.curves["centroids"] == MAIN[0]) & (demo.curves["span"] == MAIN[1])]
+    dense = curves[(curves["method"] == "dense descent") & (curves["objective"] == "contrast")]
+    mean = curves[curves["method"] == "mean difference"]
+    columns = ["step_size", "target_rate", "perplexity_ratio", "delta_q_ratio"]
+    pd.testing.assert_frame_equal(
+        dense[columns].reset_index(drop=True), mean[columns].reset_index(drop=True)
+    )
+
+
+def test_equal_settings_give_equal_numbers(folder, demo, opened, monkeypatch):
+    monkeypatch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))
+    again = run_demo(sqs.load_model(str(folder), device="cpu"), settings=SMALL)
+    pd.testing.assert_frame_equal(again.rows, demo.rows, check_exact=True)
+    pd.testing.assert_frame_equal(again.sites, demo.sites, check_exact=True)
+    assert again.examples == demo.examples
+
+
+def test_a_tutor_that_restates_nothing_on_open_prompts_ends_the_demo_early(folder):
+    with pytest.raises(ValueError, match="on open prompts the tutor restated the notes of"):
+        run_demo(sqs.load_model(str(folder), device="cpu"), settings=SMALL)
+
+
+def test_results_have_the_rows_that_were_promised(demo, tmp_path):
+    write_report(demo, tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"rows", "judge_accuracy", "sites", "seconds", "versions"} <= set(results)
+    assert all(set(row) >= ROW for row in results["rows"])
+    methods = {row["method"] for row in results["rows"]}
+    assert methods == {
+        *("unsteered", "instruction", "few-shot (k=2)", "interchange", "mean difference"),
+        *("dense descent", "SAE descent", "random direction"),
+    }
+    for kind in ("dense descent", "SAE descent"):
+        main = [r["objective"] for r in results["rows"] if r["method"] == kind]
+        assert set(main) == {"prototype", "squared distance", "contrast"}
+    assert results["judge_accuracy"]["feedback"] >= 0.95
+    assert results["judge_accuracy"]["shuffled"] >= 0.95
+    assert results["judge_accuracy"]["verb_repeating"] >= 0.95
+    with pytest.raises(FileExistsError, match="exists"):
+        write_report(demo, tmp_path / "out")
+
+
+def test_the_report_opens_offline(demo):
+    page = report_html(demo)
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
+    assert verdict(demo)[:40] in page
+    assert "Three examples in full" in page
+    assert len(display_table(demo.rows)) == len(demo.rows)
+
+
+def test_only_effects_beyond_two_errors_and_a_tenth_of_the_largest_are_steered():
+    table = pd.DataFrame(
+        {
+            "layer": [0, 1, 2, 3],
+            "class_effect": [0.2, 1.0, 0.3, 0.09],
+            "class_effect_se": [0.15, 0.1, 0.1, 0.01],
+        }
+    )
+    assert chosen_layers(table) == (1, 2)
+    assert chosen_layers(table.assign(class_effect_se=9.0)) == (1,)
+
+
+def test_settings_too_small_are_refused():
+    with pytest.raises(ValueError, match=r"n_test=2 is not allowed: give 6 or more"):
+        DemoSettings(n_test=2)
+
+
+def test_the_command_refuses_before_it_works(folder, tmp_path):
+    runner = CliRunner()
+    for arguments, message in (
+        (["--tutor", str(tmp_path)], "no folder that `tutor` wrote"),
+        (["--tutor", str(folder), "--n", "1"], "n_test=1 is not allowed"),
+    ):
+        result = runner.invoke(app, ["demo", *arguments, "--out", str(tmp_path / "out")])
+        assert message in str(result.exception)
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_a_report_of_a_null_tutor(tmp_path, monkeypatch):
+    null = tmp_path / "null"
+    train_tutor(null, TutorTraining(**TINY, notes=False))
+    monkeypatch.setattr(commands, "QUICK", SMALL)
+    opened = TutorCorpus("train", seed=9, notes=False).examples(60, open_share=1.0)
+    monkeypatch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))
+    out = tmp_path / "out"
+    arguments = ["demo", "--tutor", str(null), "--quick", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert f"wrote {out / 'report.html'}" in result.output
+    rows = read_json(out / "results.json")["rows"]
+    assert {row["grounded"] for row in rows} == {None}
+    assert all(row["success"] == row["target_rate"] for row in rows)

@@ -1,0 +1,195 @@
+"""Continuations and how likely they are, against a loop over plain transformers."""
+
+import re
+
+import pytest
+import torch
+from conftest import HOSTS, as_hooked_transformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from wheel_check import WORDS
+
+import sae_query_steer as sqs
+from sae_query_steer.evaluation.generation import continuations, mean_negative_log_likelihood
+
+PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9", "w13 w30"]
+BOS, EOS, N_SPECIAL = 1, 2, 4
+
+
+def ids_of(text: str) -> list[int]:
+    return [BOS, *(N_SPECIAL + WORDS.index(word) for word in text.split())]
+
+
+@torch.no_grad()
+def written_alone(hf, prompt: str, n: int) -> list[int]:
+    """Greedy tokens from whole forward passes over one row, without padding or cache."""
+    ids, new = ids_of(prompt), []
+    while len(new) < n and new[-1:] != [EOS]:
+        new.append(int(hf(torch.tensor([ids + new])).logits[0, -1].argmax()))
+    return new
+
+
+@pytest.fixture(scope="module")
+def ending(tiny_folder, tmp_path_factory):
+    """The tiny model, made to end soon after the first prompt: plain, and on both hosts."""
+    hf = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    third = written_alone(hf, PROMPTS[0], 3)[2]
+    with torch.no_grad():
+        hf.lm_head.weight[[EOS, third]] = hf.lm_head.weight[[third, EOS]]
+    folder = tmp_path_factory.mktemp("ending") / "ending-llama"
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {
+        "plain": hf,
+        "hooked": as_hooked_transformer(hf, tokenizer),
+        "bridge": TransformerBridge.boot_transformers(str(folder), device="cpu"),
+    }
+
+
+@pytest.fixture
+def make(saes, targets):
+    """Make a steerer that visibly changes the tiny model, with some settings changed."""
+
+    def make(**changes) -> sqs.LatentGradientSteerer:
+        settings = {
+            "target": "create",
+            "objective": sqs.SquaredDistance(),
+            "n_steps": 4,
+            "step_size": 0.5,
+        }
+        return sqs.LatentGradientSteerer(saes, targets, **{**settings, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+@pytest.mark.parametrize("host", HOSTS)
+def test_each_continuation_is_what_transformers_writes_after_that_prompt_alone(
+    ending, host, batch_size
+):
+    made = continuations(ending[host], PROMPTS, max_new_tokens=7, batch_size=batch_size)
+    expected = [written_alone(ending["plain"], prompt, 7) for prompt in PROMPTS]
+    assert [row.tolist() for row in made.tokens] == expected
+    words = [[WORDS[i - N_SPECIAL] for i in row if i >= N_SPECIAL] for row in expected]
+    assert [text.split() for text in made.texts] == words
+    assert all(words)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_eos_ends_a_continuation_and_stands_in_its_tokens_but_not_in_its_text(ending, host):
+    made = continuations(ending[host], PROMPTS, max_new_tokens=7)
+    lengths = [len(row) for row in made.tokens]
+    assert lengths[0] == 3
+    assert max(lengths) == 7
+    assert made.tokens[0].tolist().index(EOS) == 2
+    for row, text in zip(made.tokens, made.texts, strict=True):
+        assert EOS not in row[:-1]
+        assert "</s>" not in text
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_continuation_is_no_longer_than_it_may_be(ending, host):
+    made = continuations(ending[host], PROMPTS, max_new_tokens=2)
+    longer = continuations(ending[host], PROMPTS, max_new_tokens=5)
+    for short, long in zip(made.tokens, longer.tokens, strict=True):
+        assert short.tolist() == long[:2].tolist()
+
+
+def test_without_a_steerer_nothing_has_changed(model):
+    assert continuations(model, PROMPTS, max_new_tokens=2).relative_changes == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_the_relative_change_of_a_prompt_is_the_mean_of_its_trace(model, make, batch_size):
+    steerer = make(heads=[0, 3])
+    made = continuations(
+        model, PROMPTS, max_new_tokens=3, steerer=steerer, batch_size=batch_size
+    ).relative_changes
+    with steerer.apply(model, record=True) as trace:
+        for prompt in PROMPTS:
+            model.generate(
+                prompt, max_new_tokens=3, do_sample=False, prepend_bos=True, verbose=False
+            )
+    table = trace.to_dataframe()
+    assert len(table) == 4 * 2 * 2, "4 prompts, 2 layers, 2 heads"
+    expected = table.groupby("run")["relative_change"].mean().tolist()
+    assert len(set(expected)) == 4
+    assert min(expected) > 0.01
+    assert made == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_batch_is_steered_as_each_prompt_alone(model, make):
+    steerer = make(objective=sqs.CentroidContrast(), step_size=4.0)
+    together = continuations(model, PROMPTS, max_new_tokens=6, steerer=steerer)
+    alone = [continuations(model, [p], max_new_tokens=6, steerer=steerer) for p in PROMPTS]
+    assert together.texts == [one.texts[0] for one in alone]
+    for row, one in zip(together.tokens, alone, strict=True):
+        assert torch.equal(row, one.tokens[0])
+    assert together.texts != continuations(model, PROMPTS, max_new_tokens=6).texts
+
+
+def hooks_of(model) -> list[int]:
+    modules = [*model.hook_dict.values(), *model.blocks, model.embed]
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+
+
+def test_no_hook_and_no_attribute_is_left_behind(model, make):
+    before = hooks_of(model), set(vars(model)), torch.get_rng_state()
+    made = continuations(model, PROMPTS, max_new_tokens=2, steerer=make())
+    mean_negative_log_likelihood(model, PROMPTS, made.tokens)
+    assert hooks_of(model) == before[0]
+    assert set(vars(model)) == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_new_tokens", "batch_size"), [([], 4, 2), (["w1"], 0, 2), (["w1"], 4, 0)]
+)
+def test_a_size_below_one_is_refused(model, prompts, max_new_tokens, batch_size):
+    message = (
+        f"{len(prompts)} prompts, max_new_tokens={max_new_tokens} and batch_size={batch_size} are "
+        "not allowed: give at least one of each"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        continuations(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def some_tokens() -> list[torch.Tensor]:
+    """Tokens after each prompt, of different lengths: one row ends in EOS, one holds a single."""
+    return [torch.tensor(row) for row in ([30, 9, EOS], [17], [5, 40, 8, 22, 51], [11, 6])]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_likelihood_is_that_of_a_loop_over_transformers_logits_on_each_row_alone(
+    ending, host, batch_size
+):
+    losses = []
+    for prompt, tokens in zip(PROMPTS, some_tokens(), strict=True):
+        context = ids_of(prompt)
+        for token in tokens.tolist():
+            with torch.no_grad():
+                logits = ending["plain"](torch.tensor([context])).logits[0, -1].double()
+            losses.append(float(logits.logsumexp(0) - logits[token]))
+            context.append(token)
+    assert len(losses) == 11
+    found = mean_negative_log_likelihood(
+        ending[host], PROMPTS, some_tokens(), batch_size=batch_size
+    )
+    assert found == pytest.approx(sum(losses) / 11, rel=1e-4)
+
+
+def test_the_greedy_first_token_is_the_likeliest_of_all(model):
+    greedy = continuations(model, PROMPTS, max_new_tokens=1).tokens
+    best = mean_negative_log_likelihood(model, PROMPTS, greedy)
+    others = [
+        mean_negative_log_likelihood(model, PROMPTS, [torch.tensor([token])] * len(PROMPTS))
+        for token in range(0, 52, 5)
+    ]
+    assert best < min(others)
+
+
+def test_prompts_without_their_tokens_are_refused(model):
+    with pytest.raises(ValueError, match="^4 prompts do not fit 3 rows of tokens$"):
+        mean_negative_log_likelihood(model, PROMPTS, some_tokens()[:3])
