@@ -134,7 +134,8 @@ class CentroidTargets:
         counts = self.counts.double().to(means.device)[:, None, None]
         centre = (counts * means).sum(0) / counts.sum()
         between = (counts * (means - centre).square()).sum()
-        return float(between / (between + (counts * variances).sum()))
+        total = between + (counts * variances).sum()
+        return float(between / total) if total > 0 else 0.0
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the centroids to a folder (safetensors and JSON), whole or not at all.

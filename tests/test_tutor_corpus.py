@@ -272,6 +272,12 @@ def test_feedback_restates_the_note_of_its_level_and_goes_on_at_that_level():
     assert lengths[True] == pytest.approx(120, abs=40)
 
 
+def test_a_level_without_words_that_ask_for_it_is_refused():
+    prompt = TutorCorpus("test", seed=1).prompt(None)
+    with pytest.raises(ValueError, match="no words ask for apply: give opener and core"):
+        prompt.with_request(BloomLevel.APPLY)
+
+
 def test_without_notes_there_is_no_line_of_them_and_the_verb_still_tells_the_level():
     corpus = TutorCorpus("train", seed=9, notes=False)
     verbs = set()

@@ -160,6 +160,7 @@ def test_the_order_and_the_company_of_feedback_do_not_matter(classifier, unseen)
 
 
 def test_text_that_is_no_feedback_has_no_level(classifier):
+    assert classifier.levels([]) == []
     assert classifier.levels(["", " ", "\n", "the the the", "w1 w20"]) == [None] * 5
 
 

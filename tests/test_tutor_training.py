@@ -349,6 +349,15 @@ def test_a_run_that_is_stopped_leaves_the_tutor_that_it_was_to_replace(
     assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
+def test_a_folder_of_the_users_where_the_state_would_lie_is_left_alone(tmp_path, quick):
+    mine = tmp_path / "tutor.unfinished"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="it holds no state.json, so it is something else"):
+        train_tutor(tmp_path / "tutor", TutorTraining(**TINY))
+    assert [path.name for path in tmp_path.rglob("*")] == ["tutor.unfinished", "thesis.txt"]
+
+
 def test_a_folder_that_is_there_is_refused_before_training(tmp_path, monkeypatch, quick):
     drawn = stop_at(monkeypatch, 0)
     out = tmp_path / "tutor"
@@ -491,6 +500,9 @@ def test_the_learning_rate_warms_up_over_100_steps_and_falls_to_a_fiftieth():
         ({"max_steps": -1}, "max_steps=-1 is not allowed: give 1 or more"),
         ({"n_layers": 0}, "n_layers=0 is not allowed: give 1 or more"),
         ({"n_heads": 0}, "n_heads=0 is not allowed: give 1 or more"),
+        ({"d_mlp": 0}, "d_mlp=0 is not allowed: give 1 or more"),
+        ({"open_share": 2.0}, "open_share=2.0 is not allowed: give a share, 0 to 1"),
+        ({"lr": -1.0}, "lr=-1.0 is not allowed: give a number above 0"),
         (
             {"d_model": 36, "n_heads": 4},
             "d_model=36 is not allowed: rotary heads need an even number of dimensions, so give a "

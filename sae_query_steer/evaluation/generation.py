@@ -88,10 +88,15 @@ def mean_negative_log_likelihood(
     Its exponential is the perplexity of the tokens given the prompts.
 
     Raises:
-        ValueError: not one row of tokens for each prompt.
+        ValueError: not one row of tokens for each prompt, no tokens, or a size below 1.
     """
     if len(prompts) != len(tokens):
         raise ValueError(f"{len(prompts)} prompts do not fit {len(tokens)} rows of tokens")
+    if batch_size < 1 or not any(len(row) for row in tokens):
+        raise ValueError(
+            f"batch_size={batch_size} and {sum(map(len, tokens))} tokens are not allowed: give at "
+            "least one of each"
+        )
     total, count = 0.0, 0
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -123,5 +128,7 @@ def _mean_changes(records: Sequence[TraceRecord], n_rows: int) -> list[float]:
 
 
 def _until_eos(row: Tensor, eos: int | None) -> Tensor:
+    if eos is None:
+        return row
     ends = (row == eos).nonzero()
     return row[: int(ends[0]) + 1] if len(ends) else row

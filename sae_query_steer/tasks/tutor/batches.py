@@ -153,7 +153,7 @@ def _sentence(
 
 def _repeated(draw: random.Random, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return random tokens that come twice and more; what is learned is all but the first time."""
-    period = draw.randrange(*PERIODS)
+    period = draw.randint(*PERIODS)
     once = [draw.randrange(len(SPECIAL), n_tokens) for _ in range(period)]
     length = 63
     tokens = torch.tensor([SPECIAL.index("<s>"), *(once * length)[:length]])

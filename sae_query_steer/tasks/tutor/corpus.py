@@ -82,7 +82,15 @@ class TutorPrompt:
     def with_request(
         self, level: BloomLevel | None, opener: str = "", core: str = ""
     ) -> "TutorPrompt":
-        """Return the same prompt with another request, or with none."""
+        """Return the same prompt with another request, or with none.
+
+        Raises:
+            ValueError: a level without the words that ask for it.
+        """
+        if level is not None and not (opener and core):
+            raise ValueError(
+                f"no words ask for {level}: give opener and core, as `TutorCorpus.request` does"
+            )
         return self.opened.prompt(level, opener, core, self.notes)
 
 

@@ -62,6 +62,8 @@ class LevelClassifier:
 
     def levels(self, feedbacks: Sequence[str]) -> list[BloomLevel | None]:
         """Return the level of each feedback, or None where it is no feedback."""
+        if not feedbacks:
+            return []
         guesses = self._pipeline.predict([text or " " for text in feedbacks])
         return [None if guess == NO_LEVEL else BloomLevel(str(guess)) for guess in guesses]
 

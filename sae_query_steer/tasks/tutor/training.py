@@ -1,6 +1,7 @@
 """Training a tutor from nothing: some minutes on two cores, stopped and resumed at will."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sae_query_steer.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from sae_query_steer.storage import (
+    check_replaceable,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from sae_query_steer.tasks.tutor.batches import NO_LOSS, Kind, TutorBatch, tutor_batch
 from sae_query_steer.tasks.tutor.obedience import obedience
 from sae_query_steer.tasks.tutor.tokenizer import SPECIAL, tutor_tokenizer
@@ -23,6 +31,9 @@ CARD = "tutor.json"
 """How a tutor was trained and how well it does."""
 
 CHECKPOINT_EVERY = 100
+
+STATE = "state.json"
+"""By this file the folder of an unfinished run is known."""
 
 STAGES: tuple[tuple[str, tuple[Kind, ...], float | None], ...] = (
     ("Learning to copy", ("copies",), 1.0),
@@ -68,9 +79,16 @@ class TutorTraining:
     d_mlp: int = 384
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "max_steps", "n_layers", "n_heads"):
+        for name in ("n_steps", "max_steps", "n_layers", "n_heads", "d_model", "d_mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: give 1 or more")
+        if not 0 <= self.open_share <= 1:
+            raise ValueError(f"open_share={self.open_share} is not allowed: give a share, 0 to 1")
+        for name in ("lr", "decision_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not allowed: give a number above 0"
+                )
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"d_model={self.d_model} is not allowed: rotary heads need an even number of "
@@ -103,13 +121,15 @@ def train_tutor(
         restates the level's note word for word; null where there are no notes).
 
     Raises:
-        FileExistsError: the folder exists and `overwrite` is False, or is something else.
+        FileExistsError: the folder exists and `overwrite` is False, or is something else; or what
+            lies at `<out>.unfinished` is no run.
         ValueError: an unfinished run of other settings lies beside it.
     """
     settings = TutorTraining() if settings is None else settings
     out = Path(out)
     with new_folder(out, overwrite=overwrite, holding=CARD) as new:
         unfinished = out.with_name(f"{out.name}.unfinished")
+        check_replaceable(unfinished, overwrite=True, holding=STATE)
         run = _Run(settings, unfinished)
         loss = run.finish()
         # What is scored is what is shipped: the weights in 16 bits.
@@ -146,7 +166,7 @@ class _Run:
         )
         self.stage, self.steps = 0, [0] * len(STAGES)
         self.losses: list[float] = []
-        if (folder / "state.json").is_file():
+        if (folder / STATE).is_file():
             self._resume()
 
     def finish(self) -> float:
@@ -197,10 +217,10 @@ class _Run:
         tensors = {f"weight.{name}": p for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
-        with new_folder(self.folder, overwrite=True, holding="state.json") as new:
+        with new_folder(self.folder, overwrite=True, holding=STATE) as new:
             write_tensors(new / "state.safetensors", tensors)
             write_json(
-                new / "state.json",
+                new / STATE,
                 {
                     "settings": dataclasses.asdict(self.settings),
                     "stage": self.stage,
@@ -211,7 +231,7 @@ class _Run:
 
     @torch.no_grad()
     def _resume(self) -> None:
-        state = read_json(self.folder / "state.json")
+        state = read_json(self.folder / STATE)
         if state["settings"] != dataclasses.asdict(self.settings):
             raise ValueError(
                 f"{self.folder} holds an unfinished run of other settings: finish that one, or "
