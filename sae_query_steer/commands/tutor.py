@@ -27,7 +27,7 @@ def demo(
         Path, typer.Option("--out", help="Folder for report.html and results.json.")
     ] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first look in a minute, too small to tell apart.")
+        bool, typer.Option("--quick", help="A first look, too small to tell methods apart.")
     ] = False,
     n: Annotated[int | None, typer.Option("--n", help="Test prompts of each row.")] = None,
     seed: Seed = 0,

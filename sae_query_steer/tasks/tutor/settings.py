@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo; the defaults take some minutes on two cores."""
+    """Sizes of the demo; the defaults are those of the table."""
 
     seed: int = 0
     n_train: int = 600
@@ -35,4 +35,4 @@ class DemoSettings:
 
 
 QUICK = DemoSettings(n_train=180, n_validation=24, n_test=60, n_pairs=60, training_tokens=80_000)
-"""Sizes for a first look, in about a minute; too small to tell methods apart."""
+"""Sizes for a first look; too small to tell methods apart."""
