@@ -50,7 +50,7 @@ NEEDS_NOTES = (1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class TutorTraining:
-    """Settings of a tutor's training; the defaults take some twelve minutes on two cores."""
+    """Settings of a tutor's training; the defaults are what trials found to work."""
 
     seed: int = 0
     """Of weights and texts."""
