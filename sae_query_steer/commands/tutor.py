@@ -73,8 +73,8 @@ def tutor(
     card = train_tutor(out, settings, overwrite=overwrite)
     note = "" if null else f", right note {card['right_note']:.3f}"
     typer.echo(
-        f"seed {seed}, loss {card['loss']:.4f}, obeyed {card['obeyed']:.3f}{note} on {card['n']} "
-        f"held-out prompts; wrote {out}"
+        f"{card['n_parameters']:,} parameters, seed {seed}, loss {card['loss']:.4f}, obeyed "
+        f"{card['obeyed']:.3f}{note} on {card['n']} held-out prompts; wrote {out}"
     )
 
 

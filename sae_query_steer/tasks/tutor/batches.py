@@ -40,11 +40,11 @@ class TutorBatch:
 
 
 Kind: TypeAlias = Literal["copies", "levels", "cues", "drills", "texts", "solved"]
-"""Repeated random tokens; texts without notes; notes with a request alone; whole texts; texts after
-solved examples."""
+"""Repeated random tokens; texts without notes; notes with a verb of the level as the last word;
+notes with a request alone; whole texts; texts after solved examples."""
 
 HIDING_SHARE = 0.75
-"""Share of the batches of texts and drills in which only the read-out sees the notes."""
+"""Share of the batches of texts, drills and cues in which only the read-out sees the notes."""
 
 ROWS = {"copies": 64, "levels": 40, "cues": 80, "drills": 80, "texts": 32, "solved": 8}
 """Rows of a batch of each kind, about as many tokens in each."""

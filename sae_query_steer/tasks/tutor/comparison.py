@@ -48,7 +48,7 @@ class Case:
 
 
 def tutor_cases(task: Task, split: Split, n: int, *, seed: int, notes: bool = True) -> list[Case]:
-    """Return n cases, all targets (and sources) alike often, none of them twice.
+    """Return n cases that go through the targets, and the other levels as sources, in turn.
 
     Args:
         task: "open" prompts leave the level open, "redirect" prompts ask for another one.

@@ -32,8 +32,7 @@ table{border-collapse:collapse;font-size:.86rem;width:100%}
 th,td{padding:.28rem .5rem;border-bottom:1px solid #e0e0e0;text-align:left;vertical-align:top}
 th{border-bottom:2px solid #80868b}td.n{text-align:right;font-variant-numeric:tabular-nums}
 pre{white-space:pre-wrap;background:#f6f8fa;padding:.7rem;border-radius:6px;font-size:.86rem}
-tr.best td{background:#e8f0fe}.verdict{background:#f1f3f4;padding:.8rem 1rem;border-radius:6px}
-.hit{color:#137333;font-weight:600}.miss{color:#a50e0e}
+.verdict{background:#f1f3f4;padding:.8rem 1rem;border-radius:6px}
 @media print{body{max-width:none}h2{break-after:avoid}table,pre{break-inside:avoid}}
 """
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo; the defaults are those of the table."""
+    """Sizes of the demo; `QUICK` holds smaller ones."""
 
     seed: int = 0
     n_train: int = 600

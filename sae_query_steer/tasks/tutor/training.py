@@ -1,4 +1,4 @@
-"""Training a tutor from nothing: some minutes on two cores, stopped and resumed at will."""
+"""Training a tutor from nothing, stopped and resumed at will."""
 
 import dataclasses
 import math
@@ -50,7 +50,7 @@ NEEDS_NOTES = (1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class TutorTraining:
-    """Settings of a tutor's training; the defaults are what trials found to work."""
+    """Settings of a tutor's training; the defaults are put together from trials."""
 
     seed: int = 0
     """Of weights and texts."""
@@ -71,7 +71,7 @@ class TutorTraining:
     """Share of the texts whose prompt leaves the level open."""
 
     decision_weight: float = 8.0
-    """Weight of the feedback's first token, where the note is chosen, beside 1 for the others."""
+    """Weight of the token that decides the feedback's level, beside 1 for the others."""
 
     d_model: int = 128
     n_layers: int = 4
