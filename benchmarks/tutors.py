@@ -21,7 +21,8 @@ from sae_query_steer.tasks.tutor import (
     train_tutor,
     write_report,
 )
-from sae_query_steer.tasks.tutor.report import RESULTS, label_of
+from sae_query_steer.tasks.tutor.report import RESULTS
+from sae_query_steer.tasks.tutor.results import label_of
 
 
 def main() -> None:

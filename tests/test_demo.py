@@ -21,9 +21,9 @@ from sae_query_steer.tasks.tutor import (
     write_report,
 )
 from sae_query_steer.tasks.tutor import demo as demo_module
-from sae_query_steer.tasks.tutor.demo import MAIN
 from sae_query_steer.tasks.tutor.preparation import chosen_layers
 from sae_query_steer.tasks.tutor.report import display_table, report_html, verdict
+from sae_query_steer.tasks.tutor.results import MAIN
 
 ROW = {
     *("task", "method", "objective", "centroids", "span", "scope", "n_steps", "step_size"),

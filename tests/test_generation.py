@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheel_check import WORDS
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.generation import continuations, mean_negative_log_likelihood
+from sae_query_steer.evaluation.generation import continuations, negative_log_likelihoods
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9", "w13 w30"]
 BOS, EOS, N_SPECIAL = 1, 2, 4
@@ -137,7 +137,7 @@ def hooks_of(model) -> list[int]:
 def test_no_hook_and_no_attribute_is_left_behind(model, make):
     before = hooks_of(model), set(vars(model)), torch.get_rng_state()
     made = continuations(model, PROMPTS, max_new_tokens=2, steerer=make())
-    mean_negative_log_likelihood(model, PROMPTS, made.tokens)
+    negative_log_likelihoods(model, PROMPTS, made.tokens)
     assert hooks_of(model) == before[0]
     assert set(vars(model)) == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
@@ -165,26 +165,24 @@ def some_tokens() -> list[torch.Tensor]:
 def test_the_likelihood_is_that_of_a_loop_over_transformers_logits_on_each_row_alone(
     ending, host, batch_size
 ):
-    losses = []
+    sums = []
     for prompt, tokens in zip(PROMPTS, some_tokens(), strict=True):
-        context = ids_of(prompt)
+        context, losses = ids_of(prompt), []
         for token in tokens.tolist():
             with torch.no_grad():
                 logits = ending["plain"](torch.tensor([context])).logits[0, -1].double()
             losses.append(float(logits.logsumexp(0) - logits[token]))
             context.append(token)
-    assert len(losses) == 11
-    found = mean_negative_log_likelihood(
-        ending[host], PROMPTS, some_tokens(), batch_size=batch_size
-    )
-    assert found == pytest.approx(sum(losses) / 11, rel=1e-4)
+        sums.append(sum(losses))
+    found = negative_log_likelihoods(ending[host], PROMPTS, some_tokens(), batch_size=batch_size)
+    assert found == pytest.approx(sums, rel=1e-4)
 
 
 def test_the_greedy_first_token_is_the_likeliest_of_all(model):
     greedy = continuations(model, PROMPTS, max_new_tokens=1).tokens
-    best = mean_negative_log_likelihood(model, PROMPTS, greedy)
+    best = sum(negative_log_likelihoods(model, PROMPTS, greedy))
     others = [
-        mean_negative_log_likelihood(model, PROMPTS, [torch.tensor([token])] * len(PROMPTS))
+        sum(negative_log_likelihoods(model, PROMPTS, [torch.tensor([token])] * len(PROMPTS)))
         for token in range(0, 52, 5)
     ]
     assert best < min(others)
@@ -192,4 +190,10 @@ def test_the_greedy_first_token_is_the_likeliest_of_all(model):
 
 def test_prompts_without_their_tokens_are_refused(model):
     with pytest.raises(ValueError, match="^4 prompts do not fit 3 rows of tokens$"):
-        mean_negative_log_likelihood(model, PROMPTS, some_tokens()[:3])
+        negative_log_likelihoods(model, PROMPTS, some_tokens()[:3])
+
+
+def test_a_prompt_without_any_token_is_refused(model):
+    tokens = [*some_tokens()[:3], torch.tensor([], dtype=torch.long)]
+    with pytest.raises(ValueError, match="^batch_size=64 and a shortest row of 0 tokens are not"):
+        negative_log_likelihoods(model, PROMPTS, tokens)

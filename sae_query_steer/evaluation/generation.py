@@ -80,29 +80,29 @@ def continuations(
     )
 
 
-def mean_negative_log_likelihood(
-    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, batch_size: int = 256
-) -> float:
-    """Return the mean of -log p, in nats, of the tokens after their prompts, over all tokens.
+def negative_log_likelihoods(
+    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, batch_size: int = 64
+) -> list[float]:
+    """Return for each prompt the sum of -log p, in nats, of the tokens after it.
 
-    Its exponential is the perplexity of the tokens given the prompts.
+    The exponential of the sum of several, divided by the number of their tokens, is a perplexity.
 
     Raises:
-        ValueError: not one row of tokens for each prompt, no tokens, or a size below 1.
+        ValueError: not one row of tokens for each prompt, a row without tokens, or a size below 1.
     """
     if len(prompts) != len(tokens):
         raise ValueError(f"{len(prompts)} prompts do not fit {len(tokens)} rows of tokens")
-    if batch_size < 1 or not any(len(row) for row in tokens):
+    if batch_size < 1 or not all(len(row) for row in tokens):
         raise ValueError(
-            f"batch_size={batch_size} and {sum(map(len, tokens))} tokens are not allowed: give at "
-            "least one of each"
+            f"batch_size={batch_size} and a shortest row of {min(map(len, tokens), default=0)} "
+            "tokens are not allowed: give at least one of each"
         )
-    total, count = 0.0, 0
+    sums = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         scores = _log_likelihoods(model, prompts[part], tokens[part])
-        total, count = total - float(scores.sum()), count + len(scores)
-    return total / count
+        sums += [-float(row.sum()) for row in scores.split([len(row) for row in tokens[part]])]
+    return sums
 
 
 def _log_likelihoods(

@@ -1,9 +1,10 @@
 """The tutor: a small language model whose feedback has a level that a query chooses."""
 
 from sae_query_steer.tasks.tutor.corpus import TutorCorpus, TutorPrompt
-from sae_query_steer.tasks.tutor.demo import DemoResult, run_demo
+from sae_query_steer.tasks.tutor.demo import run_demo
 from sae_query_steer.tasks.tutor.judges import LevelClassifier, restated_level, verb_level
 from sae_query_steer.tasks.tutor.report import write_report
+from sae_query_steer.tasks.tutor.results import DemoResult
 from sae_query_steer.tasks.tutor.settings import QUICK, DemoSettings
 from sae_query_steer.tasks.tutor.training import TutorTraining, train_tutor
 

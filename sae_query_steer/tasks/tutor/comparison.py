@@ -11,7 +11,7 @@ from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.evaluation.generation import (
     Continuations,
     continuations,
-    mean_negative_log_likelihood,
+    negative_log_likelihoods,
 )
 from sae_query_steer.intervention import Steerer
 from sae_query_steer.metrics import wilson_interval
@@ -20,6 +20,9 @@ from sae_query_steer.tasks.tutor.judges import LevelClassifier, restated_level
 
 MAX_NEW_TOKENS = 32
 """Longer than any feedback of the corpus."""
+
+BATCH_SIZE = 120
+"""Cases of one call of `generate`; more cost more each on small machines."""
 
 MAX_PERPLEXITY_RATIO = 1.5
 """What a strength may cost to be chosen. Source: shared definition of the operating point."""
@@ -116,19 +119,15 @@ class Outcome:
     perplexity_ratio_original: float
     delta_q_ratio: float
 
-    def share(self, hits: Sequence[bool]) -> float:
-        """Return the share of the cases that are hits."""
-        return sum(hits) / len(hits)
-
     @property
     def target_rate(self) -> float:
         """Share of the texts that the classifier finds at the target level."""
-        return self.share(self.target)
+        return sum(self.target) / len(self.target)
 
     @property
     def success_rate(self) -> float:
         """Share of the texts that are at the target level and grounded."""
-        return self.share(self.success)
+        return sum(self.success) / len(self.success)
 
 
 @dataclass(eq=False)
@@ -138,6 +137,9 @@ class CaseScorer:
     model: Any
     cases: Mapping[Task, Sequence[Case]]
     classifier: LevelClassifier
+    _known: dict[tuple[str, tuple[int, ...]], float] = field(init=False, default_factory=dict)
+    """-log p of the tokens after a prompt: steers that succeed mostly write the same text."""
+
     _reference: dict[tuple[Task, str], float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -145,30 +147,40 @@ class CaseScorer:
             for task, cases in self.cases.items():
                 prompts = [getattr(case, name).text for case in cases]
                 own = continuations(self.model, prompts, max_new_tokens=MAX_NEW_TOKENS)
-                found = mean_negative_log_likelihood(self.model, prompts, own.tokens)
-                self._reference[task, name] = found
+                self._reference[task, name] = self._mean_loss(prompts, own.tokens)
 
     def score(self, method: Method, strength: float) -> dict[Task, Outcome]:
         """Return what a method does at a strength, task by task."""
         every = [case for cases in self.cases.values() for case in cases]
-        prompts = [case.prompt.text for case in every]
-        if method.prompts is not None:
-            prompts = method.prompts(every)
-        written = continuations(
-            self.model,
-            prompts,
-            max_new_tokens=MAX_NEW_TOKENS,
-            steerer=None if method.steerer is None else method.steerer(every, strength),
-            batch_size=len(prompts),
+        parts = [
+            self._written(method, strength, every[start : start + BATCH_SIZE])
+            for start in range(0, len(every), BATCH_SIZE)
+        ]
+        written = Continuations(
+            texts=[text for part in parts for text in part.texts],
+            tokens=[row for part in parts for row in part.tokens],
+            relative_changes=[change for part in parts for change in part.relative_changes],
         )
         judged = self.classifier.levels(written.texts)
         outcomes: dict[Task, Outcome] = {}
         start = 0
         for task, cases in self.cases.items():
-            part = slice(start, start + len(cases))
-            outcomes[task] = self._outcome(task, strength, written, judged, part)
+            rows = slice(start, start + len(cases))
+            outcomes[task] = self._outcome(task, strength, written, judged, rows)
             start += len(cases)
         return outcomes
+
+    def _written(self, method: Method, strength: float, cases: Sequence[Case]) -> Continuations:
+        prompts = [case.prompt.text for case in cases]
+        if method.prompts is not None:
+            prompts = method.prompts(cases)
+        return continuations(
+            self.model,
+            prompts,
+            max_new_tokens=MAX_NEW_TOKENS,
+            steerer=None if method.steerer is None else method.steerer(cases, strength),
+            batch_size=len(prompts),
+        )
 
     def _outcome(
         self,
@@ -176,33 +188,42 @@ class CaseScorer:
         strength: float,
         written: Continuations,
         judged: Sequence[BloomLevel | None],
-        part: slice,
+        rows: slice,
     ) -> Outcome:
-        cases, texts = self.cases[task], written.texts[part]
+        cases, texts = self.cases[task], written.texts[rows]
         pairs = list(zip(texts, cases, strict=True))
         restated = [restated_level(text, case.prompt) for text, case in pairs]
-        on_target = [a == c.target for a, c in zip(judged[part], cases, strict=True)]
+        on_target = [a == c.target for a, c in zip(judged[rows], cases, strict=True)]
         grounded = None
         if cases[0].prompt.notes:
             grounded = [a == c.target for a, c in zip(restated, cases, strict=True)]
-        changes = written.relative_changes[part]
+        changes = written.relative_changes[rows]
         return Outcome(
             strength=strength,
             texts=texts,
-            judged=list(judged[part]),
+            judged=list(judged[rows]),
             restated=restated,
             target=on_target,
             grounded=grounded,
             success=[a and b for a, b in zip(on_target, grounded or on_target, strict=True)],
-            perplexity_ratio=self._ratio(task, "requesting", written.tokens[part]),
-            perplexity_ratio_original=self._ratio(task, "prompt", written.tokens[part]),
+            perplexity_ratio=self._ratio(task, "requesting", written.tokens[rows]),
+            perplexity_ratio_original=self._ratio(task, "prompt", written.tokens[rows]),
             delta_q_ratio=sum(changes) / len(changes),
         )
 
     def _ratio(self, task: Task, name: str, tokens: Sequence[Tensor]) -> float:
         prompts = [getattr(case, name).text for case in self.cases[task]]
-        found = mean_negative_log_likelihood(self.model, prompts, tokens)
-        return math.exp(found - self._reference[task, name])
+        return math.exp(self._mean_loss(prompts, tokens) - self._reference[task, name])
+
+    def _mean_loss(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
+        keys = [(p, tuple(row.tolist())) for p, row in zip(prompts, tokens, strict=True)]
+        new = [i for i, key in enumerate(keys) if key not in self._known]
+        if new:
+            found = negative_log_likelihoods(
+                self.model, [prompts[i] for i in new], [tokens[i] for i in new]
+            )
+            self._known |= {keys[i]: loss for i, loss in zip(new, found, strict=True)}
+        return sum(self._known[key] for key in keys) / sum(map(len, tokens))
 
 
 def strength_curves(scorer: CaseScorer, method: Method) -> dict[Task, list[Outcome]]:
@@ -261,7 +282,7 @@ def table_row(task: Task, method: Method, outcome: Outcome) -> dict[str, Any]:
         "target_rate": outcome.target_rate,
         "ci_low": low,
         "ci_high": high,
-        "grounded": None if outcome.grounded is None else outcome.share(outcome.grounded),
+        "grounded": None if outcome.grounded is None else sum(outcome.grounded) / n,
         "success": outcome.success_rate,
         "success_low": success_low,
         "success_high": success_high,

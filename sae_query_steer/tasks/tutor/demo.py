@@ -4,12 +4,9 @@ Split "train" trains the SAEs, the centroids and the judge; "validation" chooses
 method's strength; "test" gives the table.
 """
 
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
@@ -45,6 +42,7 @@ from sae_query_steer.tasks.tutor.methods import (
     random_method,
 )
 from sae_query_steer.tasks.tutor.preparation import chosen_layers, site_table, training_examples
+from sae_query_steer.tasks.tutor.results import MAIN, DemoResult, label_of
 from sae_query_steer.tasks.tutor.settings import DemoSettings
 from sae_query_steer.training import train_query_saes
 
@@ -52,57 +50,6 @@ SPANS: Mapping[str, Span] = {
     "last prompt token": LastPromptToken(),
     "response tokens": ResponseTokens(),
 }
-MAIN = ("requested", "last prompt token")
-"""The centroids with which every objective is tried; the others are tried with one."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DemoResult:
-    """All that the demo found."""
-
-    settings: DemoSettings
-    notes: bool
-    """Whether the tutor's prompts hold notes; without, there is nothing to choose."""
-
-    rows: pd.DataFrame
-    """The table, a row for each task and method."""
-
-    curves: pd.DataFrame
-    """Every strength that was tried, on the validation cases."""
-
-    sites: pd.DataFrame
-    """Interchange effect, separability and the label's share of the variance, by layer."""
-
-    layers: tuple[int, ...]
-    """The layers that were steered."""
-
-    examples: tuple[Mapping[str, str], ...]
-    """Three cases in full, with what each method wrote."""
-
-    judge: Mapping[str, float]
-    """How the classifier does on held-out texts, and how often both judges agree."""
-
-    saes: pd.DataFrame
-    """The SAEs' metrics by layer."""
-
-    seconds: Mapping[str, float]
-    """Time of each step."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `results.json` holds."""
-        packages = ("torch", "transformer-lens", "sae-lens", "transformers", "sae-query-steer")
-        return {
-            "rows": _records(self.rows),
-            "judge_accuracy": dict(self.judge),
-            "sites": _records(self.sites),
-            "layers": list(self.layers),
-            "settings": vars(self.settings) | {"notes": self.notes, "sampling": "greedy"},
-            "curves": _records(self.curves),
-            "examples": [dict(example) for example in self.examples],
-            "saes": _records(self.saes),
-            "seconds": {name: round(s, 2) for name, s in self.seconds.items()},
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        }
 
 
 def run_demo(model: Any, *, notes: bool = True, settings: DemoSettings | None = None) -> DemoResult:
@@ -297,25 +244,10 @@ def shown_examples(
         }
         for method, outcome in outcomes[task]:
             if (method.centroids, method.span) in ((None, None), MAIN):
-                label = (
-                    method.name
-                    if method.objective is None
-                    else (f"{method.name}, {method.objective}")
-                )
+                label = label_of(vars(method) | {"method": method.name})
                 example[label] = outcome.texts[min(index, len(cases[task]) - 1)].strip()
         shown.append(example)
     return tuple(shown)
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a table as JSON knows them: missing numbers are null."""
-    return [
-        {
-            key: None if not isinstance(value, str) and pd.isna(value) else value
-            for key, value in row.items()
-        }
-        for row in table.astype(object).to_dict("records")
-    ]
 
 
 @contextmanager

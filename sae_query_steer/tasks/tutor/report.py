@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from sae_query_steer.storage import new_folder, write_json
 from sae_query_steer.tasks.tutor.comparison import MAX_PERPLEXITY_RATIO, TASKS
-from sae_query_steer.tasks.tutor.demo import MAIN, DemoResult
+from sae_query_steer.tasks.tutor.results import MAIN, DemoResult, label_of
 
 RESULTS = "results.json"
 
@@ -113,16 +113,6 @@ def verdict(result: DemoResult) -> str:
         + ("there is something to steer." if found else "nothing here for a query to change.")
     )
     return f"{before} Success, {'; '.join(said)}."
-
-
-def label_of(row: Mapping[str, object]) -> str:
-    """Return the name of a row: method, objective, and centroids where they are not the main."""
-    parts = [str(row["method"])]
-    if isinstance(row["objective"], str):
-        parts.append(row["objective"])
-    if isinstance(row["centroids"], str) and (row["centroids"], row["span"]) != MAIN:
-        parts.append(f"{row['centroids']} prompts, {row['span']}")
-    return ", ".join(parts)
 
 
 def display_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -58,7 +58,7 @@ class TutorTraining:
     notes: bool = True
     """Whether prompts hold notes; without, it is the null: nothing for a query to choose."""
 
-    n_steps: int = 900
+    n_steps: int = 700
     """Steps on whole texts, the last stage."""
 
     max_steps: int = 2000
