@@ -58,6 +58,7 @@ from sae_query_steer.separability import separability
 from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steering import LatentGradientSteerer
 from sae_query_steer.targets import CentroidTargetBuilder
+from sae_query_steer.tasks.tutor.pretrained import load_tutor
 from sae_query_steer.trace import SteeringTrace
 from sae_query_steer.training import train_query_saes
 
@@ -105,6 +106,7 @@ __all__ = [
     "identity_encoders",
     "interchange_effect",
     "load_model",
+    "load_tutor",
     "mean_difference",
     "plot_sites",
     "plot_trace",

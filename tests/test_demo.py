@@ -72,7 +72,7 @@ def demo(folder, opened):
 def test_every_task_has_every_row(demo):
     for task in ("open", "redirect"):
         rows = demo.rows[demo.rows["task"] == task]
-        assert len(rows) == 3 + 1 + 1 + 2 * (3 + 3) + 1
+        assert len(rows) == 3 + 1 + 1 + 2 * (3 + 2) + 1
         assert (rows["n"] == SMALL.n_test).all()
         assert rows["success"].between(0, 1).all()
         assert (rows["ci_low"] <= rows["target_rate"]).all()

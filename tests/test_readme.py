@@ -4,30 +4,32 @@ import re
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.storage import read_json
+from sae_query_steer.tasks.tutor import TUTOR_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_the_example_runs_as_it_stands_but_for_the_model(shared_data, capsys):
-    example = BLOCKS[0].replace("HuggingFaceTB/SmolLM2-135M", str(shared_data / "stories260K"))
-    assert example != BLOCKS[0]
+def test_the_example_runs_as_it_stands(capsys):
     names: dict = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        exec(compile(example, "README.md", "exec"), names)
+    exec(compile(BLOCKS[0], "README.md", "exec"), names)
     said = capsys.readouterr().out
-    assert "unsteered: The dog was sad and said" in said
+    prompt = names["prompt"]
+    for kind, text in (
+        ("unsteered:", "metals and compare them. Which parts do the metals have?"),
+        ("steered:  ", "harbors and develop them. Write a\nshort story in which the"),
+    ):
+        assert text in README
+        assert f"{kind} {prompt} {text}".replace("Write a\n", "Write a ") in said
     assert "nearest_is_target_after" in said
     assert (names["saes"].metrics["explained_variance"] > 0.6).all()
     table = names["trace"].to_dataframe()
-    assert len(table) == 1 * 2 * 8
-    assert (table["loss_after"] <= table["loss_before"] + 1e-6).all()
-    assert table["loss_after"].mean() < table["loss_before"].mean()
+    assert len(table) == 4
+    assert (table["loss_after"] < 0.1 * table["loss_before"]).all()
     for line in BLOCKS[1].splitlines():
         assert isinstance(eval(line, names), pd.DataFrame)
 
@@ -67,3 +69,10 @@ def test_the_commands_of_the_readme_have_these_options():
         text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
         for option in (a for a in arguments if a.startswith("--")):
             assert option in text, (command, option)
+
+
+def test_the_readme_says_of_the_shipped_tutor_what_its_card_says():
+    card = read_json(TUTOR_FOLDER / "tutor.json")
+    assert f"Llama of {card['n_parameters']:,} parameters" in README
+    assert f"obeys {card['obeyed']:.2f} and takes up the right note" in README.replace("\n", " ")
+    assert f"in {card['right_note']:.2f}. Success" in README.replace("\n", " ")

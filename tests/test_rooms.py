@@ -31,9 +31,9 @@ ORDER = (
     *("evaluation", "evaluation.generation", "evaluation.rowwise"),
     *("tasks", "tasks.tutor.words", "tasks.tutor.corpus", "tasks.tutor.tokenizer"),
     *("tasks.tutor.batches", "tasks.tutor.judges", "tasks.tutor.obedience"),
-    *("tasks.tutor.training", "tasks.tutor.settings", "tasks.tutor.results"),
-    *("tasks.tutor.comparison", "tasks.tutor.preparation", "tasks.tutor.methods"),
-    *("tasks.tutor.demo", "tasks.tutor.report"),
+    *("tasks.tutor.training", "tasks.tutor.pretrained", "tasks.tutor.settings"),
+    *("tasks.tutor.results", "tasks.tutor.comparison", "tasks.tutor.preparation"),
+    *("tasks.tutor.methods", "tasks.tutor.demo", "tasks.tutor.report"),
     "tasks.tutor",
     *("", "commands", "commands.options", "commands.chain", "commands.tutor", "cli"),
 )

@@ -194,3 +194,14 @@ def test_a_patched_batch_equals_each_row_alone_with_its_own_queries(model):
     table = trace.to_dataframe()
     assert set(table["method"]) == {"interchange"}
     assert len(table) == 3 * 2 * 4, "3 rows, 2 layers, all 4 heads"
+
+
+def test_a_patch_of_queries_that_do_not_fit_the_site_is_refused(model):
+    queries = last_queries(model, rows_of(model))
+    name = NAMES[1]
+    with refuses(
+        f"queries of shape [3, 4, 7] do not fit {name}: give one for each row, [batch, 4, 8]"
+    ):
+        patch_of(model, {**queries, name: queries[name][..., :7]})
+    with refuses(f"queries of shape None do not fit {name}: give one for each row, [batch, 4, 8]"):
+        patch_of(model, {NAMES[0]: queries[NAMES[0]]})

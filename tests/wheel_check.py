@@ -1,4 +1,4 @@
-"""Run the chain by the command line alone, on a model made here; for an installed wheel.
+"""Run all commands, the chain on a model made here and the demo; for an installed wheel.
 
 Usage: python wheel_check.py PATH_OF_COMMAND. The tests import its parts.
 """
@@ -87,7 +87,7 @@ def chain(folder: Path) -> list[list[str]]:
 
 
 def main() -> None:
-    """Run the four commands and look at what they wrote."""
+    """Run the commands and look at what they wrote."""
     command = sys.argv[1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -97,10 +97,14 @@ def main() -> None:
             subprocess.run([command, *arguments], check=True, stdout=subprocess.DEVNULL)
         wrote = {p.name for p in (folder / "steered").iterdir()}
         assert wrote == {"trace.csv", "texts.json"}, wrote
+        demo = ["demo", "--quick", "--n", "12", "--out", str(folder / "demo")]
+        subprocess.run([command, *demo], check=True, stdout=subprocess.DEVNULL)
+        wrote = {p.name for p in (folder / "demo").iterdir()}
+        assert wrote == {"report.html", "results.json"}, wrote
     import sae_query_steer
 
     assert (Path(sae_query_steer.__file__).parent / "py.typed").is_file()
-    sys.stdout.write("the wheel runs the chain in an environment of its own\n")
+    sys.stdout.write("the wheel runs the chain and the demo in an environment of its own\n")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,19 @@ from sae_query_steer.tasks.tutor import (
     train_tutor,
     write_report,
 )
+from sae_query_steer.tasks.tutor.pretrained import NULL_TUTOR_FOLDER, TUTOR_FOLDER
 from sae_query_steer.tasks.tutor.report import RESULTS, display_sites, display_table, verdict
 from sae_query_steer.tasks.tutor.training import CARD
 
 
 def demo(
-    tutor: Annotated[Path, typer.Option("--tutor", help="A tutor that `tutor` wrote.")],
+    tutor: Annotated[
+        Path | None,
+        typer.Option("--tutor", help="A tutor that `tutor` wrote; the shipped one if unset."),
+    ] = None,
+    null: Annotated[
+        bool, typer.Option("--null", help="The shipped tutor on which a query can change nothing.")
+    ] = False,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for report.html and results.json.")
     ] = Path("runs/demo"),
@@ -39,6 +46,10 @@ def demo(
     settings = dataclasses.replace(QUICK if quick else DemoSettings(), seed=seed)
     if n is not None:
         settings = dataclasses.replace(settings, n_test=n)
+    if tutor is None:
+        tutor = NULL_TUTOR_FOLDER if null else TUTOR_FOLDER
+    elif null:
+        raise ValueError("--tutor and --null name two tutors: give one of them")
     card = tutor_card(tutor)
     result = run_demo(
         sqs.load_model(str(tutor), device=device),

@@ -90,6 +90,13 @@ class QueryPatch(Steerer):
     """All heads of the sites."""
 
     def __post_init__(self) -> None:
+        for name, site in self.sites.items():
+            shape = list(self.queries[name].shape) if name in self.queries else None
+            if shape is None or shape[1:] != [site.n_heads, site.d_head]:
+                raise ValueError(
+                    f"queries of shape {shape} do not fit {name}: give one for each row, "
+                    f"[batch, {site.n_heads}, {site.d_head}]"
+                )
         heads = {name: tuple(range(site.n_heads)) for name, site in self.sites.items()}
         object.__setattr__(self, "site_heads", heads)
 

@@ -3,19 +3,27 @@
 from sae_query_steer.tasks.tutor.corpus import TutorCorpus, TutorPrompt
 from sae_query_steer.tasks.tutor.demo import run_demo
 from sae_query_steer.tasks.tutor.judges import LevelClassifier, restated_level, verb_level
+from sae_query_steer.tasks.tutor.pretrained import (
+    NULL_TUTOR_FOLDER,
+    TUTOR_FOLDER,
+    load_tutor,
+)
 from sae_query_steer.tasks.tutor.report import write_report
 from sae_query_steer.tasks.tutor.results import DemoResult
 from sae_query_steer.tasks.tutor.settings import QUICK, DemoSettings
 from sae_query_steer.tasks.tutor.training import TutorTraining, train_tutor
 
 __all__ = [
+    "NULL_TUTOR_FOLDER",
     "QUICK",
+    "TUTOR_FOLDER",
     "DemoResult",
     "DemoSettings",
     "LevelClassifier",
     "TutorCorpus",
     "TutorPrompt",
     "TutorTraining",
+    "load_tutor",
     "restated_level",
     "run_demo",
     "train_tutor",

@@ -149,9 +149,11 @@ class CaseScorer:
                 own = continuations(self.model, prompts, max_new_tokens=MAX_NEW_TOKENS)
                 self._reference[task, name] = self._mean_loss(prompts, own.tokens)
 
-    def score(self, method: Method, strength: float) -> dict[Task, Outcome]:
+    def score(
+        self, method: Method, strength: float, tasks: Sequence[Task] = TASKS
+    ) -> dict[Task, Outcome]:
         """Return what a method does at a strength, task by task."""
-        every = [case for cases in self.cases.values() for case in cases]
+        every = [case for task in tasks for case in self.cases[task]]
         parts = [
             self._written(method, strength, every[start : start + BATCH_SIZE])
             for start in range(0, len(every), BATCH_SIZE)
@@ -164,10 +166,10 @@ class CaseScorer:
         judged = self.classifier.levels(written.texts)
         outcomes: dict[Task, Outcome] = {}
         start = 0
-        for task, cases in self.cases.items():
-            rows = slice(start, start + len(cases))
+        for task in tasks:
+            rows = slice(start, start + len(self.cases[task]))
             outcomes[task] = self._outcome(task, strength, written, judged, rows)
-            start += len(cases)
+            start = rows.stop
         return outcomes
 
     def _written(self, method: Method, strength: float, cases: Sequence[Case]) -> Continuations:
@@ -237,9 +239,8 @@ def strength_curves(scorer: CaseScorer, method: Method) -> dict[Task, list[Outco
         going: list[Task] = [task for task, curve in curves.items() if not _ended(curve)]
         if not going:
             break
-        found = scorer.score(method, strength)
-        for task in going:
-            curves[task].append(found[task])
+        for task, outcome in scorer.score(method, strength, going).items():
+            curves[task].append(outcome)
     return curves
 
 

@@ -114,7 +114,7 @@ class Pieces:
     ) -> TutorPrompt:
         """Return the prompt with a request in its slot."""
         request = f"{opener} {core}." if level is not None else ""
-        lines = [f"Lesson: how the {self.subject} {self.action}s the {self.object}."]
+        lines = [f"Lesson: how the {self.subject} {ACTIONS[self.action]} the {self.object}."]
         if self.slot == 0 and request:
             lines.append(request)
         if notes:
@@ -148,14 +148,19 @@ class TutorCorpus:
         self.split, self.notes = split, notes
         self._random = random.Random(f"{split} {seed}")
 
-    def prompt(self, level: BloomLevel | None) -> TutorPrompt:
-        """Return a new prompt that asks for a level, or leaves it open."""
+    def prompt(self, level: str | None) -> TutorPrompt:
+        """Return a new prompt that asks for a level, or with None leaves it open.
+
+        Raises:
+            ValueError: a name that is no level's, in the words of `BloomLevel.parse`.
+        """
         draw = self._random
+        level = None if level is None else BloomLevel.parse(level)
         subject, object_ = draw.sample(NOUNS, 2)
-        action = draw.choice(ACTIONS)
+        action = draw.choice(list(ACTIONS))
         while split_of(subject, action, object_) != self.split:
             subject, object_ = draw.sample(NOUNS, 2)
-            action = draw.choice(ACTIONS)
+            action = draw.choice(list(ACTIONS))
         right, wrong = draw.sample(ADJECTIVES, 2)
         pieces = Pieces(
             subject=subject,

@@ -42,7 +42,7 @@ from sae_query_steer.tasks.tutor.methods import (
     random_method,
 )
 from sae_query_steer.tasks.tutor.preparation import chosen_layers, site_table, training_examples
-from sae_query_steer.tasks.tutor.results import MAIN, DemoResult, label_of
+from sae_query_steer.tasks.tutor.results import MAIN, OTHERS, DemoResult, label_of
 from sae_query_steer.tasks.tutor.settings import DemoSettings
 from sae_query_steer.training import train_query_saes
 
@@ -73,7 +73,7 @@ def run_demo(model: Any, *, notes: bool = True, settings: DemoSettings | None = 
         classifier = LevelClassifier()
         judge = classifier.held_out_accuracy()
     with _timed("read what the tutor writes on open prompts", seconds):
-        requested, opened = training_examples(model, classifier, notes, settings)
+        requested, opened = training_examples(model, notes, settings)
     with _timed("train the SAEs", seconds):
         saes = train_query_saes(
             model,
@@ -91,10 +91,11 @@ def run_demo(model: Any, *, notes: bool = True, settings: DemoSettings | None = 
         layers = chosen_layers(table)
     with _timed("find the centroids", seconds):
         found = {
-            (kind, centroids, span): CentroidTargetBuilder(model, own, span=SPANS[span]).fit(texts)
+            (kind, centroids, span): CentroidTargetBuilder(model, own, span=SPANS[span]).fit(
+                requested if centroids == "requested" else opened
+            )
             for kind, own in (("dense", dense), ("SAE", saes))
-            for centroids, texts in (("requested", requested), ("open", opened))
-            for span in SPANS
+            for centroids, span in (MAIN, *OTHERS)
         }
     methods = all_methods(model, saes, dense, found, sites, layers, opened, settings)
     with _timed("choose the strengths", seconds):
@@ -157,20 +158,19 @@ def all_methods(
     )
     for kind, encoders in (("dense", dense), ("SAE", saes)):
         for descent in DESCENTS:
-            for centroids in ("requested", "open"):
-                for span in SPANS:
-                    if (centroids, span) == MAIN or descent.name == "prototype":
-                        methods.append(
-                            descent_method(
-                                f"{kind} descent",
-                                encoders,
-                                found[kind, centroids, span],
-                                descent,
-                                layers,
-                                centroids=centroids,
-                                span=span,
-                            )
+            for centroids, span in (MAIN, *OTHERS):
+                if (centroids, span) == MAIN or descent.name == "prototype":
+                    methods.append(
+                        descent_method(
+                            f"{kind} descent",
+                            encoders,
+                            found[kind, centroids, span],
+                            descent,
+                            layers,
+                            centroids=centroids,
+                            span=span,
                         )
+                    )
     return methods
 
 
@@ -207,9 +207,10 @@ def _compare(
     """Return what each method does on the test cases, at the strength chosen for each task."""
     outcomes: dict[Task, list[tuple[Method, Outcome]]] = {task: [] for task in TASKS}
     for method, strengths in tqdm(points, desc="Comparing methods", unit="method"):
-        at = {s: scorer.score(method, s) for s in sorted(set(strengths.values()))}
-        for task, strength in strengths.items():
-            outcomes[task].append((method, at[strength][task]))
+        for strength in sorted(set(strengths.values())):
+            tasks: list[Task] = [task for task in TASKS if strengths[task] == strength]
+            for task, outcome in scorer.score(method, strength, tasks).items():
+                outcomes[task].append((method, outcome))
     return outcomes
 
 

@@ -16,25 +16,26 @@ from sae_query_steer.sites import QuerySite
 from sae_query_steer.targets import CentroidTargetBuilder
 from sae_query_steer.tasks.tutor.comparison import MAX_NEW_TOKENS
 from sae_query_steer.tasks.tutor.corpus import TutorCorpus
-from sae_query_steer.tasks.tutor.judges import LevelClassifier, restated_level
+from sae_query_steer.tasks.tutor.judges import restated_level
 from sae_query_steer.tasks.tutor.settings import DemoSettings
 
 
 def training_examples(
-    model: Any, classifier: LevelClassifier, notes: bool, settings: DemoSettings
+    model: Any, notes: bool, settings: DemoSettings
 ) -> tuple[list[LabelledExample], list[LabelledExample]]:
     """Return labelled examples two ways: as requested, and as the tutor chose on open prompts.
 
-    The label of an open prompt is the level of the note that the tutor restated; where there are
-    no notes, the classifier's.
+    The label of an open prompt is the level of the note that the tutor restated. Where there are
+    no notes the tutor, greedy as it is here, writes one and the same level on most open prompts; so
+    there open prompts have the feedback of the corpus.
     """
     corpus = TutorCorpus("train", seed=settings.seed, notes=notes)
     requested = corpus.examples(settings.n_train)
+    if not notes:
+        return requested, corpus.examples(settings.n_train, open_share=1.0)
     prompts = [corpus.prompt(None) for _ in range(settings.n_train)]
     texts = continuations(model, [p.text for p in prompts], max_new_tokens=MAX_NEW_TOKENS).texts
-    labels = classifier.levels(texts)
-    if notes:
-        labels = [restated_level(text, p) for text, p in zip(texts, prompts, strict=True)]
+    labels = [restated_level(text, p) for text, p in zip(texts, prompts, strict=True)]
     opened = [
         LabelledExample(prompt=prompt.text, response=text, label=label)
         for prompt, text, label in zip(prompts, texts, labels, strict=True)

@@ -30,6 +30,7 @@ margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-size:.86rem;width:100%}
 th,td{padding:.28rem .5rem;border-bottom:1px solid #e0e0e0;text-align:left;vertical-align:top}
+td{white-space:nowrap}td:nth-child(2){white-space:normal}
 th{border-bottom:2px solid #80868b}td.n{text-align:right;font-variant-numeric:tabular-nums}
 pre{white-space:pre-wrap;background:#f6f8fa;padding:.7rem;border-radius:6px;font-size:.86rem}
 .verdict{background:#f1f3f4;padding:.8rem 1rem;border-radius:6px}
@@ -71,8 +72,8 @@ def report_html(result: DemoResult) -> str:
         drawn[0],
         "<h2>The table</h2>",
         table_html(display_table(result.rows)),
-        "<h2>What strength costs</h2><p>Each line is a method on the validation prompts, from "
-        "weak to strong: to the left fluent, up on target.</p>",
+        "<h2>What strength does</h2><p>Each line is a method on the validation prompts, from weak "
+        "to strong; the perplexity ratio is told on hovering.</p>",
         drawn[1],
         "<h2>Where to steer: known before the first steer</h2><p>The class effect says how far "
         "real queries of another level move the next token towards that level, in nats, beyond "
@@ -129,7 +130,9 @@ def display_table(rows: pd.DataFrame) -> pd.DataFrame:
                 "task": row["task"],
                 "method": label_of(row.to_dict()),
                 "steps x size": "" if pd.isna(strength) else f"{row['n_steps']:.0f} x {strength:g}",
-                "|Δq|/|q|": "" if pd.isna(row["delta_q_ratio"]) else f"{row['delta_q_ratio']:.2f}",
+                "relative change": ""
+                if pd.isna(row["delta_q_ratio"])
+                else f"{row['delta_q_ratio']:.2f}",
                 "target [95 %]": share(row, "ci_low", "ci_high", "target_rate"),
                 "grounded": "" if pd.isna(row["grounded"]) else f"{row['grounded']:.2f}",
                 "success [95 %]": share(row, "success_low", "success_high", "success"),
@@ -198,7 +201,7 @@ def success_figure(rows: pd.DataFrame) -> go.Figure:
 
 
 def curve_figure(curves: pd.DataFrame) -> go.Figure:
-    """Return target rate against perplexity ratio for the methods with the main centroids."""
+    """Return target rate against relative change for the methods with the main centroids."""
     figure = go.Figure()
     main = curves[(curves["centroids"] == MAIN[0]) & (curves["span"] == MAIN[1])]
     dashes = {"prototype": "solid", "squared distance": "dash", "contrast": "dot"}
@@ -212,21 +215,21 @@ def curve_figure(curves: pd.DataFrame) -> go.Figure:
             part = here[same]
             named = f"{method}, {objective}" if isinstance(objective, str) else str(method)
             figure.add_scatter(
-                x=part["perplexity_ratio"],
+                x=part["delta_q_ratio"],
                 y=part["target_rate"],
                 mode="lines+markers",
                 name=f"{named} ({task})",
                 marker={"symbol": symbol},
                 line={"color": COLOURS.get(str(method)), "dash": dashes.get(str(objective))},
-                customdata=part["step_size"],
-                hovertemplate="step size %{customdata:g}: target %{y:.2f}, ratio %{x:.2f}",
+                customdata=part[["step_size", "perplexity_ratio"]],
+                hovertemplate="step size %{customdata[0]:g}: target %{y:.2f}, perplexity ratio "
+                "%{customdata[1]:.2f}",
             )
-    figure.add_vline(x=MAX_PERPLEXITY_RATIO, line_dash="dot", line_color="#80868b")
     figure.update_layout(
         height=460,
         template="plotly_white",
         margin={"l": 10, "r": 10, "t": 20, "b": 40},
-        xaxis={"title": "perplexity ratio (1 = as fluent as unsteered)", "type": "log"},
+        xaxis={"title": "relative change of the query, |Δq| / |q|", "type": "log"},
         yaxis={"title": "target rate", "range": [0, 1.03]},
     )
     return figure

@@ -11,7 +11,10 @@ import pandas as pd
 from sae_query_steer.tasks.tutor.settings import DemoSettings
 
 MAIN = ("requested", "last prompt token")
-"""The centroids with which every objective is tried; the others are tried with one."""
+"""The centroids with which every objective is tried: of which prompts, over which span."""
+
+OTHERS = (("open", "last prompt token"), ("requested", "response tokens"))
+"""The centroids that are tried with one objective: each differs from the main ones in one thing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,19 +8,19 @@ class DemoSettings:
     """Sizes of the demo; `QUICK` holds smaller ones."""
 
     seed: int = 0
-    n_train: int = 600
+    n_train: int = 300
     """Labelled prompts, of each kind, for SAEs and centroids."""
 
-    n_validation: int = 60
+    n_validation: int = 36
     """Cases of each task on which strengths are chosen."""
 
-    n_test: int = 210
+    n_test: int = 204
     """Cases of each task in the table."""
 
     n_pairs: int = 180
     """Pairs of the interchange effect."""
 
-    training_tokens: int = 200_000
+    training_tokens: int = 100_000
     """Tokens that the SAEs are trained on."""
 
     d_sae_per_head: int = 64
@@ -34,5 +34,5 @@ class DemoSettings:
                 )
 
 
-QUICK = DemoSettings(n_train=180, n_validation=24, n_test=60, n_pairs=60, training_tokens=80_000)
+QUICK = DemoSettings(n_train=120, n_validation=12, n_test=36, n_pairs=60, training_tokens=60_000)
 """Sizes for a first look; too small to tell methods apart."""

@@ -38,7 +38,7 @@ def _texts() -> list[str]:
         *words.GREETINGS,
         *words.NAMES,
     ]
-    inside += [form for action in words.ACTIONS for form in (action, f"{action}s")]
+    inside += [form for forms in words.ACTIONS.items() for form in forms]
     inside += [verb for level in BloomLevel for verb in level.verbs]
     inside += [core for level in BloomLevel for core in words.REQUESTS[level]]
     filled = [text for level in BloomLevel for text in words.CONTINUATIONS[level]]

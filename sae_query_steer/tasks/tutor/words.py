@@ -34,8 +34,11 @@ ADJECTIVES = (
     *("smooth", "strong", "weak"),
 )
 
-ACTIONS = ("move", "shape", "cool", "feed", "turn", "protect", "damage", "reach")
-"""What one thing of a lesson does to the other; each takes an s."""
+ACTIONS = {
+    **{"move": "moves", "shape": "shapes", "cool": "cools", "feed": "feeds", "turn": "turns"},
+    **{"protect": "protects", "damage": "damages", "reach": "reaches"},
+}
+"""What one thing of a lesson does to the other, and how it is said of one."""
 
 GREETINGS = ("Hello", "Hi", "Dear", "Thanks")
 
