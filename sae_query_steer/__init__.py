@@ -4,6 +4,7 @@ The names below follow the way of the data: sites, SAEs, labelled texts, centroi
 steering, comparison. Importing the package registers its SAE architectures with SAELens.
 """
 
+from sae_query_steer.attach import attached_saes
 from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt, mean_difference
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.centroids import CentroidTargets
@@ -14,6 +15,8 @@ from sae_query_steer.data import (
     tokenize_examples,
 )
 from sae_query_steer.descent import DescentResult, descend
+from sae_query_steer.evaluation.saes import evaluate_saes
+from sae_query_steer.heads import join_heads, split_heads
 from sae_query_steer.hosts.models import load_model
 from sae_query_steer.interchange import interchange_effect
 from sae_query_steer.objectives import (
@@ -38,6 +41,22 @@ from sae_query_steer.readers import (
     texts_from_csv,
 )
 from sae_query_steer.sae import (
+    QueryHeadBatchTopKTrainingSAE,
+    QueryHeadBatchTopKTrainingSAEConfig,
+    QueryHeadGatedSAE,
+    QueryHeadGatedSAEConfig,
+    QueryHeadGatedTrainingSAE,
+    QueryHeadGatedTrainingSAEConfig,
+    QueryHeadJumpReLUSAE,
+    QueryHeadJumpReLUSAEConfig,
+    QueryHeadJumpReLUTrainingSAE,
+    QueryHeadJumpReLUTrainingSAEConfig,
+    QueryHeadKLSparseSAE,
+    QueryHeadKLSparseSAEConfig,
+    QueryHeadKLSparseTrainingSAE,
+    QueryHeadKLSparseTrainingSAEConfig,
+    QueryHeadMatryoshkaBatchTopKTrainingSAE,
+    QueryHeadMatryoshkaBatchTopKTrainingSAEConfig,
     QueryHeadSAE,
     QueryHeadSAEConfig,
     QueryHeadStandardSAE,
@@ -79,6 +98,22 @@ __all__ = [
     "Positions",
     "PrototypeLogLikelihood",
     "QueryEncoder",
+    "QueryHeadBatchTopKTrainingSAE",
+    "QueryHeadBatchTopKTrainingSAEConfig",
+    "QueryHeadGatedSAE",
+    "QueryHeadGatedSAEConfig",
+    "QueryHeadGatedTrainingSAE",
+    "QueryHeadGatedTrainingSAEConfig",
+    "QueryHeadJumpReLUSAE",
+    "QueryHeadJumpReLUSAEConfig",
+    "QueryHeadJumpReLUTrainingSAE",
+    "QueryHeadJumpReLUTrainingSAEConfig",
+    "QueryHeadKLSparseSAE",
+    "QueryHeadKLSparseSAEConfig",
+    "QueryHeadKLSparseTrainingSAE",
+    "QueryHeadKLSparseTrainingSAEConfig",
+    "QueryHeadMatryoshkaBatchTopKTrainingSAE",
+    "QueryHeadMatryoshkaBatchTopKTrainingSAEConfig",
     "QueryHeadSAE",
     "QueryHeadSAEConfig",
     "QueryHeadStandardSAE",
@@ -98,13 +133,16 @@ __all__ = [
     "SquaredDistance",
     "SteeringTrace",
     "TokenizedExample",
+    "attached_saes",
     "descend",
+    "evaluate_saes",
     "examples_from_csv",
     "examples_from_dataset",
     "examples_from_jsonl",
     "few_shot_prompt",
     "identity_encoders",
     "interchange_effect",
+    "join_heads",
     "load_model",
     "load_tutor",
     "mean_difference",
@@ -112,6 +150,7 @@ __all__ = [
     "plot_trace",
     "query_sites",
     "separability",
+    "split_heads",
     "texts_from_csv",
     "to_inference",
     "tokenize_example",

@@ -45,11 +45,17 @@ class ReconstructionMoments:
             self._fired += parts[4]
         self.n_tokens += x.shape[0]
 
-    def explained_variance(self) -> Float[Tensor, " head"]:
-        """Return 1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2) of each head."""
+    def explained_variance(self, *, pooled: slice | None = None) -> Float[Tensor, "..."]:
+        """Return 1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2) of each head.
+
+        Args:
+            pooled: heads whose queries are taken as one vector instead, for a single score.
+        """
         n = self.n_tokens
-        variance = self._square / n - (self._sum / n).square().sum(-1)
-        return 1 - (self._error / n) / variance
+        error, variance = self._error / n, self._square / n - (self._sum / n).square().sum(-1)
+        if pooled is not None:
+            error, variance = error[pooled].sum(), variance[pooled].sum()
+        return 1 - error / variance
 
     def l0(self) -> Float[Tensor, " head"]:
         """Return the mean number of latents that fire at a token, of each head."""

@@ -55,6 +55,7 @@ def train_query_saes(
     store_batch_size_prompts: int = 16,
     n_batches_in_buffer: int = 64,
     dead_feature_window: int = 1000,
+    metric_tokens: int = METRIC_TOKENS,
 ) -> QuerySAEs:
     """Train one query-head SAE for each site, all on the same tokens and one forward pass each.
 
@@ -82,6 +83,7 @@ def train_query_saes(
         store_batch_size_prompts: rows of one forward pass of the model.
         n_batches_in_buffer: rows that are mixed before they are served.
         dead_feature_window: steps without firing after which a latent counts as dead.
+        metric_tokens: tokens on which the metrics are measured; 0 leaves them out.
 
     Returns:
         The inference SAEs by hook name, with `metrics` per layer and head. The metrics are measured
@@ -102,6 +104,8 @@ def train_query_saes(
     ):
         if value < 1:
             raise ValueError(f"{name}={value} is not allowed: give 1 or more")
+    if metric_tokens < 0:
+        raise ValueError(f"metric_tokens={metric_tokens} is not allowed: give 0 or more")
     if training_tokens < train_batch_size_tokens:
         raise ValueError(
             f"training_tokens={training_tokens} is less than one step of "
@@ -158,7 +162,9 @@ def train_query_saes(
             data_provider=chain([first], stream),
         ).fit()
         trained = {name: to_inference(trained) for name, trained in saes.items()}  # pyright: ignore
-        metrics = reconstruction_metrics(trained, stream)
+        if not metric_tokens:
+            return QuerySAEs(trained)
+        metrics = reconstruction_metrics(trained, stream, n_tokens=metric_tokens)
     poor = metrics[~(metrics["explained_variance"] > 0)]
     if len(poor):
         heads = zip(poor["layer"][:3], poor["head"][:3], strict=True)
@@ -243,8 +249,8 @@ def _site_configs(
     """Return the config of every site, filled in from the site and checked against it."""
     if not isinstance(sae, QueryHeadTrainingSAEConfig):
         raise TypeError(
-            f"sae={type(sae).__name__} is no training config of a query-head SAE: allowed are "
-            "QueryHeadTopKTrainingSAEConfig and QueryHeadStandardTrainingSAEConfig"
+            f"sae={type(sae).__name__} is no training config of a query-head SAE: give one such as "
+            "QueryHeadTopKTrainingSAEConfig"
         )
     check_sites(sites)
     configs = {}

@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 from wheel_check import chain, make_model, make_texts
 
+from sae_query_steer import QuerySAEs
 from sae_query_steer.cli import app
+from sae_query_steer.commands.options import ARCHITECTURES
 
 # What SAELens and TransformerLens warn of while a model boots is theirs to mend.
 runner = CliRunner()
@@ -68,7 +70,7 @@ def test_steer_says_when_no_position_was_met(folder):
     [
         (0, {"--layers": "0-7"}, "no query site at layer 2: the model has 2 layers (0 to 1)"),
         (0, {"--layers": "one"}, "--layers 'one' is not allowed: give all, or such as 1,2 or 8-20"),
-        (0, {"--arch": "gated"}, "--arch 'gated' is not allowed: choose from topk, standard"),
+        (0, {"--arch": "relu"}, "--arch 'relu' is not allowed: choose from topk, batchtopk"),
         (0, {"--text": "body"}, "there is no column 'body'"),
         (0, {"--k": "99"}, "k=99 is not allowed: give 1 to d_sae_per_head=16"),
         (0, {"--out": "saes"}, "exists: give another folder, or --overwrite"),
@@ -116,3 +118,13 @@ def test_the_command_ends_with_one_line_and_status_two(tmp_path):
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("sae-query-steer: there is no file")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_trains_and_loads(folder, arch, tmp_path):
+    folder, _ = folder
+    arguments = [*chain(folder)[0], "--arch", arch, "--lr", "0.01"]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "saes")
+    result = runner.invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert len(QuerySAEs.load(tmp_path / "saes")) == 2

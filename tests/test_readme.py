@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.storage import read_json
@@ -32,6 +33,11 @@ def test_the_example_runs_as_it_stands(capsys):
     assert (table["loss_after"] < 0.1 * table["loss_before"]).all()
     for line in BLOCKS[1].splitlines():
         assert isinstance(eval(line, names), pd.DataFrame)
+    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    assert names["scores"]["head"].tolist() == [0, 1, 2, 3, "all"]
+    assert (names["scores"]["explained_variance"] > 0.5).all()
+    for name, weights in names["saes"]["blocks.1.attn.hook_q"].state_dict().items():
+        assert torch.equal(names["again"].state_dict()[name], weights)
 
 
 def test_the_example_is_short():

@@ -238,11 +238,21 @@ def test_every_form_of_texts_is_accepted(model, texts, examples):
         (Dataset.from_dict({"body": ["w0"]}), {}, "no column 'text'"),
         (["w0"], {"training_tokens": 64}, "is less than one step of train_batch_size_tokens=128"),
         (["w0"], {"training_tokens": 0}, "training_tokens=0 is not allowed"),
+        (["w0"], {"metric_tokens": -1}, "metric_tokens=-1 is not allowed: give 0 or more"),
     ],
 )
 def test_texts_and_settings_that_cannot_work_are_refused(tiny_models, texts, changes, message):
     with pytest.raises(ValueError, match=message):
         small(tiny_models["bridge"], texts, **changes)
+
+
+def test_metrics_can_be_left_out_and_the_weights_are_the_same(model, texts):
+    bare, measured = small(model, texts, metric_tokens=0), small(model, texts, metric_tokens=512)
+    assert bare.metrics is None
+    assert (measured.metrics["n_tokens"] == 512).all()
+    for name, sae in bare.items():
+        for key, value in sae.state_dict().items():
+            assert torch.equal(value, measured[name].state_dict()[key])
 
 
 def test_one_string_is_not_taken_for_a_list_of_letters(tiny_models):

@@ -8,6 +8,7 @@ import typer
 
 import sae_query_steer as sqs
 from sae_query_steer.commands.options import (
+    ARCHITECTURES,
     OBJECTIVES,
     SPANS,
     Bloom,
@@ -47,10 +48,12 @@ def train(
     text_file: Annotated[
         Path | None, typer.Option("--text-file", help="Plain text; blank lines part documents.")
     ] = None,
-    arch: Annotated[str, typer.Option(help="topk or standard.")] = "topk",
+    arch: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "topk",
     d_sae: Annotated[int, typer.Option("--d-sae", help="Latents of each head.")] = 64,
-    k: Annotated[int, typer.Option(help="topk: latents that may fire.")] = 8,
-    l1: Annotated[float, typer.Option(help="standard: weight of the L1 penalty.")] = 1.0,
+    k: Annotated[int, typer.Option(help="...topk: latents that may fire.")] = 8,
+    sparsity: Annotated[
+        float, typer.Option(help="Others: weight of the penalty that makes latents sparse.")
+    ] = 1.0,
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 500_000,
     context_size: Annotated[int | None, typer.Option(help="Tokens of a row; 128 if unset.")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
@@ -67,13 +70,7 @@ def train(
     check_free(out, overwrite, "query_saes.json")
     if (csv is None) == (text_file is None):
         raise ValueError("give the texts as --csv FILE or as --text-file FILE, one of the two")
-    configs = {
-        "topk": lambda: sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=d_sae, k=k),
-        "standard": lambda: sqs.QueryHeadStandardTrainingSAEConfig(
-            d_sae_per_head=d_sae, l1_coefficient=l1
-        ),
-    }
-    config = named(configs, arch, "--arch")()
+    config = named(ARCHITECTURES, arch, "--arch")(d_sae, k, sparsity)
     if csv is not None:
         texts = sqs.texts_from_csv(csv, text=text)
     else:

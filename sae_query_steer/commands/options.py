@@ -25,6 +25,29 @@ OBJECTIVES: dict[str, Callable[[], sqs.Objective]] = {
     "contrast": sqs.CentroidContrast,
 }
 
+ARCHITECTURES: dict[str, Callable[[int, int, float], sqs.QueryHeadTrainingSAEConfig]] = {
+    "topk": lambda d_sae, k, _: sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=d_sae, k=k),
+    "batchtopk": lambda d_sae, k, _: sqs.QueryHeadBatchTopKTrainingSAEConfig(
+        d_sae_per_head=d_sae, k=k
+    ),
+    "matryoshka-batchtopk": lambda d_sae, k, _: sqs.QueryHeadMatryoshkaBatchTopKTrainingSAEConfig(
+        d_sae_per_head=d_sae, k=k, matryoshka_widths=[d_sae // 4, d_sae // 2, d_sae]
+    ),
+    "standard": lambda d_sae, _, weight: sqs.QueryHeadStandardTrainingSAEConfig(
+        d_sae_per_head=d_sae, l1_coefficient=weight
+    ),
+    "gated": lambda d_sae, _, weight: sqs.QueryHeadGatedTrainingSAEConfig(
+        d_sae_per_head=d_sae, l1_coefficient=weight
+    ),
+    "jumprelu": lambda d_sae, _, weight: sqs.QueryHeadJumpReLUTrainingSAEConfig(
+        d_sae_per_head=d_sae, l0_coefficient=weight
+    ),
+    "kl-sparse": lambda d_sae, _, weight: sqs.QueryHeadKLSparseTrainingSAEConfig(
+        d_sae_per_head=d_sae, kl_coefficient=weight
+    ),
+}
+"""Training configs by name, from latents of a head, k, and the weight of the penalty."""
+
 Model = Annotated[
     str, typer.Option("--model", help="Hugging Face model folder, or a name on its hub.")
 ]

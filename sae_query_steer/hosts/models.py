@@ -118,6 +118,6 @@ def check_not_steered(model: Any) -> None:
     for point in model.hook_dict.values():
         if any(getattr(handle.user_hook, "steers_queries", False) for handle in point.fwd_hooks):
             raise ValueError(
-                f"the model is being steered at {point.name}: leave the `with steerer.apply(...)` "
-                "block before you measure it"
+                f"the model's queries are being changed at {point.name}: leave the "
+                "`with steerer.apply(...)` or `with attached_saes(...)` block before you measure it"
             )

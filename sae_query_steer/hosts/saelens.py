@@ -15,9 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from sae_lens import TrainingSAE
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
@@ -73,29 +72,51 @@ def token_rows_store(
     return store
 
 
-class _ParametersHidden:
-    """Stands for an SAE where SAELens clips the global gradient norm, and shows it nothing."""
-
-    def __init__(self, sae: TrainingSAE[Any]) -> None:
-        self.train = sae.train
-
-    def parameters(self) -> list[Parameter]:
-        return []
-
-
 class HeadwiseTrainer(SAETrainer[Any, Any]):
-    """SAELens's trainer, with the gradient of each head clipped on its own."""
+    """SAELens's trainer, with the gradient of each head clipped on its own.
+
+    The step is SAELens's, line by line, but for the clipping and for `backward`, in which an
+    architecture may come to loss, gradients and firing counts without autograd.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.optimizer.register_step_pre_hook(
-            lambda *_: clip_grad_norm_per_head_(list(self.sae.parameters()), CLIP_NORM)
-        )
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # the same update in one pass over the memory
 
     @override
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
-        # SAELens's step reads `self.sae` for everything but the clipping.
-        return super()._train_step(sae=_ParametersHidden(sae), sae_in=sae_in)
+        sae.train()
+        with self.autocast_if_enabled:
+            loss, fired = sae.backward(
+                TrainStepInput(
+                    sae_in=sae_in,
+                    dead_neuron_mask=self.dead_neurons,
+                    coefficients=self.get_coefficients(),
+                    n_training_steps=self.n_training_steps,
+                    is_logging_step=self._is_logging_step(),
+                )
+            )
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[fired > 0] = 0
+        self.act_freq_scores += fired
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        clip_grad_norm_per_head_(list(sae.parameters()), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        # Nobody reads the tensors of a step, and some of them were never made.
+        nothing = sae_in.new_empty(0)
+        return TrainStepOutput(
+            sae_in=sae_in,
+            sae_out=nothing,
+            feature_acts=nothing,
+            hidden_pre=nothing,
+            loss=loss,
+            losses={"loss": loss},
+        )
 
 
 class HeadwiseMultiTrainer(MultiSAETrainer):

@@ -7,6 +7,7 @@ nothing: what one head reads, loses and learns never touches another.
 An architecture is a small class beside this one: its activation, its losses, its config.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -15,7 +16,7 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -99,6 +100,9 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
     latent_min: ClassVar[float | None] = 0.0
     """Least value a latent can take; None if there is none."""
 
+    in_units_of_pre: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters [head d_sae_per_head] that start at 0 and scale with the pre-activations."""
+
     @override
     def turn_off_forward_pass_hook_z_reshaping(self) -> None:
         super().turn_off_forward_pass_hook_z_reshaping()
@@ -131,7 +135,9 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
             w_dec *= norm / w_dec.norm(dim=-1, keepdim=True)
         self.W_dec = nn.Parameter(w_dec)
         self.W_enc = nn.Parameter(w_dec.mT.clone(memory_format=torch.contiguous_format))
-        self.b_enc = nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_sae_per_head, **kind))
+        for name in self.in_units_of_pre:
+            zeros = torch.zeros(cfg.n_heads, cfg.d_sae_per_head, **kind)
+            self.register_parameter(name, nn.Parameter(zeros))
         self.b_dec = nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_head, **kind))
 
     @abstractmethod
@@ -140,8 +146,22 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
 
     def hidden_pre(self, x: HeadedIn) -> HeadedLatents:
         """Return the pre-activations of headed input."""
+        return self.linear_encode(x, self.W_enc, self.b_enc)
+
+    def latents_of(self, hidden_pre: HeadedLatents, x: HeadedIn) -> HeadedLatents:
+        """Return the latents; an architecture that reads its input twice overrides this."""
+        del x
+        return self.activation(hidden_pre)
+
+    def linear_encode(
+        self,
+        x: HeadedIn,
+        weight: Float[Tensor, "head d_head d_sae_per_head"],
+        bias: Float[Tensor, "head d_sae_per_head"],
+    ) -> HeadedLatents:
+        """Return headed input, centred where the config says so, times weights, plus a bias."""
         sae_in = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
-        return einsum(sae_in, self.W_enc, "... h d, h d s -> ... h s") + self.b_enc
+        return einsum(sae_in, weight, "... h d, h d s -> ... h s") + bias
 
     def linear_decode(self, latents: HeadedLatents) -> HeadedIn:
         """Return the decoding of headed latents without the decoder bias."""
@@ -164,7 +184,7 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
         headed, flat = self._to_heads(x, self.cfg.d_head, "queries")
         headed = self.hook_sae_input(headed.to(self.dtype))
         pre = self.hook_sae_acts_pre(_as_came(self.hidden_pre(headed), flat))
-        latents = self.activation(self._to_heads(pre, self.cfg.d_sae_per_head, "latents")[0])
+        latents = self.latents_of(self.heads_of_latents(pre), headed)
         return self.hook_sae_acts_post(_as_came(latents, flat)), pre
 
     @override
@@ -184,8 +204,17 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
         norms = self.get_W_dec_norm()
         self.W_dec.data /= norms[..., None]
         self.W_enc.data *= norms[:, None, :]
-        self.b_enc.data *= norms
+        for name in self.in_units_of_pre:
+            getattr(self, name).data *= norms
         return norms
+
+    def heads_of_latents(self, latents: FlatOrHeaded) -> HeadedLatents:
+        """Return latents, or what has their layout, as [..., head, d_sae_per_head]."""
+        return self._to_heads(latents, self.cfg.d_sae_per_head, "latents")[0]
+
+    def heads_of_queries(self, x: FlatOrHeaded) -> HeadedIn:
+        """Return queries as [..., head, d_head]."""
+        return self._to_heads(x, self.cfg.d_head, "queries")[0]
 
     def _to_heads(self, x: Tensor, size: int, what: str) -> tuple[Tensor, bool]:
         """Return `x` as [..., head, size] and whether it came flat."""
@@ -210,10 +239,32 @@ class QueryHeadTrainingSAE(QueryHeadSAE[T_TRAINING_CONFIG], TrainingSAE[T_TRAINI
     With equal weights and batches a head's part of every loss is SAELens's loss of that head.
     """
 
+    def backward(self, step_input: TrainStepInput) -> tuple[Tensor, Tensor]:
+        """Set the gradient of one step; an architecture may have a faster way to the same numbers.
+
+        Returns:
+            The loss, and at how many tokens each latent fired, [d_sae].
+        """
+        output = self.training_forward_pass(step_input)
+        output.loss.backward()
+        return output.loss.detach(), output.feature_acts.detach().bool().float().sum(0)
+
     @override
     def log_histograms(self) -> dict[str, Any]:
         """Return the decoder norms of all latents of all heads."""
         return {"weights/W_dec_norms": self.get_W_dec_norm().float().flatten().cpu().numpy()}
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raise ValueError unless the weight of a loss is a finite number, 0 or more."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value} is not allowed: give a finite number, 0 or more")
+
+
+def check_steps(name: str, value: int) -> None:
+    """Raise ValueError unless a number of steps is 0 or more."""
+    if value < 0:
+        raise ValueError(f"{name}={value} is not allowed: give 0 or more steps")
 
 
 def to_inference(sae: QueryHeadTrainingSAE[Any]) -> QueryHeadSAE[Any]:

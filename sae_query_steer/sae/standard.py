@@ -1,6 +1,5 @@
 """Standard: ReLU latents under an L1 penalty."""
 
-import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +15,8 @@ from sae_query_steer.sae.core import (
     QueryHeadSAEConfig,
     QueryHeadTrainingSAE,
     QueryHeadTrainingSAEConfig,
+    check_steps,
+    check_weight,
 )
 
 ARCHITECTURE = "query_head_standard"
@@ -59,11 +60,8 @@ class QueryHeadStandardTrainingSAEConfig(QueryHeadStandardSAEConfig, QueryHeadTr
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.l1_coefficient) and self.l1_coefficient >= 0):
-            raise ValueError(
-                f"l1_coefficient={self.l1_coefficient} is not allowed: give a finite number, 0 or "
-                "more"
-            )
+        check_weight("l1_coefficient", self.l1_coefficient)
+        check_steps("l1_warm_up_steps", self.l1_warm_up_steps)
 
 
 class QueryHeadStandardTrainingSAE(

@@ -19,6 +19,7 @@ from sae_query_steer.sae.core import (
     QueryHeadTrainingSAE,
     QueryHeadTrainingSAEConfig,
 )
+from sae_query_steer.sae.fused_topk import fused_topk
 
 ARCHITECTURE = "query_head_topk"
 
@@ -36,6 +37,9 @@ class QueryHeadTopKSAEConfig(QueryHeadSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_k()
+
+    def _check_k(self) -> None:
         if not isinstance(self.k, int) or not 1 <= self.k <= self.d_sae_per_head:
             raise ValueError(
                 f"k={self.k} is not allowed: give 1 to d_sae_per_head={self.d_sae_per_head}"
@@ -72,6 +76,16 @@ class QueryHeadTopKSAE(QueryHeadSAE[T_TOPK]):
             latents = latents * (1 / self._norms())
         return super().linear_decode(latents)
 
+    @override
+    def fold_W_dec_norm(self) -> None:
+        """Fold the decoder norms, as SAELens does only where they leave the choice as it is."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise NotImplementedError(
+                "decoder norms can't be folded with rescale_acts_by_decoder_norm=False: they would "
+                "change which latents are the k largest"
+            )
+        super().fold_W_dec_norm()
+
     def _norms(self) -> Float[Tensor, "head d_sae_per_head"]:
         return self.W_dec.norm(dim=-1)
 
@@ -98,6 +112,37 @@ class QueryHeadTopKTrainingSAE(
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {}
+
+    @override
+    def backward(self, step_input: TrainStepInput) -> tuple[Tensor, Tensor]:
+        """Do what `training_forward_pass` and `backward` of its loss do, without autograd.
+
+        The auxiliary loss alone goes by autograd, in steps in which a latent is dead.
+        """
+        cfg = self.cfg
+        x = rearrange(step_input.sae_in.to(self.dtype), "b (h d) -> h b d", h=cfg.n_heads)
+        found = fused_topk(
+            x.contiguous(),
+            self.W_enc.detach(),
+            self.b_enc.detach(),
+            self.W_dec.detach(),
+            self.b_dec.detach(),
+            k=cfg.k,
+            apply_b_dec_to_input=cfg.apply_b_dec_to_input,
+            rescale_by_decoder_norm=cfg.rescale_acts_by_decoder_norm,
+        )
+        for name, parameter in self.named_parameters():
+            parameter.grad = getattr(found, name)
+        dead, loss = step_input.dead_neuron_mask, found.loss
+        if dead is not None and bool(dead.any()):
+            auxiliary = self._aux_loss(
+                residual=rearrange(found.residual, "h b d -> b h d"),
+                hidden_pre=self.hidden_pre(rearrange(x, "h b d -> b h d")),
+                dead=rearrange(dead, "(h s) -> h s", h=cfg.n_heads),
+            )
+            auxiliary.backward()
+            loss = loss + auxiliary.detach()
+        return loss, found.fired.flatten()
 
     @override
     def calculate_aux_loss(

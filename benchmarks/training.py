@@ -1,0 +1,242 @@
+"""All heads at once against SAELens head by head: seconds for equal tokens, and peak memory.
+
+    python benchmarks/training.py [--quick] [--json FILE] [--rounds N] [--threads N] [--device D]
+
+Both sides run in this process, alternating, after one unmeasured round; "ratio" is other / ours,
+its median over rounds with its range. `equal` says that in this same run heads of ours were found
+to follow SAELens's trainer on equal batches. Peak memory is that of a process for each side, in
+which SAELens trains a single head.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+import sae_query_steer as sqs
+from sae_query_steer.hosts.saelens import HeadwiseTrainer
+
+N_LAYERS, N_HEADS, D_HEAD, LAYER = 6, 8, 64, 4
+D_SAE, K, CONTEXT, BATCH, LR = 512, 16, 128, 2048, 3e-4
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--rounds", type=int, help="measured rounds")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("--device", default="cpu", help="where to run")
+    parser.add_argument("--peak", choices=["ours", "other"], help="run one side, print its memory")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokens = 2 * BATCH if args.quick else 16 * BATCH
+    rounds = args.rounds or (3 if args.quick else 5)
+    heads = range(1) if args.quick else range(N_HEADS)
+    model = make_model(args.device)
+    rows = torch.randint(0, model.cfg.d_vocab, (tokens // CONTEXT, CONTEXT))
+    if args.peak:
+        train = ours if args.peak == "ours" else saelens
+        train(model, rows, [LAYER], range(1))
+        # Not getrusage: there a process starts with the peak of the one that started it.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        print(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
+        return
+
+    equal = follows_saelens(args.device)
+    names = [
+        ("8 heads of one layer; SAELens head by head", [LAYER], saelens),
+        ("8 heads of one layer; the bare forward pass", [LAYER], forward),
+    ]
+    if not args.quick:
+        names.append(("48 heads of six layers; SAELens head by head", list(range(6)), saelens))
+    table = [
+        compare(name, model, rows, layers, other, heads, rounds if len(layers) == 1 else 1, equal)
+        for name, layers, other in names
+    ]
+    print(pd.DataFrame(table).round(3).to_string(index=False))
+    if args.quick:
+        print("SAELens trained one head; its seconds are those of that head times 8")
+    else:
+        for side in ("ours", "other"):
+            print(f"peak memory, {side}: {peak_memory(side, args):.0f} MiB")
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1), encoding="utf-8")
+
+
+def make_model(device: str) -> HookedTransformer:
+    """Return a random model of six layers with eight heads of 64."""
+    torch.manual_seed(0)
+    return HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=N_LAYERS,
+            d_model=N_HEADS * D_HEAD,
+            n_heads=N_HEADS,
+            d_head=D_HEAD,
+            d_vocab=8192,
+            n_ctx=CONTEXT,
+            act_fn="gelu",
+            device=device,
+            default_prepend_bos=False,
+        )
+    )
+
+
+def ours(model: Any, rows: torch.Tensor, layers: list[int], heads: range) -> None:
+    """Train all heads of the layers in one pass."""
+    del heads
+    sqs.train_query_saes(
+        model,
+        rows,
+        sqs.query_sites(model, layers),
+        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=D_SAE, k=K),
+        training_tokens=rows.numel(),
+        train_batch_size_tokens=BATCH,
+        lr=LR,
+        prepend_bos=False,
+        metric_tokens=0,
+    )
+
+
+def saelens(model: Any, rows: torch.Tensor, layers: list[int], heads: range) -> None:
+    """Train one head after the other, layer after layer, by SAELens's runner."""
+    data = Dataset.from_dict({"tokens": rows.tolist()})
+    for layer in layers:
+        for head in heads:
+            with tempfile.TemporaryDirectory() as folder:
+                config = LanguageModelSAERunnerConfig(
+                    sae=TopKTrainingSAEConfig(d_in=D_HEAD, d_sae=D_SAE, k=K),
+                    hook_name=f"blocks.{layer}.attn.hook_q",
+                    hook_head_index=head,
+                    is_dataset_tokenized=True,
+                    streaming=False,
+                    prepend_bos=False,
+                    context_size=CONTEXT,
+                    training_tokens=rows.numel(),
+                    train_batch_size_tokens=BATCH,
+                    store_batch_size_prompts=16,
+                    n_batches_in_buffer=64,
+                    lr=LR,
+                    n_checkpoints=0,
+                    checkpoint_path=None,
+                    save_final_checkpoint=False,
+                    output_path=folder,
+                    device=str(model.cfg.device),
+                    logger=LoggingConfig(log_to_wandb=False),
+                )
+                runner = LanguageModelSAETrainingRunner(
+                    config, override_dataset=data, override_model=model
+                )
+                runner.run()
+
+
+@torch.no_grad()
+def forward(model: Any, rows: torch.Tensor, layers: list[int], heads: range) -> None:
+    """Run the model up to the last layer that is trained, and nothing else."""
+    del heads
+    for part in rows.split(16):
+        model(part.to(model.cfg.device), stop_at_layer=max(layers) + 1)
+
+
+def compare(
+    name: str,
+    model: Any,
+    rows: torch.Tensor,
+    layers: list[int],
+    other: Callable[..., None],
+    heads: range,
+    rounds: int,
+    equal: bool,
+) -> dict[str, Any]:
+    """Return the row of one comparison."""
+    warm = rows[: 2 * BATCH // CONTEXT]
+    ours(model, warm, layers, heads)
+    other(model, warm, layers[:1], range(1))
+    seconds: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        pair = []
+        for side in (ours, other):
+            start = time.perf_counter()
+            side(model, rows, layers, heads)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times = N_HEADS // len(heads) if side is saelens else 1
+            pair.append((time.perf_counter() - start) * times)
+        seconds.append((pair[0], pair[1]))
+    ratios = [b / a for a, b in seconds]
+    return {
+        "name": name,
+        "ours": statistics.median(a for a, _ in seconds),
+        "other": statistics.median(b for _, b in seconds),
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "rounds": rounds,
+        "equal": equal,
+    }
+
+
+def follows_saelens(device: str, n_steps: int = 30) -> bool:
+    """Return whether the first and the last head follow SAELens's trainer on equal batches."""
+    config = SAETrainerConfig(
+        total_training_samples=n_steps * 256,
+        train_batch_size_samples=256,
+        lr=LR,
+        lr_end=LR / 10,
+        lr_warm_up_steps=0,
+        lr_decay_steps=0,
+        dead_feature_window=10,
+        device=device,
+    )
+    batches = torch.randn(n_steps, 256, N_HEADS, D_HEAD, device=device)
+    sae = sqs.QueryHeadTopKTrainingSAE(
+        sqs.QueryHeadTopKTrainingSAEConfig(
+            n_heads=N_HEADS, d_head=D_HEAD, d_sae_per_head=D_SAE, k=K, device=device
+        )
+    )
+    alone = {}
+    for head in (0, N_HEADS - 1):
+        solo = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_HEAD, d_sae=D_SAE, k=K, device=device))
+        solo.load_state_dict({name: p.detach()[head] for name, p in sae.named_parameters()})
+        SAETrainer(cfg=config, sae=solo, data_provider=iter(batches[:, :, head].clone())).fit()
+        alone[head] = solo
+    HeadwiseTrainer(cfg=config, sae=sae, data_provider=iter(batches.flatten(-2))).fit()
+    weights = sae.state_dict()
+    return all(
+        float((weights[name][head] - value).norm() / value.norm()) < 1e-4
+        for head, solo in alone.items()
+        for name, value in solo.state_dict().items()
+    )
+
+
+def peak_memory(side: str, args: argparse.Namespace) -> float:
+    """Return the peak memory in MiB of a process that trains by one side alone."""
+    command = [sys.executable, __file__, "--peak", side, "--threads", str(args.threads)]
+    command += ["--device", args.device]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(json.loads(said.strip().splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""How good SAEs of queries are: what they keep, and what the model loses with them in place."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
+
+from sae_query_steer.attach import attached_saes
+from sae_query_steer.capture import check_devices
+from sae_query_steer.hosts.models import check_not_steered, queries_at
+from sae_query_steer.hosts.saelens import PAD
+from sae_query_steer.metrics import ReconstructionMoments, kl_divergence
+from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
+from sae_query_steer.separability import ALL_HEADS
+from sae_query_steer.token_rows import Texts, token_rows
+
+KINDS = ("sae", "zero", "mean")
+"""What stands in for the query: its reconstruction, zero, or the mean query of the head."""
+
+
+def evaluate_saes(
+    model: Any,
+    saes: Mapping[str, QueryEncoder],
+    texts: Texts,
+    *,
+    n_tokens: int = 16_384,
+    per_head: bool = True,
+    context_size: int | None = None,
+    concat_sequences: bool = True,
+    prepend_bos: bool = True,
+    text_column: str = "text",
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Return scores of every SAE, head by head and for all heads of a layer together.
+
+    Give texts that the SAEs were not trained on. The model runs 1 + 3 * (heads + 1) times for each
+    layer over all tokens; without `per_head` 4 times.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        saes: the SAEs by hook name; identity encoders are scored as well.
+        texts: in any form that `train_query_saes` takes.
+        n_tokens: about how many tokens to read: whole rows, as many as there are at most.
+        per_head: also replace the query of every head alone.
+        context_size: tokens of a row; None means 128, or the model's context where that is less.
+        concat_sequences: join documents into full rows; False keeps each whole.
+        prepend_bos: begin rows and documents with BOS.
+        text_column: column of a `datasets.Dataset` that holds the text.
+        batch_size: rows of one forward pass.
+
+    Returns:
+        One row for each layer and head, and one with head "all", with the columns
+
+        - l0, explained_variance, dead_share: as in `QuerySAEs.metrics`, here on these texts; for
+          "all" l0 is that of all heads together;
+        - cosine: mean cosine of query and reconstruction;
+        - max_decoder_cosine: largest cosine between two decoder rows of a head;
+        - position_share: share of the latents' variance that the token's position explains,
+          corrected for chance;
+        - ce_clean and ce_sae, ce_zero, ce_mean: cross entropy of the next token, in nats, bare and
+          with the query replaced; kl_sae, kl_zero, kl_mean: KL(bare || replaced) of its
+          distribution, in nats. A query of zero attends evenly to all it may see;
+        - ce_score_zero, ce_score_mean: (CE_ablated - CE_sae) / (CE_ablated - CE_clean), and
+          kl_score_zero, kl_score_mean: (KL_ablated - KL_sae) / KL_ablated; NaN where the ablation
+          changes nothing that could be recovered;
+        - pattern_kl: KL(bare || reconstructed) of the attention pattern, in nats, mean over queries
+          and the heads in question;
+        - score_error: squared error of the attention scores over their squared norm, both
+          centred over the keys that a query may see, for the softmax sees nothing else;
+        - n_tokens.
+
+    Raises:
+        ValueError: a site that the model does not have, an SAE on another device, texts that can't
+            be used, or a steer in place; before any work starts.
+
+    Source: SAELens's evals for l0, explained variance, CE and KL scores; the attention scores and
+    the position's share are our choice.
+    """
+    sites = encoder_sites(saes)
+    for site in sites.values():
+        site.check(model)
+    check_devices(model, saes)
+    check_not_steered(model)
+    if n_tokens < 1 or batch_size < 1:
+        raise ValueError(
+            f"n_tokens={n_tokens} and batch_size={batch_size} are not allowed: give 1 or more"
+        )
+    rows = torch.tensor(
+        token_rows(
+            model,
+            texts,
+            context_size=context_size,
+            concat_sequences=concat_sequences,
+            prepend_bos=prepend_bos,
+            text_column=text_column,
+        )
+    )
+    rows = rows[: max(1, n_tokens // rows.shape[1])]
+    kept = {name: _Kept(encoder, rows.shape[1]) for name, encoder in saes.items()}
+    for tokens, real in _batches(rows, batch_size, "Reading queries", len(rows)):
+        for name, queries in queries_at(model, tokens, list(sites)).items():
+            kept[name].update(queries, real.to(queries.device))
+    lost = {
+        (name, head): _Lost()
+        for name, site in sites.items()
+        for head in ([*range(site.n_heads)] if per_head else []) + [ALL_HEADS]
+    }
+    for tokens, real in _batches(rows, batch_size, "Replacing queries", len(rows)):
+        bare = _Run.of(model, tokens, [site.layer for site in sites.values()])
+        for (name, head), found in lost.items():
+            site = sites[name]
+            chosen = list(range(site.n_heads)) if head == ALL_HEADS else [int(head)]
+            for kind, encoder in (("sae", saes[name]), *kept[name].ablations()):
+                with attached_saes(model, {name: encoder}, heads=chosen):
+                    run = _Run.of(model, tokens, [site.layer])
+                found.update(kind, bare, run, tokens, real)
+                if kind == "sae":
+                    found.update_attention(bare, run, site.layer, chosen, real)
+    return pd.DataFrame(
+        [
+            {"layer": sites[name].layer, "head": head, **kept[name].row(head), **found.row()}
+            for (name, head), found in lost.items()
+        ]
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Constant:
+    """An encoder that keeps nothing: every query becomes the same."""
+
+    value: Float[Tensor, "head d_head"]
+
+    latent_min: ClassVar[float | None] = None
+
+    @property
+    def n_heads(self) -> int:
+        return self.value.shape[0]
+
+    @property
+    def d_head(self) -> int:
+        return self.value.shape[1]
+
+    @property
+    def d_latent(self) -> int:
+        return 0
+
+    def encode(self, x: Float[Tensor, "*batch head d_head"], /) -> Tensor:
+        return x[..., :0]
+
+    def decode(self, feature_acts: Float[Tensor, "*batch head zero"], /) -> Tensor:
+        return self.value.expand(*feature_acts.shape[:-1], -1)
+
+
+class _Kept:
+    """Streams what an SAE keeps of the queries of one site."""
+
+    def __init__(self, encoder: QueryEncoder, n_positions: int) -> None:
+        self.encoder, self.moments = encoder, ReconstructionMoments()
+        self._cosine = torch.zeros(encoder.n_heads, dtype=torch.double)
+        shape = (n_positions, encoder.n_heads, encoder.d_latent)
+        self._sum = torch.zeros(shape, dtype=torch.double)
+        self._square = torch.zeros(shape[1:], dtype=torch.double)
+        self._count = torch.zeros(n_positions, dtype=torch.double)
+        self._query_sum = torch.zeros(encoder.n_heads, encoder.d_head, dtype=torch.double)
+
+    @torch.no_grad()
+    def update(
+        self, queries: Float[Tensor, "batch pos head d_head"], real: Bool[Tensor, "batch pos"]
+    ) -> None:
+        latents = self.encoder.encode(queries)
+        output = self.encoder.decode(latents)
+        self.moments.update(queries[real], output[real], latents[real])
+        similar = cosine_similarity(queries[real].float(), output[real].float(), dim=-1)
+        self._cosine += similar.double().sum(0).cpu()
+        latents = (latents * real[..., None, None]).double()
+        width = slice(queries.shape[1])
+        self._sum[width] += latents.sum(0).cpu()
+        self._square += latents.square().sum((0, 1)).cpu()
+        self._count[width] += real.double().sum(0).cpu()
+        self._query_sum += queries[real].double().sum(0).cpu()
+
+    def ablations(self) -> tuple[tuple[str, QueryEncoder], ...]:
+        """Return the encoders that put zero, and each head's mean query, in place of the query."""
+        mean = (self._query_sum / self.moments.n_tokens).float()
+        return ("zero", _Constant(value=torch.zeros_like(mean))), ("mean", _Constant(value=mean))
+
+    def row(self, head: int | str) -> dict[str, float]:
+        """Return the scores of one head, or of all together."""
+        heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
+        weights = getattr(self.encoder, "W_dec", None)
+        return {
+            "l0": float(self.moments.l0()[heads].sum()),
+            "explained_variance": float(self.moments.explained_variance(pooled=heads)),
+            "dead_share": float(self.moments.dead_share()[heads].mean()),
+            "cosine": float(self._cosine[heads].mean()) / self.moments.n_tokens,
+            "max_decoder_cosine": max_decoder_cosine(weights[heads])
+            if isinstance(weights, Tensor)
+            else float("nan"),
+            "position_share": self._position_share(heads),
+        }
+
+    def _position_share(self, heads: slice) -> float:
+        n, groups = self._count.sum(), int((self._count > 0).sum())
+        here = self._sum[:, heads]
+        by_position = (here.square() / self._count.clamp(min=1)[:, None, None]).sum()
+        total = self._square[heads].sum() - (here.sum(0).square() / n).sum()
+        within = self._square[heads].sum() - by_position
+        # Any grouping explains some variance by chance: compare unbiased estimates.
+        return float(1 - (within / (n - groups).clamp(min=1)) / (total / (n - 1).clamp(min=1)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """What one forward pass says of the next token and of attention."""
+
+    log_probs: Float[Tensor, "batch pos d_vocab"]
+    patterns: Mapping[int, Float[Tensor, "batch head query key"]]
+    scores: Mapping[int, Float[Tensor, "batch head query key"]]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, tokens: Tensor, layers: list[int]) -> "_Run":
+        names = {n: f"blocks.{n}.attn.hook_{{}}" for n in layers}
+        wanted = [
+            name.format(what) for name in names.values() for what in ("pattern", "attn_scores")
+        ]
+        logits, cache = model.run_with_cache(
+            tokens.to(model.cfg.device), names_filter=wanted, prepend_bos=False
+        )
+        return cls(
+            log_probs=logits.float().log_softmax(-1),
+            patterns={n: cache[name.format("pattern")] for n, name in names.items()},
+            scores={n: cache[name.format("attn_scores")] for n, name in names.items()},
+        )
+
+
+@dataclass(eq=False)
+class _Lost:
+    """Streams what the model loses with some queries replaced."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def update(
+        self,
+        kind: str,
+        bare: _Run,
+        run: _Run,
+        tokens: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"],
+    ) -> None:
+        told = real[:, 1:].to(run.log_probs.device)  # a token that has a next one
+        following = tokens[:, 1:, None].to(run.log_probs.device)
+        for name, log_probs in (("clean", bare.log_probs), (kind, run.log_probs)):
+            losses = -log_probs[:, :-1].gather(-1, following)[..., 0]
+            if name != "clean" or kind == KINDS[0]:
+                self._add(f"ce_{name}", losses[told])
+        self._add(f"kl_{kind}", kl_divergence(bare.log_probs, run.log_probs)[:, :-1][told])
+        if kind == KINDS[0]:
+            self._add("n", told.float()[told])
+
+    def update_attention(
+        self, bare: _Run, run: _Run, layer: int, heads: list[int], real: Bool[Tensor, "batch pos"]
+    ) -> None:
+        before, after = bare.patterns[layer][:, heads], run.patterns[layer][:, heads]
+        divergence = kl_divergence(
+            before.float().log(), after.float().clamp(min=1e-30).log()
+        ).transpose(1, 2)
+        told = real.to(divergence.device)
+        self._add("pattern_kl", divergence[told].mean(-1))
+        self._add("n_queries", told.float()[told])
+        seen = torch.ones(before.shape[-2:], dtype=torch.bool, device=before.device).tril()
+        mask = seen & told[:, None, :, None]
+        before = _centred(bare.scores[layer][:, heads].float(), seen).where(mask, 0.0)
+        after = _centred(run.scores[layer][:, heads].float(), seen).where(mask, 0.0)
+        self._add("score_error", (after - before).square())
+        self._add("score_norm", before.square())
+
+    def row(self) -> dict[str, float]:
+        """Return the scores."""
+        s = self.sums
+        row = {name: s[name] / s["n"] for name in ("ce_clean", *(f"ce_{k}" for k in KINDS))}
+        row |= {f"kl_{kind}": s[f"kl_{kind}"] / s["n"] for kind in KINDS}
+        for kind in ("zero", "mean"):
+            gap = row[f"ce_{kind}"] - row["ce_clean"]
+            row[f"ce_score_{kind}"] = _share(row[f"ce_{kind}"] - row["ce_sae"], gap)
+            row[f"kl_score_{kind}"] = _share(row[f"kl_{kind}"] - row["kl_sae"], row[f"kl_{kind}"])
+        row["pattern_kl"] = s["pattern_kl"] / s["n_queries"]
+        row["score_error"] = _share(s["score_error"], s["score_norm"])
+        return row | {"n_tokens": int(s["n"])}
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+
+
+def max_decoder_cosine(weights: Float[Tensor, "head d_latent d_head"]) -> float:
+    """Return the largest cosine between two decoder rows of the same head."""
+    rows = weights.detach().float()
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    cosines = rows @ rows.mT
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    return float(cosines.max())
+
+
+def _centred(scores: Tensor, seen: Tensor) -> Tensor:
+    kept = scores.where(seen, 0.0)
+    return kept - kept.sum(-1, keepdim=True) / seen.sum(-1)[:, None]
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 1e-9 else float("nan")
+
+
+def _batches(
+    rows: Int[Tensor, "row pos"], batch_size: int, description: str, total: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give token rows, padding read as token 0, with which of them are real."""
+    with tqdm(total=total, desc=description, unit="row") as bar:
+        for batch in rows.split(batch_size):
+            yield batch.clamp(min=0), batch != PAD
+            bar.update(len(batch))
