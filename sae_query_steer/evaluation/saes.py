@@ -1,8 +1,7 @@
 """How good SAEs of queries are: what they keep, and what the model loses with them in place."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,15 +12,17 @@ from tqdm.auto import tqdm
 
 from sae_query_steer.attach import attached_saes
 from sae_query_steer.capture import check_devices
+from sae_query_steer.evaluation.replacement import (
+    AttentionRun,
+    ConstantEncoder,
+    ReplacementLosses,
+)
 from sae_query_steer.hosts.models import check_not_steered, queries_at
 from sae_query_steer.hosts.saelens import PAD
-from sae_query_steer.metrics import ReconstructionMoments, kl_divergence
+from sae_query_steer.metrics import ReconstructionMoments
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.separability import ALL_HEADS
 from sae_query_steer.token_rows import Texts, token_rows
-
-KINDS = ("sae", "zero", "mean")
-"""What stands in for the query: its reconstruction, zero, or the mean query of the head."""
 
 
 def evaluate_saes(
@@ -107,18 +108,18 @@ def evaluate_saes(
         for name, queries in queries_at(model, tokens, list(sites)).items():
             kept[name].update(queries, real.to(queries.device))
     lost = {
-        (name, head): _Lost()
+        (name, head): ReplacementLosses()
         for name, site in sites.items()
         for head in ([*range(site.n_heads)] if per_head else []) + [ALL_HEADS]
     }
     for tokens, real in _batches(rows, batch_size, "Replacing queries", len(rows)):
-        bare = _Run.of(model, tokens, [site.layer for site in sites.values()])
+        bare = AttentionRun.of(model, tokens, [site.layer for site in sites.values()])
         for (name, head), found in lost.items():
             site = sites[name]
             chosen = list(range(site.n_heads)) if head == ALL_HEADS else [int(head)]
             for kind, encoder in (("sae", saes[name]), *kept[name].ablations()):
                 with attached_saes(model, {name: encoder}, heads=chosen):
-                    run = _Run.of(model, tokens, [site.layer])
+                    run = AttentionRun.of(model, tokens, [site.layer])
                 found.update(kind, bare, run, tokens, real)
                 if kind == "sae":
                     found.update_attention(bare, run, site.layer, chosen, real)
@@ -128,33 +129,6 @@ def evaluate_saes(
             for (name, head), found in lost.items()
         ]
     )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Constant:
-    """An encoder that keeps nothing: every query becomes the same."""
-
-    value: Float[Tensor, "head d_head"]
-
-    latent_min: ClassVar[float | None] = None
-
-    @property
-    def n_heads(self) -> int:
-        return self.value.shape[0]
-
-    @property
-    def d_head(self) -> int:
-        return self.value.shape[1]
-
-    @property
-    def d_latent(self) -> int:
-        return 0
-
-    def encode(self, x: Float[Tensor, "*batch head d_head"], /) -> Tensor:
-        return x[..., :0]
-
-    def decode(self, feature_acts: Float[Tensor, "*batch head zero"], /) -> Tensor:
-        return self.value.expand(*feature_acts.shape[:-1], -1)
 
 
 class _Kept:
@@ -188,7 +162,10 @@ class _Kept:
     def ablations(self) -> tuple[tuple[str, QueryEncoder], ...]:
         """Return the encoders that put zero, and each head's mean query, in place of the query."""
         mean = (self._query_sum / self.moments.n_tokens).float()
-        return ("zero", _Constant(value=torch.zeros_like(mean))), ("mean", _Constant(value=mean))
+        return ("zero", ConstantEncoder(value=torch.zeros_like(mean))), (
+            "mean",
+            ConstantEncoder(value=mean),
+        )
 
     def row(self, head: int | str) -> dict[str, float]:
         """Return the scores of one head, or of all together."""
@@ -215,89 +192,6 @@ class _Kept:
         return float(1 - (within / (n - groups).clamp(min=1)) / (total / (n - 1).clamp(min=1)))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Run:
-    """What one forward pass says of the next token and of attention."""
-
-    log_probs: Float[Tensor, "batch pos d_vocab"]
-    patterns: Mapping[int, Float[Tensor, "batch head query key"]]
-    scores: Mapping[int, Float[Tensor, "batch head query key"]]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: Any, tokens: Tensor, layers: list[int]) -> "_Run":
-        names = {n: f"blocks.{n}.attn.hook_{{}}" for n in layers}
-        wanted = [
-            name.format(what) for name in names.values() for what in ("pattern", "attn_scores")
-        ]
-        logits, cache = model.run_with_cache(
-            tokens.to(model.cfg.device), names_filter=wanted, prepend_bos=False
-        )
-        return cls(
-            log_probs=logits.float().log_softmax(-1),
-            patterns={n: cache[name.format("pattern")] for n, name in names.items()},
-            scores={n: cache[name.format("attn_scores")] for n, name in names.items()},
-        )
-
-
-@dataclass(eq=False)
-class _Lost:
-    """Streams what the model loses with some queries replaced."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def update(
-        self,
-        kind: str,
-        bare: _Run,
-        run: _Run,
-        tokens: Int[Tensor, "batch pos"],
-        real: Bool[Tensor, "batch pos"],
-    ) -> None:
-        told = real[:, 1:].to(run.log_probs.device)  # a token that has a next one
-        following = tokens[:, 1:, None].to(run.log_probs.device)
-        for name, log_probs in (("clean", bare.log_probs), (kind, run.log_probs)):
-            losses = -log_probs[:, :-1].gather(-1, following)[..., 0]
-            if name != "clean" or kind == KINDS[0]:
-                self._add(f"ce_{name}", losses[told])
-        self._add(f"kl_{kind}", kl_divergence(bare.log_probs, run.log_probs)[:, :-1][told])
-        if kind == KINDS[0]:
-            self._add("n", told.float()[told])
-
-    def update_attention(
-        self, bare: _Run, run: _Run, layer: int, heads: list[int], real: Bool[Tensor, "batch pos"]
-    ) -> None:
-        before, after = bare.patterns[layer][:, heads], run.patterns[layer][:, heads]
-        divergence = kl_divergence(
-            before.float().log(), after.float().clamp(min=1e-30).log()
-        ).transpose(1, 2)
-        told = real.to(divergence.device)
-        self._add("pattern_kl", divergence[told].mean(-1))
-        self._add("n_queries", told.float()[told])
-        seen = torch.ones(before.shape[-2:], dtype=torch.bool, device=before.device).tril()
-        mask = seen & told[:, None, :, None]
-        before = _centred(bare.scores[layer][:, heads].float(), seen).where(mask, 0.0)
-        after = _centred(run.scores[layer][:, heads].float(), seen).where(mask, 0.0)
-        self._add("score_error", (after - before).square())
-        self._add("score_norm", before.square())
-
-    def row(self) -> dict[str, float]:
-        """Return the scores."""
-        s = self.sums
-        row = {name: s[name] / s["n"] for name in ("ce_clean", *(f"ce_{k}" for k in KINDS))}
-        row |= {f"kl_{kind}": s[f"kl_{kind}"] / s["n"] for kind in KINDS}
-        for kind in ("zero", "mean"):
-            gap = row[f"ce_{kind}"] - row["ce_clean"]
-            row[f"ce_score_{kind}"] = _share(row[f"ce_{kind}"] - row["ce_sae"], gap)
-            row[f"kl_score_{kind}"] = _share(row[f"kl_{kind}"] - row["kl_sae"], row[f"kl_{kind}"])
-        row["pattern_kl"] = s["pattern_kl"] / s["n_queries"]
-        row["score_error"] = _share(s["score_error"], s["score_norm"])
-        return row | {"n_tokens": int(s["n"])}
-
-    def _add(self, name: str, values: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
-
-
 def max_decoder_cosine(weights: Float[Tensor, "head d_latent d_head"]) -> float:
     """Return the largest cosine between two decoder rows of the same head."""
     rows = weights.detach().float()
@@ -305,15 +199,6 @@ def max_decoder_cosine(weights: Float[Tensor, "head d_latent d_head"]) -> float:
     cosines = rows @ rows.mT
     cosines.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
     return float(cosines.max())
-
-
-def _centred(scores: Tensor, seen: Tensor) -> Tensor:
-    kept = scores.where(seen, 0.0)
-    return kept - kept.sum(-1, keepdim=True) / seen.sum(-1)[:, None]
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole > 1e-9 else float("nan")
 
 
 def _batches(
