@@ -213,7 +213,7 @@ def test_a_steered_model_is_not_measured(model, saes, targets, examples):
             lambda: sqs.separability(model, saes, examples),
             lambda: sqs.interchange_effect(model, sqs.query_sites(model), examples),
         ):
-            with pytest.raises(ValueError, match="the model is being steered at blocks.0"):
+            with pytest.raises(ValueError, match="queries are being changed at blocks.0"):
                 measure()
     with pytest.raises(ValueError, match="sites is empty"):
         sqs.interchange_effect(model, [], examples)
