@@ -27,6 +27,7 @@ ORDER = (
     *("hosts", "hosts.models", "hosts.tracking", "hosts.saelens"),
     *(
         "sae.core",
+        "sae.penalty",
         "sae.standard",
         "sae.fused_topk",
         "sae.topk",

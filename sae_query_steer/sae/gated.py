@@ -16,10 +16,8 @@ from sae_query_steer.sae.core import (
     QueryHeadSAE,
     QueryHeadSAEConfig,
     QueryHeadTrainingSAE,
-    QueryHeadTrainingSAEConfig,
-    check_steps,
-    check_weight,
 )
+from sae_query_steer.sae.penalty import L1TrainingSAEConfig
 
 ARCHITECTURE = "query_head_gated"
 
@@ -76,20 +74,8 @@ class QueryHeadGatedSAE(QueryHeadSAE[T_GATED]):
 
 
 @dataclass(kw_only=True)
-class QueryHeadGatedTrainingSAEConfig(QueryHeadGatedSAEConfig, QueryHeadTrainingSAEConfig):
+class QueryHeadGatedTrainingSAEConfig(QueryHeadGatedSAEConfig, L1TrainingSAEConfig):
     """Gated with SAELens's penalty on open gates."""
-
-    l1_coefficient: float = 1.0
-    """Weight of the penalty."""
-
-    l1_warm_up_steps: int = 0
-    """Steps over which the weight grows from 0."""
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight("l1_coefficient", self.l1_coefficient)
-        check_steps("l1_warm_up_steps", self.l1_warm_up_steps)
 
 
 class QueryHeadGatedTrainingSAE(
@@ -100,7 +86,7 @@ class QueryHeadGatedTrainingSAE(
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
+        return self.cfg.coefficients()
 
     @override
     def calculate_aux_loss(

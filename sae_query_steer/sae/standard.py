@@ -14,10 +14,8 @@ from sae_query_steer.sae.core import (
     QueryHeadSAE,
     QueryHeadSAEConfig,
     QueryHeadTrainingSAE,
-    QueryHeadTrainingSAEConfig,
-    check_steps,
-    check_weight,
 )
+from sae_query_steer.sae.penalty import L1TrainingSAEConfig
 
 ARCHITECTURE = "query_head_standard"
 
@@ -45,23 +43,11 @@ class QueryHeadStandardSAE(QueryHeadSAE[T_STANDARD]):
 
 
 @dataclass(kw_only=True)
-class QueryHeadStandardTrainingSAEConfig(QueryHeadStandardSAEConfig, QueryHeadTrainingSAEConfig):
+class QueryHeadStandardTrainingSAEConfig(QueryHeadStandardSAEConfig, L1TrainingSAEConfig):
     """ReLU with SAELens's sparsity penalty."""
-
-    l1_coefficient: float = 1.0
-    """Weight of the penalty."""
 
     lp_norm: float = 1.0
     """p of the norm over the latents of one head that is penalised."""
-
-    l1_warm_up_steps: int = 0
-    """Steps over which the weight grows from 0."""
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight("l1_coefficient", self.l1_coefficient)
-        check_steps("l1_warm_up_steps", self.l1_warm_up_steps)
 
 
 class QueryHeadStandardTrainingSAE(
@@ -72,7 +58,7 @@ class QueryHeadStandardTrainingSAE(
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
+        return self.cfg.coefficients()
 
     @override
     def calculate_aux_loss(
