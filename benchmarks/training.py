@@ -36,6 +36,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 import sae_query_steer as sqs
 from sae_query_steer.hosts.saelens import HeadwiseTrainer
 
+SAMPLED = "(*)"
 N_LAYERS, N_HEADS, D_HEAD, LAYER = 6, 8, 64, 4
 D_SAE, K, CONTEXT, BATCH, LR = 512, 16, 128, 2048, 3e-4
 
@@ -53,7 +54,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tokens = 2 * BATCH if args.quick else 16 * BATCH
     rounds = args.rounds or (3 if args.quick else 5)
-    heads = range(1) if args.quick else range(N_HEADS)
     model = make_model(args.device)
     rows = torch.randint(0, model.cfg.d_vocab, (tokens // CONTEXT, CONTEXT))
     if args.peak:
@@ -65,20 +65,22 @@ def main() -> None:
         return
 
     equal = follows_saelens(args.device)
-    names = [
-        ("8 heads of one layer; SAELens head by head", [LAYER], saelens),
-        ("8 heads of one layer; the bare forward pass", [LAYER], forward),
+    one, all_heads = range(1), range(N_HEADS)
+    layer, model_layers = [LAYER], list(range(N_LAYERS))
+    compared = [
+        ("8 heads of one layer; SAELens head by head", layer, saelens, all_heads),
+        ("8 heads of one layer; the bare forward pass", layer, forward, all_heads),
+        (f"48 heads of six layers; SAELens head by head {SAMPLED}", model_layers, saelens, one),
     ]
-    if not args.quick:
-        names.append(("48 heads of six layers; SAELens head by head", list(range(6)), saelens))
+    if args.quick:
+        compared = [(f"{compared[0][0]} {SAMPLED}", layer, saelens, one), compared[1]]
     table = [
-        compare(name, model, rows, layers, other, heads, rounds if len(layers) == 1 else 1, equal)
-        for name, layers, other in names
+        compare(name, model, rows, layers, other, heads, rounds, equal)
+        for name, layers, other, heads in compared
     ]
     print(pd.DataFrame(table).round(3).to_string(index=False))
-    if args.quick:
-        print("SAELens trained one head; its seconds are those of that head times 8")
-    else:
+    print(f"{SAMPLED}: SAELens trained one head of each layer; its seconds are times 8")
+    if not args.quick:
         for side in ("ours", "other"):
             print(f"peak memory, {side}: {peak_memory(side, args):.0f} MiB")
     if args.json:

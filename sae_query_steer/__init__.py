@@ -15,6 +15,7 @@ from sae_query_steer.data import (
     tokenize_examples,
 )
 from sae_query_steer.descent import DescentResult, descend
+from sae_query_steer.distributed import train_on_ranks
 from sae_query_steer.evaluation.saes import evaluate_saes
 from sae_query_steer.heads import join_heads, split_heads
 from sae_query_steer.hosts.models import load_model
@@ -38,7 +39,7 @@ from sae_query_steer.readers import (
     examples_from_csv,
     examples_from_dataset,
     examples_from_jsonl,
-    texts_from_csv,
+    texts_from_file,
 )
 from sae_query_steer.sae import (
     QueryHeadBatchTopKTrainingSAE,
@@ -151,9 +152,10 @@ __all__ = [
     "query_sites",
     "separability",
     "split_heads",
-    "texts_from_csv",
+    "texts_from_file",
     "to_inference",
     "tokenize_example",
     "tokenize_examples",
+    "train_on_ranks",
     "train_query_saes",
 ]

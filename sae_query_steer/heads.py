@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from sae_lens import SAE, SAEConfig, TrainingSAE
+from sae_lens import SAE, SAEConfig, TopKSAEConfig, TrainingSAE
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
@@ -32,7 +32,10 @@ head as their first axis.
 """
 
 _SIZES = {"d_in", "d_sae", "n_heads", "d_head", "d_sae_per_head"}
+_RESCALE = "rescale_acts_by_decoder_norm"
 _OF_ONE_HEAD = {"hook_head_index", "n_heads"}
+
+_NORM_ROUNDING = 1e-5  # many times what 32-bit norms miss, far below what moves a latent
 
 
 def split_heads(sae: QueryHeadSAE[Any]) -> list[SAE[Any]]:
@@ -96,7 +99,9 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
     """Return one query-head SAE that holds the plain SAELens SAEs of all heads of a hook.
 
     The reverse of `split_heads`: split and then joined, the weights are bitwise the same. Works as
-    well for SAEs that SAELens trained head by head with `hook_head_index`.
+    well for SAEs that SAELens trained head by head with `hook_head_index`, and for some of these
+    among ours: of a TopK SAE, SAELens saves `rescale_acts_by_decoder_norm=True` and ours False.
+    By norms of 1 there is nothing to rescale, so such a mix becomes an SAE with False.
 
     Args:
         saes: one inference SAE for each head, in any order; `cfg.metadata.hook_head_index` tells
@@ -111,8 +116,9 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
     Raises:
         TypeError: one is no plain inference SAE.
         ValueError: there are none; a head is missing, comes twice or is not of this layer; two
-            differ in architecture, size, setting, device, hook or model; or they are SAEs that
-            no query-head SAE can hold. Always before any weight is copied.
+            differ in architecture, size, setting, device, hook or model; some rescale by decoder
+            norms other than 1 and others do not; or they are SAEs that no query-head SAE can
+            hold. Always before any weight is copied.
     """
     given = list(saes)
     if not given:
@@ -127,8 +133,9 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
             f"there is no query-head SAE for architecture {architecture!r}: allowed are "
             f"{sorted(PLAIN.values())}"
         )
+    without_effect = _rescaling_without_effect([first, *others])
     for other in others:
-        _check_equal(common, first, other)
+        _check_equal({n: v for n, v in common.items() if n not in without_effect}, first, other)
     if common["hook_name"] is None:
         raise ValueError(
             "the SAEs do not say where they belong: set cfg.metadata.hook_name of each, such as "
@@ -147,7 +154,7 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
         d_head=first.cfg.d_in,  # pyright: ignore[reportCallIssue]
         d_sae_per_head=first.cfg.d_sae,  # pyright: ignore[reportCallIssue]
         metadata=_agreed_metadata([first, *others]),
-        **_settings(first),
+        **_settings(first) | without_effect,
     )
     states = [one.state_dict() for one in (first, *others)]
     weights = {name: torch.stack([state[name] for state in states]) for name in states[0]}
@@ -211,6 +218,27 @@ def _check_equal(common: Mapping[str, Any], first: SAE[Any], other: SAE[Any]) ->
                 "SAEs of one hook and model with equal architecture, sizes and settings "
                 "(device and dtype change with sae.to)"
             )
+
+
+def _rescaling_without_effect(saes: Sequence[SAE[Any]]) -> dict[str, bool]:
+    """Return what replaces the setting of each: False where only some rescale, all by norms of 1.
+
+    Nothing where all agree, or are no TopK SAEs.
+    """
+    topk = [sae for sae in saes if isinstance(sae.cfg, TopKSAEConfig)]
+    rescaled = [sae for sae in topk if getattr(sae.cfg, _RESCALE)]
+    if len(rescaled) in (0, len(topk)):
+        return {}
+    for sae in rescaled:
+        norms = sae.W_dec.detach().float().norm(dim=-1)
+        if not torch.allclose(norms, torch.ones_like(norms), rtol=0, atol=_NORM_ROUNDING):
+            raise ValueError(
+                f"head {sae.cfg.metadata.hook_head_index} has {_RESCALE}=True and decoder rows of "
+                f"norm {float(norms.min()):.3g} to {float(norms.max()):.3g}, other heads have "
+                "False: make the norms 1 with its fold_W_dec_norm(), which leaves its output as "
+                "it is, and join again"
+            )
+    return {_RESCALE: False}
 
 
 def _check_complete(heads: Mapping[int, SAE[Any]], hook_name: str, n_heads: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Readers: labelled examples from CSV, JSON lines and data sets, whose columns the user names."""
+"""Readers: labelled examples and texts from files and data sets, whose columns the user names."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any, cast
 
 import pandas as pd
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
 from sae_query_steer.data import LabelledExample
 
@@ -43,19 +43,29 @@ def examples_from_csv(
     return _examples(rows, path, (prompt, response), label, parse_label, where or {})
 
 
-def texts_from_csv(path: str | Path, *, text: str) -> list[str]:
-    """Return one text for each row of a CSV file with a header.
+def texts_from_file(path: str | Path, *, text: str = "text") -> list[str]:
+    """Return the texts of a file, or of the folder of a data set.
 
     Args:
-        path: the file, in UTF-8.
-        text: a column, or a template over columns; see `examples_from_csv`.
+        path: a CSV with a header, JSON lines, a Parquet file, or a folder that
+            `Dataset.save_to_disk` wrote; or plain text (`.txt`), whose documents are parted by
+            blank lines. All in UTF-8.
+        text: a column, or a template over columns; see `examples_from_csv`. Plain text has none.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a column that is absent, a blank cell, or no rows.
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a kind of file that is not read, a column that is absent, a blank cell, or no
+            text.
     """
-    parts = _template(text)
-    texts = ["".join(_filled_parts(parts, row, f"{path}, {n}")) for n, row in _csv_rows(path)]
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {str(path)!r}: look at the path and its folder")
+    if path.suffix == ".txt":
+        paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+        texts = [paragraph for paragraph in paragraphs if paragraph.strip()]
+    else:
+        parts = _template(text)
+        texts = ["".join(_filled_parts(parts, row, f"{path}, {n}")) for n, row in _rows(path)]
     if not texts:
         raise ValueError(f"{path} has no rows")
     return texts
@@ -75,10 +85,7 @@ def examples_from_jsonl(
     Args and Raises as `examples_from_csv`; columns are the keys of the objects, and a line that
     is no JSON object raises too, with its number.
     """
-    with _existing(path).open(encoding="utf-8") as file:
-        lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
-        rows = ((place, _json_object(line, f"{path}, {place}")) for place, line in lines)
-        return _examples(rows, path, (prompt, response), label, parse_label, where or {})
+    return _examples(_jsonl_rows(path), path, (prompt, response), label, parse_label, where or {})
 
 
 def examples_from_dataset(
@@ -100,9 +107,42 @@ def examples_from_dataset(
             f"dataset is a {type(dataset).__name__}: give a datasets.Dataset, which is one split, "
             'such as load_dataset(...)["train"]'
         )
+    return _examples(
+        _dataset_rows(dataset), "the data set", (prompt, response), label, parse_label, where or {}
+    )
+
+
+def _rows(path: Path) -> Iterable[tuple[str, Mapping[Any, Any]]]:
+    if path.is_dir():
+        data = load_from_disk(str(path))
+        if not isinstance(data, Dataset):
+            raise ValueError(f"{path} holds the splits {list(data)}: give the folder of one")
+        return _dataset_rows(data)
+    match path.suffix:
+        case ".csv":
+            return _csv_rows(path)
+        case ".jsonl":
+            return _jsonl_rows(path)
+        case ".parquet":
+            records = pd.read_parquet(path).to_dict("records")
+            return ((f"row {n}", row) for n, row in enumerate(records, start=1))
+        case suffix:
+            raise ValueError(
+                f"{path} is of kind {suffix!r}: give .csv, .jsonl, .parquet or .txt, or the folder "
+                "of a data set"
+            )
+
+
+def _dataset_rows(dataset: Dataset) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     plain = cast(Iterable[dict[str, Any]], dataset.with_format(None))
-    rows = ((f"row {n}", row) for n, row in enumerate(plain))
-    return _examples(rows, "the data set", (prompt, response), label, parse_label, where or {})
+    return ((f"row {n}", row) for n, row in enumerate(plain))
+
+
+def _jsonl_rows(path: str | Path) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    with _existing(path).open(encoding="utf-8") as file:
+        for n, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"line {n}", _json_object(line, f"{path}, line {n}")
 
 
 def _csv_rows(path: str | Path) -> Iterator[tuple[str, Mapping[Any, Any]]]:

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from jaxtyping import Int
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.data import TokenizedExample
 from sae_query_steer.hosts.models import tokenizer_of
-from sae_query_steer.hosts.saelens import PAD
+
+PAD = -1
+"""Marks padding in token rows; no token has this id."""
 
 Texts = Dataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
 
@@ -23,7 +27,7 @@ def token_rows(
     concat_sequences: bool = True,
     prepend_bos: bool = True,
     text_column: str = "text",
-) -> list[list[int]]:
+) -> Int[Tensor, "row pos"]:
     """Return token rows for training.
 
     Args:
@@ -38,7 +42,7 @@ def token_rows(
         text_column: column of a `datasets.Dataset`.
 
     Returns:
-        Rows of one length; where documents stay whole, `PAD` fills them up on the right.
+        Rows of 32-bit ids; where documents stay whole, `PAD` fills them up on the right.
 
     Raises:
         ValueError: no text, an empty one, a document longer than `context_size` that must stay
@@ -82,16 +86,16 @@ def token_rows(
         begin_batch_token_id=bos,
         sequence_separator_token_id=bos,
     )
-    packed = [row.tolist() for row in rows]
+    packed = [row.int() for row in rows]
     if not packed:
         raise ValueError(
             f"the texts have fewer than context_size={context_size} tokens in all: give more text "
             "or a smaller context_size"
         )
-    return packed
+    return torch.stack(packed)
 
 
-def _given_rows(rows: Tensor, n_ctx: int, d_vocab: int) -> list[list[int]]:
+def _given_rows(rows: Tensor, n_ctx: int, d_vocab: int) -> Tensor:
     if rows.ndim != 2 or rows.is_floating_point() or rows.numel() == 0:
         raise ValueError(
             f"token rows of shape {list(rows.shape)} and type {rows.dtype} are not allowed: give "
@@ -102,7 +106,7 @@ def _given_rows(rows: Tensor, n_ctx: int, d_vocab: int) -> list[list[int]]:
             f"token rows of {rows.shape[1]} ids from {int(rows.min())} to {int(rows.max())} do not "
             f"fit the model: it reads {n_ctx} tokens with ids 0 to {d_vocab - 1}"
         )
-    return rows.tolist()
+    return rows.cpu().int()
 
 
 def _tokenized(items: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]:
@@ -113,17 +117,16 @@ def _tokenized(items: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]:
         yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _padded(documents: Iterable[list[int]], context_size: int) -> list[list[int]]:
-    documents = list(documents)
-    for index, document in enumerate(documents):
-        if len(document) > context_size:
+def _padded(documents: Iterable[list[int]], context_size: int) -> Tensor:
+    rows = [torch.tensor(document, dtype=torch.int) for document in documents]
+    for index, row in enumerate(rows):
+        if len(row) > context_size:
             raise ValueError(
-                f"document {index} has {len(document)} tokens, more than "
+                f"document {index} has {len(row)} tokens, more than "
                 f"context_size={context_size}: give a larger context_size, shorten it, or join "
                 "documents with concat_sequences=True"
             )
-    length = max(map(len, documents))
-    return [document + [PAD] * (length - len(document)) for document in documents]
+    return pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 def _bos(tokenizer: Any) -> int:

@@ -1,36 +1,41 @@
 """`train_query_saes`: SAEs for all heads of several layers from one stream of one model."""
 
-import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from sae_lens.config import SAETrainerConfig
+from jaxtyping import Float
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import temporary_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_query_steer.hosts.models import model_name
-from sae_query_steer.hosts.saelens import (
-    HeadwiseMultiTrainer,
-    epochs_unannounced,
-    token_rows_store,
-)
-from sae_query_steer.metrics import ReconstructionMoments
-from sae_query_steer.sae.collection import QuerySAEs
-from sae_query_steer.sae.core import (
-    QueryHeadSAE,
-    QueryHeadTrainingSAE,
-    QueryHeadTrainingSAEConfig,
-    to_inference,
-)
-from sae_query_steer.sites import QuerySite, check_sites
+from sae_query_steer.capture import dtype_name
+from sae_query_steer.checkpoints import Checkpoints, check_same_run
+from sae_query_steer.fingerprint import fingerprint_tokens
+from sae_query_steer.hosts.models import queries_at, without_hooks
+from sae_query_steer.hosts.saelens import HeadwiseMultiTrainer
+from sae_query_steer.hosts.scaling import HeadNorms
+from sae_query_steer.reconstruction import reconstruction_metrics
+from sae_query_steer.sae.collection import INDEX, QuerySAEs
+from sae_query_steer.sae.core import QueryHeadTrainingSAEConfig, to_inference
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.storage import check_replaceable
+from sae_query_steer.stream import QueryStream
 from sae_query_steer.token_rows import Texts, token_rows
+from sae_query_steer.training_plan import (
+    TrainingPlan,
+    check_resources,
+    site_configs,
+    training_settings,
+)
 
 METRIC_TOKENS = 16_384
 """Tokens on which the final metrics are measured."""
@@ -43,6 +48,10 @@ def train_query_saes(
     *,
     sae: QueryHeadTrainingSAEConfig,
     training_tokens: int,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    checkpoint_every: int = 1000,
     seed: int = 0,
     context_size: int | None = None,
     concat_sequences: bool = True,
@@ -55,13 +64,22 @@ def train_query_saes(
     store_batch_size_prompts: int = 16,
     n_batches_in_buffer: int = 64,
     dead_feature_window: int = 1000,
+    n_batches_for_norm_estimate: int = 100,
+    autocast: bool = False,
+    autocast_lm: bool = False,
+    act_store_device: str = "with_model",
+    prefetch: bool = False,
     metric_tokens: int = METRIC_TOKENS,
 ) -> QuerySAEs:
     """Train one query-head SAE for each site, all on the same tokens and one forward pass each.
 
     Every head comes out as if SAELens had trained it alone: losses, clipping and dead-latent
-    statistics are its own. Equal seeds give equal weights on one machine; the global random state
-    is left as it was found.
+    statistics are its own. A site's SAE does not depend on which other sites are trained with it.
+    Equal seeds give equal weights on one machine; the global random state is left as it was found.
+
+    With `out` the run can be stopped at any moment, by an interrupt, a kill or a crash, and loses
+    at most the steps since its last state; `resume=True` goes on there and ends with the weights of
+    a run that was never stopped.
 
     Args:
         model: a HookedTransformer or a TransformerBridge; no weight of it changes.
@@ -70,6 +88,13 @@ def train_query_saes(
         sites: where to train, from `query_sites`.
         sae: the architecture and its settings; `n_heads` and `d_head` come from the site.
         training_tokens: tokens to train on.
+        out: folder to write the SAEs to, whole or not at all; until then the state of the run lies
+            in `<out>.unfinished`. None writes nothing.
+        resume: go on with the run in `<out>.unfinished`, if there is one, or return the SAEs in
+            `out`, if they were trained with these settings.
+        overwrite: replace what is in `out`, and a run that was stopped.
+        checkpoint_every: steps between two states; a state takes three times the memory of the
+            weights.
         seed: of the weights and of the order of the tokens.
         context_size: tokens of a row; None means 128, or the model's context where that is less.
         concat_sequences: join documents into full rows (SAELens's way); False keeps each whole.
@@ -81,8 +106,16 @@ def train_query_saes(
         lr_decay_steps: last steps, over which it falls to 0.
         train_batch_size_tokens: tokens of one training step.
         store_batch_size_prompts: rows of one forward pass of the model.
-        n_batches_in_buffer: rows that are mixed before they are served.
+        n_batches_in_buffer: rows whose tokens are shuffled among each other; their queries are
+            held in memory.
         dead_feature_window: steps without firing after which a latent counts as dead.
+        n_batches_for_norm_estimate: batches from which the mean norm of each head's queries is
+            estimated, if the SAE's `normalize_activations` asks for it (SAELens takes 1000).
+        autocast: train the SAEs in mixed precision (bfloat16).
+        autocast_lm: run the model in mixed precision (bfloat16).
+        act_store_device: where queries wait for their step; "with_model" means with the model.
+        prefetch: read the next queries while the SAEs train. It pays where model and SAEs do not
+            want the same processor; it changes no number.
         metric_tokens: tokens on which the metrics are measured; 0 leaves them out.
 
     Returns:
@@ -91,27 +124,37 @@ def train_query_saes(
         A warning names heads that explain less than the mean does.
 
     Raises:
-        ValueError: a site that the model does not have, settings that contradict it, or texts
-            that can't be used; always before any work starts.
+        FileExistsError: `out` exists, or a run that was stopped, and neither `resume` nor
+            `overwrite` says what to do with it.
+        ValueError: a site that the model does not have, settings that contradict it or each other
+            or a run that is to be resumed, texts that can't be used, too little memory or disk;
+            always before any work starts.
 
     Source: arXiv 2502.18644 (SAEs on queries); training is SAELens's.
     """
-    configs = _site_configs(model, sites, sae)
-    for name, value in (
-        ("training_tokens", training_tokens),
-        ("train_batch_size_tokens", train_batch_size_tokens),
-        ("store_batch_size_prompts", store_batch_size_prompts),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}={value} is not allowed: give 1 or more")
+    configs = site_configs(model, sites, sae, autocast=autocast)
+    plan = TrainingPlan(
+        training_tokens=training_tokens,
+        seed=seed,
+        lr=lr,
+        lr_warm_up_steps=lr_warm_up_steps,
+        lr_decay_steps=lr_decay_steps,
+        train_batch_size_tokens=train_batch_size_tokens,
+        store_batch_size_prompts=store_batch_size_prompts,
+        n_batches_in_buffer=n_batches_in_buffer,
+        dead_feature_window=dead_feature_window,
+        n_batches_for_norm_estimate=n_batches_for_norm_estimate,
+        autocast=autocast,
+        autocast_lm=autocast_lm,
+    )
     if metric_tokens < 0:
         raise ValueError(f"metric_tokens={metric_tokens} is not allowed: give 0 or more")
-    if training_tokens < train_batch_size_tokens:
-        raise ValueError(
-            f"training_tokens={training_tokens} is less than one step of "
-            f"train_batch_size_tokens={train_batch_size_tokens}: give more of the former or less "
-            "of the latter"
-        )
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={checkpoint_every} is not allowed: give 1 or more")
+    if out is None and (resume or overwrite):
+        raise ValueError("resume and overwrite speak of a folder: give out=")
+    if out is not None:
+        check_replaceable(Path(out), overwrite=overwrite or resume, holding=INDEX)
     rows = token_rows(
         model,
         texts,
@@ -120,51 +163,114 @@ def train_query_saes(
         prepend_bos=prepend_bos,
         text_column=text_column,
     )
-    trainer_config = SAETrainerConfig(
-        total_training_samples=training_tokens,
-        train_batch_size_samples=train_batch_size_tokens,
-        lr=lr,
-        lr_end=lr / 10,
-        lr_warm_up_steps=lr_warm_up_steps,
-        lr_decay_steps=lr_decay_steps,
-        dead_feature_window=dead_feature_window,
-        device=str(model.cfg.device),
+    device = str(model.cfg.device)
+    stream = QueryStream(
+        model=model,
+        rows=rows,
+        sites=sites,
+        batch_tokens=train_batch_size_tokens,
+        seed=seed,
+        rows_per_forward=store_batch_size_prompts,
+        rows_per_chunk=n_batches_in_buffer,
+        device=device if act_store_device == "with_model" else act_store_device,
+        autocast=autocast_lm,
+        prefetch=prefetch,
     )
-    with temporary_seed(seed), epochs_unannounced():
-        store = token_rows_store(
-            model,
-            rows,
-            {site.hook_name: site.d_in for site in sites},
-            total_training_tokens=training_tokens,
-            store_batch_size_prompts=store_batch_size_prompts,
-            train_batch_size_tokens=train_batch_size_tokens,
-            # The buffer counts rows; it must hold one step at least.
-            n_batches_in_buffer=max(
-                n_batches_in_buffer, 2 * -(-train_batch_size_tokens // len(rows[0]))
-            ),
-            device=str(model.cfg.device),
+    settings = training_settings(plan, model, rows, sites, sae, prepend_bos=prepend_bos)
+    if out is not None and resume and (Path(out) / INDEX).is_file():
+        finished = QuerySAEs.load(out, device=device)
+        if not overwrite or finished.settings == settings:
+            check_same_run(Path(out), {"settings": finished.settings}, settings)
+            return finished
+    check_resources(list(configs.values()), stream, None if out is None else Path(out))
+    checkpoints = None
+    if out is not None:
+        with without_hooks(model):
+            tokens = fingerprint_tokens(int(model.cfg.d_vocab))
+            queries = queries_at(model, tokens, [site.hook_name for site in sites])
+        checkpoints = Checkpoints(
+            Path(out).with_name(f"{Path(out).name}.unfinished"),
+            settings,
+            queries,
+            dtype=dtype_name(model),
+            every=checkpoint_every,
+            resume=resume,
+            overwrite=overwrite,
         )
-        stream = store.get_multi_hook_data_loader()
-        first = next(stream)
-        saes = {name: get_sae_training_class(c.architecture())[0](c) for name, c in configs.items()}
-        for config in configs.values():
-            config.metadata.context_size = len(rows[0])
-            config.metadata.prepend_bos = prepend_bos
-            config.metadata.training_tokens = training_tokens
-            config.metadata.seed = seed
-        for name, training_sae in saes.items():
-            assert isinstance(training_sae, QueryHeadTrainingSAE)
-            start_at_mean(training_sae, first[name])
-        HeadwiseMultiTrainer(
-            cfg=trainer_config,
-            saes=saes,
-            hook_names={name: name for name in saes},
-            data_provider=chain([first], stream),
-        ).fit()
-        trained = {name: to_inference(trained) for name, trained in saes.items()}  # pyright: ignore
-        if not metric_tokens:
-            return QuerySAEs(trained)
-        metrics = reconstruction_metrics(trained, stream, n_tokens=metric_tokens)
+    saes = {}
+    for site in sites:
+        config = configs[site.hook_name]
+        config.metadata.context_size = rows.shape[1]
+        config.metadata.prepend_bos = prepend_bos
+        config.metadata.training_tokens = training_tokens
+        config.metadata.seed = seed
+        # A seed of its own: the weights of a site do not depend on the sites before it.
+        with temporary_seed(int(np.random.SeedSequence([seed, site.layer]).generate_state(1)[0])):
+            saes[site.hook_name] = get_sae_training_class(config.architecture())[0](config)
+    trainer = HeadwiseMultiTrainer(plan.trainer_config(device), saes, checkpoints)
+    if checkpoints is not None:
+        checkpoints.restore(trainer)
+    begins = trainer.n_training_steps == 0
+    if begins:
+        _estimate_norms(trainer, stream, n_batches_for_norm_estimate)
+    # Closed before anything else runs the model: a thread may be reading ahead.
+    with closing(stream.batches(trainer.n_training_steps)) as batches:
+        first = [next(batches)] if begins else []
+        for name, one in trainer.trainers.items() if begins else ():
+            start_at_mean(one, first[0][name])
+        trainer.data_provider = chain(first, batches)
+        trainer.fit()
+    trained = {name: to_inference(one) for name, one in saes.items()}
+    metrics = None
+    if metric_tokens:
+        # The stream goes on behind the batches of the training, resumed or not.
+        with closing(stream.batches(trainer.n_training_steps)) as behind:
+            metrics = reconstruction_metrics(trained, behind, n_tokens=metric_tokens)
+        _warn_of_poor_heads(metrics)
+    result = QuerySAEs(trained, metrics, settings)
+    if out is not None and checkpoints is not None:
+        result.save(out, overwrite=overwrite)
+        checkpoints.remove()
+    return result
+
+
+@torch.no_grad()
+def start_at_mean(trainer: SAETrainer[Any, Any], queries: Float[Tensor, "token d_in"]) -> None:
+    """Set the decoder bias to the mean query of each head, before training begins.
+
+    Queries lie far from 0 around a mean that is large beside a step of Adam: from zeros, as SAELens
+    starts, a run of a few hundred steps ends before the bias has come there, and explains less
+    than the mean does. Source: our choice, the departure from SAELens that we measured to matter.
+
+    Args:
+        trainer: the trainer of an SAE, which knows how queries are scaled.
+        queries: the first batch, flat.
+    """
+    sae = trainer.sae
+    scaled = trainer.activation_scaler(queries.to(device=sae.device, dtype=sae.dtype))
+    sae.b_dec.copy_(scaled.mean(0).reshape(sae.b_dec.shape))
+
+
+def _estimate_norms(trainer: HeadwiseMultiTrainer, stream: QueryStream, n_batches: int) -> None:
+    """Give every trainer that scales its queries their mean norm, all from one pass."""
+    norms = {
+        name: HeadNorms(sae.cfg.n_heads, sae.cfg.d_in)
+        for name, sae in trainer.saes.items()
+        if sae.cfg.normalize_activations != "none"
+    }
+    if not norms:
+        return
+    with closing(stream.batches()) as batches:
+        wanted = tqdm(islice(batches, n_batches), "Estimating norms", n_batches, unit="batch")
+        for batch in wanted:
+            for name, found in norms.items():
+                found.update(batch[name].to(trainer.saes[name].dtype))
+    for name, found in norms.items():
+        scaler = trainer.trainers[name].activation_scaler
+        scaler.scaling_factor = found.factors()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _warn_of_poor_heads(metrics: pd.DataFrame) -> None:
     poor = metrics[~(metrics["explained_variance"] > 0)]
     if len(poor):
         heads = zip(poor["layer"][:3], poor["head"][:3], strict=True)
@@ -174,101 +280,5 @@ def train_query_saes(
             f"({where}{', ...' if len(poor) > 3 else ''}): raise training_tokens or lr, or lower "
             "train_batch_size_tokens for more steps",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return QuerySAEs(trained, metrics)
-
-
-@torch.no_grad()
-def start_at_mean(sae: QueryHeadTrainingSAE[Any], queries: Tensor) -> None:
-    """Set the decoder bias to the mean query of each head, before training begins.
-
-    Queries lie far from 0 around a mean that is large beside a step of Adam: from zeros, as SAELens
-    starts, a run of a few hundred steps ends before the bias has come there, and explains less
-    than the mean does. Source: our choice, the departure from SAELens that we measured to matter.
-
-    Args:
-        sae: the SAE to train.
-        queries: the first batch, flat, [token head*d_head].
-    """
-    sae.b_dec.copy_(queries.to(sae.b_dec).mean(0).reshape(sae.b_dec.shape))
-
-
-@torch.no_grad()
-def reconstruction_metrics(
-    saes: Mapping[str, QueryHeadSAE[Any]],
-    batches: Iterator[Mapping[str, Tensor]],
-    *,
-    n_tokens: int = METRIC_TOKENS,
-) -> pd.DataFrame:
-    """Return L0, explained variance and share of dead latents of every head.
-
-    Args:
-        saes: the SAEs, by hook name.
-        batches: flat queries [token head*d_head] by hook name.
-        n_tokens: tokens to measure on.
-
-    Returns:
-        One row per layer and head with the columns layer, head, l0, explained_variance,
-        dead_share (latents that fired at none of these tokens) and n_tokens.
-    """
-    moments = {name: ReconstructionMoments() for name in saes}
-    with tqdm(total=n_tokens, desc="Measuring SAEs", unit="token") as bar:
-        seen = 0  # not the bar's count: a user may have switched the bars off
-        while seen < n_tokens:
-            batch = next(batches)
-            for name, sae in saes.items():
-                x = batch[name].unflatten(-1, (sae.n_heads, sae.cfg.d_head))
-                latents = sae.encode(x)
-                moments[name].update(x, sae.decode(latents), latents)
-            seen += len(next(iter(batch.values())))
-            bar.update(len(next(iter(batch.values()))))
-    tables = []
-    for name, moment in moments.items():
-        sae = saes[name]
-        tables.append(
-            pd.DataFrame(
-                {
-                    "layer": QuerySite.from_hook_name(
-                        name, n_heads=sae.n_heads, d_head=sae.cfg.d_head
-                    ).layer,
-                    "head": range(sae.n_heads),
-                    "l0": moment.l0().tolist(),
-                    "explained_variance": moment.explained_variance().tolist(),
-                    "dead_share": moment.dead_share().tolist(),
-                    "n_tokens": moment.n_tokens,
-                }
-            )
-        )
-    return pd.concat(tables, ignore_index=True)
-
-
-def _site_configs(
-    model: Any, sites: Sequence[QuerySite], sae: QueryHeadTrainingSAEConfig
-) -> dict[str, QueryHeadTrainingSAEConfig]:
-    """Return the config of every site, filled in from the site and checked against it."""
-    if not isinstance(sae, QueryHeadTrainingSAEConfig):
-        raise TypeError(
-            f"sae={type(sae).__name__} is no training config of a query-head SAE: give one such as "
-            "QueryHeadTopKTrainingSAEConfig"
-        )
-    check_sites(sites)
-    configs = {}
-    for site in sites:
-        site.check(model)
-        if (sae.n_heads, sae.d_head) not in ((0, 0), (site.n_heads, site.d_head)):
-            raise ValueError(
-                f"the SAE config has {sae.n_heads} heads of {sae.d_head}: the site at layer "
-                f"{site.layer} has {site.n_heads} heads of {site.d_head}; leave n_heads and d_head "
-                "out to take them from the site"
-            )
-        configs[site.hook_name] = dataclasses.replace(
-            sae,
-            n_heads=site.n_heads,
-            d_head=site.d_head,
-            d_in=site.d_in,
-            d_sae=site.n_heads * sae.d_sae_per_head,
-            device=str(model.cfg.device),
-            metadata=SAEMetadata(model_name=model_name(model), hook_name=site.hook_name),
-        )
-    return configs

@@ -72,6 +72,10 @@ def test_steer_says_when_no_position_was_met(folder):
         (0, {"--layers": "one"}, "--layers 'one' is not allowed: give all, or such as 1,2 or 8-20"),
         (0, {"--arch": "relu"}, "--arch 'relu' is not allowed: choose from topk, batchtopk"),
         (0, {"--text": "body"}, "there is no column 'body'"),
+        (0, {"--texts": "none.csv"}, "there is no file"),
+        (0, {"--texts": "model/config.json"}, "is of kind '.json': give .csv, .jsonl, .parquet"),
+        (0, {"--tokens": "1.5"}, "--tokens 1.5 is not allowed: give a whole number"),
+        (0, {"--lr": "nan"}, "lr=nan is not allowed: give a finite number above 0"),
         (0, {"--k": "99"}, "k=99 is not allowed: give 1 to d_sae_per_head=16"),
         (0, {"--out": "saes"}, "exists: give another folder, or --overwrite"),
         (1, {"--label": "grade"}, "there is no column 'grade'; the columns are"),
@@ -94,7 +98,7 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(folder, index, chan
     arguments = chain(folder)[index]
     options = {"--out": "elsewhere"} | change
     for option, value in options.items():
-        if option in ("--csv", "--out", "--saes"):
+        if option in ("--csv", "--texts", "--out", "--saes"):
             value = str(folder / value)
         if option in arguments:
             arguments[arguments.index(option) + 1] = value

@@ -2,11 +2,13 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from conftest import HOSTS
 
 import sae_query_steer as sqs
+from sae_query_steer.evaluation.replacement import AttentionRun
 from sae_query_steer.evaluation.saes import evaluate_saes, max_decoder_cosine
 
 LAYER, HEAD = 2, 1
@@ -125,6 +127,31 @@ def test_there_is_a_row_for_every_head_and_one_for_all(tables, tiny_models, saes
     assert short["n_tokens"].tolist() == [2 * 8] * 2
 
 
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [
+        ([3, 1], [(0, 3), (0, 1), (2, 3), (2, 1)]),
+        ({2: [1], 0: (2, 0)}, [(0, 2), (0, 0), (2, 1)]),
+        ({2: [3]}, [(2, 3)]),
+    ],
+    ids=["the same in each layer", "by layer", "of one layer"],
+)
+def test_heads_that_are_named_have_their_rows_and_cost_no_others(
+    tiny_models, saes, rows, tables, heads, expected, monkeypatch
+):
+    runs = []
+    run = AttentionRun.of
+    monkeypatch.setattr(AttentionRun, "of", lambda *args: runs.append(args) or run(*args))
+    found = evaluate_saes(tiny_models["bridge"], saes, rows, batch_size=6, heads=heads)
+    assert list(zip(found["layer"], found["head"], strict=True)) == expected
+    whole = pd.DataFrame([row_of(tables["bridge"], head, layer) for layer, head in expected])
+    pd.testing.assert_frame_equal(
+        found, whole.reset_index(drop=True), check_dtype=False, rtol=1e-4, atol=1e-6
+    )
+    assert len(runs) == 1 + 3 * len(expected)
+    assert runs[0][2] == sorted({layer for layer, _ in expected})  # the layers that are looked at
+
+
 def test_the_identity_loses_nothing(model, rows):
     encoders = sqs.identity_encoders(sqs.query_sites(model, [LAYER]))
     found = row_of(evaluate_saes(model, encoders, rows, per_head=False), "all")
@@ -182,6 +209,38 @@ def test_what_cannot_work_is_refused_before_the_model_runs(tiny_models, saes, ro
         evaluate_saes(model, saes, rows, n_tokens=0)
     with pytest.raises(ValueError, match="texts is empty"):
         evaluate_saes(model, saes, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": [0, 4]}, "no head 4 at layer 0: the heads are 0 to 3"),
+        ({"heads": {2: [-1]}}, "no head -1 at layer 2: the heads are 0 to 3"),
+        ({"heads": {1: [0]}}, r"no SAE for layer 1: there is one for \[0, 2\]"),
+        ({"heads": [1, 1]}, r"heads=\[1, 1\] at layer 0 is not allowed: .*each once"),
+        (
+            {"heads": []},
+            r"^heads=\[\] leaves no row: name at least one head, or give per_head=False instead "
+            "for the rows 'all'$",
+        ),
+        ({"heads": {}}, r"^heads=\{\} leaves no row: name at least one head"),
+        (
+            {"heads": [1], "per_head": False},
+            r"^heads=\[1\] with per_head=False is not allowed: heads asks for rows of single "
+            "heads, per_head=False for none; give one of the two$",
+        ),
+    ],
+)
+def test_heads_that_give_no_rows_are_refused_before_the_texts_are_read(
+    tiny_models, saes, settings, message
+):
+    with pytest.raises(ValueError, match=message):
+        evaluate_saes(tiny_models["bridge"], saes, [], **settings)
+
+
+def test_a_head_that_is_no_list_is_refused(tiny_models, saes, rows, untyped):
+    with pytest.raises(TypeError, match=r"heads=1 is not allowed: give a list, such as \[1\]"):
+        evaluate_saes(tiny_models["bridge"], saes, rows, heads=1)
 
 
 def test_the_scores_are_drawn_by_layer_and_head(tables):

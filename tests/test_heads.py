@@ -177,6 +177,52 @@ def test_saes_that_saelens_trained_head_by_head_are_joined(tmp_path):
     assert not {"seed", "hook_head_index"} & set(joined.cfg.metadata.keys())
 
 
+def test_heads_that_rescale_by_norms_of_1_are_joined_with_heads_that_do_not(tmp_path):
+    # The referee is SAELens: one of its own training SAEs, as it saves it, among ours.
+    ours = make("topk, not rescaled")
+    solo = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=6, d_sae=11, k=4))
+    with torch.no_grad():
+        for i, parameter in enumerate(solo.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=i + 20) / 2)
+    solo.cfg.metadata = SAEMetadata(**METADATA, hook_head_index=1)
+    solo.save_inference_model(tmp_path)
+    theirs = SAE.load_from_disk(tmp_path)
+    parts = split_heads(ours)
+    assert [one.cfg.rescale_acts_by_decoder_norm for one in (theirs, parts[1])] == [True, False]
+    joined = join_heads([theirs, parts[0], parts[2]])
+    assert joined.cfg == ours.cfg
+    assert_equal_outputs(theirs, joined, 1)
+    for head in (0, 2):
+        assert_equal_outputs(parts[head], joined, head)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(joined.state_dict()[name][1], value)
+    assert theirs.cfg.rescale_acts_by_decoder_norm
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_heads_that_rescale_by_other_norms_are_joined_once_these_are_folded(place, monkeypatch):
+    parts = split_heads(make("topk, not rescaled"))
+    parts[place] = split_heads(make("topk"))[place]
+    parts[place].W_dec.div_(parts[place].W_dec.norm(dim=-1, keepdim=True))
+    parts[place].W_dec[[3, 7]] *= torch.tensor([[0.5], [1.25]])
+    before = parts[place](randn(7, 6))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=REFUSED.format(place)):
+        patch.setattr(module, "_with_weights", None)
+        join_heads(parts)
+    parts[place].fold_W_dec_norm()
+    joined = join_heads(parts)
+    assert not joined.cfg.rescale_acts_by_decoder_norm
+    assert_equal_outputs(parts[place], joined, place)
+    torch.testing.assert_close(parts[place](randn(7, 6)), before)
+
+
+REFUSED = (
+    "^head {} has rescale_acts_by_decoder_norm=True and decoder rows of norm 0.5 to 1.25, other "
+    r"heads have False: make the norms 1 with its fold_W_dec_norm\(\), which leaves its output as "
+    "it is, and join again$"
+)
+
+
 def test_a_joined_sae_is_saved_loaded_and_steered_as_any_other(tiny_models, saes, tmp_path):
     again = sqs.QuerySAEs({name: join_heads(split_heads(sae)) for name, sae in saes.items()})
     again.save(tmp_path / "saes")

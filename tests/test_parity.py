@@ -122,6 +122,41 @@ def test_200_steps_of_each_head_are_a_solo_run_of_saelens(config, dtype):
     assert max(n_dead) > 0, "no latent died: the test shows too little"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_architecture
+def test_a_run_on_scaled_queries_is_a_solo_run_of_saelens_head_by_head(config, dtype):
+    normalize = "expected_average_only_in"
+    config = dataclasses.replace(config, dtype=dtype, normalize_activations=normalize)
+    n_estimate, n_steps, batch = 3, 40, 64
+    size = torch.tensor([0.02, 1.0, 30.0], dtype=sae_dtype(dtype))[:, None]
+    # Not centred, so that the decoder biases move; longer in the batches that are estimated from.
+    batches = (randn(n_estimate + n_steps, batch, 3, 6, dtype=sae_dtype(dtype)) + 0.5) * size
+    batches[:n_estimate] *= torch.tensor([1.5, 2.0, 3.0])[:, None, None, None]
+    settings = SAETrainerConfig(
+        total_training_samples=n_steps * batch,
+        train_batch_size_samples=batch,
+        lr=1e-2,
+        lr_end=1e-3,
+        dead_feature_window=15,
+        n_batches_for_norm_estimate=n_estimate,
+    )
+    with temporary_seed(0):
+        sae = new(config)
+    lay_to_rest(sae)
+    solos = [solo(sae, head) for head in range(3)]
+    HeadwiseTrainer(cfg=settings, sae=sae, data_provider=(b.flatten(-2) for b in batches)).fit()
+    assert sae.cfg.normalize_activations == "none"
+    for head, alone in enumerate(solos):
+        assert alone.cfg.normalize_activations == normalize
+        SAETrainer(cfg=settings, sae=alone, data_provider=(b[:, head] for b in batches)).fit()
+        for name, value in alone.state_dict().items():
+            assert difference(sae.state_dict()[name][head], value) <= tolerance(config, value), name
+    assert_saved_alike(sae, solos)
+    # Heads of which one is 1500 times larger than the other, and in none is it all or nothing.
+    fires = (sqs.to_inference(sae).encode(batches[-1]) > 0).double().mean((0, 2))
+    assert ((fires > 0.01) & (fires < 0.99)).all()
+
+
 def more_latents(config) -> dict[str, object]:
     """Sizes at which not every latent of every head is needed."""
     sizes: dict[str, object] = {"d_sae_per_head": 24, "d_sae": 72}

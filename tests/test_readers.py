@@ -12,7 +12,7 @@ from sae_query_steer.readers import (
     examples_from_csv,
     examples_from_dataset,
     examples_from_jsonl,
-    texts_from_csv,
+    texts_from_file,
 )
 
 ROWS = [
@@ -267,10 +267,29 @@ def test_feedback_saf_is_read_and_tokenised_as_a_whole(shared_data, stories_toke
 def test_texts_of_a_csv_are_a_column_or_a_template(tmp_path):
     path = tmp_path / "texts.csv"
     path.write_text("a,b\nx,y\nz,w\n")
-    assert texts_from_csv(path, text="b") == ["y", "w"]
-    assert texts_from_csv(path, text="{a} and {b}") == ["x and y", "z and w"]
+    assert texts_from_file(path, text="b") == ["y", "w"]
+    assert texts_from_file(path, text="{a} and {b}") == ["x and y", "z and w"]
     with pytest.raises(ValueError, match="row 1: there is no column 'text'"):
-        texts_from_csv(path, text="text")
+        texts_from_file(path)
     path.write_text("a,b\n")
     with pytest.raises(ValueError, match="has no rows"):
-        texts_from_csv(path, text="a")
+        texts_from_file(path, text="a")
+
+
+def test_texts_of_every_kind_of_file(tmp_path):
+    texts = ["one two", "three"]
+    data = Dataset.from_dict({"text": texts})
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n\n{"text": "three"}\n')
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "folder")
+    (tmp_path / "a.txt").write_text("one two\n\n\n\nthree")
+    for name in ("a.jsonl", "a.parquet", "folder", "a.txt"):
+        assert texts_from_file(tmp_path / name) == texts
+    DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match=r"holds the splits \['train'\]: give the folder of one"):
+        texts_from_file(tmp_path / "splits")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        texts_from_file(tmp_path / "none.csv")
+    (tmp_path / "a.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is of kind '.pkl': give .csv, .jsonl, .parquet or .txt"):
+        texts_from_file(tmp_path / "a.pkl")

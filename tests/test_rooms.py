@@ -24,7 +24,7 @@ ORDER = (
         "descent",
     ),
     *("metrics", "data", "readers", "sites"),
-    *("hosts", "hosts.models", "hosts.tracking", "hosts.saelens"),
+    *("hosts", "hosts.models", "hosts.tracking", "hosts.scaling", "hosts.saelens"),
     *(
         "sae.core",
         "sae.penalty",
@@ -40,7 +40,8 @@ ORDER = (
         "sae.collection",
         "sae.encoders",
     ),
-    *("heads", "token_rows", "capture", "training", "targets", "separability", "interchange"),
+    *("heads", "token_rows", "capture", "stream", "reconstruction", "checkpoints", "resources"),
+    *("training_plan", "training", "distributed", "targets", "separability", "interchange"),
     *("trace", "intervention", "attach", "steering", "baselines", "plots"),
     *("evaluation", "evaluation.generation", "evaluation.rowwise"),
     *("evaluation.replacement", "evaluation.saes"),
@@ -50,7 +51,16 @@ ORDER = (
     *("tasks.tutor.results", "tasks.tutor.comparison", "tasks.tutor.preparation"),
     *("tasks.tutor.methods", "tasks.tutor.demo", "tasks.tutor.report"),
     "tasks.tutor",
-    *("", "commands", "commands.options", "commands.chain", "commands.tutor", "cli"),
+    *(
+        "",
+        "commands",
+        "commands.options",
+        "commands.train",
+        "commands.chain",
+        "commands.tutor",
+        "cli",
+        "__main__",
+    ),
 )
 WITHOUT_HOSTS = ORDER[: ORDER.index("sites") + 1]
 HOSTS = {"transformer_lens", "sae_lens"}

@@ -109,7 +109,11 @@ def test_decoder_rows_start_with_the_norm_that_was_asked_for():
         ({"n_heads": 0}, "n_heads=0 with d_head=6 is not allowed"),
         ({"d_in": 17}, "d_in=17 contradicts 3 heads of 6 = 18"),
         ({"d_sae": 30}, "d_sae=30 contradicts 3 heads of 11 = 33"),
-        ({"normalize_activations": "layer_norm"}, "it would mix the heads of a layer"),
+        (
+            {"normalize_activations": "layer_norm"},
+            r"normalize_activations='layer_norm' is not supported for QueryHeadTopKTrainingSAE"
+            r"Config: allowed are \['none', 'expected_average_only_in'\]; all else would mix the",
+        ),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' is not supported"),
     ],
 )

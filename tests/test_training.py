@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.hosts.saelens import PAD, HeadwiseTrainer, token_rows_store
+from sae_query_steer.hosts.saelens import HeadwiseTrainer
 from sae_query_steer.token_rows import token_rows
 
 TOPK = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3)
@@ -149,7 +149,7 @@ def test_saelens_evaluates_our_saes(saes, texts, model):
     store = ActivationsStore.from_sae(
         model,
         saes[name],
-        [{"tokens": row} for row in rows],
+        [{"tokens": row} for row in rows.tolist()],
         context_size=16,
         streaming=False,
         store_batch_size_prompts=4,
@@ -178,39 +178,7 @@ def test_saelens_evaluates_our_saes(saes, texts, model):
 
 def test_packed_documents_are_joined_with_bos_and_cut_into_full_rows(model):
     rows = token_rows(model, ["w0 w1 w2", "w3", "w4 w5 w6 w7"], context_size=5)
-    assert rows == [[1, 4, 5, 6, 1], [1, 7, 1, 8, 9]]
-
-
-def test_whole_documents_are_padded_and_their_padding_is_never_served(model):
-    texts = ["w0 w1 w2", "w3", "w4 w5"]
-    rows = token_rows(model, texts, context_size=8, concat_sequences=False)
-    assert rows == [[1, 4, 5, 6], [1, 7, PAD, PAD], [1, 8, 9, PAD]]
-    name = "blocks.1.attn.hook_q"
-    store = token_rows_store(
-        model,
-        rows,
-        {name: 32},
-        store_batch_size_prompts=3,
-        train_batch_size_tokens=9,
-        activations_mixing_fraction=0.0,
-        n_batches_in_buffer=3,
-    )
-    served = store._get_filtered_multi_hook_llm_batch()[name]
-    expected = [
-        queries_at(model, torch.tensor([row[:n]]), [name])[name][0].flatten(1)
-        for row, n in zip(rows, (4, 2, 3), strict=True)
-    ]
-    torch.testing.assert_close(served, torch.cat(expected))
-
-
-def test_the_pad_id_may_be_the_id_of_a_real_token(model):
-    # `PAD` is a mark, not a token: a document that is full of the token with id 0 keeps all of it.
-    rows = token_rows(model, torch.zeros(2, 4, dtype=torch.long))
-    name = "blocks.1.attn.hook_q"
-    store = token_rows_store(
-        model, rows, {name: 32}, store_batch_size_prompts=2, train_batch_size_tokens=4
-    )
-    assert len(store._get_filtered_multi_hook_llm_batch()[name]) == 8
+    assert rows.tolist() == [[1, 4, 5, 6, 1], [1, 7, 1, 8, 9]]
 
 
 def test_every_form_of_texts_is_accepted(model, texts, examples):
@@ -277,7 +245,7 @@ def test_sites_and_config_must_fit_the_model(tiny_models, texts):
 
 
 def test_training_ends_with_the_progress_bars_switched_off(tiny_models, texts, monkeypatch):
-    monkeypatch.setattr("sae_query_steer.training.tqdm", partial(tqdm, disable=True))
+    monkeypatch.setattr("sae_query_steer.reconstruction.tqdm", partial(tqdm, disable=True))
     saes = small(tiny_models["bridge"], texts)
     assert (saes.metrics["n_tokens"] >= 16_384).all()
 

@@ -73,7 +73,7 @@ def chain(folder: Path) -> list[list[str]]:
     saes = ["--saes", str(folder / "saes")]
     return [
         [
-            "train", *model, "--layers", "0-1", "--csv", str(folder / "texts.csv"),
+            "train", *model, "--layers", "0-1", "--texts", str(folder / "texts.csv"),
             "--text", "question", "--d-sae", "16", "--k", "3", "--tokens", "4096",
             "--batch-tokens", "128", "--context-size", "16", "--out", str(folder / "saes"),
         ],

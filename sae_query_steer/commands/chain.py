@@ -1,4 +1,4 @@
-"""`train`, `targets`, `sites` and `steer`: the chain on a model and texts of your own."""
+"""`targets`, `sites` and `steer`: what follows `train`, on a model and texts of your own."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +8,6 @@ import typer
 
 import sae_query_steer as sqs
 from sae_query_steer.commands.options import (
-    ARCHITECTURES,
     OBJECTIVES,
     SPANS,
     Bloom,
@@ -35,66 +34,6 @@ from sae_query_steer.commands.options import (
 )
 from sae_query_steer.descent import check_strength
 from sae_query_steer.storage import new_folder, write_json
-
-
-def train(
-    model: Model,
-    layers: Layers,
-    out: Out,
-    csv: Annotated[Path | None, typer.Option("--csv", help="CSV with a column of text.")] = None,
-    text: Annotated[
-        str, typer.Option("--text", help="Column of the CSV, or a template over its columns.")
-    ] = "text",
-    text_file: Annotated[
-        Path | None, typer.Option("--text-file", help="Plain text; blank lines part documents.")
-    ] = None,
-    arch: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "topk",
-    d_sae: Annotated[int, typer.Option("--d-sae", help="Latents of each head.")] = 64,
-    k: Annotated[int, typer.Option(help="...topk: latents that may fire.")] = 8,
-    sparsity: Annotated[
-        float, typer.Option(help="Others: weight of the penalty that makes latents sparse.")
-    ] = 1.0,
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 500_000,
-    context_size: Annotated[int | None, typer.Option(help="Tokens of a row; 128 if unset.")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 512,
-    whole: Annotated[
-        bool, typer.Option("--whole-documents", help="Keep documents whole, one a row.")
-    ] = False,
-    bos: Bos = True,
-    seed: Seed = 0,
-    device: Device = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train SAEs on the queries of all heads of some layers."""
-    check_free(out, overwrite, "query_saes.json")
-    if (csv is None) == (text_file is None):
-        raise ValueError("give the texts as --csv FILE or as --text-file FILE, one of the two")
-    config = named(ARCHITECTURES, arch, "--arch")(d_sae, k, sparsity)
-    if csv is not None:
-        texts = sqs.texts_from_csv(csv, text=text)
-    else:
-        assert text_file is not None
-        paragraphs = text_file.read_text(encoding="utf-8").split("\n\n")
-        texts = [paragraph for paragraph in paragraphs if paragraph.strip()]
-    host = sqs.load_model(model, device=device)
-    saes = sqs.train_query_saes(
-        host,
-        texts,
-        sqs.query_sites(host, layer_list(layers)),
-        sae=config,
-        training_tokens=tokens,
-        context_size=context_size,
-        concat_sequences=not whole,
-        prepend_bos=bos,
-        lr=lr,
-        train_batch_size_tokens=batch_tokens,
-        seed=seed,
-    )
-    saes.save(out, overwrite=overwrite)
-    assert saes.metrics is not None
-    show(saes.metrics)
-    typer.echo(f"wrote {out}")
 
 
 def targets(

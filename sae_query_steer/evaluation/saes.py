@@ -1,6 +1,6 @@
 """How good SAEs of queries are: what they keep, and what the model loses with them in place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -18,11 +18,12 @@ from sae_query_steer.evaluation.replacement import (
     ReplacementLosses,
 )
 from sae_query_steer.hosts.models import check_not_steered, queries_at
-from sae_query_steer.hosts.saelens import PAD
+from sae_query_steer.intervention import chosen_heads
 from sae_query_steer.metrics import ReconstructionMoments
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.separability import ALL_HEADS
-from sae_query_steer.token_rows import Texts, token_rows
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.token_rows import PAD, Texts, token_rows
 
 
 def evaluate_saes(
@@ -32,6 +33,7 @@ def evaluate_saes(
     *,
     n_tokens: int = 16_384,
     per_head: bool = True,
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     context_size: int | None = None,
     concat_sequences: bool = True,
     prepend_bos: bool = True,
@@ -40,15 +42,18 @@ def evaluate_saes(
 ) -> pd.DataFrame:
     """Return scores of every SAE, head by head and for all heads of a layer together.
 
-    Give texts that the SAEs were not trained on. The model runs 1 + 3 * (heads + 1) times for each
-    layer over all tokens; without `per_head` 4 times.
+    Give texts that the SAEs were not trained on. The model runs over all tokens twice, and three
+    times more for each row of the result: `heads` and `per_head` say which rows are worth it.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         saes: the SAEs by hook name; identity encoders are scored as well.
         texts: in any form that `train_query_saes` takes.
         n_tokens: about how many tokens to read: whole rows, as many as there are at most.
-        per_head: also replace the query of every head alone.
+        per_head: also replace the query of every head alone; False leaves the rows "all".
+        heads: give the rows of these heads alone, and none with head "all": the same heads in
+            each layer, or heads by layer, where a layer that is not named gets no row. None gives
+            every head and "all".
         context_size: tokens of a row; None means 128, or the model's context where that is less.
         concat_sequences: join documents into full rows; False keeps each whole.
         prepend_bos: begin rows and documents with BOS.
@@ -56,7 +61,8 @@ def evaluate_saes(
         batch_size: rows of one forward pass.
 
     Returns:
-        One row for each layer and head, and one with head "all", with the columns
+        One row for each layer and head, and one with head "all" unless `heads` are given, with
+        the columns
 
         - l0, explained_variance, dead_share: as in `QuerySAEs.metrics`, here on these texts; for
           "all" l0 is that of all heads together;
@@ -77,8 +83,10 @@ def evaluate_saes(
         - n_tokens.
 
     Raises:
-        ValueError: a site that the model does not have, an SAE on another device, texts that can't
-            be used, or a steer in place; before any work starts.
+        TypeError: a value of `saes` is no encoder, or `heads` is no list.
+        ValueError: a site that the model does not have, a head or layer that `saes` does not have,
+            no head at all or with `per_head=False`, an SAE on another device, texts that can't be
+            used, or a steer in place; before any work starts.
 
     Source: SAELens's evals for l0, explained variance, CE and KL scores; the attention scores and
     the position's share are our choice.
@@ -86,34 +94,33 @@ def evaluate_saes(
     sites = encoder_sites(saes)
     for site in sites.values():
         site.check(model)
+    replaced = _replaced(sites, heads, per_head=per_head)
     check_devices(model, saes)
     check_not_steered(model)
     if n_tokens < 1 or batch_size < 1:
         raise ValueError(
             f"n_tokens={n_tokens} and batch_size={batch_size} are not allowed: give 1 or more"
         )
-    rows = torch.tensor(
-        token_rows(
-            model,
-            texts,
-            context_size=context_size,
-            concat_sequences=concat_sequences,
-            prepend_bos=prepend_bos,
-            text_column=text_column,
-        )
-    )
+    rows = token_rows(
+        model,
+        texts,
+        context_size=context_size,
+        concat_sequences=concat_sequences,
+        prepend_bos=prepend_bos,
+        text_column=text_column,
+    ).long()
     rows = rows[: max(1, n_tokens // rows.shape[1])]
-    kept = {name: _Kept(encoder, rows.shape[1]) for name, encoder in saes.items()}
+    kept = {name: _Kept(saes[name], rows.shape[1]) for name in replaced}
     for tokens, real in _batches(rows, batch_size, "Reading queries", len(rows)):
-        for name, queries in queries_at(model, tokens, list(sites)).items():
+        for name, queries in queries_at(model, tokens, list(kept)).items():
             kept[name].update(queries, real.to(queries.device))
     lost = {
         (name, head): ReplacementLosses()
-        for name, site in sites.items()
-        for head in ([*range(site.n_heads)] if per_head else []) + [ALL_HEADS]
+        for name, rows_of_site in replaced.items()
+        for head in rows_of_site
     }
     for tokens, real in _batches(rows, batch_size, "Replacing queries", len(rows)):
-        bare = AttentionRun.of(model, tokens, [site.layer for site in sites.values()])
+        bare = AttentionRun.of(model, tokens, [sites[name].layer for name in kept])
         for (name, head), found in lost.items():
             site = sites[name]
             chosen = list(range(site.n_heads)) if head == ALL_HEADS else [int(head)]
@@ -129,6 +136,32 @@ def evaluate_saes(
             for (name, head), found in lost.items()
         ]
     )
+
+
+def _replaced(
+    sites: Mapping[str, QuerySite],
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
+    *,
+    per_head: bool,
+) -> dict[str, list[int | str]]:
+    """Return what is replaced at each site, one entry for each row of the result."""
+    if heads is None:
+        return {
+            name: [*(range(site.n_heads) if per_head else ()), ALL_HEADS]
+            for name, site in sites.items()
+        }
+    if not per_head:
+        raise ValueError(
+            f"heads={heads!r} with per_head=False is not allowed: heads asks for rows of single "
+            "heads, per_head=False for none; give one of the two"
+        )
+    if isinstance(heads, Sequence | Mapping) and not heads:
+        raise ValueError(
+            f"heads={heads!r} leaves no row: name at least one head, or give per_head=False "
+            f"instead for the rows {ALL_HEADS!r}"
+        )
+    picked = chosen_heads(sites, None, heads)
+    return {name: list(picked[name]) for name in sites if name in picked}
 
 
 class _Kept:

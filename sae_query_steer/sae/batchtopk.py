@@ -12,7 +12,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
-from sae_query_steer.sae.core import HeadedLatents, QueryHeadTrainingSAE
+from sae_query_steer.sae.core import HeadedLatents, PerHead, QueryHeadTrainingSAE
 from sae_query_steer.sae.jumprelu import QueryHeadJumpReLUSAEConfig
 from sae_query_steer.sae.topk import QueryHeadTopKTrainingSAE, QueryHeadTopKTrainingSAEConfig
 
@@ -109,6 +109,15 @@ class QueryHeadBatchTopKTrainingSAE(QueryHeadTopKTrainingSAE):
         moved = (1 - lr) * self.topk_threshold + lr * least
         # A head in which nothing fired keeps its threshold.
         self.topk_threshold = moved.where(least < torch.inf, self.topk_threshold)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float | PerHead) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            # The threshold is in units of latents times decoder norms, which the fold has divided.
+            factor = torch.as_tensor(scaling_factor, dtype=torch.double, device=self.device)
+            self.topk_threshold /= factor
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

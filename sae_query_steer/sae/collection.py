@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import torch
 from sae_lens import SAE
+from sae_lens.util import temporary_seed
 from safetensors import SafetensorError
 
 from sae_query_steer.sae.core import QueryHeadSAE
@@ -15,7 +16,8 @@ from sae_query_steer.storage import new_folder, read_json, write_json
 
 FORMAT = "sae_query_steer.saes/1"
 
-_INDEX = "query_saes.json"
+INDEX = "query_saes.json"
+"""The file that every folder of SAEs holds."""
 
 
 class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
@@ -24,15 +26,20 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
     Args:
         saes: the SAEs, by hook name.
         metrics: one row per layer and head: l0, explained_variance, dead_share, n_tokens.
+        settings: what they were trained with, as JSON.
     """
 
     def __init__(
-        self, saes: Mapping[str, QueryHeadSAE[Any]], metrics: pd.DataFrame | None = None
+        self,
+        saes: Mapping[str, QueryHeadSAE[Any]],
+        metrics: pd.DataFrame | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if not saes:
             raise ValueError("there are no SAEs: give at least one, by hook name")
         self._saes = dict(saes)
         self.metrics = metrics
+        self.settings = settings
 
     def __getitem__(self, hook_name: str) -> QueryHeadSAE[Any]:
         return self._saes[hook_name]
@@ -65,7 +72,7 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         Raises:
             FileExistsError: the folder exists and `overwrite` is False.
         """
-        with new_folder(folder, overwrite=overwrite, holding=_INDEX) as new:
+        with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
             for name, sae in self.items():
                 sae.save_model(new / name)
             rows = None
@@ -77,7 +84,8 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
                     }
                     for row in self.metrics.to_dict(orient="records")
                 ]
-            write_json(new / _INDEX, {"format": FORMAT, "hook_names": list(self), "metrics": rows})
+            index = {"format": FORMAT, "hook_names": list(self), "metrics": rows}
+            write_json(new / INDEX, index | {"settings": self.settings})
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu") -> "QuerySAEs":
@@ -89,17 +97,23 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
                 query-head SAE.
         """
         folder = Path(folder)
-        index = read_json(folder / _INDEX)
+        index = read_json(folder / INDEX)
         if index.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} has format {index.get('format')!r}: this version reads {FORMAT!r}"
             )
         names, rows = index.get("hook_names"), index.get("metrics")
-        if not isinstance(names, list) or not isinstance(rows, list | None):
-            raise ValueError(f"{folder / _INDEX} is damaged: it lists no SAEs")
+        settings = index.get("settings")
+        if not (
+            isinstance(names, list)
+            and isinstance(rows, list | None)
+            and isinstance(settings, dict | None)
+        ):
+            raise ValueError(f"{folder / INDEX} is damaged: it lists no SAEs")
         return cls(
             {str(name): _loaded(folder, str(name), device) for name in names},
             None if rows is None else pd.DataFrame(rows),
+            settings,
         )
 
 
@@ -107,7 +121,8 @@ def _loaded(folder: Path, name: str, device: str) -> QueryHeadSAE[Any]:
     # The name becomes a path: only that of a query hook point may.
     QuerySite.from_hook_name(name, n_heads=1, d_head=1)
     try:
-        sae = SAE.load_from_disk(folder / name, device=device)
+        with temporary_seed(0):  # a new SAE draws weights, which are replaced at once
+            sae = SAE.load_from_disk(folder / name, device=device)
     except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / name} is no SAE that can be read: {error!r}") from error
     if not isinstance(sae, QueryHeadSAE):

@@ -2,12 +2,10 @@
 
 `W_enc [head d_head d_sae_per_head]`, `W_dec [head d_sae_per_head d_head]`, biases likewise;
 `cfg.d_in` and `cfg.d_sae` are totals over heads, as SAELens's trainer and evals need. Heads share
-nothing: what one head reads, loses and learns never touches another.
-
-An architecture is a small class beside this one: its activation, its losses, its config.
+nothing: what one head reads, loses and learns never touches another. An architecture is a small
+class beside this one: its activation, its losses, its config.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -17,12 +15,14 @@ from einops import einsum
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
+from sae_lens.util import temporary_seed
 from torch import Tensor, nn
 from typing_extensions import override
 
 HeadedIn = Float[Tensor, "*batch head d_head"]
 HeadedLatents = Float[Tensor, "*batch head d_sae_per_head"]
 FlatOrHeaded = Float[Tensor, "..."]
+PerHead = Float[Tensor, "head"]
 
 
 @dataclass(kw_only=True)
@@ -63,10 +63,12 @@ class QueryHeadSAEConfig(SAEConfig, ABC):
                     f"leave {name} out, it is the total over heads"
                 )
             setattr(self, name, total)
-        if self.normalize_activations != "none":
+        training = ("expected_average_only_in",) if isinstance(self, TrainingSAEConfig) else ()
+        if self.normalize_activations not in (allowed := ("none", *training)):
             raise ValueError(
                 f"normalize_activations={self.normalize_activations!r} is not supported for "
-                "query-head SAEs: it would mix the heads of a layer; use 'none'"
+                f"{type(self).__name__}: allowed are {list(allowed)}; all else would mix the heads "
+                "of a layer, and what training scales is folded into the weights of inference"
             )
         if self.reshape_activations != "none":
             raise ValueError(
@@ -77,10 +79,7 @@ class QueryHeadSAEConfig(SAEConfig, ABC):
 
 @dataclass(kw_only=True)
 class QueryHeadTrainingSAEConfig(QueryHeadSAEConfig, TrainingSAEConfig, ABC):
-    """What every query-head SAE is told for training.
-
-    `decoder_init_norm` is SAELens's: the norm of each decoder row at the start.
-    """
+    """What every query-head SAE is told for training, SAELens's `decoder_init_norm` included."""
 
 
 T_CONFIG = TypeVar("T_CONFIG", bound=QueryHeadSAEConfig)
@@ -199,6 +198,26 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
 
     @override
     @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float | PerHead) -> None:
+        """Fold what training multiplied the queries of each head by: the SAE then takes raw ones.
+
+        Raises:
+            ValueError: it is neither one finite number above 0 nor one for each head.
+        """
+        # Not in half precision: SAELens multiplies by a Python float.
+        kind = torch.promote_types(self.W_enc.dtype, torch.float32)
+        factor = torch.as_tensor(scaling_factor, dtype=kind, device=self.W_enc.device)
+        if factor.shape not in ((), (self.n_heads,)) or not factor.log().isfinite().all():
+            raise ValueError(
+                f"scaling_factor={scaling_factor}: give 1 or {self.n_heads} finite numbers above 0"
+            )
+        self.W_enc.data *= factor.reshape(-1, 1, 1)
+        self.W_dec.data /= factor.reshape(-1, 1, 1)
+        self.b_dec.data /= factor.reshape(-1, 1)
+        self.cfg.normalize_activations = "none"
+
+    @override
+    @torch.no_grad()
     def fold_and_get_W_dec_norm(self) -> Float[Tensor, "head d_sae_per_head"]:
         """Fold the decoder norms into the encoder, head by head, and return them."""
         norms = self.get_W_dec_norm()
@@ -246,25 +265,24 @@ class QueryHeadTrainingSAE(QueryHeadSAE[T_TRAINING_CONFIG], TrainingSAE[T_TRAINI
             The loss, and at how many tokens each latent fired, [d_sae].
         """
         output = self.training_forward_pass(step_input)
-        output.loss.backward()
+        with torch.autocast(self.device.type, enabled=False):  # it is for the way there only
+            output.loss.backward()
         return output.loss.detach(), output.feature_acts.detach().bool().float().sum(0)
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to save what takes scaled queries: inference scales none."""
+        super().process_state_dict_for_saving_inference(state_dict)
+        if self.cfg.normalize_activations != "none":
+            raise ValueError(
+                "an SAE that takes scaled queries can't be saved for inference: first call "
+                "fold_activation_norm_scaling_factor with their scale, as fit does at its end"
+            )
 
     @override
     def log_histograms(self) -> dict[str, Any]:
         """Return the decoder norms of all latents of all heads."""
         return {"weights/W_dec_norms": self.get_W_dec_norm().float().flatten().cpu().numpy()}
-
-
-def check_weight(name: str, value: float) -> None:
-    """Raise ValueError unless the weight of a loss is a finite number, 0 or more."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}={value} is not allowed: give a finite number, 0 or more")
-
-
-def check_steps(name: str, value: int) -> None:
-    """Raise ValueError unless a number of steps is 0 or more."""
-    if value < 0:
-        raise ValueError(f"{name}={value} is not allowed: give 0 or more steps")
 
 
 def to_inference(sae: QueryHeadTrainingSAE[Any]) -> QueryHeadSAE[Any]:
@@ -274,7 +292,8 @@ def to_inference(sae: QueryHeadTrainingSAE[Any]) -> QueryHeadSAE[Any]:
     """
     state = {name: value.detach().clone() for name, value in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
-    inference = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    with temporary_seed(0):  # a new SAE draws weights, which are replaced at once
+        inference = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
     inference.load_state_dict(state)
     assert isinstance(inference, QueryHeadSAE)
     return inference.requires_grad_(False).eval()

@@ -18,9 +18,8 @@ from sae_query_steer.sae.core import (
     QueryHeadSAEConfig,
     QueryHeadTrainingSAE,
     QueryHeadTrainingSAEConfig,
-    check_steps,
-    check_weight,
 )
+from sae_query_steer.sae.penalty import check_steps, check_weight
 
 ARCHITECTURE = "query_head_jumprelu"
 

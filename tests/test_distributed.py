@@ -1,0 +1,97 @@
+"""Several processes: each its share of the layers, together what one process trains."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from wheel_check import make_texts
+
+import sae_query_steer as sqs
+from sae_query_steer.distributed import joined, local_device, train_on_ranks
+
+
+def arguments(folder: Path, texts: Path, out: Path) -> list[str]:
+    return [
+        "-m", "sae_query_steer", "train", "--model", str(folder), "--device", "cpu",
+        "--layers", "all", "--texts", str(texts), "--text", "question", "--d-sae", "16",
+        "--k", "3", "--tokens", "2e3", "--batch-tokens", "128", "--context-size", "16",
+        "--checkpoint-every", "4", "--out", str(out),
+    ]  # fmt: skip
+
+
+def ran(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tiny_folder, tmp_path_factory):
+    """The folders that one process and two processes wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_texts(folder / "texts.csv")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for out, prefix in (("one", []), ("two", launch)):
+        done = ran(
+            [sys.executable, *prefix, *arguments(tiny_folder, folder / "texts.csv", folder / out)]
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_two_processes_write_what_one_writes(one_and_two):
+    one, two = (sqs.QuerySAEs.load(one_and_two / name) for name in ("one", "two"))
+    assert list(one) == list(two) == [f"blocks.{layer}.attn.hook_q" for layer in range(3)]
+    for name, sae in one.items():
+        assert sae.cfg == two[name].cfg
+        for key, value in sae.state_dict().items():
+            assert torch.equal(value, two[name].state_dict()[key])
+    pd.testing.assert_frame_equal(one.metrics, two.metrics)
+    assert one.settings == two.settings
+    assert sorted(p.name for p in one_and_two.iterdir()) == ["one", "texts.csv", "two"]
+
+
+def test_more_processes_than_layers_are_refused(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    sites = sqs.query_sites(tiny_models["bridge"])
+    with pytest.raises(ValueError, match="4 processes for 3 layers: start 3 at most"):
+        train_on_ranks(tiny_models["bridge"], ["w0"], sites, out=tmp_path / "saes")
+
+
+def test_an_existing_folder_is_refused_before_a_rank_trains(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "saes").mkdir()
+    (tmp_path / "saes" / "query_saes.json").touch()
+    sites = sqs.query_sites(tiny_models["bridge"])
+    with pytest.raises(FileExistsError, match="saes exists"):
+        train_on_ranks(tiny_models["bridge"], ["w0"], sites, out=tmp_path / "saes")
+
+
+def test_shares_are_joined_in_the_order_of_the_sites(tiny_models, saes):
+    sites = sqs.query_sites(tiny_models["bridge"], [0, 2])
+    parts = [
+        sqs.QuerySAEs(
+            {site.hook_name: saes[site.hook_name]},
+            saes.metrics[saes.metrics["layer"] == site.layer],
+            saes.settings,
+        )
+        for site in sites
+    ]
+    for order in (parts, parts[::-1]):
+        whole = joined(order, sites)
+        assert list(whole) == list(saes)
+        assert whole.metrics.equals(saes.metrics)
+        assert whole.settings == saes.settings
+
+
+def test_without_a_launch_transformer_lens_chooses_the_device(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert local_device() is None

@@ -1,0 +1,326 @@
+"""Runs that are stopped: whatever stops them, they end with the weights of one that was not."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from wheel_check import make_texts
+
+import sae_query_steer as sqs
+from sae_query_steer.hosts.saelens import HeadwiseMultiTrainer
+
+TOPK = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3)
+NAME = "blocks.2.attn.hook_q"
+N_STEPS = 24
+
+
+class Stopped(Exception):
+    """What stands for a crash in these tests."""
+
+
+def train(model, **changes):
+    settings = {
+        "texts": torch.randint(4, 52, (40, 12), generator=torch.Generator().manual_seed(0)),
+        "sites": sqs.query_sites(model, [0, 2]),
+        "sae": TOPK,
+        "training_tokens": N_STEPS * 40,
+        "train_batch_size_tokens": 40,
+        "n_batches_in_buffer": 7,
+        "checkpoint_every": 5,
+        "lr": 1e-2,
+        "lr_warm_up_steps": 6,
+        "lr_decay_steps": 6,
+        "dead_feature_window": 4,
+        "metric_tokens": 100,
+    }
+    return sqs.train_query_saes(model, **{**settings, **changes})
+
+
+def stopped_after(monkeypatch, n_steps: int, model, **changes) -> None:
+    """Begin a run that crashes when it has done some steps."""
+    step = HeadwiseMultiTrainer._maybe_log_sparsity
+
+    def crash(self, final=False):
+        step(self, final=final)
+        if self.n_training_steps == n_steps:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadwiseMultiTrainer, "_maybe_log_sparsity", crash)
+        with pytest.raises(Stopped):
+            train(model, **changes)
+
+
+def assert_equal(first, second) -> None:
+    assert list(first) == list(second)
+    for name, sae in first.items():
+        for key, value in sae.state_dict().items():
+            assert torch.equal(value, second[name].state_dict()[key]), key
+    assert first.metrics.equals(second.metrics)
+
+
+CONFIGS = {
+    "topk": TOPK,
+    "standard": sqs.QueryHeadStandardTrainingSAEConfig(
+        d_sae_per_head=16, l1_coefficient=0.5, l1_warm_up_steps=15
+    ),
+    "batchtopk": sqs.QueryHeadBatchTopKTrainingSAEConfig(d_sae_per_head=16, k=3),
+    "jumprelu": sqs.QueryHeadJumpReLUTrainingSAEConfig(
+        d_sae_per_head=16, l0_coefficient=0.5, l0_warm_up_steps=15
+    ),
+    "gated": sqs.QueryHeadGatedTrainingSAEConfig(d_sae_per_head=16, l1_coefficient=0.5),
+    "kl-sparse": sqs.QueryHeadKLSparseTrainingSAEConfig(d_sae_per_head=16, kl_coefficient=0.5),
+    "scaled": dataclasses.replace(TOPK, normalize_activations="expected_average_only_in"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(
+    tiny_models, tmp_path, monkeypatch, kind
+):
+    model, sae = tiny_models["bridge"], CONFIGS[kind]
+    whole = train(model, sae=sae)
+    # After 13 steps the last state is that of step 10; then again in the midst of the decay.
+    stopped_after(monkeypatch, 13, model, sae=sae, out=tmp_path / "saes")
+    assert [p.name for p in (tmp_path / "saes.unfinished").glob("step-*")] == ["step-10"]
+    stopped_after(monkeypatch, 22, model, sae=sae, out=tmp_path / "saes", resume=True)
+    resumed = train(model, sae=sae, out=tmp_path / "saes", resume=True)
+    assert_equal(whole, resumed)
+    assert_equal(resumed, sqs.QuerySAEs.load(tmp_path / "saes"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["saes"]
+
+
+def test_a_run_stopped_while_it_is_measured_trains_no_step_again(
+    tiny_models, tmp_path, monkeypatch
+):
+    model = tiny_models["bridge"]
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_query_steer.training.reconstruction_metrics", crash)
+        with pytest.raises(Stopped):
+            train(model, out=tmp_path / "saes", checkpoint_every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_query_steer.hosts.saelens.HeadwiseTrainer.step", crash)
+        resumed = train(model, out=tmp_path / "saes", resume=True, checkpoint_every=1000)
+    assert_equal(train(model), resumed)
+
+
+def crash(*args, **kwargs):
+    raise Stopped
+
+
+def test_a_site_does_not_depend_on_the_sites_trained_beside_it(tiny_models):
+    model = tiny_models["bridge"]
+    both, alone = train(model), train(model, sites=sqs.query_sites(model, [2]))
+    for key, value in both[NAME].state_dict().items():
+        assert torch.equal(value, alone[NAME].state_dict()[key])
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(tiny_models, tmp_path, monkeypatch):
+    model = tiny_models["bridge"]
+    first = train(model, out=tmp_path / "saes")
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_query_steer.training.HeadwiseMultiTrainer", crash)
+        assert_equal(first, train(model, out=tmp_path / "saes", resume=True))
+    with pytest.raises(ValueError, match=r"with other settings: lr was 0.01 and is 0.02\. Give"):
+        train(model, out=tmp_path / "saes", resume=True, lr=0.02)
+    with pytest.raises(FileExistsError, match="saes exists: give another folder, or overwrite"):
+        train(model, out=tmp_path / "saes")
+    other = train(model, out=tmp_path / "saes", resume=True, overwrite=True, lr=0.02)
+    assert other.settings["lr"] == 0.02
+    assert_equal(other, sqs.QuerySAEs.load(tmp_path / "saes"))
+
+
+def test_another_run_is_never_gone_on_with(tiny_models, tmp_path, monkeypatch):
+    model, out = tiny_models["bridge"], tmp_path / "saes"
+    stopped_after(monkeypatch, 13, model, out=out)
+    before = sorted(out.with_name("saes.unfinished").rglob("*"))
+    with pytest.raises(FileExistsError, match="holds a run that was stopped: resume=True goes on"):
+        train(model, out=out)
+    for changes, message in (
+        ({"lr": 0.5}, "lr was 0.01 and is 0.5"),
+        ({"seed": 7}, "seed was 0 and is 7"),
+        ({"texts": torch.ones(9, 12, dtype=torch.long)}, "n_rows was 40 and is 9; rows_sha256 was"),
+        ({"sae": dataclasses.replace(TOPK, k=2)}, "sae was .*'k': 3.* and is .*'k': 2"),
+        ({"sites": sqs.query_sites(model, [2])}, "hook_names was"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(model, out=out, resume=True, **changes)
+    assert sorted(out.with_name("saes.unfinished").rglob("*")) == before
+    anew = train(model, out=out, overwrite=True, seed=7)
+    assert anew.settings["seed"] == 7
+
+
+def test_a_state_of_another_model_is_refused(tiny_models, tmp_path, monkeypatch):
+    model, out = tiny_models["bridge"], tmp_path / "saes"
+    stopped_after(monkeypatch, 13, model, out=out)
+    weight = model.blocks[0].attn.q.original_component.weight
+    with torch.no_grad():
+        weight *= 1.1
+    try:
+        with pytest.raises(ValueError, match="holds a run on another model: the queries at"):
+            train(model, out=out, resume=True)
+    finally:
+        with torch.no_grad():
+            weight /= 1.1
+
+
+def test_damaged_states_and_folders_of_something_else_are_refused(
+    tiny_models, tmp_path, monkeypatch
+):
+    model, out = tiny_models["bridge"], tmp_path / "saes"
+    unfinished = tmp_path / "saes.unfinished"
+    unfinished.mkdir()
+    (unfinished / "thesis.tex").write_text("of great value")
+    with pytest.raises(FileExistsError, match="it holds no run.json, so it is something else"):
+        train(model, out=out, overwrite=True)
+    (unfinished / "thesis.tex").unlink()
+    stopped_after(monkeypatch, 13, model, out=out)
+    facts = unfinished / "step-10" / "state.json"
+    facts.write_text(json.dumps({k: v for k, v in json.loads(facts.read_text()).items() if v == 9}))
+    with pytest.raises(ValueError, match="step-10 is damaged: KeyError"):
+        train(model, out=out, resume=True)
+
+
+def test_what_a_killed_process_was_writing_is_passed_over_and_cleared_away(
+    tiny_models, tmp_path, monkeypatch
+):
+    model, out = tiny_models["bridge"], tmp_path / "saes"
+    stopped_after(monkeypatch, 13, model, out=out)
+    unfinished = tmp_path / "saes.unfinished"
+    (unfinished / ".step-15-abc" / "new").mkdir(parents=True)
+    (unfinished / "step-5").mkdir()  # killed before the older state was removed
+    assert_equal(train(model), train(model, out=out, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resume": True}, "resume and overwrite speak of a folder: give out="),
+        ({"checkpoint_every": 0}, "checkpoint_every=0 is not allowed: give 1 or more"),
+        ({"seed": -1}, "seed=-1 is not allowed: give 0 or more"),
+        ({"lr_warm_up_steps": 20}, "are more than the 24 steps of the run"),
+        ({"n_batches_in_buffer": 0}, "n_batches_in_buffer=0 is not allowed"),
+        (
+            {"sae": dataclasses.replace(TOPK, dtype="bfloat16")},
+            "dtype='bfloat16' is not allowed: train SAEs in float32 or float64",
+        ),
+        (
+            {"sae": dataclasses.replace(TOPK, dtype="float64"), "autocast": True},
+            "dtype='float64' is not allowed with autocast",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tiny_models, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_models["bridge"], **changes)
+
+
+def test_too_little_memory_or_disk_is_told_before_any_work(tiny_models, tmp_path, monkeypatch):
+    model, out = tiny_models["bridge"], tmp_path / "deep" / "saes"
+    with monkeypatch.context() as patch:
+        patch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**10))
+        with pytest.raises(
+            ValueError,
+            match=r"needs at least \S+ GiB of memory on cpu \(weights, gradients and Adam's "
+            r"moments \S+ GiB, activations \S+ GiB\), where 9.54e-07 GiB are free: train fewer",
+        ):
+            train(model, out=out)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**10))
+        with pytest.raises(ValueError, match="need .* GiB at .*, where 9.54e-07 GiB are free"):
+            train(model, out=out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mixed_precision_trains_about_as_well(tiny_models):
+    model = tiny_models["bridge"]
+    longer = {"training_tokens": 8000, "lr_decay_steps": 0}
+    full = train(model, **longer)
+    half = train(model, **longer, autocast=True, autocast_lm=True)
+    gap = full.metrics["explained_variance"] - half.metrics["explained_variance"]
+    assert not torch.equal(full[NAME].W_dec, half[NAME].W_dec)
+    assert gap.abs().max() < 0.05
+    assert half[NAME].W_dec.dtype == torch.float32
+
+
+def test_where_activations_wait_and_when_they_are_read_changes_no_number(tiny_models):
+    model = tiny_models["bridge"]
+    assert_equal(train(model), train(model, act_store_device="cpu", prefetch=True))
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+import sae_query_steer as sqs
+from sae_query_steer.checkpoints import Checkpoints
+
+seen = Checkpoints.__call__
+def told(self, trainer):
+    seen(self, trainer)
+    print(trainer.n_training_steps, flush=True)
+Checkpoints.__call__ = told
+model = sqs.load_model(sys.argv[1], device="cpu")
+sqs.train_query_saes(
+    model,
+    sqs.texts_from_file(sys.argv[2], text="question"),
+    sqs.query_sites(model),
+    sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3),
+    training_tokens=60 * 32,
+    train_batch_size_tokens=32,
+    context_size=16,
+    n_batches_in_buffer=4,
+    checkpoint_every=7,
+    metric_tokens=64,
+    out=sys.argv[3],
+    resume=True,
+)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_killed_goes_on_where_it_was(tiny_folder, tmp_path, kind):
+    make_texts(tmp_path / "texts.csv")
+
+    def started(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", SCRIPT, str(tiny_folder), str(tmp_path / "texts.csv")]
+        return subprocess.Popen(
+            [*command, str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def steps_until(process: subprocess.Popen, last: int) -> list[int]:
+        steps = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            steps.append(int(line))
+            if steps[-1] == last:
+                break
+        return steps
+
+    with started(tmp_path / "stopped") as process:
+        assert steps_until(process, 23)[-1] == 23
+        process.send_signal(kind)
+        assert process.wait(60) != 0
+    assert not (tmp_path / "stopped").exists()
+    for out, least in (("stopped", 21), ("whole", 0)):
+        with started(tmp_path / out) as process:
+            first = steps_until(process, -1)[0]
+            assert least <= first <= least + 2, "more was lost than the steps since the last state"
+            assert process.wait(60) == 0
+    assert_equal(*(sqs.QuerySAEs.load(tmp_path / name) for name in ("stopped", "whole")))
+
+
+def test_no_signal_handler_is_left_behind(tiny_models, tmp_path):
+    before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    train(tiny_models["bridge"], out=tmp_path / "saes")
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == before

@@ -1,0 +1,161 @@
+"""The stream: every token once an epoch, shuffled, and batch k the same wherever it begins."""
+
+from contextlib import closing
+from itertools import islice
+
+import pytest
+import torch
+
+import sae_query_steer as sqs
+from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.stream import QueryStream
+from sae_query_steer.token_rows import PAD, token_rows
+
+SIZES = [
+    # rows, length, padded, batch, forward, chunk
+    pytest.param(7, 5, False, 4, 2, 3, id="chunks straddle epochs"),
+    pytest.param(3, 6, True, 5, 2, 8, id="a chunk holds rows several times"),
+    pytest.param(9, 4, True, 23, 3, 2, id="a batch takes several chunks"),
+    pytest.param(8, 4, False, 8, 4, 4, id="all ends meet"),
+]
+
+
+def stream_of(model, rows, **changes) -> QueryStream:
+    settings = {
+        "sites": sqs.query_sites(model, [0, 2]),
+        "batch_tokens": 4,
+        "seed": 3,
+        "rows_per_forward": 2,
+        "rows_per_chunk": 3,
+        "device": "cpu",
+    }
+    return QueryStream(model=model, rows=rows, **{**settings, **changes})
+
+
+def some_rows(n_rows: int, length: int, padded: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n_rows)
+    rows = torch.randint(4, 52, (n_rows, length), generator=generator, dtype=torch.int)
+    if padded:
+        keep = torch.randint(1, length + 1, (n_rows, 1), generator=generator)
+        rows[torch.arange(length) >= keep] = PAD
+    return rows
+
+
+def sized(model, n_rows, length, padded, batch, forward, chunk, **changes) -> QueryStream:
+    return stream_of(
+        model,
+        some_rows(n_rows, length, padded),
+        batch_tokens=batch,
+        rows_per_forward=forward,
+        rows_per_chunk=chunk,
+        **changes,
+    )
+
+
+def assert_equal_batches(first, second) -> None:
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize(("n_rows", "length", "padded", "batch", "forward", "chunk"), SIZES)
+def test_batch_k_is_the_same_wherever_the_stream_begins(
+    tiny_models, n_rows, length, padded, batch, forward, chunk
+):
+    stream = sized(tiny_models["bridge"], n_rows, length, padded, batch, forward, chunk)
+    batches = list(islice(stream.batches(), 14))
+    assert all(value.shape == (batch, 32) for one in batches for value in one.values())
+    for start in range(1, 12):
+        assert_equal_batches(batches[start : start + 3], islice(stream.batches(start), 3))
+
+
+@pytest.mark.parametrize(("n_rows", "length", "padded", "batch", "forward", "chunk"), SIZES)
+def test_every_token_comes_once_in_an_epoch_and_padding_never(
+    tiny_models, n_rows, length, padded, batch, forward, chunk
+):
+    model = tiny_models["bridge"]
+    stream = sized(model, n_rows, length, padded, 1, forward, n_rows)  # a chunk is an epoch
+    rows = stream.rows
+    expected = []
+    for row in rows:
+        own = row[row != PAD].long()[None]
+        expected.append(queries_at(model, own, ["blocks.2.attn.hook_q"])["blocks.2.attn.hook_q"][0])
+    expected = torch.cat(expected).flatten(1)
+    for epoch in (0, 2):
+        served = islice(stream.batches(epoch * len(expected)), len(expected))
+        served = torch.cat([one["blocks.2.attn.hook_q"] for one in served])
+        # Each served token is one of the rows', and each of theirs is met once.
+        nearest = torch.cdist(served, expected).argmin(1)
+        torch.testing.assert_close(served, expected[nearest], rtol=1e-4, atol=1e-5)
+        by_value = torch.cdist(expected, expected) < 1e-4
+        counts = by_value.float()[nearest].sum(0)
+        assert torch.equal(counts, by_value.float().sum(0))
+
+
+def test_sites_stay_aligned_token_by_token(model):
+    stream = stream_of(model, some_rows(6, 8, True))
+    joint = next(stream.batches(5))
+    for site in stream.sites:
+        alone = next(stream_of(model, stream.rows, sites=[site]).batches(5))[site.hook_name]
+        assert torch.equal(joint[site.hook_name], alone)
+
+
+def test_both_hosts_serve_the_same_queries(tiny_models):
+    rows = some_rows(6, 8, True)
+    first, second = (next(stream_of(tiny_models[host], rows).batches(3)) for host in tiny_models)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_and_epochs_have_orders_of_their_own(tiny_models):
+    rows = some_rows(5, 4, False)
+    stream = stream_of(tiny_models["bridge"], rows, batch_tokens=20, rows_per_chunk=5)
+    first, second = islice(stream.batches(), 2)
+    other = next(stream_of(stream.model, rows, batch_tokens=20, rows_per_chunk=5, seed=4).batches())
+    name = "blocks.0.attn.hook_q"
+    for one in (second[name], other[name]):
+        assert not torch.equal(first[name], one)
+        assert torch.allclose(first[name].sum(0), one.sum(0), atol=1e-4)
+
+
+def test_tokens_of_a_row_are_spread_over_their_chunk(tiny_models):
+    # Layer 0 before any attention: a query tells its token, and every row is one token repeated.
+    rows = torch.arange(4, 20, dtype=torch.int)[:, None].expand(16, 16).contiguous()
+    stream = stream_of(
+        tiny_models["bridge"], rows, batch_tokens=16, rows_per_chunk=16, rows_per_forward=4
+    )
+    queries = next(stream.batches())["blocks.0.attn.hook_q"]
+    kinds = (torch.cdist(queries, queries) < 1e-3).float()
+    assert torch.linalg.matrix_rank(kinds) >= 8
+
+
+def test_the_thread_that_reads_ahead_changes_no_number(tiny_models):
+    rows = some_rows(7, 5, True)
+    plain = stream_of(tiny_models["bridge"], rows)
+    ahead = stream_of(tiny_models["bridge"], rows, prefetch=True)
+    expected = list(islice(plain.batches(2), 9))  # before the thread runs the model too
+    with closing(ahead.batches(2)) as batches:
+        assert_equal_batches(expected, islice(batches, 9))
+    assert ahead.chunk_bytes() == 3 * 5 * 64 * 4
+
+
+def test_an_error_of_the_model_reaches_the_reader_from_the_thread(tiny_models):
+    stream = stream_of(tiny_models["bridge"], some_rows(4, 4, False) + 1000, prefetch=True)
+    with pytest.raises(IndexError):
+        next(stream.batches())
+
+
+def test_the_pad_id_may_be_the_id_of_a_real_token(model):
+    # `PAD` is a mark, not a token: a document that is full of the token with id 0 keeps all of it.
+    rows = token_rows(model, torch.zeros(2, 4, dtype=torch.long))
+    assert len(next(stream_of(model, rows, batch_tokens=8).batches())["blocks.0.attn.hook_q"]) == 8
+
+
+def test_autocast_reads_in_sixteen_bits(tiny_models):
+    rows = some_rows(6, 8, False)
+    full = next(stream_of(tiny_models["bridge"], rows).batches())
+    half = next(stream_of(tiny_models["bridge"], rows, autocast=True).batches())
+    for name, value in half.items():
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.float(), full[name], rtol=0.1, atol=0.05)
