@@ -1,6 +1,7 @@
 """All heads at once against SAELens head by head: seconds for equal tokens, and peak memory.
 
-    python benchmarks/training.py [--quick] [--json FILE] [--rounds N] [--threads N] [--device D]
+    python benchmarks/training.py [--quick] [--rows heads forward layers] [--json FILE] [--rounds N]
+                                  [--threads N] [--device D]
 
 Both sides run in this process, alternating, after one unmeasured round; "ratio" is other / ours,
 its median over rounds with its range. `equal` says that in this same run heads of ours were found
@@ -37,6 +38,7 @@ import sae_query_steer as sqs
 from sae_query_steer.hosts.saelens import HeadwiseTrainer
 
 SAMPLED = "(*)"
+ROWS = ("heads", "forward", "layers")
 N_LAYERS, N_HEADS, D_HEAD, LAYER = 6, 8, 64, 4
 D_SAE, K, CONTEXT, BATCH, LR = 512, 16, 128, 2048, 3e-4
 
@@ -45,6 +47,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="some rows alone")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--rounds", type=int, help="measured rounds")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
@@ -67,16 +70,23 @@ def main() -> None:
     equal = follows_saelens(args.device)
     one, all_heads = range(1), range(N_HEADS)
     layer, model_layers = [LAYER], list(range(N_LAYERS))
-    compared = [
-        ("8 heads of one layer; SAELens head by head", layer, saelens, all_heads),
-        ("8 heads of one layer; the bare forward pass", layer, forward, all_heads),
-        (f"48 heads of six layers; SAELens head by head {SAMPLED}", model_layers, saelens, one),
-    ]
+    mark = f" {SAMPLED}" if args.quick else ""
+    by_head = one if args.quick else all_heads
+    compared = {
+        "heads": (f"8 heads of one layer; SAELens head by head{mark}", layer, saelens, by_head),
+        "forward": ("8 heads of one layer; the bare forward pass", layer, forward, by_head),
+        "layers": (
+            f"48 heads of six layers; SAELens head by head {SAMPLED}",
+            model_layers,
+            saelens,
+            one,
+        ),
+    }
     if args.quick:
-        compared = [(f"{compared[0][0]} {SAMPLED}", layer, saelens, one), compared[1]]
+        del compared["layers"]
     table = [
         compare(name, model, rows, layers, other, heads, rounds, equal)
-        for name, layers, other, heads in compared
+        for name, layers, other, heads in (compared[row] for row in args.rows if row in compared)
     ]
     print(pd.DataFrame(table).round(3).to_string(index=False))
     print(f"{SAMPLED}: SAELens trained one head of each layer; its seconds are times 8")

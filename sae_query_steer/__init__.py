@@ -14,24 +14,39 @@ from sae_query_steer.data import (
     tokenize_example,
     tokenize_examples,
 )
-from sae_query_steer.descent import DescentResult, descend
+from sae_query_steer.descent import Bounds, DescentResult, descend
 from sae_query_steer.distributed import train_on_ranks
 from sae_query_steer.evaluation.saes import evaluate_saes
+from sae_query_steer.goals import Goal
 from sae_query_steer.heads import join_heads, split_heads
 from sae_query_steer.hosts.models import load_model
 from sae_query_steer.interchange import interchange_effect
+from sae_query_steer.latent_choice import (
+    ActiveLatents,
+    GivenLatents,
+    LatentAbove,
+    PosteriorBelow,
+    TopLatents,
+)
+from sae_query_steer.marked_scopes import AfterToken, AtPositions, RowMask
 from sae_query_steer.objectives import (
+    AutogradObjective,
     CentroidContrast,
+    CosineSimilarity,
+    GaussianLogLikelihood,
+    LinearProbe,
     Objective,
     PrototypeLogLikelihood,
     SquaredDistance,
 )
 from sae_query_steer.plots import plot_sites, plot_trace
 from sae_query_steer.positions import (
+    AllOf,
     AnyOf,
     EveryPosition,
     LastPromptToken,
     LastResponseToken,
+    Not,
     Positions,
     ResponseTokens,
 )
@@ -74,29 +89,56 @@ from sae_query_steer.sae import (
 )
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder, identity_encoders
+from sae_query_steer.scopes import (
+    FirstResponseTokens,
+    LastPromptTokens,
+    PromptTokens,
+    Window,
+    WindowAroundPromptEnd,
+)
 from sae_query_steer.separability import separability
 from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.strength import ExponentialDecay, LinearWarmUp
 from sae_query_steer.targets import CentroidTargetBuilder
 from sae_query_steer.tasks.tutor.pretrained import load_tutor
 from sae_query_steer.trace import SteeringTrace
 from sae_query_steer.training import train_query_saes
 
 __all__ = [
+    "ActiveLatents",
+    "AfterToken",
+    "AllOf",
     "AnyOf",
+    "AtPositions",
+    "AutogradObjective",
     "BloomLevel",
+    "Bounds",
     "CentroidContrast",
     "CentroidTargetBuilder",
     "CentroidTargets",
+    "CosineSimilarity",
     "DescentResult",
     "EveryPosition",
+    "ExponentialDecay",
+    "FirstResponseTokens",
+    "GaussianLogLikelihood",
+    "GivenLatents",
+    "Goal",
     "IdentityEncoder",
     "LabelledExample",
     "LastPromptToken",
+    "LastPromptTokens",
     "LastResponseToken",
+    "LatentAbove",
     "LatentGradientSteerer",
+    "LinearProbe",
+    "LinearWarmUp",
+    "Not",
     "Objective",
     "Positions",
+    "PosteriorBelow",
+    "PromptTokens",
     "PrototypeLogLikelihood",
     "QueryEncoder",
     "QueryHeadBatchTopKTrainingSAE",
@@ -131,9 +173,13 @@ __all__ = [
     "QuerySite",
     "RandomDirectionSteerer",
     "ResponseTokens",
+    "RowMask",
     "SquaredDistance",
     "SteeringTrace",
     "TokenizedExample",
+    "TopLatents",
+    "Window",
+    "WindowAroundPromptEnd",
     "attached_saes",
     "descend",
     "evaluate_saes",

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
 from sae_query_steer.intervention import Steerer
 from sae_query_steer.objectives import CentroidContrast
+from sae_query_steer.places import TokenPlaces
 from sae_query_steer.positions import LastPromptToken, Scope
 from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.sites import QuerySite
@@ -111,19 +113,28 @@ class RandomDirectionSteerer(Steerer):
             method=f"random direction (seed {self.seed})",
         )
 
-    def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
-        """Return the random change of queries [token head d_head] of all heads of a site."""
-        length = self.steerer.change(hook_name, queries, record=False).delta.norm(
+    def change(
+        self,
+        hook_name: str,
+        queries: Float[Tensor, "token head d_head"],
+        places: TokenPlaces,
+        *,
+        record: bool,
+    ) -> QueryChange:
+        """Return the random change of queries of the steered heads of a site."""
+        length = self.steerer.change(hook_name, queries, places, record=False).delta.norm(
             dim=-1, keepdim=True
         )
         site = self.sites[hook_name]
         generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
+        # Of all heads, so that a head's direction does not depend on which others are steered.
         direction = torch.randn(site.n_heads, site.d_head, generator=generator)
+        direction = direction[list(self.site_heads[hook_name])]
         direction = direction / direction.norm(dim=-1, keepdim=True)
         delta = length * direction.to(length)
         if not record:
             return QueryChange(delta=delta)
-        return self.steerer.described(hook_name, queries, delta)
+        return self.steerer.described(hook_name, queries, delta, places)
 
 
 def few_shot_prompt(

@@ -13,6 +13,7 @@ from sae_query_steer.data import TokenBatch, TokenizedExample, length_sorted_bat
 from sae_query_steer.fingerprint import Fingerprint, fingerprint_tokens
 from sae_query_steer.hosts.models import check_not_steered, queries_at, without_hooks
 from sae_query_steer.positions import Positions, Span, select
+from sae_query_steer.prompt_lengths import by_position
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 
 
@@ -36,11 +37,13 @@ class SpanQueries:
 def batch_positions(batch: TokenBatch) -> Positions:
     """Return the positions of a right-padded batch of whole examples."""
     index = torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape)
+    valid = index < batch.lengths[:, None]
     return Positions(
         index=index,
-        valid=index < batch.lengths[:, None],
+        valid=valid,
         prompt_lengths=batch.prompt_lengths,
         lengths=batch.lengths,
+        tokens=by_position(batch.tokens, valid),
     )
 
 

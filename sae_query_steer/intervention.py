@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.capture import check_finite
 from sae_query_steer.hosts.tracking import PositionTracker
-from sae_query_steer.positions import Positions, Scope, select
+from sae_query_steer.places import TokenPlaces
+from sae_query_steer.positions import Positions, Scope, needs_tokens, select
 from sae_query_steer.prompt_lengths import PromptLengths, fixed_positions
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.trace import QueryChange, SteeringTrace, TraceRecord
@@ -46,8 +48,22 @@ class Steerer(ABC):
         """Return an empty trace."""
 
     @abstractmethod
-    def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
-        """Return the change of queries [token head d_head] of all heads of a site."""
+    def change(
+        self,
+        hook_name: str,
+        queries: Float[Tensor, "token head d_head"],
+        places: TokenPlaces,
+        *,
+        record: bool,
+    ) -> QueryChange:
+        """Return the change of queries of the steered heads of a site.
+
+        Args:
+            hook_name: the site.
+            queries: of `site_heads[hook_name]` alone, in their order.
+            places: where the tokens stand.
+            record: also tell how the change came about.
+        """
 
     def apply(
         self, model: Any, *, record: bool = False, prompt_lengths: PromptLengths | None = None
@@ -80,6 +96,7 @@ class Steerer(ABC):
         *,
         prompt_lengths: PromptLengths | None = None,
         attention_mask: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> list[tuple[str, HookFunction]]:
         """Return plain TransformerLens pairs, for `run_with_hooks` and `model.hooks`.
 
@@ -90,6 +107,8 @@ class Steerer(ABC):
             model: a HookedTransformer or a TransformerBridge.
             prompt_lengths: tokens of each row's prompt; needed by scopes that depend on it.
             attention_mask: 0 where a column is padding, [batch pos]; None means no padding.
+            tokens: token ids [batch pos], padding included; needed by scopes that read them, such
+                as `AfterToken`.
 
         Raises:
             ValueError: the model is not the one that the centroids belong to, or has no such site.
@@ -98,8 +117,9 @@ class Steerer(ABC):
         trace = SteeringTrace(recording=False)
 
         def positions(queries: Tensor) -> Positions:
+            batch, n_pos = queries.shape[:2]
             return fixed_positions(
-                queries.shape[0], queries.shape[1], queries.device, prompt_lengths, attention_mask
+                batch, n_pos, queries.device, prompt_lengths, attention_mask, tokens
             )
 
         return [(name, _hook(self, name, positions, trace, None)) for name in self.site_heads]
@@ -111,7 +131,8 @@ class Steerer(ABC):
         self.check_model(model)
         trace = self.new_trace(model, recording=record)
         layers = [self.sites[name].layer for name in self.site_heads]
-        tracker = PositionTracker(model, layers, prompt_lengths, keep_tokens=record)
+        keep_tokens = record or needs_tokens(self.scope)
+        tracker = PositionTracker(model, layers, prompt_lengths, keep_tokens=keep_tokens)
         hooks = [
             (name, _hook(self, name, lambda _queries: tracker.positions, trace, tracker))
             for name in self.site_heads
@@ -138,21 +159,27 @@ def _hook(
         rows, columns = select(steerer.scope, positions).nonzero(as_tuple=True)
         if len(rows) == 0:
             return None
-        at_scope = queries[rows, columns]
-        check_finite(at_scope, hook_name)
-        change = steerer.change(hook_name, at_scope, record=trace.recording)
-        delta = change.delta.to(queries.dtype)
         index = torch.tensor(heads, device=queries.device)
-        if not bool(delta[:, index].isfinite().all()):
+        at_scope = queries[rows[:, None], columns[:, None], index]
+        check_finite(at_scope, hook_name)
+        places = TokenPlaces(
+            row=rows,
+            position=positions.index[rows, columns],
+            n_rows=len(queries),
+            prompt_lengths=positions.prompt_lengths,
+        )
+        change = steerer.change(hook_name, at_scope, places, record=trace.recording)
+        delta = change.delta.to(queries.dtype)
+        if not bool(delta.isfinite().all()):
             raise ValueError(
                 f"the change of the queries at {hook_name} is not finite: the descent diverged, or "
                 f"overflows {queries.dtype}; use a smaller step_size or fewer steps"
             )
         steered = queries.clone()
-        steered[rows[:, None], columns[:, None], index] = (at_scope + delta)[:, index]
+        steered[rows[:, None], columns[:, None], index] = at_scope + delta
         if trace.recording and tracker is not None:
             trace.records.append(
-                _record(change, at_scope, index, site.layer, rows, columns, positions, tracker)
+                _record(change, at_scope, index, site.layer, places, columns, positions, tracker)
             )
         return steered.reshape(activation.shape)
 
@@ -165,34 +192,22 @@ def _record(
     queries: Tensor,
     heads: Tensor,
     layer: int,
-    rows: Tensor,
+    places: TokenPlaces,
     columns: Tensor,
     positions: Positions,
     tracker: PositionTracker,
 ) -> TraceRecord:
-    def chosen(value: Tensor | None, axis: int) -> Tensor | None:
-        if value is None:
-            return None
-        return value.detach().index_select(axis, heads.to(value.device)).cpu()
-
-    delta = chosen(change.delta, 1)
-    assert delta is not None
     tokens = tracker.tokens
     offset = 0 if tokens is None else tokens.shape[1] - positions.index.shape[1]
     return TraceRecord(
         run=tracker.run_number,
         layer=layer,
         heads=heads.cpu(),
-        row=rows.cpu(),
-        position=positions.index[rows, columns].cpu(),
-        token=None if tokens is None or offset < 0 else tokens[rows, columns + offset].cpu(),
-        query_norm=queries.detach()[:, heads].float().norm(dim=-1).cpu(),
-        change=QueryChange(
-            delta=delta,
-            distance_before=chosen(change.distance_before, 1),
-            distance_after=chosen(change.distance_after, 1),
-            loss=chosen(change.loss, 2),
-        ),
+        row=places.row.cpu(),
+        position=places.position.cpu(),
+        token=None if tokens is None or offset < 0 else tokens[places.row, columns + offset].cpu(),
+        query_norm=queries.detach().float().norm(dim=-1).cpu(),
+        change=change.cpu(),
     )
 
 

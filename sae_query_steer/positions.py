@@ -2,39 +2,21 @@
 
 Positions are absolute and unpadded: the first real token of a row is 0 whatever padding stands
 before it, and a decode step with a KV cache sees the position that the token really has. So a
-scope means the same with the cache on and off, in a batch and row by row.
+scope means the same with the cache on and off, in a batch and row by row. Here are what scopes
+are, how they are joined, and the four that everything else needs; the others are in `scopes`.
 """
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Positions:
-    """Where each column of a forward pass stands in its own row."""
-
-    index: Int[Tensor, "batch pos"]
-    """Absolute position of each column, counted without padding; 0 is the row's first token."""
-
-    valid: Bool[Tensor, "batch pos"]
-    """False where the column is padding."""
-
-    prompt_lengths: Int[Tensor, " batch"] | None = None
-    """Tokens of the prompt in each row (BOS included); None where nobody said so."""
-
-    lengths: Int[Tensor, " batch"] | None = None
-    """Tokens of the whole row; None while the row is still being generated."""
-
-
-Scope: TypeAlias = Callable[[Positions], Tensor]
-"""Any function from `Positions` to a boolean tensor [batch pos]; the classes here are such."""
+from sae_query_steer.columns import Positions, Scope, known_prompt_lengths, select
+from sae_query_steer.contradictions import Cuts, all_cases
 
 Span: TypeAlias = Scope
 """A scope used to say where centroids are taken."""
@@ -46,8 +28,15 @@ _NO_LAST_TOKEN = (
 )
 
 
-class _Joinable:
-    """Adds `|`, so that scopes read as they are said: `LastPromptToken() | ResponseTokens()`."""
+class Joinable:
+    """Adds `|`, `&` and `~`, so that scopes read as they are said."""
+
+    needs_tokens: ClassVar[bool] = False
+    """Whether the scope reads `Positions.tokens`."""
+
+    def _cuts(self) -> Cuts | None:
+        """Return where the scope may change; None where that can't be known beforehand."""
+        return None
 
     def __or__(self, other: Scope) -> "AnyOf":
         return AnyOf(self, other)  # pyright: ignore[reportArgumentType]
@@ -55,10 +44,22 @@ class _Joinable:
     def __ror__(self, other: Scope) -> "AnyOf":
         return AnyOf(other, self)  # pyright: ignore[reportArgumentType]
 
+    def __and__(self, other: Scope) -> "AllOf":
+        return AllOf(self, other)  # pyright: ignore[reportArgumentType]
+
+    def __rand__(self, other: Scope) -> "AllOf":
+        return AllOf(other, self)  # pyright: ignore[reportArgumentType]
+
+    def __invert__(self) -> "Not":
+        return Not(self)  # pyright: ignore[reportArgumentType]
+
 
 @dataclass(frozen=True)
-class EveryPosition(_Joinable):
+class EveryPosition(Joinable):
     """Every real token of the row; never padding."""
+
+    def _cuts(self) -> Cuts:
+        return Cuts()
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the real columns."""
@@ -66,28 +67,34 @@ class EveryPosition(_Joinable):
 
 
 @dataclass(frozen=True)
-class LastPromptToken(_Joinable):
+class LastPromptToken(Joinable):
     """The last token of the prompt: the read-out position whose query starts the response.
 
     As a scope it acts once per call of `generate`, on the forward pass that reads the prompt.
     """
 
+    def _cuts(self) -> Cuts:
+        return Cuts(from_prompt_end=frozenset({-1, 0}))
+
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the column at `prompt_length - 1` of each row."""
-        return positions.index == _prompt_lengths(positions, self)[:, None] - 1
+        return positions.index == known_prompt_lengths(positions, self)[:, None] - 1
 
 
 @dataclass(frozen=True)
-class ResponseTokens(_Joinable):
+class ResponseTokens(Joinable):
     """Every token after the prompt: the response of an example, or the generated tokens."""
+
+    def _cuts(self) -> Cuts:
+        return Cuts(from_prompt_end=frozenset({0}))
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the columns at or after `prompt_length` of each row."""
-        return positions.index >= _prompt_lengths(positions, self)[:, None]
+        return positions.index >= known_prompt_lengths(positions, self)[:, None]
 
 
 @dataclass(frozen=True)
-class LastResponseToken(_Joinable):
+class LastResponseToken(Joinable):
     """The last token of the response; a span only, as a running generation has no last token."""
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
@@ -99,63 +106,78 @@ class LastResponseToken(_Joinable):
 
 
 @dataclass(frozen=True, init=False)
-class AnyOf(_Joinable):
-    """The union of scopes: a position counts when at least one of them names it."""
-
+class _Join(Joinable):
     scopes: tuple[Scope, ...]
     """The scopes that are joined."""
 
     def __init__(self, *scopes: Scope) -> None:
         if not scopes:
-            raise ValueError("AnyOf() needs at least one scope; got none")
+            raise ValueError(f"{type(self).__name__}() needs at least one scope; got none")
         for scope in scopes:
             check_scope(scope, name="scope")
         object.__setattr__(self, "scopes", scopes)
+        _check_possible(self)
 
     def __repr__(self) -> str:
         return scope_name(self)
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the union of the scopes' columns."""
-        return reduce(operator.or_, (select(scope, positions) for scope in self.scopes))
+        """Return the union or the intersection of the scopes' columns."""
+        return self._of([select(scope, positions) for scope in self.scopes])
+
+    def _of(self, masks: list[Tensor]) -> Tensor:
+        return reduce(operator.and_ if isinstance(self, AllOf) else operator.or_, masks)
 
 
-def select(scope: Scope, positions: Positions) -> Bool[Tensor, "batch pos"]:
-    """Return the real columns that a scope names.
+@dataclass(frozen=True, init=False, repr=False)
+class AnyOf(_Join):
+    """The union of scopes: a position counts when at least one of them names it."""
 
-    Args:
-        scope: a scope of this module, or a user's function of the same form.
-        positions: where the columns of this forward pass stand.
 
-    Returns:
-        A mask over [batch pos] in which padding is always False.
+@dataclass(frozen=True, init=False, repr=False)
+class AllOf(_Join):
+    """The intersection of scopes: a position counts when every one of them names it."""
 
-    Raises:
-        TypeError: the scope returned something other than a boolean tensor.
-        ValueError: its shape is not [batch pos], or it needs prompt lengths that nobody gave.
 
-    Source: our choice.
-    """
-    mask = scope(positions)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(
-            f"the scope {scope!r} returned {_describe(mask)}: it must return a boolean tensor "
-            "of shape [batch pos]"
-        )
-    if mask.shape != positions.valid.shape:
-        raise ValueError(
-            f"the scope {scope!r} returned shape {list(mask.shape)}: this forward pass has "
-            f"[batch pos] = {list(positions.valid.shape)}"
-        )
-    return mask & positions.valid
+@dataclass(frozen=True, repr=False)
+class Not(Joinable):
+    """The complement of a scope: every real token that it does not name; never padding."""
+
+    scope: Scope
+    """What is left out."""
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope, name="scope")
+        _check_possible(self)
+
+    def __repr__(self) -> str:
+        return scope_name(self)
+
+    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
+        """Return the real columns outside the scope."""
+        return positions.valid & ~select(self.scope, positions)
 
 
 def scope_name(scope: Scope) -> str:
     """Return how a scope prints; a function by its name, without the address that changes."""
-    if isinstance(scope, AnyOf):
-        return " | ".join(map(scope_name, scope.scopes))
+    match scope:
+        case AnyOf():
+            return " | ".join(map(scope_name, scope.scopes))
+        case AllOf():
+            return " & ".join(_in_brackets(part, AnyOf) for part in scope.scopes)
+        case Not():
+            return "~" + _in_brackets(scope.scope, AnyOf, AllOf)
     name = getattr(scope, "__qualname__", None)
     return repr(scope) if name is None else f"{scope.__module__}.{name}"
+
+
+def needs_tokens(scope: Scope) -> bool:
+    """Return whether a scope may read `Positions.tokens`.
+
+    A user's function may, unless it has an attribute `needs_tokens` that says otherwise.
+    """
+    parts = _parts(scope)
+    return any(map(needs_tokens, parts)) if parts else bool(getattr(scope, "needs_tokens", True))
 
 
 def check_scope(scope: object, *, name: str, generating: bool = False) -> None:
@@ -168,29 +190,58 @@ def check_scope(scope: object, *, name: str, generating: bool = False) -> None:
 
     Raises:
         TypeError: the value is not callable, or is a class where an instance is meant.
-        ValueError: `LastResponseToken` where rows are generated.
+        ValueError: `LastResponseToken` where rows are generated, in a join too.
     """
     if generating and isinstance(scope, LastResponseToken):
         raise ValueError(_NO_LAST_TOKEN)
-    if generating and isinstance(scope, AnyOf):
-        for part in scope.scopes:
-            check_scope(part, name=name, generating=True)
-    allowed = "LastPromptToken(), ResponseTokens(), EveryPosition(), a union with |, or a function"
+    for part in _parts(scope):
+        check_scope(part, name=name, generating=generating)
     if isinstance(scope, type):
         raise TypeError(f"{name}={scope.__name__} is a class: write {name}={scope.__name__}()")
     if not callable(scope):
-        raise TypeError(f"{name}={scope!r} is no scope; allowed: {allowed} of Positions")
-
-
-def _prompt_lengths(positions: Positions, scope: object) -> Int[Tensor, " batch"]:
-    if positions.prompt_lengths is None:
-        raise ValueError(
-            f"{scope!r} must know where the prompt ends, and this forward pass did not come from "
-            "generate() or generate_stream(): pass prompt_lengths=[...] (tokens of each row's "
-            "prompt, BOS included), or use EveryPosition()"
+        raise TypeError(
+            f"{name}={scope!r} is no scope; allowed: LastPromptToken(), ResponseTokens(), "
+            "EveryPosition() and the like, joined with |, & and ~, or a function of Positions"
         )
-    return positions.prompt_lengths
 
 
-def _describe(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{type(value).__name__}"
+def _parts(scope: object) -> tuple[Scope, ...]:
+    if isinstance(scope, _Join):
+        return scope.scopes
+    return (scope.scope,) if isinstance(scope, Not) else ()
+
+
+def _check_possible(scope: Scope) -> None:
+    cases = torch.tensor(all_cases(_all_cuts(scope)))
+    index = cases[:, :1]
+    positions = Positions(
+        index=index, valid=torch.ones_like(index, dtype=torch.bool), prompt_lengths=cases[:, 1]
+    )
+    if not bool(_judged(scope, positions, in_doubt=True).any()):
+        raise ValueError(
+            f"{scope_name(scope)} can never hold: no position of any row is in it; to steer in one "
+            "scope or the other, join them with |"
+        )
+
+
+def _all_cuts(scope: Scope) -> Cuts:
+    if parts := _parts(scope):
+        return reduce(operator.or_, map(_all_cuts, parts))
+    return (scope._cuts() if isinstance(scope, Joinable) else None) or Cuts()
+
+
+def _judged(scope: Scope, positions: Positions, *, in_doubt: bool) -> Tensor:
+    """Return where a scope holds, and `in_doubt` where that can't be known beforehand."""
+    match scope:
+        case _Join():
+            return scope._of([_judged(s, positions, in_doubt=in_doubt) for s in scope.scopes])
+        case Not():
+            return ~_judged(scope.scope, positions, in_doubt=not in_doubt)
+        case Joinable() if scope._cuts() is not None:
+            return scope(positions)
+    return torch.full_like(positions.valid, in_doubt)
+
+
+def _in_brackets(scope: Scope, *loose: type) -> str:
+    name = scope_name(scope)
+    return f"({name})" if isinstance(scope, loose) else name

@@ -7,7 +7,7 @@ from einops import repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae_query_steer.positions import Positions
+from sae_query_steer.columns import Positions
 
 PromptLengths = int | Sequence[int] | Tensor
 """Tokens of the prompt (BOS included, padding not): one number for all rows, or one for each."""
@@ -19,12 +19,13 @@ def fixed_positions(
     device: torch.device,
     prompt_lengths: PromptLengths | None,
     attention_mask: Tensor | None,
+    tokens: Tensor | None = None,
 ) -> Positions:
     """Return the positions of one forward pass over whole rows, without a cache.
 
     Raises:
-        ValueError: mask or prompt lengths don't fit the rows, as when a decode step with a KV
-            cache sees one column of a row.
+        ValueError: mask, prompt lengths or tokens don't fit the rows, as when a decode step with a
+            KV cache sees one column of a row.
     """
     if attention_mask is None:
         valid = torch.ones(batch, n_pos, dtype=torch.bool, device=device)
@@ -39,7 +40,31 @@ def fixed_positions(
     if lengths is not None:
         lengths = expand_lengths(lengths, batch).to(device)
         check_lengths(lengths, valid)
-    return Positions(index=valid.long().cumsum(1) - 1, valid=valid, prompt_lengths=lengths)
+    if tokens is not None and tokens.shape != (batch, n_pos):
+        raise ValueError(
+            f"tokens of shape {list(tokens.shape)} do not fit a forward pass of [batch pos] = "
+            f"{[batch, n_pos]}: fwd_hooks sees whole rows; inside generate use apply"
+        )
+    return Positions(
+        index=valid.long().cumsum(1) - 1,
+        valid=valid,
+        prompt_lengths=lengths,
+        tokens=None if tokens is None else by_position(tokens.to(device), valid),
+    )
+
+
+def by_position(
+    tokens: Int[Tensor, "batch total"], columns: Bool[Tensor, "batch total"]
+) -> Int[Tensor, "batch total"]:
+    """Return tokens by absolute position: padding left out, -1 after the row's last token.
+
+    Args:
+        tokens: ids of all columns of the rows so far, padding included.
+        columns: False where a column is padding.
+    """
+    index = torch.where(columns, columns.long().cumsum(1) - 1, tokens.shape[1])  # padding: beyond
+    by_position = torch.full((len(tokens), tokens.shape[1] + 1), -1).to(tokens)
+    return by_position.scatter(1, index, tokens)[:, :-1]
 
 
 def as_lengths(lengths: PromptLengths | None) -> Int[Tensor, " batch"] | None:

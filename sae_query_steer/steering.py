@@ -6,17 +6,25 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.centroids import CentroidTargets
-from sae_query_steer.descent import check_strength, descend
+from sae_query_steer.descent import Bounds, check_strength, descend
+from sae_query_steer.goals import Goal, Target, target_name, targets_of, weights_of
 from sae_query_steer.intervention import Steerer, chosen_heads
+from sae_query_steer.latent_choice import Gate, LatentChoice, check_posterior, opened
 from sae_query_steer.objectives import Objective, squared_distances
+from sae_query_steer.places import TokenPlaces
 from sae_query_steer.positions import LastPromptToken, Scope, check_scope
-from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
+from sae_query_steer.sae.encoders import QueryEncoder, at_heads, encoder_sites
 from sae_query_steer.sites import QuerySite
+from sae_query_steer.strength import Schedule, by_row, check_limits, each, limited, scheduled
 from sae_query_steer.targets import check_belongs
 from sae_query_steer.trace import QueryChange, SteeringTrace
+
+N_MOVED = 5
+"""Latents that a trace names for each token and head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +48,44 @@ class LatentGradientSteerer(Steerer):
 
     _: KW_ONLY
 
-    target: str
-    """The class to steer towards."""
+    target: Target | Sequence[Target]
+    """The class to steer towards, or weights of classes, of which negative ones lead away:
+    {"create": 1, "remember": -0.5}. A list has one for each row of the batch."""
 
     objective: Objective
-    """What is minimised: `PrototypeLogLikelihood`, `SquaredDistance` or `CentroidContrast`."""
+    """What is minimised, such as `PrototypeLogLikelihood()` or `SquaredDistance()`."""
 
-    n_steps: int
-    """Gradient steps at each position, 0 or more."""
+    n_steps: int | Sequence[int]
+    """Gradient steps at each position, 0 or more; a list has a number for each row."""
 
-    step_size: float
-    """Size of a step, 0 or more, in units of the objective's gradient."""
+    step_size: float | Sequence[float]
+    """Size of a step, 0 or more, in units of the objective's gradient; a list likewise."""
 
     scope: Scope = field(default_factory=LastPromptToken)
     """Where to steer. A steer that is clean at the last prompt token breaks the text elsewhere."""
+
+    schedule: Schedule | None = None
+    """Factor of the step size over generated tokens: `ExponentialDecay`, `LinearWarmUp`, or a
+    function of their age; None means always 1."""
+
+    latents: LatentChoice | None = None
+    """Which latents may move: `ActiveLatents`, `TopLatents`, `GivenLatents`; None means all."""
+
+    gate: Gate | None = None
+    """Which tokens and heads are steered at all: `PosteriorBelow`, `LatentAbove`, or a function of
+    latents and goal; None means all."""
+
+    until: float | None = None
+    """Stop at each token and head once the target's posterior reaches this; above 0, at most 1."""
+
+    trust_radius: float | None = None
+    """How far latents may go, ||z - z0|| of a head at most; None means any way."""
+
+    max_relative_change: float | None = None
+    """||change of q|| / ||q|| of a head at most; a longer change is shortened. None: any."""
+
+    keep_norm: bool = False
+    """Turn the query and leave its norm: attention then moves, and does not sharpen."""
 
     layers: Sequence[int] | None = None
     """Which layers; None means all that have an SAE."""
@@ -68,16 +100,27 @@ class LatentGradientSteerer(Steerer):
     """The heads that are steered, by hook name."""
 
     _verified: WeakSet[Any] = field(init=False, repr=False, default_factory=WeakSet)
+    _views: dict[Any, "_SiteView"] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_strength(self.n_steps, self.step_size)
+        for n_steps in each(self.n_steps, "n_steps"):
+            check_strength(n_steps, 0.0)
+        for step_size in each(self.step_size, "step_size"):
+            check_strength(0, step_size)
         check_scope(self.scope, name="scope", generating=True)
         if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
             raise TypeError(
                 f"objective={self.objective!r} is no objective; allowed: SquaredDistance(), "
                 "PrototypeLogLikelihood(), CentroidContrast(), or a value with loss and gradient"
             )
-        self.targets.class_index(self.target)
+        for target in targets_of(self.target):
+            weights_of(target, self.targets.classes)
+        for name in ("schedule", "latents", "gate"):
+            value = getattr(self, name)
+            if isinstance(value, type) or not (value is None or callable(value)):
+                raise TypeError(f"{name}={value!r} can't be called: give a value, or a function")
+        check_limits(trust_radius=self.trust_radius, max_relative_change=self.max_relative_change)
+        check_posterior("until", self.until)
         sites = encoder_sites(self.saes)
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "site_heads", chosen_heads(sites, self.layers, self.heads))
@@ -114,52 +157,137 @@ class LatentGradientSteerer(Steerer):
 
     def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
         """Return an empty trace that knows classes, target and tokenizer."""
+        targets = list(dict.fromkeys(map(target_name, targets_of(self.target))))
         return SteeringTrace(
             recording=recording,
             classes=self.targets.classes,
-            target=str(self.target),
+            target=targets[0] if len(targets) == 1 else "",
+            row_targets=tuple(map(target_name, targets_of(self.target))) if targets[1:] else (),
             tokenizer=model.tokenizer,
         )
 
-    def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
-        """Return what the descent adds to queries [token head d_head] of all heads of a site."""
-        sae = self.saes[hook_name]
-        z0 = sae.encode(queries)
-        centroids = self.targets.means[hook_name].to(device=z0.device, dtype=z0.dtype)
+    def change(
+        self,
+        hook_name: str,
+        queries: Float[Tensor, "token head d_head"],
+        places: TokenPlaces,
+        *,
+        record: bool,
+    ) -> QueryChange:
+        """Return what the descent adds to the queries of the steered heads of a site."""
+        view = self._view(hook_name, queries.device)
+        # In 32 bits at least: half precision would lose small steps.
+        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+        z0 = view.encoder.encode(queries)
+        goal = self._goal(view, places, z0)
+        movable = None
+        if self.latents is not None:
+            movable = self.latents(z0, goal, hook_name, self.site_heads[hook_name])
+        if self.gate is not None:
+            open_ = opened(self.gate, z0, goal)[..., None]
+            movable = open_.expand_as(z0) if movable is None else movable & open_
         result = descend(
             z0,
-            centroids,
-            self.targets.class_index(self.target),
+            goal,
             self.objective,
-            n_steps=self.n_steps,
-            step_size=self.step_size,
-            lower=sae.latent_min,
+            n_steps=self._n_steps(places, z0),
+            step_size=self._step_size(places, z0),
+            bounds=Bounds(
+                lower=view.encoder.latent_min,
+                movable=movable,
+                radius=self.trust_radius,
+                until=self.until,
+                temperature=self._temperature,
+            ),
             record_loss=record,
         )
-        delta = sae.decode(result.z) - sae.decode(z0)
+        delta = limited(
+            queries,
+            view.encoder.decode(result.z) - view.encoder.decode(z0),
+            max_relative_change=self.max_relative_change,
+            keep_norm=self.keep_norm,
+        )
         if not record:
             return QueryChange(delta=delta)
-        return self._described(delta, z0, result.z, centroids, result.loss)
+        return self._described(delta, z0, result.z, goal, result.loss)
 
-    def described(self, hook_name: str, queries: Tensor, delta: Tensor) -> QueryChange:
+    def described(
+        self, hook_name: str, queries: Tensor, delta: Tensor, places: TokenPlaces
+    ) -> QueryChange:
         """Return a change that something else made, with what it does in this steerer's terms.
 
         The latents afterwards are those of the changed query.
         """
-        sae, target = self.saes[hook_name], self.targets.class_index(self.target)
-        before, after = sae.encode(queries), sae.encode(queries + delta.to(queries.dtype))
-        centroids = self.targets.means[hook_name].to(device=before.device, dtype=before.dtype)
-        loss = torch.stack([self.objective.loss(z, centroids, target) for z in (before, after)])
-        return self._described(delta, before, after, centroids, loss)
+        view = self._view(hook_name, queries.device)
+        before, after = (view.encoder.encode(q) for q in (queries, queries + delta.to(queries)))
+        goal = self._goal(view, places, before)
+        loss = torch.stack([self.objective.loss(z, goal) for z in (before, after)])
+        return self._described(delta, before, after, goal, loss)
 
-    @staticmethod
+    @property
+    def _temperature(self) -> float:
+        return getattr(self.objective, "temperature", 1.0)
+
+    def _view(self, hook_name: str, device: torch.device) -> "_SiteView":
+        if (hook_name, device) not in self._views:
+            heads = list(self.site_heads[hook_name])
+            # It outlives the call of `generate` in which it is made, which is in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                self._views[hook_name, device] = _SiteView(
+                    encoder=at_heads(self.saes[hook_name], heads),
+                    means=self.targets.means[hook_name][:, heads].to(device),
+                    variances=self.targets.variances[hook_name][:, heads].to(device),
+                )
+        return self._views[hook_name, device]
+
+    def _goal(self, view: "_SiteView", places: TokenPlaces, z: Tensor) -> Goal:
+        classes = self.targets.classes
+        if isinstance(self.target, str | Mapping):
+            weights = weights_of(self.target, classes)
+        else:
+            rows = [weights_of(target, classes) for target in self.target]
+            weights = torch.stack(by_row("target", rows, places))
+        return Goal(
+            centroids=view.means.to(z.dtype),
+            weights=weights.to(z),
+            variances=view.variances.to(z.dtype),
+        )
+
+    def _n_steps(self, places: TokenPlaces, z: Tensor) -> int | Tensor:
+        if not isinstance(self.n_steps, Sequence):
+            return int(self.n_steps)
+        return torch.tensor(by_row("n_steps", self.n_steps, places), device=z.device)
+
+    def _step_size(self, places: TokenPlaces, z: Tensor) -> float | Tensor:
+        size: Any = self.step_size
+        if isinstance(size, Sequence):
+            size = torch.tensor(by_row("step_size", size, places), device=z.device, dtype=z.dtype)
+        if self.schedule is None:
+            return size if isinstance(size, Tensor) else float(size)
+        return scheduled(self.schedule, places).to(z) * size
+
     @torch.no_grad()
     def _described(
-        delta: Tensor, before: Tensor, after: Tensor, centroids: Tensor, loss: Tensor | None
+        self, delta: Tensor, before: Tensor, after: Tensor, goal: Goal, loss: Tensor | None
     ) -> QueryChange:
+        moved = after - before
+        most = moved.abs().topk(min(N_MOVED, moved.shape[-1]), dim=-1).indices
         return QueryChange(
             delta=delta,
-            distance_before=squared_distances(before, centroids).sqrt(),
-            distance_after=squared_distances(after, centroids).sqrt(),
+            distance_before=squared_distances(before, goal.centroids).sqrt(),
+            distance_after=squared_distances(after, goal.centroids).sqrt(),
             loss=loss,
+            moved_latents=most,
+            moved_by=moved.gather(-1, most),
+            n_moved=(moved != 0).sum(-1),
+            temperature=self._temperature,
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _SiteView:
+    """What a site needs at every token, of the steered heads alone, on one device."""
+
+    encoder: QueryEncoder
+    means: Tensor
+    variances: Tensor

@@ -1,7 +1,7 @@
 """What a steer did: per token, layer and head."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,27 @@ class QueryChange:
     loss: Float[Tensor, "steps token head"] | None = None
     """Loss before the first step and after each."""
 
+    moved_latents: Int[Tensor, "token head moved"] | None = None
+    """The latents that moved most, furthest first."""
+
+    moved_by: Float[Tensor, "token head moved"] | None = None
+    """By how much they rose or fell."""
+
+    n_moved: Int[Tensor, "token head"] | None = None
+    """How many latents moved at all."""
+
+    temperature: float = 1.0
+    """Of the posterior that the distances give."""
+
+    def cpu(self) -> "QueryChange":
+        """Return a copy without gradients on the CPU."""
+        tensors = {
+            field.name: value.detach().cpu()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceRecord:
@@ -48,6 +69,7 @@ class SteeringTrace:
     recording: bool
     classes: Sequence[str] = ()
     target: str = ""
+    row_targets: tuple[str, ...] = ()
     method: str = "latent gradient"
     tokenizer: Any = None
     records: list[TraceRecord] = field(default_factory=list)
@@ -73,7 +95,10 @@ class SteeringTrace:
             - loss_before, loss_after, lowering_steps: the objective's loss; share of the steps
               that lowered it (missing where the steerer has no objective)
             - distance_before.C, distance_after.C: Euclidean distance to the centroid of class C
+            - posterior_before.C, posterior_after.C: softmax over the classes of -distance^2 / 2T
             - nearest_before, nearest_after: the class whose centroid is nearest
+            - n_latents_moved, latents_moved: how many latents moved, and those that moved most, as
+              a tuple of (latent, change), furthest first
 
         Raises:
             ValueError: the steer was applied without `record=True`.
@@ -109,14 +134,18 @@ class SteeringTrace:
             "relative_change": ("relative_change", "mean"),
             "loss_before": ("loss_before", "mean"),
             "loss_after": ("loss_after", "mean"),
-            "nearest_is_target_before": ("nearest_before", self._share_of_target),
-            "nearest_is_target_after": ("nearest_after", self._share_of_target),
+            "nearest_is_target_before": ("is_target_before", "mean"),
+            "nearest_is_target_after": ("is_target_after", "mean"),
         }
+        for when in ("before", "after"):
+            if f"nearest_{when}" in table.columns:
+                table[f"is_target_{when}"] = table[f"nearest_{when}"] == table["target"]
         there = {name: how for name, how in wanted.items() if how[0] in table.columns}
         return table.groupby("layer", as_index=False).agg(**there)
 
-    def _share_of_target(self, nearest: pd.Series) -> float:
-        return float((nearest == self.target).mean())
+    def _target_of(self, rows: np.ndarray) -> Any:
+        """Return the target, that of each row where the rows have their own."""
+        return np.array(self.row_targets, dtype=object)[rows] if self.row_targets else self.target
 
     def _table(self, record: TraceRecord) -> pd.DataFrame:
         n_tokens, n_heads = record.query_norm.shape
@@ -134,7 +163,7 @@ class SteeringTrace:
             "layer": record.layer,
             "head": np.tile(record.heads.cpu().numpy(), n_tokens),
             "method": self.method,
-            "target": self.target,
+            "target": self._target_of(per_token(record.row)),
         }
         if record.token is not None:
             columns["token"] = per_token(record.token)
@@ -163,7 +192,23 @@ class SteeringTrace:
                     columns[f"distance_{when}.{name}"] = values.numpy()
                 names = np.array([str(name) for name in self.classes], dtype=object)
                 columns[f"nearest_{when}"] = names[distance.argmin(1).numpy()]
+                posterior = (-distance.square() / (2 * change.temperature)).softmax(1)
+                for name, values in zip(self.classes, posterior.T, strict=True):
+                    columns[f"posterior_{when}.{name}"] = values.numpy()
+        if change.n_moved is not None:
+            columns["n_latents_moved"] = change.n_moved.flatten().numpy()
+        if change.moved_latents is not None and change.moved_by is not None:
+            columns["latents_moved"] = _moved(change.moved_latents, change.moved_by)
         return pd.DataFrame(columns)
+
+
+def _moved(latents: Tensor, by: Tensor) -> np.ndarray:
+    """Return, for each token and head, the latents that moved with what they moved by."""
+    pairs = zip(latents.flatten(0, 1).tolist(), by.flatten(0, 1).tolist(), strict=True)
+    cells = np.empty(latents.shape[0] * latents.shape[1], dtype=object)
+    for place, (indices, changes) in enumerate(pairs):
+        cells[place] = tuple((i, x) for i, x in zip(indices, changes, strict=True) if x != 0)
+    return cells
 
 
 _KEYS = ["run", "row", "position", "layer", "head"]

@@ -4,7 +4,8 @@ import re
 import pytest
 import torch
 
-from sae_query_steer.descent import check_strength, descend
+from sae_query_steer.descent import Bounds, check_strength, descend
+from sae_query_steer.goals import Goal
 from sae_query_steer.objectives import CentroidContrast, PrototypeLogLikelihood, SquaredDistance
 
 OBJECTIVES = (SquaredDistance(), PrototypeLogLikelihood(temperature=0.7), CentroidContrast())
@@ -27,7 +28,9 @@ def test_no_steps_or_a_step_size_of_zero_return_the_latents_bit_for_bit(
     z, centroids = problem(torch.float32)
     z = z - 0.5  # Negative latents too: the identity does not project.
     start = z.clone()
-    result = descend(z, centroids, TARGET, objective, n_steps=n_steps, step_size=step_size)
+    result = descend(
+        z, Goal.towards(centroids, TARGET), objective, n_steps=n_steps, step_size=step_size
+    )
     assert torch.equal(result.z, start)
     assert torch.equal(z, start)
 
@@ -36,12 +39,19 @@ def test_no_steps_or_a_step_size_of_zero_return_the_latents_bit_for_bit(
 @pytest.mark.parametrize("lower", [None, 0.0, 0.3])
 def test_the_descent_is_the_plain_loop_over_autograd(objective, lower):
     z, centroids = problem()
-    result = descend(z, centroids, TARGET, objective, n_steps=6, step_size=0.4, lower=lower)
+    result = descend(
+        z,
+        Goal.towards(centroids, TARGET),
+        objective,
+        n_steps=6,
+        step_size=0.4,
+        bounds=Bounds(lower=lower),
+    )
 
     expected = z.clone()
     for _ in range(6):
         expected = expected.detach().requires_grad_()
-        objective.loss(expected, centroids, TARGET).sum().backward()
+        objective.loss(expected, Goal.towards(centroids, TARGET)).sum().backward()
         expected = expected.detach() - 0.4 * expected.grad
         if lower is not None:
             expected = torch.maximum(expected, torch.full_like(expected, lower))
@@ -54,12 +64,12 @@ def test_the_descent_is_the_plain_loop_over_autograd(objective, lower):
 def test_the_recorded_loss_runs_from_the_first_latents_to_the_last(objective, step_size):
     z, centroids = problem()
     given = dict(n_steps=4, step_size=step_size)
-    result = descend(z, centroids, TARGET, objective, **given, record_loss=True)
+    result = descend(z, Goal.towards(centroids, TARGET), objective, **given, record_loss=True)
     assert result.loss is not None
     assert result.loss.shape == (5, 2, 5, 3)
-    assert torch.equal(result.loss[0], objective.loss(z, centroids, TARGET))
-    assert torch.equal(result.loss[-1], objective.loss(result.z, centroids, TARGET))
-    unrecorded = descend(z, centroids, TARGET, objective, **given)
+    assert torch.equal(result.loss[0], objective.loss(z, Goal.towards(centroids, TARGET)))
+    assert torch.equal(result.loss[-1], objective.loss(result.z, Goal.towards(centroids, TARGET)))
+    unrecorded = descend(z, Goal.towards(centroids, TARGET), objective, **given)
     assert unrecorded.loss is None
     assert torch.equal(unrecorded.z, result.z)
 
@@ -68,7 +78,7 @@ def test_the_recorded_loss_runs_from_the_first_latents_to_the_last(objective, st
 def test_small_steps_bring_the_loss_down_at_every_step(objective):
     z, centroids = problem()
     loss = descend(
-        z, centroids, TARGET, objective, n_steps=8, step_size=0.05, record_loss=True
+        z, Goal.towards(centroids, TARGET), objective, n_steps=8, step_size=0.05, record_loss=True
     ).loss
     assert loss is not None
     assert (loss.diff(dim=0) < 0).all()
@@ -80,12 +90,11 @@ def test_squared_distance_ends_at_the_closed_form(lower, n_steps, step_size):
     z, centroids = problem()
     result = descend(
         z,
-        centroids,
-        TARGET,
+        Goal.towards(centroids, TARGET),
         SquaredDistance(),
         n_steps=n_steps,
         step_size=step_size,
-        lower=lower,
+        bounds=Bounds(lower=lower),
     )
     c = centroids[TARGET]
     torch.testing.assert_close(
@@ -95,7 +104,9 @@ def test_squared_distance_ends_at_the_closed_form(lower, n_steps, step_size):
 
 def test_projected_steps_of_the_contrast_are_one_step():
     z, centroids = problem()
-    result = descend(z, centroids, TARGET, CentroidContrast(), n_steps=7, step_size=0.3)
+    result = descend(
+        z, Goal.towards(centroids, TARGET), CentroidContrast(), n_steps=7, step_size=0.3
+    )
     direction = centroids[TARGET] - centroids.mean(0)
     once = (z + 7 * 0.3 * direction).clamp(min=0)
     torch.testing.assert_close(result.z, once, rtol=0, atol=1e-12)
@@ -105,8 +116,10 @@ def test_projected_steps_of_the_contrast_are_one_step():
 def test_latents_go_below_zero_only_without_a_lower_bound():
     z, centroids = problem()
     given = dict(n_steps=3, step_size=2.0)
-    bounded = descend(z, centroids, TARGET, CentroidContrast(), **given)
-    free = descend(z, centroids, TARGET, CentroidContrast(), **given, lower=None)
+    bounded = descend(z, Goal.towards(centroids, TARGET), CentroidContrast(), **given)
+    free = descend(
+        z, Goal.towards(centroids, TARGET), CentroidContrast(), **given, bounds=Bounds(lower=None)
+    )
     assert bounded.z.min() == 0
     assert free.z.min() < 0
 
@@ -115,10 +128,10 @@ def test_latents_go_below_zero_only_without_a_lower_bound():
 def test_changing_one_head_leaves_the_others_bitwise_unchanged(objective):
     z, centroids = problem(torch.float32)
     given = dict(n_steps=5, step_size=0.3)
-    before = descend(z, centroids, TARGET, objective, **given).z
+    before = descend(z, Goal.towards(centroids, TARGET), objective, **given).z
     z[..., 1, :] += 1
     centroids[:, 1] *= 3
-    after = descend(z, centroids, TARGET, objective, **given).z
+    after = descend(z, Goal.towards(centroids, TARGET), objective, **given).z
     assert torch.equal(before[..., [0, 2], :], after[..., [0, 2], :])
     assert not torch.equal(before[..., 1, :], after[..., 1, :])
 
@@ -127,9 +140,11 @@ def test_changing_one_head_leaves_the_others_bitwise_unchanged(objective):
 def test_the_descent_runs_in_inference_mode(objective):
     z, centroids = problem()
     given = dict(n_steps=3, step_size=0.4)
-    expected = descend(z, centroids, TARGET, objective, **given).z
+    expected = descend(z, Goal.towards(centroids, TARGET), objective, **given).z
     with torch.inference_mode():
-        assert torch.equal(descend(z, centroids, TARGET, objective, **given).z, expected)
+        assert torch.equal(
+            descend(z, Goal.towards(centroids, TARGET), objective, **given).z, expected
+        )
 
 
 @pytest.mark.parametrize("step_size", [-0.1, float("nan"), float("inf")])
@@ -159,4 +174,10 @@ def test_a_number_of_steps_that_is_not_whole_is_refused(n_steps):
 def test_the_descent_checks_its_strength(n_steps, step_size):
     z, centroids = problem()
     with pytest.raises(ValueError, match="is not allowed"):
-        descend(z, centroids, TARGET, SquaredDistance(), n_steps=n_steps, step_size=step_size)
+        descend(
+            z,
+            Goal.towards(centroids, TARGET),
+            SquaredDistance(),
+            n_steps=n_steps,
+            step_size=step_size,
+        )

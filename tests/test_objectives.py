@@ -6,6 +6,7 @@ from einops import rearrange, reduce
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_query_steer.goals import Goal
 from sae_query_steer.objectives import (
     CentroidContrast,
     Objective,
@@ -54,10 +55,10 @@ def naive_posterior(z, centroids, temperature: float):
 def test_the_gradient_in_closed_form_is_that_of_autograd(objective, case):
     z, centroids, target = case
     z = z.requires_grad_()
-    loss = objective.loss(z, centroids, target)
+    loss = objective.loss(z, Goal.towards(centroids, target))
     assert loss.shape == z.shape[:-1]
     (expected,) = torch.autograd.grad(loss.sum(), z)
-    actual = objective.gradient(z, centroids, target)
+    actual = objective.gradient(z, Goal.towards(centroids, target))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
@@ -68,23 +69,23 @@ def test_class_scores_give_the_posterior_over_half_squared_distances(case, tempe
     expected = naive_posterior(z, centroids, temperature)
     actual = class_scores(z, centroids, temperature).softmax(-1)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-    loss = PrototypeLogLikelihood(temperature=temperature).loss(z, centroids, target)
+    loss = PrototypeLogLikelihood(temperature=temperature).loss(z, Goal.towards(centroids, target))
     torch.testing.assert_close(loss, -expected[..., target].log(), rtol=0, atol=1e-10)
 
 
 def test_a_temperature_of_one_half_is_the_softmax_over_full_squared_distances():
     z, centroids, target = problem()
     expected = -squared_distances(z, centroids).neg().log_softmax(-1)[..., target]
-    actual = PrototypeLogLikelihood(temperature=0.5).loss(z, centroids, target)
+    actual = PrototypeLogLikelihood(temperature=0.5).loss(z, Goal.towards(centroids, target))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
 def test_the_squared_distance_is_half_of_it_and_a_step_of_one_reaches_the_centroid():
     z, centroids, target = problem()
     expected = sum((z[..., i] - centroids[target, :, i]) ** 2 for i in range(7)) / 2
-    actual = SquaredDistance().loss(z, centroids, target)
+    actual = SquaredDistance().loss(z, Goal.towards(centroids, target))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    arrived = z - SquaredDistance().gradient(z, centroids, target)
+    arrived = z - SquaredDistance().gradient(z, Goal.towards(centroids, target))
     torch.testing.assert_close(arrived, centroids[target].expand_as(z), rtol=0, atol=1e-12)
 
 
@@ -93,13 +94,15 @@ def test_the_contrast_is_minus_the_projection_on_target_minus_mean_and_linear():
     contrast = CentroidContrast()
     direction = centroids[target] - reduce(centroids, "k head d -> head d", "mean")
     expected = -torch.einsum("bphd,hd->bph", z, direction)
-    torch.testing.assert_close(contrast.loss(z, centroids, target), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        contrast.loss(z, Goal.towards(centroids, target)), expected, rtol=0, atol=1e-12
+    )
     other = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=z.dtype)
-    together = contrast.loss(3 * z - 0.5 * other, centroids, target)
-    apart = 3 * expected - 0.5 * contrast.loss(other, centroids, target)
+    together = contrast.loss(3 * z - 0.5 * other, Goal.towards(centroids, target))
+    apart = 3 * expected - 0.5 * contrast.loss(other, Goal.towards(centroids, target))
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
-    same = contrast.gradient(other, centroids, target)
-    assert torch.equal(same, contrast.gradient(z, centroids, target))
+    same = contrast.gradient(other, Goal.towards(centroids, target))
+    assert torch.equal(same, contrast.gradient(z, Goal.towards(centroids, target)))
 
 
 def test_squared_distances_are_those_of_cdist():
@@ -127,12 +130,12 @@ def test_changing_one_head_leaves_the_others_bitwise_unchanged(objective):
     other_z, other_centroids = z.clone(), centroids.clone()
     other_z[..., 1, :] *= -3
     other_centroids[:, 1] += 2
-    before = objective.loss(z, centroids, target)
-    after = objective.loss(other_z, other_centroids, target)
+    before = objective.loss(z, Goal.towards(centroids, target))
+    after = objective.loss(other_z, Goal.towards(other_centroids, target))
     assert torch.equal(before[..., others], after[..., others])
     assert not torch.equal(before[..., 1], after[..., 1])
-    before = objective.gradient(z, centroids, target)
-    after = objective.gradient(other_z, other_centroids, target)
+    before = objective.gradient(z, Goal.towards(centroids, target))
+    after = objective.gradient(other_z, Goal.towards(other_centroids, target))
     assert torch.equal(before[..., others, :], after[..., others, :])
     assert not torch.equal(before[..., 1, :], after[..., 1, :])
 

@@ -177,8 +177,8 @@ def test_a_class_where_an_instance_is_meant_is_refused_with_the_remedy():
 
 def test_a_value_that_can_not_be_called_is_no_scope():
     text = (
-        "scope='last' is no scope; allowed: LastPromptToken(), ResponseTokens(), EveryPosition(), "
-        "a union with |, or a function of Positions"
+        "scope='last' is no scope; allowed: LastPromptToken(), ResponseTokens(), EveryPosition() "
+        "and the like, joined with |, & and ~, or a function of Positions"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
         check_scope("last", name="scope")

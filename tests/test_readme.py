@@ -34,6 +34,12 @@ def test_the_example_runs_as_it_stands(capsys):
     for line in BLOCKS[1].splitlines():
         assert isinstance(eval(line, names), pd.DataFrame)
     exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    control = names["trace"].to_dataframe()
+    assert set(control["row"]) == {0, 1}
+    assert 0 < control["n_latents_moved"].max() <= 8
+    assert (control["relative_change"] <= 0.5 + 1e-4).all()
+    assert "latents_moved" in capsys.readouterr().out
+    exec(compile(BLOCKS[3], "README.md", "exec"), names)
     assert names["scores"]["head"].tolist() == [0, 1, 2, 3, "all"]
     assert (names["scores"]["explained_variance"] > 0.5).all()
     for name, weights in names["saes"]["blocks.1.attn.hook_q"].state_dict().items():
@@ -69,8 +75,10 @@ def test_the_commands_of_the_readme_have_these_options():
 
     from sae_query_steer.cli import app
 
-    (block,) = re.findall(r"```\n(sae-query-steer train.*?)```", README, re.S)
-    for line in block.splitlines():
+    blocks = re.findall(r"```\n(sae-query-steer train.*?)```", README, re.S)
+    assert len(blocks) == 2
+    lines = [line for block in blocks for line in block.splitlines()]
+    for line in (line for line in lines if line.startswith("sae-query-steer")):
         _, command, *arguments = line.split()
         text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
         for option in (a for a in arguments if a.startswith("--")):

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.places import TokenPlaces
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {
@@ -298,7 +299,9 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
     tokens = tokens_of(half, PROMPTS[0])
     (before,), (after,) = watched(half, steerer, lambda: half(tokens), name)
     assert after.dtype == torch.bfloat16
-    delta = steerer.change(name, before[0].float(), record=False).delta
+    delta = steerer.change(
+        name, before[0].float(), TokenPlaces.one_a_row(len(before[0])), record=False
+    ).delta
     assert torch.equal(after[0], before[0] + delta.bfloat16())
 
 
@@ -487,8 +490,8 @@ def test_two_steerers_at_one_layer_act_one_after_the_other(model, make):
     ):
         model(tokens)
     query = queries_at(model, tokens, [name])[name][0, -1:]
-    once = query + first.change(name, query, record=False).delta
-    twice = once + second.change(name, once, record=False).delta
+    once = query + first.change(name, query, TokenPlaces.one_a_row(1), record=False).delta
+    twice = once + second.change(name, once, TokenPlaces.one_a_row(1), record=False).delta
     torch.testing.assert_close(seen[0][0, -1:], twice, rtol=1e-4, atol=1e-5)
 
 
@@ -513,11 +516,11 @@ def test_a_descent_that_diverges_is_not_written_into_the_model(tiny_models, targ
 
 def test_an_objective_of_another_shape_is_named_and_not_broadcast(model, make):
     class Sloppy:
-        def loss(self, z, centroids, target):
-            return (z - centroids[target]).square().sum()
+        def loss(self, z, goal):
+            return (z - goal.pull).square().sum()
 
-        def gradient(self, z, centroids, target):
-            return (z - centroids[target]).sum(-1, keepdim=True)
+        def gradient(self, z, goal):
+            return (z - goal.pull).sum(-1, keepdim=True)
 
         def __repr__(self):
             return "Sloppy()"

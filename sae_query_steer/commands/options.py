@@ -23,6 +23,8 @@ OBJECTIVES: dict[str, Callable[[], sqs.Objective]] = {
     "prototype": sqs.PrototypeLogLikelihood,
     "distance": sqs.SquaredDistance,
     "contrast": sqs.CentroidContrast,
+    "cosine": sqs.CosineSimilarity,
+    "gaussian": sqs.GaussianLogLikelihood,
 }
 
 ARCHITECTURES: dict[str, Callable[[int, int, float], sqs.QueryHeadTrainingSAEConfig]] = {

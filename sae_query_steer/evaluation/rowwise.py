@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.intervention import Steerer
+from sae_query_steer.places import TokenPlaces
 from sae_query_steer.positions import LastPromptToken, Scope
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.trace import QueryChange, SteeringTrace
@@ -56,7 +57,14 @@ class RowwiseSteerer(Steerer):
         """Return an empty trace."""
         return SteeringTrace(recording=recording, method="row by row", tokenizer=model.tokenizer)
 
-    def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
+    def change(
+        self,
+        hook_name: str,
+        queries: Float[Tensor, "token head d_head"],
+        places: TokenPlaces,
+        *,
+        record: bool,
+    ) -> QueryChange:
         """Return each row's change, by its own steerer.
 
         Raises:
@@ -68,7 +76,7 @@ class RowwiseSteerer(Steerer):
         for steerer in {id(steerer): steerer for steerer in self.steerers}.values():
             rows = torch.tensor([i for i, own in enumerate(self.steerers) if own is steerer])
             rows = rows.to(queries.device)
-            change = steerer.change(hook_name, queries[rows], record=False)
+            change = steerer.change(hook_name, queries[rows], places.at(rows), record=False)
             delta[rows] = change.delta.to(delta)
         return QueryChange(delta=delta)
 
@@ -109,13 +117,20 @@ class QueryPatch(Steerer):
         """Return an empty trace."""
         return SteeringTrace(recording=recording, method="interchange", tokenizer=model.tokenizer)
 
-    def change(self, hook_name: str, queries: Tensor, *, record: bool) -> QueryChange:
+    def change(
+        self,
+        hook_name: str,
+        queries: Float[Tensor, "token head d_head"],
+        places: TokenPlaces,
+        *,
+        record: bool,
+    ) -> QueryChange:
         """Return what leads from each row's query to the one it gets.
 
         Raises:
             ValueError: the batch has another number of rows.
         """
-        del record
+        del record, places
         given = self.queries[hook_name]
         _check_rows(len(given), len(queries))
         return QueryChange(delta=given.to(queries) - queries)

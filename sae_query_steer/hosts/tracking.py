@@ -6,6 +6,7 @@ of `generate` that started it. `PositionTracker` listens to both and leaves noth
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae_query_steer.positions import Positions
+from sae_query_steer.columns import Positions
+from sae_query_steer.hosts.block_arguments import cache_of, cached_length, own_columns
 from sae_query_steer.prompt_lengths import (
     PromptLengths,
     as_lengths,
+    by_position,
     check_lengths,
     expand_lengths,
 )
@@ -33,6 +36,10 @@ class _Run:
     prompt_lengths: Int[Tensor, " batch"] | None
     columns: Bool[Tensor, "batch total"] | None = None
     tokens: Int[Tensor, "batch total"] | None = None
+    from_start: bool = False
+    """Whether the tokens are those of all columns, and not of the last ones alone."""
+    cache: Callable[[], Any] = lambda: None
+    """The cache of a user's own loop, as a weak reference."""
 
 
 @dataclass
@@ -43,6 +50,7 @@ class _State:
     generating: bool = False
     in_forward: bool = False
     run_begun: bool = False
+    embedded: Int[Tensor, "batch new"] | None = None
     positions: Positions | None = None
 
 
@@ -54,7 +62,7 @@ class PositionTracker:
         layers: the layers whose hooks will ask.
         prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward
             passes that do not come from `generate`; these win over what `generate` shows.
-        keep_tokens: also keep the token ids, for a trace.
+        keep_tokens: also keep the token ids, for a trace and for scopes that read them.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class PositionTracker:
         self._given = as_lengths(prompt_lengths)
         self._keep_tokens = keep_tokens
         self._n_runs = 0
+        self._loops: list[_Run] = []
         self._now = self._nothing_yet()
 
     @property
@@ -85,7 +94,10 @@ class PositionTracker:
 
     @property
     def tokens(self) -> Int[Tensor, "batch total"] | None:
-        """Token ids of the rows so far, padding included; None if not kept or not known."""
+        """Token ids of the rows so far, padding included; None if not kept or not known.
+
+        Where a cache was filled before anyone listened they are those of the last columns alone.
+        """
         return self._now.run.tokens
 
     @contextmanager
@@ -128,7 +140,7 @@ class PositionTracker:
             try:
                 return original(*args, **kwargs)
             finally:
-                now.in_forward, now.positions = False, None
+                now.in_forward, now.positions, now.embedded = False, None, None
 
         return forward
 
@@ -179,30 +191,56 @@ class PositionTracker:
         def listen(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # GPT-2's blocks get mask and cache by position, Llama's by name.
             arguments = dict(zip(names, args, strict=False)) | kwargs
-            past = _cached_length(arguments, layer)
+            hidden, cache = arguments[names[0]], cache_of(arguments)
+            past = cached_length(cache, layer)
             now = self._now
-            if not now.generating and not now.run_begun and (past == 0 or now.run.number < 0):
-                run = self._new_run()
-                run.tokens = now.run.tokens  # they were embedded before the first block ran
-                now.run = run
+            if not now.run_begun:
+                if not now.generating:
+                    now.run = self._run_of_loop(cache, past)
+                self._follow_tokens(len(hidden), past + hidden.shape[1])
             now.run_begun = now.in_forward
-            now.positions = self._locate(arguments[names[0]], arguments, past)
+            now.positions = self._locate(hidden, arguments, past)
 
         return listen
 
-    def _locate(self, hidden: Tensor, kwargs: dict[str, Any], past: int) -> Positions:
+    def _run_of_loop(self, cache: Any, past: int) -> _Run:
+        """Return the run that a forward pass outside generate goes on with, or a new one."""
+        alive = [run for run in self._loops if run.cache() is not None]
+        run = next((run for run in alive if run.cache() is cache), None) if past else None
+        if run is None:
+            run = self._new_run()
+            if past:  # a cache begun outside, or a copy of one: only the padding may be known
+                run.columns = self._now.run.columns
+            if cache is not None:
+                run.cache = weakref.ref(cache)
+        self._loops = [other for other in alive if other.cache() is not cache]
+        self._loops += [run] if cache is not None else []
+        return run
+
+    def _follow_tokens(self, batch: int, total: int) -> None:
+        """Bring the tokens of the run up to the forward pass that is about to run."""
+        run, new = self._now.run, self._now.embedded
+        self._now.embedded = None
+        if new is None or len(new) != batch or new.shape[1] > total:  # embeddings, not tokens
+            if run.tokens is not None and run.tokens.shape != (batch, total):
+                run.tokens, run.from_start = None, False
+            return
+        before, known = total - new.shape[1], run.tokens
+        if known is not None and run.from_start and len(known) == batch:
+            new = torch.cat([known[:, :before], new.to(known.device)], dim=1)
+        run.tokens, run.from_start = new, new.shape[1] == total
+
+    def _locate(self, hidden: Tensor, arguments: dict[str, Any], past: int) -> Positions:
         batch, n_pos = hidden.shape[:2]
-        mask = kwargs.get("attention_mask")
+        mask = arguments.get("attention_mask")
         run, generating = self._now.run, self._now.generating
-        valid = _own_columns(mask, batch, n_pos, past, hidden.device)
+        valid = own_columns(mask, batch, n_pos, past, hidden.device)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             seen = mask[:, : mask.shape[1] - n_pos].bool().to(hidden.device)
         elif past == 0:
             seen = valid[:, :0]
-        elif run.columns is not None and run.columns.shape == (batch, past):
-            seen = run.columns
-        elif run.columns is not None and run.columns.shape == (batch, past + n_pos):
-            seen = run.columns[:, :past]  # another layer of the same forward pass
+        elif run.columns is not None and len(run.columns) == batch and run.columns.shape[1] >= past:
+            seen = run.columns[:, :past]
         else:
             seen = valid.new_ones(batch, past)  # the cache was begun outside: no padding known
         run.columns = torch.cat([seen, valid], dim=1)
@@ -212,48 +250,21 @@ class PositionTracker:
         if lengths is not None:
             lengths = expand_lengths(lengths, batch).to(valid.device)
             check_lengths(lengths, run.columns)
+        tokens = None
+        if run.tokens is not None and run.tokens.shape == run.columns.shape:
+            tokens = by_position(run.tokens.to(valid.device), run.columns)
         return Positions(
             index=seen.sum(1, keepdim=True) + valid.cumsum(1) - 1,
             valid=valid,
             prompt_lengths=lengths,
+            tokens=tokens,
         )
 
     def _before_embedding(self, _embed: Any, args: tuple[Any, ...]) -> None:
         tokens = args[0] if args else None
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
             return
-        run = self._now.run
-        grows = tokens.shape[1] == 1 and run.tokens is not None and self._now.generating
-        if grows and run.tokens is not None and len(run.tokens) == len(tokens):
-            tokens = torch.cat([run.tokens, tokens.to(run.tokens.device)], dim=1)
-        run.tokens = tokens
-
-
-def _cached_length(kwargs: dict[str, Any], layer: int) -> int:
-    """Return how many columns the cache holds for a layer that is about to run."""
-    if (entry := kwargs.get("past_kv_cache_entry")) is not None:  # HookedTransformer
-        return int(entry.past_keys.shape[1])
-    cache = kwargs.get("past_key_values")  # TransformerBridge, with Hugging Face's cache
-    return 0 if cache is None else int(cache.get_seq_length(layer))
-
-
-def _own_columns(
-    mask: Any, batch: int, n_pos: int, past: int, device: torch.device
-) -> Bool[Tensor, "batch pos"]:
-    """Return which columns of this forward pass are real: those that may attend to themselves.
-
-    HookedTransformer hands its blocks a mask [batch total] of 0 and 1; the bridge hands them
-    Hugging Face's [batch 1 pos total], additive or boolean, or nothing where nothing is masked.
-    """
-    if not isinstance(mask, Tensor):
-        return torch.ones(batch, n_pos, dtype=torch.bool, device=device)
-    if mask.ndim == 2:
-        return mask[:, mask.shape[1] - n_pos :].bool().to(device)
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1.0
-    # A sliding window's cache is shorter than what was seen, a preallocated one is longer.
-    own = min(past, allowed.shape[-1] - n_pos) + torch.arange(n_pos, device=allowed.device)
-    diagonal = allowed[:, torch.arange(n_pos, device=allowed.device), own]
-    return diagonal.expand(batch, n_pos).to(device)
+        self._now.embedded = tokens
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """What a steerer needs of an encoder, and the identity: dense steering without an SAE."""
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from sae_lens.util import temporary_seed
 from torch import Tensor
 
+from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sites import QuerySite
 
 
@@ -75,6 +78,54 @@ def identity_encoders(sites: Iterable[QuerySite]) -> dict[str, IdentityEncoder]:
     directly" (arXiv 2502.18644).
     """
     return {s.hook_name: IdentityEncoder(n_heads=s.n_heads, d_head=s.d_head) for s in sites}
+
+
+def at_heads(encoder: QueryEncoder, heads: Sequence[int]) -> QueryEncoder:
+    """Return the encoder of some heads of a site alone, so that the others cost nothing.
+
+    Args:
+        encoder: of all heads.
+        heads: which, in this order.
+
+    Returns:
+        The encoder itself where these are all its heads; of a query-head SAE a copy of the weights
+        of these heads, as they are now, without the hooks on it.
+    """
+    if tuple(heads) == tuple(range(encoder.n_heads)):
+        return encoder
+    if isinstance(encoder, IdentityEncoder):
+        return dataclasses.replace(encoder, n_heads=len(heads))
+    if isinstance(encoder, QueryHeadSAE):
+        config = dataclasses.replace(encoder.cfg, n_heads=len(heads), d_in=0, d_sae=0)
+        with temporary_seed(0):  # a new SAE draws weights, which are replaced at once
+            some: QueryHeadSAE[Any] = type(encoder)(config)
+        index = list(heads)
+        some.load_state_dict({name: value[index] for name, value in encoder.state_dict().items()})
+        return some.to(device=encoder.device).requires_grad_(False).eval()
+    return _SomeHeads(encoder, tuple(heads))
+
+
+class _SomeHeads:
+    """Some heads of an encoder that only knows all of them."""
+
+    latent_min: ClassVar[float | None] = None
+
+    def __init__(self, encoder: QueryEncoder, heads: tuple[int, ...]) -> None:
+        self._encoder, self._heads = encoder, list(heads)
+        vars(self)["latent_min"] = encoder.latent_min
+        self.n_heads = len(heads)
+        self.d_head, self.d_latent = encoder.d_head, encoder.d_latent
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        return self._encoder.encode(self._padded(x))[..., self._heads, :]
+
+    def decode(self, feature_acts: Tensor, /) -> Tensor:
+        return self._encoder.decode(self._padded(feature_acts))[..., self._heads, :]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        whole = x.new_zeros(*x.shape[:-2], self._encoder.n_heads, x.shape[-1])
+        whole[..., self._heads, :] = x
+        return whole
 
 
 def encoder_sites(encoders: Mapping[str, QueryEncoder]) -> dict[str, QuerySite]:
