@@ -21,6 +21,7 @@ from sae_query_steer.goals import Goal
 from sae_query_steer.heads import join_heads, split_heads
 from sae_query_steer.hosts.models import load_model
 from sae_query_steer.interchange import interchange_effect
+from sae_query_steer.joined import JoinedSteerers
 from sae_query_steer.latent_choice import (
     ActiveLatents,
     GivenLatents,
@@ -39,7 +40,7 @@ from sae_query_steer.objectives import (
     PrototypeLogLikelihood,
     SquaredDistance,
 )
-from sae_query_steer.plots import plot_sites, plot_trace
+from sae_query_steer.plots import plot_posterior, plot_sites, plot_trace
 from sae_query_steer.positions import (
     AllOf,
     AnyOf,
@@ -98,6 +99,7 @@ from sae_query_steer.scopes import (
 )
 from sae_query_steer.separability import separability
 from sae_query_steer.sites import QuerySite, query_sites
+from sae_query_steer.steerer_files import load_steerer, save_steerer
 from sae_query_steer.steering import LatentGradientSteerer
 from sae_query_steer.strength import ExponentialDecay, LinearWarmUp
 from sae_query_steer.targets import CentroidTargetBuilder
@@ -126,6 +128,7 @@ __all__ = [
     "GivenLatents",
     "Goal",
     "IdentityEncoder",
+    "JoinedSteerers",
     "LabelledExample",
     "LastPromptToken",
     "LastPromptTokens",
@@ -191,11 +194,14 @@ __all__ = [
     "interchange_effect",
     "join_heads",
     "load_model",
+    "load_steerer",
     "load_tutor",
     "mean_difference",
+    "plot_posterior",
     "plot_sites",
     "plot_trace",
     "query_sites",
+    "save_steerer",
     "separability",
     "split_heads",
     "texts_from_file",

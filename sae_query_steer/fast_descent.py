@@ -103,17 +103,18 @@ def _prototype(
     latents = z.reshape(-1, n_heads, d_latent).transpose(0, 1)  # [head row d_latent]
     latents = latents.clone(memory_format=torch.contiguous_format)  # it is written to
     n_rows = latents.shape[1]
-    centroids = goal.centroids.transpose(0, 1).contiguous()  # [head class d_latent]
-    norms = (centroids.square().sum(-1) / (2 * temperature))[:, None]
-    across = centroids.mT / temperature
+    centroids, norms = goal.by_head, goal.half_squares
+    across = centroids.mT
+    if temperature != 1:
+        norms, across = norms / temperature, across / temperature
     wanted, total = _rows(goal.weights, n_rows), _rows(goal.total[..., 0], n_rows)
     rate, steps = _rows(step_size, n_rows) / temperature, _rows(n_steps, n_rows)
-    one, same = bool((total == 1).all()), bool((steps == steps.max()).all())
+    same = steps.numel() == 1 or bool((steps == steps.max()).all())
 
     def way(scores: Tensor, step: int) -> Tensor:
         """Return how much of each centroid a step takes away, [head row class]."""
         error = scores.softmax(-1)
-        if not one:
+        if not goal.is_single:
             error.mul_(total)
         error.sub_(wanted).mul_(rate)
         return error if same else error.mul_(steps > step)

@@ -53,6 +53,33 @@ class Goal:
         """Weighted sum of the centroids: of a single target, its centroid."""
         return einsum(self.weights, self.centroids, "... k, k head d -> ... head d")
 
+    @cached_property
+    def by_head(self) -> Float[Tensor, "head class d_latent"]:
+        """The centroids, heads first and contiguous, as batched products want them."""
+        return self.centroids.transpose(0, 1).contiguous()
+
+    @cached_property
+    def half_squares(self) -> Float[Tensor, "head 1 class"]:
+        """Half the squared norm of every centroid."""
+        return self.by_head.square().sum(-1)[:, None] / 2
+
+    @cached_property
+    def is_single(self) -> bool:
+        """Whether the weights of every token sum to 1."""
+        return bool((self.total == 1).all())
+
+    def prepared(self) -> "Goal":
+        """Compute at once all that follows from the goal, and return it: for many descents."""
+        for name in ("total", "pull", "by_head", "half_squares", "is_single"):
+            getattr(self, name)
+        return self
+
+    def with_weights(self, weights: Float[Tensor, "*batch class"]) -> "Goal":
+        """Return the goal with other weights; what follows from the centroids is shared."""
+        other = Goal(centroids=self.centroids, weights=weights, variances=self.variances)
+        vars(other).update(by_head=self.by_head, half_squares=self.half_squares)
+        return other
+
     def weighted(self, values: Float[Tensor, "*batch head class"]) -> Float[Tensor, "*batch head"]:
         """Return the weighted sum over the classes of values of each class."""
         return (values * self.weights[..., None, :]).sum(-1)

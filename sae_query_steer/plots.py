@@ -1,9 +1,14 @@
 """Figures of the tables, as plotly figures that a notebook shows and `write_html` saves."""
 
+import html
+
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import qualitative
 
 from sae_query_steer.separability import ALL_HEADS
+
+_COLORS = qualitative.Plotly
 
 
 def plot_sites(table: pd.DataFrame, value: str = "class_effect") -> go.Figure:
@@ -71,26 +76,86 @@ def plot_trace(table: pd.DataFrame, value: str = "relative_change") -> go.Figure
             f"nothing to draw: the trace has {len(table)} rows and the columns "
             f"{list(table.columns)}"
         )
-    keys = ["run", "row", "layer"]
-    means = table.groupby([*keys, "position"], as_index=False).agg(value=(value, "mean"))
-    texts = {}
-    if "text" in table.columns:
-        named = table[["run", "row", "position", "text"]].itertuples(index=False, name=None)
-        texts = {(run, row, position): text for run, row, position, text in named}
-    figure = go.Figure()
-    for run, row, layer in means[keys].drop_duplicates().itertuples(index=False, name=None):
-        line = means.query("run == @run and row == @row and layer == @layer")
-        figure.add_scatter(
-            x=line["position"],
-            y=line["value"],
-            mode="lines+markers",
-            name=f"run {run}, row {row}, layer {layer}",
-            text=[repr(texts.get((run, row, position), "")) for position in line["position"]],
-            hovertemplate="position %{x} %{text}: %{y:.3f}",
-        )
+    figure = go.Figure(_lines(table, value))
     figure.update_layout(
         title=f"{value} of the steered tokens, mean over heads",
         xaxis_title="position",
         yaxis_title=value,
     )
     return figure
+
+
+def plot_posterior(table: pd.DataFrame, target: str | None = None) -> go.Figure:
+    """Return the posterior of a class over the positions: dashed before the steer, solid after.
+
+    The posterior is the one that the distances to the centroids give. The mean over the heads of a
+    layer is drawn, one pair of lines for each layer; rows and runs are drawn apart.
+
+    Args:
+        table: what `SteeringTrace.to_dataframe` returned.
+        target: the class; None means the target of the steer, that of each row where the rows have
+            their own.
+
+    Raises:
+        ValueError: the table has no rows or no posteriors, or the target is not one of its classes.
+    """
+    prefix = "posterior_after."
+    classes = [name.removeprefix(prefix) for name in table.columns if name.startswith(prefix)]
+    if len(table) == 0 or not classes:
+        raise ValueError(
+            f"nothing to draw: the trace has {len(table)} rows and the columns "
+            f"{list(table.columns)}; posteriors are recorded by a steerer towards centroids, such "
+            "as LatentGradientSteerer"
+        )
+    if target is None:
+        tables = {str(name): rows for name, rows in table.groupby("target", sort=False)}
+    else:
+        tables = {str(target): table}
+    for name in tables:
+        if name not in classes:
+            raise ValueError(
+                f"no posterior of {name!r}: the classes are {classes}; choose one of them, as in "
+                f"plot_posterior(table, target={classes[0]!r})"
+            )
+    lines = []
+    for name, rows in tables.items():
+        before = _lines(rows, f"posterior_before.{name}")
+        after = _lines(rows, f"posterior_after.{name}")
+        for first, second in zip(before, after, strict=True):
+            color = _COLORS[len(lines) // 2 % len(_COLORS)]
+            for line, when, dash in ((first, "before", "dash"), (second, "after", "solid")):
+                line.update(name=f"{line.name}, {name} {when}", line={"color": color, "dash": dash})
+                lines.append(line)
+    figure = go.Figure(lines)
+    figure.update_layout(
+        title=f"posterior of {' / '.join(tables)} before and after the steer, mean over heads",
+        xaxis_title="position",
+        yaxis={"title": "posterior", "range": [-0.02, 1.02]},
+    )
+    return figure
+
+
+def _lines(table: pd.DataFrame, value: str) -> list[go.Scatter]:
+    """Return the mean of a value over heads at every position, by run, row and layer."""
+    keys = ["run", "row", "layer"]
+    means = table.groupby([*keys, "position"], as_index=False).agg(value=(value, "mean"))
+    texts = {}
+    if "text" in table.columns:
+        named = table[["run", "row", "position", "text"]].itertuples(index=False, name=None)
+        texts = {(run, row, position): text for run, row, position, text in named}
+    lines = []
+    for run, row, layer in means[keys].drop_duplicates().itertuples(index=False, name=None):
+        line = means.query("run == @run and row == @row and layer == @layer")
+        shown = [repr(texts.get((run, row, position), "")) for position in line["position"]]
+        lines.append(
+            go.Scatter(
+                x=line["position"],
+                y=line["value"],
+                mode="lines+markers",
+                name=f"run {run}, row {row}, layer {layer}",
+                # Plotly would read the token <s> as the beginning of struck text.
+                text=[html.escape(text, quote=False) for text in shown],
+                hovertemplate="position %{x} %{text}: %{y:.3f}",
+            )
+        )
+    return lines

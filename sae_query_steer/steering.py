@@ -100,7 +100,7 @@ class LatentGradientSteerer(Steerer):
     """The heads that are steered, by hook name."""
 
     _verified: WeakSet[Any] = field(init=False, repr=False, default_factory=WeakSet)
-    _views: dict[Any, "_SiteView"] = field(init=False, repr=False, default_factory=dict)
+    _made: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for n_steps in each(self.n_steps, "n_steps"):
@@ -175,11 +175,11 @@ class LatentGradientSteerer(Steerer):
         record: bool,
     ) -> QueryChange:
         """Return what the descent adds to the queries of the steered heads of a site."""
-        view = self._view(hook_name, queries.device)
+        encoder = self._encoder(hook_name, queries.device)
         # In 32 bits at least: half precision would lose small steps.
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-        z0 = view.encoder.encode(queries)
-        goal = self._goal(view, places, z0)
+        z0 = encoder.encode(queries)
+        goal = self._goal(hook_name, places, z0)
         movable = None
         if self.latents is not None:
             movable = self.latents(z0, goal, hook_name, self.site_heads[hook_name])
@@ -193,7 +193,7 @@ class LatentGradientSteerer(Steerer):
             n_steps=self._n_steps(places, z0),
             step_size=self._step_size(places, z0),
             bounds=Bounds(
-                lower=view.encoder.latent_min,
+                lower=encoder.latent_min,
                 movable=movable,
                 radius=self.trust_radius,
                 until=self.until,
@@ -203,7 +203,7 @@ class LatentGradientSteerer(Steerer):
         )
         delta = limited(
             queries,
-            view.encoder.decode(result.z) - view.encoder.decode(z0),
+            encoder.decode(result.z) - encoder.decode(z0),
             max_relative_change=self.max_relative_change,
             keep_norm=self.keep_norm,
         )
@@ -218,9 +218,9 @@ class LatentGradientSteerer(Steerer):
 
         The latents afterwards are those of the changed query.
         """
-        view = self._view(hook_name, queries.device)
-        before, after = (view.encoder.encode(q) for q in (queries, queries + delta.to(queries)))
-        goal = self._goal(view, places, before)
+        encoder = self._encoder(hook_name, queries.device)
+        before, after = (encoder.encode(q) for q in (queries, queries + delta.to(queries)))
+        goal = self._goal(hook_name, places, before)
         loss = torch.stack([self.objective.loss(z, goal) for z in (before, after)])
         return self._described(delta, before, after, goal, loss)
 
@@ -228,30 +228,32 @@ class LatentGradientSteerer(Steerer):
     def _temperature(self) -> float:
         return getattr(self.objective, "temperature", 1.0)
 
-    def _view(self, hook_name: str, device: torch.device) -> "_SiteView":
-        if (hook_name, device) not in self._views:
-            heads = list(self.site_heads[hook_name])
+    def _encoder(self, hook_name: str, device: torch.device) -> QueryEncoder:
+        """Return the encoder of the steered heads alone, made once for each device."""
+        key = (hook_name, device)
+        if key not in self._made:
             # It outlives the call of `generate` in which it is made, which is in inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                self._views[hook_name, device] = _SiteView(
-                    encoder=at_heads(self.saes[hook_name], heads),
-                    means=self.targets.means[hook_name][:, heads].to(device),
-                    variances=self.targets.variances[hook_name][:, heads].to(device),
-                )
-        return self._views[hook_name, device]
+                self._made[key] = at_heads(self.saes[hook_name], self.site_heads[hook_name])
+        return self._made[key]
 
-    def _goal(self, view: "_SiteView", places: TokenPlaces, z: Tensor) -> Goal:
-        classes = self.targets.classes
+    def _goal(self, hook_name: str, places: TokenPlaces, z: Tensor) -> Goal:
+        """Return the goal at a site; all that no token changes in it is made once."""
+        key, classes = (hook_name, z.device, z.dtype), self.targets.classes
+        if key not in self._made:
+            first = targets_of(self.target)[0]
+            heads = list(self.site_heads[hook_name])
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = Goal(
+                    centroids=self.targets.means[hook_name][:, heads].to(z),
+                    variances=self.targets.variances[hook_name][:, heads].to(z),
+                    weights=weights_of(first, classes).to(z),
+                ).prepared()
+        goal = self._made[key]
         if isinstance(self.target, str | Mapping):
-            weights = weights_of(self.target, classes)
-        else:
-            rows = [weights_of(target, classes) for target in self.target]
-            weights = torch.stack(by_row("target", rows, places))
-        return Goal(
-            centroids=view.means.to(z.dtype),
-            weights=weights.to(z),
-            variances=view.variances.to(z.dtype),
-        )
+            return goal
+        by_rows = [weights_of(target, classes) for target in self.target]
+        return goal.with_weights(torch.stack(by_row("target", by_rows, places)).to(z))
 
     def _n_steps(self, places: TokenPlaces, z: Tensor) -> int | Tensor:
         if not isinstance(self.n_steps, Sequence):
@@ -282,12 +284,3 @@ class LatentGradientSteerer(Steerer):
             n_moved=(moved != 0).sum(-1),
             temperature=self._temperature,
         )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _SiteView:
-    """What a site needs at every token, of the steered heads alone, on one device."""
-
-    encoder: QueryEncoder
-    means: Tensor
-    variances: Tensor

@@ -9,6 +9,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_query_steer.trace_html import note_html, text_html
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QueryChange:
@@ -142,6 +144,29 @@ class SteeringTrace:
                 table[f"is_target_{when}"] = table[f"nearest_{when}"] == table["target"]
         there = {name: how for name, how in wanted.items() if how[0] in table.columns}
         return table.groupby("layer", as_index=False).agg(**there)
+
+    def to_html(self, value: str = "relative_change") -> str:
+        """Return the steered text, each token coloured by how much it was steered.
+
+        A notebook shows it by itself where the trace is the last expression of a cell. Pointing at
+        a token tells its position, its relative change, and the nearest class before and after.
+
+        Args:
+            value: the column of `to_dataframe` that colours: its mean over layers and heads.
+
+        Returns:
+            HTML without scripts, in ASCII, that stands alone.
+
+        Raises:
+            ValueError: the steer was applied without `record=True`, or there is no such column.
+        """
+        return text_html(self.to_dataframe(), value)
+
+    def _repr_html_(self) -> str:
+        try:
+            return self.to_html()
+        except ValueError as error:
+            return note_html(str(error))
 
     def _target_of(self, rows: np.ndarray) -> Any:
         """Return the target, that of each row where the rows have their own."""

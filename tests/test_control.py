@@ -300,3 +300,29 @@ def test_parts_that_cannot_work_are_refused(make):
         change(make(latents=sqs.GivenLatents({NAME: {0: [16]}})), queries_of(2))
     with pytest.raises(TypeError, match="it must give a boolean tensor"):
         change(make(gate=lambda z, goal: z[..., 0]), queries_of(2))
+
+
+def test_joined_steerers_act_in_their_order_as_nested_ones_do(model, make):
+    first, second = make(), make(target="apply", step_size=1.0, scope=sqs.EveryPosition())
+    with first.apply(model, record=True) as one, second.apply(model, record=True) as two:
+        nested = model.generate(PROMPTS, **GREEDY)
+    with sqs.JoinedSteerers(first, second).apply(model, record=True) as traces:
+        assert model.generate(PROMPTS, **GREEDY) == nested
+    for mine, theirs in zip(traces, (one, two), strict=True):
+        assert mine.to_dataframe()["delta_norm"].equals(theirs.to_dataframe()["delta_norm"])
+    with sqs.JoinedSteerers(second, first).apply(model, record=True) as swapped:
+        model.generate(PROMPTS, **GREEDY)
+    ours, other = (t.to_dataframe()["query_norm"] for t in (traces[1], swapped[0]))
+    assert not torch.allclose(torch.tensor(ours.to_numpy()), torch.tensor(other.to_numpy()))
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_nothing_of_joined_steerers_is_left_if_one_does_not_belong(tiny_models, make, untyped):
+    model = tiny_models["bridge"]
+    with pytest.raises(TypeError, match="3 is no steerer"):
+        sqs.JoinedSteerers(make(), 3)
+    with pytest.raises(ValueError, match="needs at least one steerer"):
+        sqs.JoinedSteerers()
+    with pytest.raises(RuntimeError), sqs.JoinedSteerers(make(), make()).apply(model):
+        raise RuntimeError
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())

@@ -59,3 +59,69 @@ def test_a_trace_is_drawn_as_the_mean_over_heads_line_by_line():
     np.testing.assert_allclose(first.y, [0.2, 0.6])
     assert list(first.text) == ["'a'", "'b'"]
     np.testing.assert_allclose(second.y, [1.5])
+
+
+@pytest.fixture
+def steered() -> pd.DataFrame:
+    """Two layers of two heads over two positions, steered towards create."""
+    return pd.DataFrame(
+        {
+            "run": 0,
+            "row": 0,
+            "position": [5, 5, 6, 6] * 2,
+            "layer": [1] * 4 + [3] * 4,
+            "head": [0, 1] * 4,
+            "target": "create",
+            "text": ["<s>", "<s>", "b", "b"] * 2,
+            "posterior_before.apply": 0.5,
+            "posterior_before.create": [0.1, 0.3, 0.2, 0.2, 0.0, 0.1, 0.5, 0.5],
+            "posterior_after.apply": 0.25,
+            "posterior_after.create": [0.6, 0.8, 0.9, 0.7, 0.4, 0.6, 1.0, 1.0],
+        }
+    )
+
+
+def test_the_posterior_is_drawn_before_and_after_for_each_layer(steered):
+    lines = sqs.plot_posterior(steered).data
+    assert [line.name for line in lines] == [
+        f"run 0, row 0, layer {layer}, create {when}"
+        for layer in (1, 3)
+        for when in ("before", "after")
+    ]
+    assert [line.line.dash for line in lines] == ["dash", "solid"] * 2
+    colors = [line.line.color for line in lines]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
+    wanted = [[0.2, 0.2], [0.7, 0.8], [0.05, 0.5], [0.5, 1.0]]
+    for line, means in zip(lines, wanted, strict=True):
+        assert list(line.x) == [5, 6]
+        np.testing.assert_allclose(line.y, means)
+        assert list(line.text) == ["'&lt;s&gt;'", "'b'"]
+
+
+def test_the_posterior_of_another_class_is_drawn_on_request(steered):
+    before, after, *_ = sqs.plot_posterior(steered, target="apply").data
+    assert list(before.y) == [0.5, 0.5]
+    assert list(after.y) == [0.25, 0.25]
+
+
+def test_rows_with_targets_of_their_own_are_drawn_for_these(steered):
+    other = steered.assign(row=1, target="apply")
+    lines = sqs.plot_posterior(pd.concat([steered, other])).data
+    assert len(lines) == 8
+    assert lines[4].name == "run 0, row 1, layer 1, apply before"
+    assert list(lines[5].y) == [0.25, 0.25]
+
+
+def test_a_posterior_that_is_absent_is_refused_with_those_there_are(steered):
+    remedy = (
+        r"the classes are \['apply', 'create'\]; choose one of them, as in "
+        r"plot_posterior\(table, target='apply'\)"
+    )
+    with pytest.raises(ValueError, match=f"no posterior of 'crate': {remedy}"):
+        sqs.plot_posterior(steered, target="crate")
+    with pytest.raises(ValueError, match=rf"no posterior of '\+1 create -1 apply': {remedy}"):
+        sqs.plot_posterior(steered.assign(target="+1 create -1 apply"))
+    with pytest.raises(ValueError, match=r"the trace has 8 rows .* such as LatentGradientSteerer"):
+        sqs.plot_posterior(steered.loc[:, "run":"text"])
+    with pytest.raises(ValueError, match="nothing to draw: the trace has 0 rows"):
+        sqs.plot_posterior(steered[:0])

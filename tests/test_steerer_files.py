@@ -1,0 +1,126 @@
+"""Steerers in folders: what comes back steers alike, and nothing else is read."""
+
+import json
+
+import pytest
+import torch
+
+import sae_query_steer as sqs
+from sae_query_steer.steerer_files import steerer_settings
+
+NAME = "blocks.2.attn.hook_q"
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
+KINDS = {
+    "plain": {},
+    "by row": {"target": ["create", {"apply": 1, "create": -0.5}], "n_steps": [3, 5]},
+    "bounded": {
+        "scope": sqs.LastPromptToken() | (sqs.FirstResponseTokens(3) & ~sqs.AtPositions([4])),
+        "schedule": sqs.ExponentialDecay(half_life=2.0),
+        "latents": sqs.GivenLatents({NAME: {0: [1, 2], 3: [4]}}),
+        "gate": sqs.PosteriorBelow(0.9),
+        "until": 0.8,
+        "trust_radius": 2.0,
+        "max_relative_change": 0.5,
+        "keep_norm": True,
+        "heads": {2: [0, 3]},
+    },
+    "marked": {"scope": sqs.AfterToken(20) | sqs.RowMask(torch.eye(2, 9, dtype=torch.bool))},
+    "probe": {"objective": sqs.LinearProbe(torch.arange(64.0).reshape(4, 16) / 64)},
+    "gaussian": {"objective": sqs.GaussianLogLikelihood(floor=0.3), "latents": sqs.TopLatents(3)},
+}
+
+
+@pytest.fixture
+def make(saes, targets):
+    def made(encoders=saes, centroids=targets, **changes):
+        settings = {
+            "target": sqs.BloomLevel.CREATE,
+            "objective": sqs.PrototypeLogLikelihood(temperature=0.7),
+            "n_steps": 4,
+            "step_size": 0.3,
+            "layers": [2],
+        }
+        return sqs.LatentGradientSteerer(encoders, centroids, **{**settings, **changes})
+
+    return made
+
+
+def steered(model, steerer):
+    with steerer.apply(model, record=True) as trace:
+        texts = model.generate(["w1 w20 w3", "w4 w5"], **GREEDY)
+    return texts, trace.to_dataframe()["delta_norm"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_back_steers_alike(tiny_models, make, tmp_path, kind):
+    model, steerer = tiny_models["bridge"], make(**KINDS[kind])
+    sqs.save_steerer(steerer, tmp_path / "steerer")
+    loaded = sqs.load_steerer(tmp_path / "steerer")
+    assert steerer_settings(loaded) == steerer_settings(steerer)
+    before, after = steered(model, steerer), steered(model, loaded)
+    assert before[0] == after[0]
+    assert before[1].equals(after[1])
+    assert (before[1] > 0).any()
+
+
+def test_dense_steerers_come_back_too(tiny_models, make, tmp_path, examples):
+    model = tiny_models["bridge"]
+    dense = sqs.identity_encoders(sqs.query_sites(model, [2]))
+    centroids = sqs.CentroidTargetBuilder(model, dense).fit(examples)
+    steerer = make(dense, centroids)
+    sqs.save_steerer(steerer, tmp_path / "dense")
+    loaded = sqs.load_steerer(tmp_path / "dense")
+    assert loaded.saes == dense
+    assert steered(model, loaded)[0] == steered(model, steerer)[0]
+    assert not (tmp_path / "dense" / "saes").exists()
+
+
+def test_saes_and_centroids_may_be_referred_to(tiny_models, make, tmp_path, saes, targets):
+    saes.save(tmp_path / "shared-saes")
+    targets.save(tmp_path / "shared-targets")
+    sqs.save_steerer(
+        make(), tmp_path / "steerer", saes="../shared-saes", targets=tmp_path / "shared-targets"
+    )
+    assert [p.name for p in (tmp_path / "steerer").iterdir()] == ["steerer.json"]
+    loaded = sqs.load_steerer(tmp_path / "steerer")
+    assert steered(tiny_models["bridge"], loaded)[0] == steered(tiny_models["bridge"], make())[0]
+    (tmp_path / "shared-saes").rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError):
+        sqs.load_steerer(tmp_path / "steerer")
+
+
+def test_functions_and_foreign_encoders_are_refused_and_nothing_is_written(make, tmp_path, untyped):
+    class Mine(sqs.SquaredDistance):
+        """Named here, so no file may name it."""
+
+    for changes, message in (
+        ({"gate": lambda z, goal: z[..., 0] > 0}, "gate=<function .* can't be saved: it is no"),
+        ({"scope": lambda positions: positions.valid}, "scope=<function .* can't be saved"),
+        ({"objective": Mine()}, r"objective=.*Mine\(\) can't be saved"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sqs.save_steerer(make(**changes), tmp_path / "steerer")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_and_hostile_folders_are_refused(make, tmp_path):
+    sqs.save_steerer(make(), tmp_path / "steerer")
+    path = tmp_path / "steerer" / "steerer.json"
+    good = json.loads(path.read_text())
+
+    def refused(message, **changes):
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(ValueError, match=message):
+            sqs.load_steerer(tmp_path / "steerer")
+
+    settings = good["settings"]
+    refused("has format 'other/1'", format="other/1")
+    refused("is damaged", settings={**settings, "objective": {"nothing": 1}})
+    refused(
+        "there is no value 'Popen': allowed are",
+        settings={**settings, "scope": {"kind": "Popen", "fields": {"args": ["true"]}}},
+    )
+    refused("is damaged: TypeError", settings={**settings, "colour": "red"})
+    refused("no class 'nobody'", settings={**settings, "target": "nobody"})
+    with pytest.raises(FileExistsError, match="exists: give another folder, or overwrite=True"):
+        sqs.save_steerer(make(), tmp_path / "steerer")
