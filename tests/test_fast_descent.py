@@ -82,13 +82,13 @@ def assert_close(actual, expected, tolerance: float) -> None:
     assert (actual - expected).abs().amax() <= tolerance * scale
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(case=descents())
 def test_the_fast_way_ends_where_the_plain_loop_ends(case):
     assert_close(descend(**case).z, plain_descent(**case).z, 1e-10)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(case=descents(dtype=torch.float32))
 def test_so_it_does_in_32_bits(case):
     assert_close(descend(**case).z, plain_descent(**case).z, 1e-5)

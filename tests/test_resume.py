@@ -256,7 +256,9 @@ def test_where_activations_wait_and_when_they_are_read_changes_no_number(tiny_mo
 
 
 SCRIPT = """
-import sys, torch
+import signal, sys, torch
+# As in a terminal: whoever runs the tests in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 import sae_query_steer as sqs
 from sae_query_steer.checkpoints import Checkpoints

@@ -35,7 +35,7 @@ class Shove(Steerer):
     def new_trace(self, model, *, recording):
         return SteeringTrace(recording=recording)
 
-    def change(self, hook_name, queries, *, record):
+    def change(self, hook_name, queries, places, *, record):
         return QueryChange(delta=2 * queries.roll(1, -1) + 1)
 
 
