@@ -14,7 +14,7 @@ from sae_query_steer.fingerprint import Fingerprint, fingerprint_tokens
 from sae_query_steer.hosts.models import check_not_steered, queries_at, without_hooks
 from sae_query_steer.positions import Positions, Span, select
 from sae_query_steer.prompt_lengths import by_position
-from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
+from sae_query_steer.sae.encoders import QueryEncoder, device_of, encoded, encoder_sites
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,7 +139,7 @@ def reconstructions(
 ) -> dict[str, Tensor]:
     """Return decode(encode(queries)) of each encoder, on the CPU in 32 bits."""
     return {
-        name: encoder.decode(encoder.encode(queries[name])).float().cpu()
+        name: encoder.decode(encoded(encoder, queries[name])).float().cpu()
         for name, encoder in encoders.items()
     }
 
@@ -157,9 +157,9 @@ def check_devices(model: Any, encoders: Mapping[str, QueryEncoder]) -> None:
     """
     for name, site in encoder_sites(encoders).items():
         here = next(model.blocks[site.layer].parameters()).device
-        weights = getattr(encoders[name], "W_dec", None)
-        if isinstance(weights, Tensor) and weights.device.type != here.type:
+        there = device_of(encoders[name])
+        if there is not None and there.type != here.type:
             raise ValueError(
-                f"the SAE at {name} is on {weights.device}, the layer on {here}: move it with "
+                f"the SAE at {name} is on {there}, the layer on {here}: move it with "
                 f"saes.to({str(here)!r})"
             )

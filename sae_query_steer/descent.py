@@ -7,7 +7,7 @@ The plain loop takes any objective. Where mathematics allows, the same end is re
 - contrast and linear probe: the direction g is constant, so z_K = max(lower, z_0 - K s g);
 - prototype without a lower bound: the whole path lies in the span of the centroids, so K steps need
   only <z, c_k> and the centroids' inner products, whatever the number of latents;
-- prototype with a lower bound: the loop, in place, over the latents that any centroid has.
+- prototype with a lower bound: the same loop, in place, with fewer operations a step.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae_query_steer.fast_descent import fast_descent
 from sae_query_steer.goals import Goal, Latents
-from sae_query_steer.objectives import Objective, class_scores
+from sae_query_steer.objectives import Objective, posterior_of_target
 
 Steps = int | Int[Tensor, "*batch"]
 StepSize = float | Float[Tensor, "*batch"]
@@ -51,7 +51,7 @@ class Bounds:
     """Trust region: largest ||z - z_0|| of a row and head, in units of the latents."""
 
     until: float | None = None
-    """A row and head stops once the weighted sum of the posteriors of its target reaches this."""
+    """A row and head stops once `objectives.posterior_of_target` reaches this."""
 
     temperature: float = 1.0
     """Of that posterior, softmax_k(-1/2 ||z - c_k||^2 / T)."""
@@ -143,8 +143,8 @@ def plain_descent(
         _check_shape(gradient, z.shape, objective, "gradient")
         moves = (left > step) & (size > 0)
         if bounds.until is not None:
-            posterior = class_scores(z, goal.centroids, bounds.temperature).softmax(-1)
-            moves = moves & (goal.weighted(posterior) < bounds.until)[..., None]
+            posterior = posterior_of_target(z, goal, bounds.temperature)
+            moves = moves & (posterior < bounds.until)[..., None]
         if bounds.movable is not None:
             moves = moves & bounds.movable
         moved = z - size * gradient

@@ -36,18 +36,15 @@ def fast_descent(
         movable: latents that may move, [*batch head d_latent] or less; None means all.
     """
     given = (z, goal, n_steps, step_size)
-    match objective:
-        # Exactly these classes: one derived from them may have another gradient.
-        case SquaredDistance() if type(objective) is SquaredDistance:
-            end = _squared_distance(*given, lower=lower)
-        case CentroidContrast() if type(objective) is CentroidContrast:
-            end = _constant(*given, objective.gradient(z, goal), lower=lower)
-        case LinearProbe() if type(objective) is LinearProbe:
-            end = _constant(*given, objective.gradient(z, goal), lower=lower)
-        case PrototypeLogLikelihood() if type(objective) is PrototypeLogLikelihood:
-            end = _prototype(*given, objective.temperature, lower=lower, movable=movable)
-        case _:
-            return None
+    kind = type(objective)  # exactly these: a class derived from them may have another gradient
+    if kind is SquaredDistance:
+        end = _squared_distance(*given, lower=lower)
+    elif kind in (CentroidContrast, LinearProbe):
+        end = _constant(z, n_steps * step_size, objective.gradient(z, goal), lower=lower)
+    elif isinstance(objective, PrototypeLogLikelihood) and kind is PrototypeLogLikelihood:
+        end = _prototype(*given, objective.temperature, lower=lower, movable=movable)
+    else:
+        return None
     return end if end is None or movable is None else torch.where(movable, end, z)
 
 
@@ -67,21 +64,12 @@ def _squared_distance(
     return torch.where(left == 1, z, point + left * (z - point))
 
 
-def _constant(
-    z: Tensor,
-    goal: Goal,
-    n_steps: Tensor,
-    step_size: Tensor,
-    gradient: Tensor,
-    *,
-    lower: float | None,
-) -> Tensor | None:
-    del goal
+def _constant(z: Tensor, way: Tensor, gradient: Tensor, *, lower: float | None) -> Tensor | None:
     if lower is None:
-        return z - n_steps * step_size * gradient
+        return z - way * gradient
     if not bool((z >= lower).all()):
         return None  # the first step would lift some of it, and a later one lower it again
-    return (z - n_steps * step_size * gradient).clamp(min=lower)
+    return (z - way * gradient).clamp(min=lower)
 
 
 def _prototype(
@@ -114,7 +102,7 @@ def _prototype(
     def way(scores: Tensor, step: int) -> Tensor:
         """Return how much of each centroid a step takes away, [head row class]."""
         error = scores.softmax(-1)
-        if not goal.is_single:
+        if not goal.sums_to_one:
             error.mul_(total)
         error.sub_(wanted).mul_(rate)
         return error if same else error.mul_(steps > step)

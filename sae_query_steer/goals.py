@@ -1,13 +1,13 @@
 """Where to go: the centroids of the classes, and how much each of them is wanted."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Latents = Float[Tensor, "*batch head d_latent"]
@@ -64,13 +64,22 @@ class Goal:
         return self.by_head.square().sum(-1)[:, None] / 2
 
     @cached_property
-    def is_single(self) -> bool:
-        """Whether the weights of every token sum to 1."""
+    def sums_to_one(self) -> bool:
+        """Whether the weights of every token sum to 1, as those of a single target do."""
         return bool((self.total == 1).all())
+
+    @cached_property
+    def wanted(self) -> Bool[Tensor, "*batch class"]:
+        """The classes that are a success: those of positive weight.
+
+        Where the weights only lead away, all classes that they do not lead away from.
+        """
+        towards = self.weights > 0
+        return torch.where(towards.any(-1, keepdim=True), towards, self.weights == 0)
 
     def prepared(self) -> "Goal":
         """Compute at once all that follows from the goal, and return it: for many descents."""
-        for name in ("total", "pull", "by_head", "half_squares", "is_single"):
+        for name in ("total", "pull", "by_head", "half_squares", "sums_to_one", "wanted"):
             getattr(self, name)
         return self
 
@@ -113,16 +122,3 @@ def target_name(target: Target) -> str:
     if isinstance(target, Mapping):
         return " ".join(f"{weight:+g} {name}" for name, weight in target.items())
     return str(target)
-
-
-def targets_of(target: Target | Sequence[Target]) -> list[Target]:
-    """Return the targets of the rows, or the one of all.
-
-    Raises:
-        ValueError: an empty list.
-    """
-    if isinstance(target, str | Mapping):
-        return [target]
-    if not target:
-        raise ValueError("target=[] is not allowed: give one for all rows, or one for each")
-    return list(target)

@@ -16,7 +16,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_query_steer.attention_trace import AttentionRecorder
 from sae_query_steer.capture import check_finite
+from sae_query_steer.hosts.models import check_eager, pattern_hook
 from sae_query_steer.hosts.tracking import PositionTracker
 from sae_query_steer.places import TokenPlaces
 from sae_query_steer.positions import Positions, Scope, needs_tokens, select
@@ -66,7 +68,12 @@ class Steerer(ABC):
         """
 
     def apply(
-        self, model: Any, *, record: bool = False, prompt_lengths: PromptLengths | None = None
+        self,
+        model: Any,
+        *,
+        record: bool = False,
+        record_attention: bool = False,
+        prompt_lengths: PromptLengths | None = None,
     ) -> AbstractContextManager[SteeringTrace]:
         """Steer every forward pass of a model for the length of a `with` block.
 
@@ -78,6 +85,8 @@ class Steerer(ABC):
         Args:
             model: a HookedTransformer or a TransformerBridge.
             record: keep a trace of what was done; it costs nothing otherwise.
+            record_attention: the same, and keep the attention of the steered tokens, for
+                `SteeringTrace.attention_change`.
             prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward
                 passes that do not come from `generate`, where scopes such as `LastPromptToken`
                 can't know it.
@@ -88,7 +97,7 @@ class Steerer(ABC):
         Raises:
             ValueError: the model is not the one that the centroids belong to, or has no such site.
         """
-        return self._applied(model, record, prompt_lengths)
+        return self._applied(model, record, record_attention, prompt_lengths)
 
     def fwd_hooks(
         self,
@@ -113,6 +122,7 @@ class Steerer(ABC):
         Raises:
             ValueError: the model is not the one that the centroids belong to, or has no such site.
         """
+        check_eager(model)
         self.check_model(model)
         trace = SteeringTrace(recording=False)
 
@@ -122,21 +132,30 @@ class Steerer(ABC):
                 batch, n_pos, queries.device, prompt_lengths, attention_mask, tokens
             )
 
-        return [(name, _hook(self, name, positions, trace, None)) for name in self.site_heads]
+        return [(name, _hook(self, name, positions, trace)) for name in self.site_heads]
 
     @contextmanager
     def _applied(
-        self, model: Any, record: bool, prompt_lengths: PromptLengths | None
+        self,
+        model: Any,
+        record: bool,
+        record_attention: bool,
+        prompt_lengths: PromptLengths | None,
     ) -> Iterator[SteeringTrace]:
+        check_eager(model)
         self.check_model(model)
+        record = record or record_attention
         trace = self.new_trace(model, recording=record)
         layers = [self.sites[name].layer for name in self.site_heads]
         keep_tokens = record or needs_tokens(self.scope)
         tracker = PositionTracker(model, layers, prompt_lengths, keep_tokens=keep_tokens)
-        hooks = [
-            (name, _hook(self, name, lambda _queries: tracker.positions, trace, tracker))
+        attention = AttentionRecorder(trace.attention, tracker) if record_attention else None
+        hooks: list[tuple[str, Any]] = [
+            (name, _hook(self, name, lambda _queries: tracker.positions, trace, tracker, attention))
             for name in self.site_heads
         ]
+        if attention is not None:
+            hooks += [(pattern_hook(model, layer), attention.hook(layer)) for layer in layers]
         with tracker.attached(), model.hooks(fwd_hooks=hooks):
             yield trace
 
@@ -146,7 +165,8 @@ def _hook(
     hook_name: str,
     positions_of: Callable[[Tensor], Positions],
     trace: SteeringTrace,
-    tracker: PositionTracker | None,
+    tracker: PositionTracker | None = None,
+    attention: AttentionRecorder | None = None,
 ) -> HookFunction:
     site, heads = steerer.sites[hook_name], steerer.site_heads[hook_name]
 
@@ -177,6 +197,8 @@ def _hook(
             )
         steered = queries.clone()
         steered[rows[:, None], columns[:, None], index] = at_scope + delta
+        if attention is not None:
+            attention.steered(site.layer, rows, columns, heads)
         if trace.recording and tracker is not None:
             trace.records.append(
                 _record(change, at_scope, index, site.layer, places, columns, positions, tracker)
@@ -226,7 +248,14 @@ def chosen_heads(
     Raises:
         ValueError: a layer or head that there is not, or nothing left to steer.
     """
-    by_layer = {site.layer: name for name, site in sites.items()}
+    by_layer: dict[int, str] = {}
+    for name, site in sites.items():
+        if site.layer in by_layer:
+            raise ValueError(
+                f"{by_layer[site.layer]} and {name} are sites of the same layer: make a steerer of "
+                "each, and join them with JoinedSteerers"
+            )
+        by_layer[site.layer] = name
     for name, value in (("layers", layers), ("heads", heads)):
         if isinstance(value, int | float | str):
             raise TypeError(f"{name}={value!r} is not allowed: give a list, such as [{value}]")

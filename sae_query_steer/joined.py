@@ -30,7 +30,12 @@ class JoinedSteerers:
         object.__setattr__(self, "steerers", steerers)
 
     def apply(
-        self, model: Any, *, record: bool = False, prompt_lengths: PromptLengths | None = None
+        self,
+        model: Any,
+        *,
+        record: bool = False,
+        record_attention: bool = False,
+        prompt_lengths: PromptLengths | None = None,
     ) -> AbstractContextManager[tuple[SteeringTrace, ...]]:
         """Steer every forward pass of a model for the length of a `with` block.
 
@@ -39,18 +44,18 @@ class JoinedSteerers:
         Returns:
             A context manager that yields a trace of each steerer, in order.
         """
-        return self._applied(model, record, prompt_lengths)
+        return self._applied(
+            model,
+            record=record,
+            record_attention=record_attention,
+            prompt_lengths=prompt_lengths,
+        )
 
     @contextmanager
-    def _applied(
-        self, model: Any, record: bool, prompt_lengths: PromptLengths | None
-    ) -> Iterator[tuple[SteeringTrace, ...]]:
+    def _applied(self, model: Any, **given: Any) -> Iterator[tuple[SteeringTrace, ...]]:
         for steerer in self.steerers:
             steerer.check_model(model)
         with ExitStack() as stack:
             yield tuple(
-                stack.enter_context(
-                    steerer.apply(model, record=record, prompt_lengths=prompt_lengths)
-                )
-                for steerer in self.steerers
+                stack.enter_context(steerer.apply(model, **given)) for steerer in self.steerers
             )

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_query_steer.goals import Goal, Latents
-from sae_query_steer.objectives import class_scores
+from sae_query_steer.objectives import posterior_of_target
 
 Gate: TypeAlias = Callable[[Tensor, Goal], Tensor]
 """From latents [token head d_latent] and the goal to True where to steer, [token head]."""
@@ -112,8 +112,7 @@ class PosteriorBelow:
 
     def __call__(self, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
         """Return where to steer."""
-        posterior = class_scores(z, goal.centroids, self.temperature).softmax(-1)
-        return goal.weighted(posterior) < self.value
+        return posterior_of_target(z, goal, self.temperature) < self.value
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,19 @@ def class_scores(
     return (inner - norms / 2) / temperature
 
 
+def posterior_of_target(
+    z: Latents, goal: Goal, temperature: float = 1.0
+) -> Float[Tensor, "*batch head"]:
+    """Return the probability that a latent belongs to a class that is wanted.
+
+    The posterior of the classes is softmax_k(-1/2 ||z - c_k||^2 / T), and `Goal.wanted` are the
+    classes of positive weight, whatever their weights; where the weights only lead away, the
+    classes that they do not lead away from. Source: our choice.
+    """
+    posterior = class_scores(z, goal.centroids, temperature).softmax(-1)
+    return (posterior * goal.wanted[..., None, :]).sum(-1)
+
+
 def squared_distances(z: Latents, centroids: Centroids) -> Float[Tensor, "*batch head class"]:
     """Return ||z - c_k||^2 for every class, without the factor 1/2.
 

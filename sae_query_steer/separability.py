@@ -23,7 +23,7 @@ from sae_query_steer.data import (
 )
 from sae_query_steer.objectives import class_scores
 from sae_query_steer.positions import LastPromptToken, Span
-from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites, identity_encoders
+from sae_query_steer.sae.encoders import QueryEncoder, encoded, encoder_sites, identity_encoders
 from sae_query_steer.targets import as_tokenized
 
 ALL_HEADS = "all"
@@ -102,7 +102,7 @@ def separability(
     seen, held_out = _Tokens(), _Tokens()
     for batch, truth in _captured(model, train, list(saes), span, classes, batch_size, seen):
         for (kind, name), moment in moments.items():
-            moment.update(encoders[kind][name].encode(batch[name]), truth)
+            moment.update(encoded(encoders[kind][name], batch[name]), truth)
 
     n_classes = len(classes)
     hits = {
@@ -111,7 +111,7 @@ def separability(
     for batch, truth in _captured(model, test, list(saes), span, classes, batch_size, held_out):
         own = one_hot(truth, n_classes)
         for (kind, name), moment in moments.items():
-            latents = encoders[kind][name].encode(batch[name])
+            latents = encoded(encoders[kind][name], batch[name])
             scores = class_scores(latents, moment.mean.to(latents))
             scores = torch.cat([scores, scores.sum(1, keepdim=True)], dim=1).cpu()
             right = scores.argmax(-1) == truth[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class QuerySite:
-    """The queries of all heads of one layer, before rotary embedding: `blocks.L.attn.hook_q`."""
+    """The queries of all heads of one layer: `blocks.L.attn.hook_q`, or `hook_rot_q`."""
 
     layer: int
     """Index of the layer, from 0."""
@@ -20,10 +20,13 @@ class QuerySite:
     d_head: int
     """Dimension of one head's query."""
 
+    rotated: bool = False
+    """After rotary embedding (`hook_rot_q`), where a query holds its position, not before it."""
+
     @property
     def hook_name(self) -> str:
         """Name of the hook point, on HookedTransformer and TransformerBridge alike."""
-        return f"blocks.{self.layer}.attn.hook_q"
+        return f"blocks.{self.layer}.attn.{'hook_rot_q' if self.rotated else 'hook_q'}"
 
     @classmethod
     def from_hook_name(cls, hook_name: str, *, n_heads: int, d_head: int) -> "QuerySite":
@@ -32,12 +35,13 @@ class QuerySite:
         Raises:
             ValueError: the name is not that of a query hook point.
         """
-        match = re.fullmatch(r"blocks\.(0|[1-9]\d*)\.attn\.hook_q", hook_name)
+        match = re.fullmatch(r"blocks\.(0|[1-9]\d*)\.attn\.hook_(rot_)?q", hook_name)
         if match is None:
             raise ValueError(
-                f"{hook_name!r} is no query hook point: the names are blocks.L.attn.hook_q"
+                f"{hook_name!r} is no query hook point: the names are blocks.L.attn.hook_q and, "
+                "after rotary embedding, blocks.L.attn.hook_rot_q"
             )
-        return cls(layer=int(match[1]), n_heads=n_heads, d_head=d_head)
+        return cls(layer=int(match[1]), n_heads=n_heads, d_head=d_head, rotated=bool(match[2]))
 
     @property
     def d_in(self) -> int:
@@ -60,9 +64,10 @@ class QuerySite:
                 f"(0 to {n_layers - 1})"
             )
         if self.hook_name not in model.hook_dict:
+            which = "rotated" if self.rotated else "its"
             raise ValueError(
-                f"no hook point {self.hook_name}: this architecture does not expose its queries; "
-                f"its attention has {_attention_hooks(model, self.layer)}"
+                f"no hook point {self.hook_name}: this architecture does not expose {which} "
+                f"queries; its attention has {_attention_hooks(model, self.layer)}"
             )
         here = (int(model.cfg.n_heads), int(model.cfg.d_head))
         if (self.n_heads, self.d_head) != here:
@@ -72,12 +77,17 @@ class QuerySite:
             )
 
 
-def query_sites(model: Any, layers: Iterable[int] | None = None) -> tuple[QuerySite, ...]:
+def query_sites(
+    model: Any, layers: Iterable[int] | None = None, *, rotated: bool = False
+) -> tuple[QuerySite, ...]:
     """Return the query sites of a model, one a layer, in the order of the layers.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         layers: which layers; None means all.
+        rotated: the queries after rotary embedding, as attention compares them with keys. They
+            mix what a head looks for with where it stands; the same latent means another query at
+            every position.
 
     Returns:
         The sites, each checked against the model.
@@ -96,7 +106,9 @@ def query_sites(model: Any, layers: Iterable[int] | None = None) -> tuple[QueryS
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"layers={chosen} names a layer twice: name each once")
     sites = tuple(
-        QuerySite(layer=n, n_heads=int(model.cfg.n_heads), d_head=int(model.cfg.d_head))
+        QuerySite(
+            layer=n, n_heads=int(model.cfg.n_heads), d_head=int(model.cfg.d_head), rotated=rotated
+        )
         for n in sorted(chosen)
     )
     for site in sites:

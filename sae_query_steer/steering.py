@@ -1,7 +1,7 @@
 """`LatentGradientSteerer`: move the latent of the current query towards a class, and decode."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.descent import Bounds, check_strength, descend
-from sae_query_steer.goals import Goal, Target, target_name, targets_of, weights_of
+from sae_query_steer.goals import Goal, Target, target_name, weights_of
 from sae_query_steer.intervention import Steerer, chosen_heads
 from sae_query_steer.latent_choice import Gate, LatentChoice, check_posterior, opened
 from sae_query_steer.objectives import Objective, squared_distances
 from sae_query_steer.places import TokenPlaces
 from sae_query_steer.positions import LastPromptToken, Scope, check_scope
-from sae_query_steer.sae.encoders import QueryEncoder, at_heads, encoder_sites
+from sae_query_steer.sae.encoders import QueryEncoder, at_heads, encoder_sites, on_device
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.strength import Schedule, by_row, check_limits, each, limited, scheduled
 from sae_query_steer.targets import check_belongs
@@ -113,7 +113,7 @@ class LatentGradientSteerer(Steerer):
                 f"objective={self.objective!r} is no objective; allowed: SquaredDistance(), "
                 "PrototypeLogLikelihood(), CentroidContrast(), or a value with loss and gradient"
             )
-        for target in targets_of(self.target):
+        for target in each(self.target, "target"):
             weights_of(target, self.targets.classes)
         for name in ("schedule", "latents", "gate"):
             value = getattr(self, name)
@@ -155,14 +155,23 @@ class LatentGradientSteerer(Steerer):
         check_belongs(model, steered, self.targets)
         self._verified.add(model)
 
+    def to(self, device: str | torch.device) -> "LatentGradientSteerer":
+        """Return this steerer with its SAEs on a device; what is not there already is copied.
+
+        Centroids need no moving: they follow the activations, layer by layer.
+        """
+        saes = {name: on_device(encoder, device) for name, encoder in self.saes.items()}
+        return replace(self, saes=saes)
+
     def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
         """Return an empty trace that knows classes, target and tokenizer."""
-        targets = list(dict.fromkeys(map(target_name, targets_of(self.target))))
+        by_row = [target_name(target) for target in each(self.target, "target")]
+        targets = set(by_row)
         return SteeringTrace(
             recording=recording,
             classes=self.targets.classes,
-            target=targets[0] if len(targets) == 1 else "",
-            row_targets=tuple(map(target_name, targets_of(self.target))) if targets[1:] else (),
+            target=by_row[0] if len(targets) == 1 else "",
+            row_targets=tuple(by_row) if len(targets) > 1 else (),
             tokenizer=model.tokenizer,
         )
 
@@ -234,14 +243,14 @@ class LatentGradientSteerer(Steerer):
         if key not in self._made:
             # It outlives the call of `generate` in which it is made, which is in inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                self._made[key] = at_heads(self.saes[hook_name], self.site_heads[hook_name])
+                self._made[key] = at_heads(self.saes[hook_name], self.site_heads[hook_name], device)
         return self._made[key]
 
     def _goal(self, hook_name: str, places: TokenPlaces, z: Tensor) -> Goal:
         """Return the goal at a site; all that no token changes in it is made once."""
         key, classes = (hook_name, z.device, z.dtype), self.targets.classes
         if key not in self._made:
-            first = targets_of(self.target)[0]
+            first = each(self.target, "target")[0]
             heads = list(self.site_heads[hook_name])
             with torch.inference_mode(False), torch.no_grad():
                 self._made[key] = Goal(

@@ -24,7 +24,7 @@ from sae_query_steer.data import (
 from sae_query_steer.fingerprint import check_queries, check_reconstructions, default_tolerance
 from sae_query_steer.hosts.models import queries_at, tokenizer_of, without_hooks
 from sae_query_steer.positions import LastPromptToken, Span, check_scope, scope_name
-from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
+from sae_query_steer.sae.encoders import QueryEncoder, encoded, encoder_sites
 
 
 class CentroidTargetBuilder:
@@ -110,7 +110,7 @@ class CentroidTargetBuilder:
                 self.model, tokenized, list(self.saes), self.span, batch_size=self.batch_size
             ):
                 for name, queries in batch.queries.items():
-                    latents = self.saes[name].encode(queries)
+                    latents = encoded(self.saes[name], queries)
                     moments[name].update(latents, label_index[batch.row])
         self._classes = classes
         self._n_examples.update(example.label for example in tokenized)

@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_query_steer.attention_trace import AttentionTrace
 from sae_query_steer.trace_html import note_html, text_html
 
 
@@ -75,6 +76,7 @@ class SteeringTrace:
     method: str = "latent gradient"
     tokenizer: Any = None
     records: list[TraceRecord] = field(default_factory=list)
+    attention: AttentionTrace = field(default_factory=AttentionTrace)
 
     def __repr__(self) -> str:
         state = f"{len(self.records)} records" if self.recording else "not recorded"
@@ -144,6 +146,32 @@ class SteeringTrace:
                 table[f"is_target_{when}"] = table[f"nearest_{when}"] == table["target"]
         there = {name: how for name, how in wanted.items() if how[0] in table.columns}
         return table.groupby("layer", as_index=False).agg(**there)
+
+    def attention_change(self, model: Any) -> pd.DataFrame:
+        """Return how much attention each token got from the steered ones, with and without it.
+
+        The texts are read once more without the steerer: `attention_before` is what the same head
+        paid to the same token there. Where one layer is steered, that is the attention of the
+        query as it was; where several are, all of them are as they were.
+
+        Args:
+            model: the model that was steered, outside the `with` block.
+
+        Returns:
+            A row for each steered token, layer, head and token that it can look at: run, row,
+            position, layer, head, source_position, source_token, source_text (where there is a
+            tokenizer), attention_before, attention_after, change. Of a head's changes the sum is 0.
+
+        Raises:
+            ValueError: the steer was applied without `record_attention=True`, nothing was steered,
+                or the model is steered still.
+        """
+        if not self.attention.records:
+            raise ValueError(
+                "no attention was recorded: use `with steerer.apply(model, record_attention=True) "
+                "as trace`, and steer some token of a text in it"
+            )
+        return self.attention.change(model, self.tokenizer)
 
     def to_html(self, value: str = "relative_change") -> str:
         """Return the steered text, each token coloured by how much it was steered.

@@ -169,6 +169,16 @@ def test_until_steers_as_far_as_asked_and_leaves_alone_what_is_there(make):
     assert (made.delta[~short] == 0).all()
 
 
+def test_until_leads_away_from_a_class_until_it_is_unlikely_enough(make):
+    queries = queries_of(40)
+    before = posteriors(change(make(n_steps=0), queries).distance_before)[..., 2]
+    value = float((1 - before).quantile(0.5))
+    away = {"target": {"create": -1.0}, "n_steps": 3000, "step_size": 0.01, "until": value}
+    made = change(make(**away), queries)
+    assert (1 - posteriors(made.distance_after)[..., 2] >= value - 1e-4).all()
+    assert (made.delta[1 - before >= value] == 0).all()
+
+
 def posteriors(distances: torch.Tensor) -> torch.Tensor:
     return (-distances.square() / 2).softmax(-1)
 

@@ -13,6 +13,7 @@ from sae_query_steer.objectives import (
     PrototypeLogLikelihood,
     SquaredDistance,
     class_scores,
+    posterior_of_target,
     squared_distances,
 )
 
@@ -160,3 +161,30 @@ def test_an_object_without_a_gradient_does_not_follow_the_protocol():
         loss = SquaredDistance.loss
 
     assert not isinstance(OnlyLoss(), Objective)
+
+
+@pytest.mark.parametrize(
+    ("weights", "wanted"),
+    [
+        ([0.0, 0.0, 1.0, 0.0], [2]),
+        ([0.2, 0.0, 0.7, 0.0], [0, 2]),
+        ([2.0, -1.0, 0.0, 0.0], [0]),
+        ([0.0, -1.0, 0.0, 0.0], [0, 2, 3]),
+        ([-1.0, -0.5, 0.0, 0.0], [2, 3]),
+    ],
+)
+def test_the_posterior_of_a_target_is_that_of_its_classes_whatever_their_weights(weights, wanted):
+    z, centroids, _ = problem()
+    goal = Goal(centroids=centroids, weights=torch.tensor(weights).double())
+    expected = naive_posterior(z, centroids, 0.7)[..., wanted].sum(-1)
+    torch.testing.assert_close(posterior_of_target(z, goal, 0.7), expected)
+
+
+def test_rows_with_targets_of_their_own_have_posteriors_of_their_own():
+    z, centroids, _ = problem()
+    weights = torch.tensor([[1.0, 0, 0, 0], [0, -1.0, 0, 0]]).double()
+    goal = Goal(centroids=centroids, weights=weights[:, None].expand(2, 5, 4))
+    found = posterior_of_target(z, goal)
+    for row in range(2):
+        alone = Goal(centroids=centroids, weights=weights[row])
+        torch.testing.assert_close(found[row], posterior_of_target(z[row], alone))

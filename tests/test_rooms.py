@@ -58,7 +58,7 @@ ORDER = (
     ),
     *("heads", "token_rows", "capture", "stream", "reconstruction", "checkpoints", "resources"),
     *("training_plan", "training", "distributed", "targets", "separability", "interchange"),
-    *("trace_html", "trace", "intervention", "attach"),
+    *("attention_trace", "trace_html", "trace", "intervention", "attach"),
     *("joined", "steering", "steerer_files", "baselines", "plots"),
     *("evaluation", "evaluation.generation", "evaluation.rowwise"),
     *("evaluation.replacement", "evaluation.saes"),

@@ -25,7 +25,11 @@ def test_a_site_has_the_hook_name_of_its_layer_and_the_size_of_all_heads():
     ["blocks.1.attn.hook_k", "blocks.1.attn.hook_q.x", "x.blocks.1.attn.hook_q", "blocks.-1.attn."],
 )
 def test_another_hook_name_is_refused(name):
-    with refuses(f"{name!r} is no query hook point: the names are blocks.L.attn.hook_q"):
+    text = (
+        f"{name!r} is no query hook point: the names are blocks.L.attn.hook_q and, after rotary "
+        "embedding, blocks.L.attn.hook_rot_q"
+    )
+    with refuses(text):
         QuerySite.from_hook_name(name, n_heads=3, d_head=5)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._dynamo import OptimizedModule
 from transformer_lens.model_bridge import TransformerBridge
 
 
@@ -76,6 +77,36 @@ def queries_at(
     return {name: cache[name].reshape(*tokens.shape, *shape) for name in hook_names}
 
 
+def pattern_hook(model: Any, layer: int) -> str:
+    """Return the hook point of a layer's attention pattern.
+
+    Raises:
+        ValueError: this architecture does not show it.
+    """
+    name = f"blocks.{layer}.attn.hook_pattern"
+    if name not in model.hook_dict:
+        raise ValueError(f"no hook point {name}: this architecture does not expose its attention")
+    return name
+
+
+@torch.no_grad()
+def patterns_at(
+    model: Any, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "batch head query key"]]:
+    """Return the attention patterns of some layers, from a forward pass that stops after them.
+
+    Rows may be padded on the right, as for `queries_at`.
+    """
+    names = {layer: pattern_hook(model, layer) for layer in layers}
+    cache = model.run_with_cache(
+        tokens.to(model.cfg.device),
+        names_filter=list(names.values()),
+        stop_at_layer=max(layers) + 1,
+        prepend_bos=False,
+    )[1]
+    return {layer: cache[name] for layer, name in names.items()}
+
+
 @torch.no_grad()
 def next_token_log_probs(
     model: Any,
@@ -107,6 +138,24 @@ def without_hooks(model: Any) -> Iterator[None]:
     finally:
         for module, hooks, pre_hooks in aside:
             module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+
+
+def check_eager(model: Any) -> None:
+    """Raise if a model, or a part of it, is compiled: its code may never come to a new hook.
+
+    Raises:
+        ValueError: the message names the part.
+    """
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, OptimizedModule)
+            or module._compiled_call_impl is not None
+            or hasattr(module.forward, "_torchdynamo_orig_callable")
+        ):
+            raise ValueError(
+                f"{name or 'the model'} is compiled by torch.compile, which may pass hooks by: use "
+                "the model as it was before, and compile nothing that is steered"
+            )
 
 
 def check_not_steered(model: Any) -> None:

@@ -88,6 +88,12 @@ class PositionTracker:
         return self._now.positions
 
     @property
+    def columns(self) -> Bool[Tensor, "batch total"]:
+        """Which columns of the rows so far are tokens, and not padding."""
+        assert self._now.run.columns is not None, "asked outside a block of a steered layer"
+        return self._now.run.columns
+
+    @property
     def run_number(self) -> int:
         """Counts calls of `generate` and forward passes outside it, from 0."""
         return self._now.run.number

@@ -1,5 +1,6 @@
 """What a steerer needs of an encoder, and the identity: dense steering without an SAE."""
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
+from sae_query_steer.goals import Latents
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sites import QuerySite
 
@@ -80,19 +82,40 @@ def identity_encoders(sites: Iterable[QuerySite]) -> dict[str, IdentityEncoder]:
     return {s.hook_name: IdentityEncoder(n_heads=s.n_heads, d_head=s.d_head) for s in sites}
 
 
-def at_heads(encoder: QueryEncoder, heads: Sequence[int]) -> QueryEncoder:
+def device_of(encoder: QueryEncoder) -> torch.device | None:
+    """Return where the weights of an encoder lie; None if it has none."""
+    weights = getattr(encoder, "W_dec", None)
+    return weights.device if isinstance(weights, Tensor) else None
+
+
+def encoded(encoder: QueryEncoder, queries: Float[Tensor, "*batch head d_head"]) -> Latents:
+    """Return the latents of queries, on the encoder's device: layers may lie on several."""
+    return encoder.encode(queries.to(device_of(encoder) or queries.device))
+
+
+def on_device(encoder: QueryEncoder, device: str | torch.device) -> QueryEncoder:
+    """Return an encoder on a device: itself where it is there, or has no weights; or a copy."""
+    if not isinstance(encoder, torch.nn.Module) or device_of(encoder) == torch.device(device):
+        return encoder
+    return copy.deepcopy(encoder).to(device)
+
+
+def at_heads(
+    encoder: QueryEncoder, heads: Sequence[int], device: str | torch.device
+) -> QueryEncoder:
     """Return the encoder of some heads of a site alone, so that the others cost nothing.
 
     Args:
         encoder: of all heads.
         heads: which, in this order.
+        device: where its weights are to lie.
 
     Returns:
-        The encoder itself where these are all its heads; of a query-head SAE a copy of the weights
-        of these heads, as they are now, without the hooks on it.
+        The encoder itself where these are all its heads and it lies there; of a query-head SAE a
+        copy of the weights of these heads, as they are now, without the hooks on it.
     """
     if tuple(heads) == tuple(range(encoder.n_heads)):
-        return encoder
+        return on_device(encoder, device)
     if isinstance(encoder, IdentityEncoder):
         return dataclasses.replace(encoder, n_heads=len(heads))
     if isinstance(encoder, QueryHeadSAE):
@@ -101,8 +124,8 @@ def at_heads(encoder: QueryEncoder, heads: Sequence[int]) -> QueryEncoder:
             some: QueryHeadSAE[Any] = type(encoder)(config)
         index = list(heads)
         some.load_state_dict({name: value[index] for name, value in encoder.state_dict().items()})
-        return some.to(device=encoder.device).requires_grad_(False).eval()
-    return _SomeHeads(encoder, tuple(heads))
+        return some.to(device=device).requires_grad_(False).eval()
+    return _SomeHeads(on_device(encoder, device), tuple(heads))
 
 
 class _SomeHeads:
