@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokens = 2 * BATCH if args.quick else 16 * BATCH
-    rounds = args.rounds or (3 if args.quick else 5)
+    rounds = args.rounds or (2 if args.quick else 5)
     model = make_model(args.device)
     rows = torch.randint(0, model.cfg.d_vocab, (tokens // CONTEXT, CONTEXT))
     if args.peak:
