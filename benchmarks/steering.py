@@ -107,7 +107,11 @@ class Bench:
         )
         sites = sqs.query_sites(self.model)
         config = sqs.QueryHeadTopKSAEConfig(
-            n_heads=N_HEADS, d_head=D_HEAD, d_sae_per_head=D_SAE, k=K
+            n_heads=N_HEADS,
+            d_head=D_HEAD,
+            d_sae_per_head=D_SAE,
+            k=K,
+            rescale_acts_by_decoder_norm=False,  # folded, as training leaves it
         )
         self.saes = {site.hook_name: sqs.QueryHeadTopKSAE(config) for site in sites}
         self.unbounded = {name: Unbounded(config) for name in self.saes}

@@ -13,6 +13,7 @@ The plain loop takes any objective. Where mathematics allows, the same end is re
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -103,8 +104,8 @@ def descend(
             z,
             goal,
             objective,
-            _per_row(n_steps, z),
-            _per_row(step_size, z),
+            _spread(n_steps, z),
+            _spread(step_size, z),
             lower=bounds.lower,
             movable=bounds.movable,
         )
@@ -180,10 +181,15 @@ def check_strength(n_steps: int, step_size: float) -> None:
         )
 
 
+def _spread(value: Any, z: Tensor) -> Any:
+    """Return a number as it is, and a value for each row so that it spreads over latents."""
+    return value.to(z.device)[..., None, None] if isinstance(value, Tensor) else value
+
+
 def _per_row(value: int | float | Tensor, z: Tensor) -> Tensor:
     """Return a number as a tensor that spreads over the latents of each row."""
     if isinstance(value, Tensor):
-        return value.to(z.device)[..., None, None]
+        return _spread(value, z)
     return torch.tensor(value, device=z.device, dtype=z.dtype if isinstance(value, float) else None)
 
 

@@ -49,6 +49,21 @@ class Goal:
         return self.weights.sum(-1)[..., None, None]
 
     @cached_property
+    def shared_total(self) -> float | None:
+        """The sum of the weights as a number, where all tokens have the same; else None."""
+        return float(self.total.detach()) if self.weights.ndim == 1 else None
+
+    @cached_property
+    def point(self) -> Float[Tensor, "*batch head d_latent"]:
+        """Where the weighted squared distance is least: c_w / s."""
+        return self.pull / self.total
+
+    @cached_property
+    def least_of_point(self) -> float:
+        """The least coordinate of that point."""
+        return float(self.point.detach().min())
+
+    @cached_property
     def pull(self) -> Float[Tensor, "*batch head d_latent"]:
         """Weighted sum of the centroids: of a single target, its centroid."""
         return einsum(self.weights, self.centroids, "... k, k head d -> ... head d")
@@ -59,14 +74,9 @@ class Goal:
         return self.centroids.transpose(0, 1).contiguous()
 
     @cached_property
-    def half_squares(self) -> Float[Tensor, "head 1 class"]:
+    def half_squares(self) -> Float[Tensor, "head class 1"]:
         """Half the squared norm of every centroid."""
-        return self.by_head.square().sum(-1)[:, None] / 2
-
-    @cached_property
-    def sums_to_one(self) -> bool:
-        """Whether the weights of every token sum to 1, as those of a single target do."""
-        return bool((self.total == 1).all())
+        return self.by_head.square().sum(-1, keepdim=True) / 2
 
     @cached_property
     def wanted(self) -> Bool[Tensor, "*batch class"]:
@@ -79,7 +89,7 @@ class Goal:
 
     def prepared(self) -> "Goal":
         """Compute at once all that follows from the goal, and return it: for many descents."""
-        for name in ("total", "pull", "by_head", "half_squares", "sums_to_one", "wanted"):
+        for name in _PREPARED:
             getattr(self, name)
         return self
 
@@ -92,6 +102,12 @@ class Goal:
     def weighted(self, values: Float[Tensor, "*batch head class"]) -> Float[Tensor, "*batch head"]:
         """Return the weighted sum over the classes of values of each class."""
         return (values * self.weights[..., None, :]).sum(-1)
+
+
+_PREPARED = (
+    *("total", "shared_total", "pull", "point", "least_of_point", "by_head", "half_squares"),
+    "wanted",
+)
 
 
 def weights_of(target: Target, classes: tuple[str, ...]) -> Float[Tensor, " class"]:

@@ -5,6 +5,7 @@ only the chosen heads at the scoped positions differ; nothing is left behind, af
 too.
 """
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,6 +170,7 @@ def _hook(
     attention: AttentionRecorder | None = None,
 ) -> HookFunction:
     site, heads = steerer.sites[hook_name], steerer.site_heads[hook_name]
+    every_head = heads == tuple(range(site.n_heads))
 
     def steer(activation: Tensor, hook: Any) -> Tensor | None:
         del hook  # its name differs between the hosts
@@ -176,12 +178,16 @@ def _hook(
         if activation.ndim == 3:
             queries = rearrange(activation, "b p (h d) -> b p h d", h=site.n_heads, d=site.d_head)
         positions = positions_of(queries)
-        rows, columns = select(steerer.scope, positions).nonzero(as_tuple=True)
+        mask = select(steerer.scope, positions)
+        rows, columns = mask.nonzero(as_tuple=True)
         if len(rows) == 0:
             return None
+        everything = every_head and len(rows) == mask.numel()
         index = torch.tensor(heads, device=queries.device)
-        at_scope = queries[rows[:, None], columns[:, None], index]
-        check_finite(at_scope, hook_name)
+        if everything:  # as in most decode steps: nothing has to be picked out
+            at_scope = queries.flatten(0, 1)
+        else:
+            at_scope = queries[rows[:, None], columns[:, None], index]
         places = TokenPlaces(
             row=rows,
             position=positions.index[rows, columns],
@@ -189,14 +195,18 @@ def _hook(
             prompt_lengths=positions.prompt_lengths,
         )
         change = steerer.change(hook_name, at_scope, places, record=trace.recording)
-        delta = change.delta.to(queries.dtype)
-        if not bool(delta.isfinite().all()):
+        changed = at_scope + change.delta.to(queries.dtype)
+        if not math.isfinite(float(changed.detach().abs().max())):
+            check_finite(at_scope, hook_name)
             raise ValueError(
                 f"the change of the queries at {hook_name} is not finite: the descent diverged, or "
                 f"overflows {queries.dtype}; use a smaller step_size or fewer steps"
             )
-        steered = queries.clone()
-        steered[rows[:, None], columns[:, None], index] = at_scope + delta
+        if everything:
+            steered = changed
+        else:
+            steered = queries.clone()
+            steered[rows[:, None], columns[:, None], index] = changed
         if attention is not None:
             attention.steered(site.layer, rows, columns, heads)
         if trace.recording and tracker is not None:

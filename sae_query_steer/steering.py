@@ -17,7 +17,13 @@ from sae_query_steer.latent_choice import Gate, LatentChoice, check_posterior, o
 from sae_query_steer.objectives import Objective, squared_distances
 from sae_query_steer.places import TokenPlaces
 from sae_query_steer.positions import LastPromptToken, Scope, check_scope
-from sae_query_steer.sae.encoders import QueryEncoder, at_heads, encoder_sites, on_device
+from sae_query_steer.sae.encoders import (
+    QueryEncoder,
+    at_heads,
+    decoded_difference,
+    encoder_sites,
+    on_device,
+)
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.strength import Schedule, by_row, check_limits, each, limited, scheduled
 from sae_query_steer.targets import check_belongs
@@ -212,7 +218,7 @@ class LatentGradientSteerer(Steerer):
         )
         delta = limited(
             queries,
-            encoder.decode(result.z) - encoder.decode(z0),
+            decoded_difference(encoder, result.z, z0),
             max_relative_change=self.max_relative_change,
             keep_norm=self.keep_norm,
         )

@@ -34,6 +34,8 @@ class _Run:
 
     number: int
     prompt_lengths: Int[Tensor, " batch"] | None
+    prompts_fit: bool = False
+    """Whether the lengths were compared with the rows."""
     columns: Bool[Tensor, "batch total"] | None = None
     tokens: Int[Tensor, "batch total"] | None = None
     from_start: bool = False
@@ -252,17 +254,17 @@ class PositionTracker:
         run.columns = torch.cat([seen, valid], dim=1)
         if run.prompt_lengths is None and generating:
             run.prompt_lengths = run.columns.sum(1)
-        lengths = run.prompt_lengths
-        if lengths is not None:
-            lengths = expand_lengths(lengths, batch).to(valid.device)
-            check_lengths(lengths, run.columns)
+        if run.prompt_lengths is not None and not run.prompts_fit:
+            run.prompt_lengths = expand_lengths(run.prompt_lengths, batch).to(valid.device)
+            check_lengths(run.prompt_lengths, run.columns)
+            run.prompts_fit = True  # a row only grows: what fits its beginning fits it later on
         tokens = None
         if run.tokens is not None and run.tokens.shape == run.columns.shape:
             tokens = by_position(run.tokens.to(valid.device), run.columns)
         return Positions(
             index=seen.sum(1, keepdim=True) + valid.cumsum(1) - 1,
             valid=valid,
-            prompt_lengths=lengths,
+            prompt_lengths=run.prompt_lengths,
             tokens=tokens,
         )
 

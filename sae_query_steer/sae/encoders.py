@@ -93,6 +93,17 @@ def encoded(encoder: QueryEncoder, queries: Float[Tensor, "*batch head d_head"])
     return encoder.encode(queries.to(device_of(encoder) or queries.device))
 
 
+def decoded_difference(
+    encoder: QueryEncoder,
+    after: Float[Tensor, "*batch head d_latent"],
+    before: Float[Tensor, "*batch head d_latent"],
+) -> Float[Tensor, "*batch head d_head"]:
+    """Return decode(after) - decode(before); by one product where the decoder is linear."""
+    if isinstance(encoder, QueryHeadSAE):
+        return encoder.linear_decode(after - before)
+    return encoder.decode(after) - encoder.decode(before)
+
+
 def on_device(encoder: QueryEncoder, device: str | torch.device) -> QueryEncoder:
     """Return an encoder on a device: itself where it is there, or has no weights; or a copy."""
     if not isinstance(encoder, torch.nn.Module) or device_of(encoder) == torch.device(device):
