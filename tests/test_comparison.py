@@ -5,13 +5,11 @@ from collections import Counter
 import pytest
 
 from sae_query_steer import BloomLevel
+from sae_query_steer.evaluation.comparison import Method, operating_point, strength_curves
 from sae_query_steer.tasks.tutor.comparison import (
     TASKS,
     CaseScorer,
-    Method,
-    Outcome,
-    operating_point,
-    strength_curves,
+    TutorOutcome,
     table_row,
     tutor_cases,
 )
@@ -21,7 +19,7 @@ def outcome(strength, target, ratio, *, success=None, grounded=True):
     n = 20
     hits = [i < round(target * n) for i in range(n)]
     good = hits if success is None else [i < round(success * n) for i in range(n)]
-    return Outcome(
+    return TutorOutcome(
         strength=float(strength),
         texts=["text"] * n,
         judged=[None] * n,

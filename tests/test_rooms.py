@@ -60,7 +60,7 @@ ORDER = (
     *("training_plan", "training", "distributed", "targets", "separability", "interchange"),
     *("attention_trace", "trace_html", "trace", "intervention", "attach"),
     *("joined", "steering", "steerer_files", "baselines", "plots"),
-    *("evaluation", "evaluation.generation", "evaluation.rowwise"),
+    *("evaluation", "evaluation.comparison", "evaluation.generation", "evaluation.rowwise"),
     *("evaluation.replacement", "evaluation.saes"),
     *("tasks", "tasks.tutor.words", "tasks.tutor.corpus", "tasks.tutor.tokenizer"),
     *("tasks.tutor.batches", "tasks.tutor.judges", "tasks.tutor.obedience"),

@@ -1,20 +1,19 @@
-"""The comparison on the tutor: cases, methods, scores, and the strength of each method."""
+"""The comparison on the tutor: its cases, and how what is written there scores."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from sae_query_steer.bloom import BloomLevel
+from sae_query_steer.evaluation.comparison import Method, Outcome, outcome_row
 from sae_query_steer.evaluation.generation import (
     Continuations,
     continuations,
     negative_log_likelihoods,
 )
-from sae_query_steer.intervention import Steerer
-from sae_query_steer.metrics import wilson_interval
 from sae_query_steer.tasks.tutor.corpus import Split, TutorCorpus, TutorPrompt
 from sae_query_steer.tasks.tutor.judges import LevelClassifier, restated_level
 
@@ -23,15 +22,6 @@ MAX_NEW_TOKENS = 32
 
 BATCH_SIZE = 120
 """Cases of one call of `generate`; more cost more each on small machines."""
-
-MAX_PERPLEXITY_RATIO = 1.5
-"""What a strength may cost to be chosen. Source: shared definition of the operating point."""
-
-GRID_ENDS_AT_RATIO = 3.0
-"""A grid of strengths ends where the perplexity ratio passes this."""
-
-GRID_ENDS_BELOW_BEST = 0.05
-"""... or where the target rate has fallen this far below its best."""
 
 Task: TypeAlias = Literal["open", "redirect"]
 TASKS: tuple[Task, ...] = ("open", "redirect")
@@ -72,62 +62,15 @@ def tutor_cases(task: Task, split: Split, n: int, *, seed: int, notes: bool = Tr
     return cases
 
 
-SteererOf: TypeAlias = Callable[[Sequence[Case], float], Steerer]
-"""From cases and a strength to a steerer with a row for each case."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One way to get feedback of the target level."""
-
-    name: str
-    objective: str | None = None
-    centroids: str | None = None
-    """From which prompts the centroids were taken: "requested" or "open"."""
-
-    span: str | None = None
-    scope: str | None = None
-    n_steps: int | None = None
-    steerer: SteererOf | None = None
-    """None for methods that change the prompt alone."""
-
-    prompts: Callable[[Sequence[Case]], list[str]] | None = None
-    """The prompts to continue; None means each case's own."""
-
-    strengths: Sequence[float] = (0.0,)
-    """Growing strengths to try, step sizes of the descents; one is enough where none is chosen."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """What one method wrote at one strength, and how it was judged."""
+class TutorOutcome(Outcome):
+    """What one method wrote at one strength, judged by both judges."""
 
-    strength: float
-    texts: list[str]
-    judged: list[BloomLevel | None]
-    """The classifier's judgement."""
-
-    restated: list[BloomLevel | None]
+    restated: Sequence[BloomLevel | None]
     """The level of the note that was restated."""
 
-    target: list[bool]
     grounded: list[bool] | None
     """Whether the target's note was restated; None where the prompts hold no notes."""
-
-    success: list[bool]
-    perplexity_ratio: float
-    perplexity_ratio_original: float
-    delta_q_ratio: float
-
-    @property
-    def target_rate(self) -> float:
-        """Share of the texts that the classifier finds at the target level."""
-        return sum(self.target) / len(self.target)
-
-    @property
-    def success_rate(self) -> float:
-        """Share of the texts that are at the target level and grounded."""
-        return sum(self.success) / len(self.success)
 
 
 @dataclass(eq=False)
@@ -135,12 +78,12 @@ class CaseScorer:
     """Scores methods on the cases of several tasks, all in one batch."""
 
     model: Any
-    cases: Mapping[Task, Sequence[Case]]
+    cases: Mapping[str, Sequence[Case]]
     classifier: LevelClassifier
     _known: dict[tuple[str, tuple[int, ...]], float] = field(init=False, default_factory=dict)
     """-log p of the tokens after a prompt: steers that succeed mostly write the same text."""
 
-    _reference: dict[tuple[Task, str], float] = field(init=False, default_factory=dict)
+    _reference: dict[tuple[str, str], float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("requesting", "prompt"):
@@ -150,8 +93,8 @@ class CaseScorer:
                 self._reference[task, name] = self._mean_loss(prompts, own.tokens)
 
     def score(
-        self, method: Method, strength: float, tasks: Sequence[Task] = TASKS
-    ) -> dict[Task, Outcome]:
+        self, method: Method[Case], strength: float, tasks: Sequence[str] = TASKS
+    ) -> dict[str, TutorOutcome]:
         """Return what a method does at a strength, task by task."""
         every = [case for task in tasks for case in self.cases[task]]
         parts = [
@@ -164,7 +107,7 @@ class CaseScorer:
             relative_changes=[change for part in parts for change in part.relative_changes],
         )
         judged = self.classifier.levels(written.texts)
-        outcomes: dict[Task, Outcome] = {}
+        outcomes: dict[str, TutorOutcome] = {}
         start = 0
         for task in tasks:
             rows = slice(start, start + len(self.cases[task]))
@@ -172,7 +115,9 @@ class CaseScorer:
             start = rows.stop
         return outcomes
 
-    def _written(self, method: Method, strength: float, cases: Sequence[Case]) -> Continuations:
+    def _written(
+        self, method: Method[Case], strength: float, cases: Sequence[Case]
+    ) -> Continuations:
         prompts = [case.prompt.text for case in cases]
         if method.prompts is not None:
             prompts = method.prompts(cases)
@@ -186,12 +131,12 @@ class CaseScorer:
 
     def _outcome(
         self,
-        task: Task,
+        task: str,
         strength: float,
         written: Continuations,
         judged: Sequence[BloomLevel | None],
         rows: slice,
-    ) -> Outcome:
+    ) -> TutorOutcome:
         cases, texts = self.cases[task], written.texts[rows]
         pairs = list(zip(texts, cases, strict=True))
         restated = [restated_level(text, case.prompt) for text, case in pairs]
@@ -200,7 +145,7 @@ class CaseScorer:
         if cases[0].prompt.notes:
             grounded = [a == c.target for a, c in zip(restated, cases, strict=True)]
         changes = written.relative_changes[rows]
-        return Outcome(
+        return TutorOutcome(
             strength=strength,
             texts=texts,
             judged=list(judged[rows]),
@@ -213,7 +158,7 @@ class CaseScorer:
             delta_q_ratio=sum(changes) / len(changes),
         )
 
-    def _ratio(self, task: Task, name: str, tokens: Sequence[Tensor]) -> float:
+    def _ratio(self, task: str, name: str, tokens: Sequence[Tensor]) -> float:
         prompts = [getattr(case, name).text for case in self.cases[task]]
         return math.exp(self._mean_loss(prompts, tokens) - self._reference[task, name])
 
@@ -228,65 +173,14 @@ class CaseScorer:
         return sum(self._known[key] for key in keys) / sum(map(len, tokens))
 
 
-def strength_curves(scorer: CaseScorer, method: Method) -> dict[Task, list[Outcome]]:
-    """Return a method's outcomes at growing strengths, for each task until more does not help.
-
-    A curve ends where the target rate has fallen by more than 0.05 from its best, or the perplexity
-    ratio passes 3, or the method's strengths are used up.
-    """
-    curves: dict[Task, list[Outcome]] = {task: [] for task in scorer.cases}
-    for strength in method.strengths:
-        going: list[Task] = [task for task, curve in curves.items() if not _ended(curve)]
-        if not going:
-            break
-        for task, outcome in scorer.score(method, strength, going).items():
-            curves[task].append(outcome)
-    return curves
-
-
-def _ended(curve: Sequence[Outcome]) -> bool:
-    if not curve:
-        return False
-    best = max(outcome.target_rate for outcome in curve)
-    fell = curve[-1].target_rate < best - GRID_ENDS_BELOW_BEST
-    return fell or curve[-1].perplexity_ratio > GRID_ENDS_AT_RATIO
-
-
-def operating_point(curve: Sequence[Outcome]) -> Outcome:
-    """Return the outcome of most success at a perplexity ratio of 1.5 or less.
-
-    Of equals the weaker; where no strength is that fluent, the most fluent one.
-    """
-    fluent = [o for o in curve if o.perplexity_ratio <= MAX_PERPLEXITY_RATIO]
-    if not fluent:
-        return min(curve, key=lambda o: o.perplexity_ratio)
-    return max(fluent, key=lambda o: (o.success_rate, -o.strength))
-
-
-def table_row(task: Task, method: Method, outcome: Outcome) -> dict[str, Any]:
+def table_row(task: str, method: Method[Case], outcome: TutorOutcome) -> dict[str, Any]:
     """Return one row of the table, as `results.json` holds it."""
-    n = len(outcome.target)
-    low, high = wilson_interval(sum(outcome.target), n)
-    success_low, success_high = wilson_interval(sum(outcome.success), n)
-    steered = method.steerer is not None
+    row = outcome_row(task, method, outcome)
+    told = outcome.grounded
+    grounded = None if told is None else sum(told) / len(told)
+    # Where the reader looks for it: before the success that it is a part of.
     return {
-        "task": task,
-        "method": method.name,
-        "objective": method.objective,
-        "centroids": method.centroids,
-        "span": method.span,
-        "scope": method.scope,
-        "n_steps": method.n_steps,
-        "step_size": outcome.strength if method.n_steps is not None else None,
-        "delta_q_ratio": outcome.delta_q_ratio if steered else None,
-        "n": n,
-        "target_rate": outcome.target_rate,
-        "ci_low": low,
-        "ci_high": high,
-        "grounded": None if outcome.grounded is None else sum(outcome.grounded) / n,
-        "success": outcome.success_rate,
-        "success_low": success_low,
-        "success_high": success_high,
-        "perplexity_ratio": outcome.perplexity_ratio,
-        "perplexity_ratio_original": outcome.perplexity_ratio_original,
+        key: value
+        for name, score in row.items()
+        for key, value in ([("grounded", grounded)] if name == "success" else []) + [(name, score)]
     }

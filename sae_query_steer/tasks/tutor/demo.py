@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
+from sae_query_steer.evaluation.comparison import Method, operating_point, strength_curves
 from sae_query_steer.positions import LastPromptToken, ResponseTokens, Span
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.sae.topk import QueryHeadTopKTrainingSAEConfig
@@ -23,11 +24,7 @@ from sae_query_steer.tasks.tutor.comparison import (
     TASKS,
     Case,
     CaseScorer,
-    Method,
-    Outcome,
-    Task,
-    operating_point,
-    strength_curves,
+    TutorOutcome,
     table_row,
     tutor_cases,
 )
@@ -141,7 +138,7 @@ def all_methods(
     layers: Sequence[int],
     solved: Sequence[LabelledExample],
     settings: DemoSettings,
-) -> list[Method]:
+) -> list[Method[Case]]:
     """Return the methods of the table, in its order."""
     steered = [site for site in sites if site.layer in layers]
     methods = prompt_methods(solved, seed=settings.seed)
@@ -177,17 +174,17 @@ def all_methods(
 def _scorer(
     model: Any, classifier: LevelClassifier, split: Split, n: int, *, seed: int, notes: bool
 ) -> CaseScorer:
-    cases: dict[Task, Sequence[Case]] = {
+    cases: dict[str, Sequence[Case]] = {
         task: tutor_cases(task, split, n, seed=seed, notes=notes) for task in TASKS
     }
     return CaseScorer(model, cases, classifier)
 
 
 def _choose(
-    scorer: CaseScorer, methods: Sequence[Method], seed: int
-) -> tuple[list[tuple[Method, dict[Task, float]]], pd.DataFrame]:
+    scorer: CaseScorer, methods: Sequence[Method[Case]], seed: int
+) -> tuple[list[tuple[Method[Case], dict[str, float]]], pd.DataFrame]:
     """Return each method's strength for each task, and the curves they were chosen from."""
-    points: list[tuple[Method, dict[Task, float]]] = []
+    points: list[tuple[Method[Case], dict[str, float]]] = []
     curve_rows = []
     for method in tqdm(methods, desc="Choosing strengths", unit="method"):
         if len(method.strengths) == 1:
@@ -202,22 +199,24 @@ def _choose(
 
 
 def _compare(
-    scorer: CaseScorer, points: Sequence[tuple[Method, Mapping[Task, float]]]
-) -> dict[Task, list[tuple[Method, Outcome]]]:
+    scorer: CaseScorer, points: Sequence[tuple[Method[Case], Mapping[str, float]]]
+) -> dict[str, list[tuple[Method[Case], TutorOutcome]]]:
     """Return what each method does on the test cases, at the strength chosen for each task."""
-    outcomes: dict[Task, list[tuple[Method, Outcome]]] = {task: [] for task in TASKS}
+    outcomes: dict[str, list[tuple[Method[Case], TutorOutcome]]] = {task: [] for task in TASKS}
     for method, strengths in tqdm(points, desc="Comparing methods", unit="method"):
         for strength in sorted(set(strengths.values())):
-            tasks: list[Task] = [task for task in TASKS if strengths[task] == strength]
+            tasks = [task for task in TASKS if strengths[task] == strength]
             for task, outcome in scorer.score(method, strength, tasks).items():
                 outcomes[task].append((method, outcome))
     return outcomes
 
 
-def agreement(outcomes: Mapping[Task, Sequence[tuple[Method, Outcome]]]) -> dict[str, float]:
+def agreement(
+    outcomes: Mapping[str, Sequence[tuple[Method[Case], TutorOutcome]]],
+) -> dict[str, float]:
     """Return how often classifier and rule name the same level, unsteered and over all rows."""
 
-    def share(chosen: Sequence[Outcome]) -> float:
+    def share(chosen: Sequence[TutorOutcome]) -> float:
         pairs = [pair for o in chosen for pair in zip(o.judged, o.restated, strict=True)]
         return sum(a == b for a, b in pairs) / len(pairs)
 
@@ -229,12 +228,12 @@ def agreement(outcomes: Mapping[Task, Sequence[tuple[Method, Outcome]]]) -> dict
 
 
 def shown_examples(
-    outcomes: Mapping[Task, Sequence[tuple[Method, Outcome]]],
-    cases: Mapping[Task, Sequence[Case]],
+    outcomes: Mapping[str, Sequence[tuple[Method[Case], TutorOutcome]]],
+    cases: Mapping[str, Sequence[Case]],
 ) -> tuple[Mapping[str, str], ...]:
     """Return three cases in full, the first of the test cases: two open, one redirected."""
     shown = []
-    wanted: tuple[tuple[Task, int], ...] = (("open", 0), ("open", 5), ("redirect", 3))
+    wanted: tuple[tuple[str, int], ...] = (("open", 0), ("open", 5), ("redirect", 3))
     for task, index in wanted:
         case = cases[task][min(index, len(cases[task]) - 1)]
         example = {

@@ -11,6 +11,7 @@ from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt, m
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
+from sae_query_steer.evaluation.comparison import Method
 from sae_query_steer.evaluation.rowwise import QueryPatch, RowwiseSteerer
 from sae_query_steer.hosts.models import queries_at
 from sae_query_steer.intervention import Steerer
@@ -23,7 +24,7 @@ from sae_query_steer.objectives import (
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering import LatentGradientSteerer
-from sae_query_steer.tasks.tutor.comparison import Case, Method
+from sae_query_steer.tasks.tutor.comparison import Case
 from sae_query_steer.tasks.tutor.corpus import SEPARATOR
 
 SCOPE = "last prompt token"
@@ -65,7 +66,7 @@ DESCENTS = (
 )
 
 
-def prompt_methods(solved: Sequence[LabelledExample], *, seed: int) -> list[Method]:
+def prompt_methods(solved: Sequence[LabelledExample], *, seed: int) -> list[Method[Case]]:
     """Return the methods that change the prompt: nothing, the request itself, two examples.
 
     Args:
@@ -93,7 +94,7 @@ def prompt_methods(solved: Sequence[LabelledExample], *, seed: int) -> list[Meth
     ]
 
 
-def interchange_method(model: Any, sites: Sequence[QuerySite]) -> Method:
+def interchange_method(model: Any, sites: Sequence[QuerySite]) -> Method[Case]:
     """Return the reference: each case gets the queries of its own prompt with the request in it."""
     by_name = {site.hook_name: site for site in sites}
 
@@ -117,7 +118,7 @@ def descent_method(
     *,
     centroids: str,
     span: str,
-) -> Method:
+) -> Method[Case]:
     """Return descent towards the centroid of each case's target, over some encoders."""
 
     def steerer(level: BloomLevel, step_size: float) -> LatentGradientSteerer:
@@ -152,7 +153,7 @@ def mean_difference_method(
     *,
     centroids: str,
     span: str,
-) -> Method:
+) -> Method[Case]:
     """Return the mean difference of the queries, which is dense descent on the contrast."""
     return Method(
         name="mean difference",
@@ -171,7 +172,7 @@ def mean_difference_method(
     )
 
 
-def random_method(model_of: Method, *, seed: int) -> Method:
+def random_method(model_of: Method[Case], *, seed: int) -> Method[Case]:
     """Return random directions, as long at every token as the change of another method."""
     assert model_of.steerer is not None
     make = model_of.steerer

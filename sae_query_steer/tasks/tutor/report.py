@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_query_steer.evaluation.comparison import MAX_PERPLEXITY_RATIO
 from sae_query_steer.storage import new_folder, write_json
-from sae_query_steer.tasks.tutor.comparison import MAX_PERPLEXITY_RATIO, TASKS
+from sae_query_steer.tasks.tutor.comparison import TASKS
 from sae_query_steer.tasks.tutor.results import MAIN, DemoResult, label_of
 
 RESULTS = "results.json"

@@ -1,0 +1,164 @@
+"""Methods in one form, what they do at growing strengths, and the strength at which they count."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+from sae_query_steer.metrics import wilson_interval
+
+MAX_PERPLEXITY_RATIO = 1.5
+"""What a strength may cost to be chosen. Source: shared definition of the operating point."""
+
+GRID_ENDS_AT_RATIO = 3.0
+"""A grid of strengths ends where the perplexity ratio passes this."""
+
+GRID_ENDS_BELOW_BEST = 0.05
+"""... or where the target rate has fallen this far below its best."""
+
+T_CASE = TypeVar("T_CASE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Generic[T_CASE]):
+    """One way to get texts of a target class from cases: by another prompt, or by steering."""
+
+    name: str
+    objective: str | None = None
+    centroids: str | None = None
+    """From which prompts the centroids were taken, such as "requested" or "open"."""
+
+    span: str | None = None
+    scope: str | None = None
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    """None means all."""
+
+    n_steps: int | None = None
+    steerer: Callable[[Sequence[T_CASE], float], Any] | None = None
+    """From cases and a strength to a steerer with a row for each case, in this order; None for
+    methods that change the prompt alone."""
+
+    prompts: Callable[[Sequence[T_CASE]], list[str]] | None = None
+    """The prompts to continue; None means each case's own."""
+
+    strengths: Sequence[float] = (0.0,)
+    """Growing strengths to try, step sizes of the descents; one is enough where none is chosen."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What one method wrote at one strength, and how it was judged."""
+
+    strength: float
+    texts: list[str]
+    judged: Sequence[str | None]
+    """The class that the judge finds in each text."""
+
+    target: list[bool]
+    """Whether that is the target."""
+
+    success: list[bool]
+    """What the task calls a success: the target, and where it knows more, that too."""
+
+    perplexity_ratio: float
+    """Perplexity of the texts given the prompts that request the target, over that of the model's
+    own texts there; where no prompt requests it, given the prompts themselves."""
+
+    perplexity_ratio_original: float
+    """The same given the prompts themselves."""
+
+    delta_q_ratio: float
+    """Mean of |delta q| / |q|."""
+
+    @property
+    def target_rate(self) -> float:
+        """Share of the texts that the judge finds to be of the target class."""
+        return sum(self.target) / len(self.target)
+
+    @property
+    def success_rate(self) -> float:
+        """Share of the texts that are a success."""
+        return sum(self.success) / len(self.success)
+
+
+T_OUTCOME = TypeVar("T_OUTCOME", bound=Outcome)
+T_SCORED = TypeVar("T_SCORED", bound=Outcome, covariant=True)
+
+
+@runtime_checkable
+class Scorer(Protocol[T_SCORED]):
+    """Scores methods on the cases of some tasks."""
+
+    @property
+    def cases(self) -> Mapping[str, Sequence[Any]]:
+        """The cases of each task."""
+        ...
+
+    def score(
+        self, method: Method[Any], strength: float, tasks: Sequence[str]
+    ) -> Mapping[str, T_SCORED]:
+        """Return what a method does at a strength, task by task."""
+        ...
+
+
+def strength_curves(scorer: Scorer[T_OUTCOME], method: Method[Any]) -> dict[str, list[T_OUTCOME]]:
+    """Return a method's outcomes at growing strengths, for each task until more does not help.
+
+    A curve ends where the target rate has fallen by more than 0.05 from its best, or the perplexity
+    ratio passes 3, or the method's strengths are used up.
+    """
+    curves: dict[str, list[T_OUTCOME]] = {task: [] for task in scorer.cases}
+    for strength in method.strengths:
+        going = [task for task, curve in curves.items() if not _ended(curve)]
+        if not going:
+            break
+        for task, outcome in scorer.score(method, strength, going).items():
+            curves[task].append(outcome)
+    return curves
+
+
+def _ended(curve: Sequence[Outcome]) -> bool:
+    if not curve:
+        return False
+    best = max(outcome.target_rate for outcome in curve)
+    fell = curve[-1].target_rate < best - GRID_ENDS_BELOW_BEST
+    return fell or curve[-1].perplexity_ratio > GRID_ENDS_AT_RATIO
+
+
+def operating_point(curve: Sequence[T_OUTCOME]) -> T_OUTCOME:
+    """Return the outcome of most success at a perplexity ratio of 1.5 or less.
+
+    Of equals the weaker; where no strength is that fluent, the most fluent one.
+    """
+    fluent = [o for o in curve if o.perplexity_ratio <= MAX_PERPLEXITY_RATIO]
+    if not fluent:
+        return min(curve, key=lambda o: o.perplexity_ratio)
+    return max(fluent, key=lambda o: (o.success_rate, -o.strength))
+
+
+def outcome_row(task: str, method: Method[Any], outcome: Outcome) -> dict[str, Any]:
+    """Return one row of a table: what was done, and what it scored, with 95 % intervals."""
+    n = len(outcome.target)
+    low, high = wilson_interval(sum(outcome.target), n)
+    success_low, success_high = wilson_interval(sum(outcome.success), n)
+    steered = method.steerer is not None
+    return {
+        "task": task,
+        "method": method.name,
+        "objective": method.objective,
+        "centroids": method.centroids,
+        "span": method.span,
+        "scope": method.scope,
+        "n_steps": method.n_steps,
+        "step_size": outcome.strength if method.n_steps is not None else None,
+        "delta_q_ratio": outcome.delta_q_ratio if steered else None,
+        "n": n,
+        "target_rate": outcome.target_rate,
+        "ci_low": low,
+        "ci_high": high,
+        "success": outcome.success_rate,
+        "success_low": success_low,
+        "success_high": success_high,
+        "perplexity_ratio": outcome.perplexity_ratio,
+        "perplexity_ratio_original": outcome.perplexity_ratio_original,
+    }
