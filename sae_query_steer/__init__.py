@@ -14,6 +14,7 @@ from sae_query_steer.data import (
     tokenize_example,
     tokenize_examples,
 )
+from sae_query_steer.decoder_rows import DecoderRowsSteerer
 from sae_query_steer.descent import Bounds, DescentResult, descend
 from sae_query_steer.distributed import train_on_ranks
 from sae_query_steer.evaluation.saes import evaluate_saes
@@ -57,6 +58,8 @@ from sae_query_steer.readers import (
     examples_from_jsonl,
     texts_from_file,
 )
+from sae_query_steer.residual import ResidualMeanDifference
+from sae_query_steer.residual_stream import ResidualMeans, residual_means
 from sae_query_steer.sae import (
     QueryHeadBatchTopKTrainingSAE,
     QueryHeadBatchTopKTrainingSAEConfig,
@@ -120,6 +123,7 @@ __all__ = [
     "CentroidTargetBuilder",
     "CentroidTargets",
     "CosineSimilarity",
+    "DecoderRowsSteerer",
     "DescentResult",
     "EveryPosition",
     "ExponentialDecay",
@@ -175,6 +179,8 @@ __all__ = [
     "QuerySAEs",
     "QuerySite",
     "RandomDirectionSteerer",
+    "ResidualMeanDifference",
+    "ResidualMeans",
     "ResponseTokens",
     "RowMask",
     "SquaredDistance",
@@ -201,6 +207,7 @@ __all__ = [
     "plot_sites",
     "plot_trace",
     "query_sites",
+    "residual_means",
     "save_steerer",
     "separability",
     "split_heads",

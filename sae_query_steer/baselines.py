@@ -18,6 +18,7 @@ from sae_query_steer.positions import LastPromptToken, Scope
 from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.strength import by_row, each
 from sae_query_steer.trace import QueryChange, SteeringTrace
 
 
@@ -50,11 +51,7 @@ def mean_difference(
 
     Source: contrastive activation addition, at the query.
     """
-    if not (math.isfinite(strength) and strength >= 0):
-        raise ValueError(
-            f"strength={strength} is not allowed: give a finite number, 0 or more (to go the other "
-            "way, steer towards another class)"
-        )
+    check_added(strength)
     return LatentGradientSteerer(
         identity_encoders(sites),
         dense_targets,
@@ -66,6 +63,53 @@ def mean_difference(
         layers=layers,
         heads=heads,
     )
+
+
+def check_added(strength: float | Sequence[float]) -> None:
+    """Raise unless a strength, or that of each row, can be used.
+
+    Raises:
+        ValueError: one is negative or not finite, or there are none.
+    """
+    for value in each(strength, "strength"):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"strength={value} is not allowed: give a finite number, 0 or more (to go the "
+                "other way, steer towards another class)"
+            )
+
+
+def above_others(means: Float[Tensor, "class *shape"]) -> Float[Tensor, "class *shape"]:
+    """Return each class's mean minus the mean of the other classes' means."""
+    return (means - means.mean(0)) * (len(means) / (len(means) - 1))
+
+
+def added(
+    directions: Float[Tensor, "class *shape"],
+    classes: Sequence[str],
+    target: str | Sequence[str],
+    strength: float | Sequence[float],
+    places: TokenPlaces,
+) -> Float[Tensor, "token *shape"]:
+    """Return strength times the direction of the target class, for each token of some rows.
+
+    Args:
+        directions: one for each class.
+        classes: their names.
+        target: the class of all rows, or that of each.
+        strength: of all rows, or of each.
+        places: where the tokens stand.
+
+    Raises:
+        ValueError: there are not as many targets or strengths as rows.
+    """
+    n_tokens = len(places.row)
+    targets = [target] * n_tokens if isinstance(target, str) else by_row("target", target, places)
+    one = not isinstance(strength, Sequence)
+    strengths = [strength] * n_tokens if one else by_row("strength", strength, places)
+    chosen = directions[[list(classes).index(name) for name in targets]]
+    factors = torch.tensor(strengths, dtype=chosen.dtype, device=chosen.device)
+    return factors.reshape(-1, *[1] * (chosen.ndim - 1)) * chosen
 
 
 @dataclass(frozen=True, eq=False)

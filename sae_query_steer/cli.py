@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from sae_query_steer.commands import chain, train, tutor
+from sae_query_steer.commands import chain, sweep, train, tutor
 
 app = typer.Typer(
     help="Steer language models by gradient descent on sparse features of attention queries.",
@@ -13,7 +13,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (tutor.demo, train.train, chain.targets, chain.sites, chain.steer, tutor.tutor):
+for command in (
+    tutor.demo,
+    train.train,
+    chain.targets,
+    chain.sites,
+    chain.steer,
+    sweep.sweep,
+    tutor.tutor,
+):
     app.command()(command)
 
 

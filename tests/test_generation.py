@@ -197,3 +197,68 @@ def test_a_prompt_without_any_token_is_refused(model):
     tokens = [*some_tokens()[:3], torch.tensor([], dtype=torch.long)]
     with pytest.raises(ValueError, match="^batch_size=64 and a shortest row of 0 tokens are not"):
         negative_log_likelihoods(model, PROMPTS, tokens)
+
+
+SEEDS = [5, 8, 5, 13]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_a_sampled_text_is_its_prompts_and_its_seeds_alone(model, batch_size):
+    sampling = {"max_new_tokens": 6, "temperature": 1.3}
+    made = continuations(model, PROMPTS, seeds=SEEDS, batch_size=batch_size, **sampling)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        alone = continuations(model, [prompt], seeds=[seed], **sampling)
+        assert torch.equal(alone.tokens[0], made.tokens[row])
+        assert alone.texts[0] == made.texts[row]
+    reversed_ = continuations(model, PROMPTS[::-1], seeds=SEEDS[::-1], batch_size=3, **sampling)
+    assert reversed_.texts[::-1] == made.texts
+    others = continuations(model, PROMPTS, seeds=[s + 1 for s in SEEDS], **sampling)
+    greedy = continuations(model, PROMPTS, max_new_tokens=6)
+    for row in range(len(PROMPTS)):
+        assert len({made.texts[row], others.texts[row], greedy.texts[row]}) == 3
+
+
+def test_the_temperature_reaches_the_draw_and_a_low_one_is_greedy(model):
+    cold, warm, hot = (
+        continuations(model, PROMPTS, max_new_tokens=6, temperature=t, seeds=SEEDS).texts
+        for t in (1e-4, 1.0, 50.0)
+    )
+    assert cold == continuations(model, PROMPTS, max_new_tokens=6).texts
+    assert warm not in (cold, hot)
+
+
+def test_a_sampled_batch_is_steered_as_each_prompt_alone(model, make):
+    steerer = make(objective=sqs.CentroidContrast(), step_size=4.0)
+    sampling = {"max_new_tokens": 6, "temperature": 0.8, "steerer": steerer}
+    together = continuations(model, PROMPTS, seeds=SEEDS, **sampling)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        alone = continuations(model, [prompt], seeds=[seed], **sampling)
+        assert alone.texts == together.texts[row : row + 1]
+        assert alone.relative_changes == pytest.approx(
+            together.relative_changes[row : row + 1], rel=1e-3
+        )
+    assert min(together.relative_changes) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"temperature": 1.0},
+            "temperature=1.0 with no seeds is not allowed: give both to sample, neither to decode "
+            "greedily",
+        ),
+        (
+            {"seeds": [1, 2]},
+            "temperature=None with 2 seeds is not allowed: give both to sample, neither to decode "
+            "greedily",
+        ),
+        (
+            {"temperature": 1.0, "seeds": [1, 2]},
+            "4 prompts do not fit 2 seeds: give one for each",
+        ),
+    ],
+)
+def test_a_temperature_wants_one_seed_for_each_prompt(model, given, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        continuations(model, PROMPTS, max_new_tokens=2, **given)

@@ -1,4 +1,4 @@
-"""Greedy continuations of many prompts at once, and how likely a model finds them."""
+"""Continuations of many prompts at once, and how likely a model finds them."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sae_query_steer.evaluation.sampling import seeded_sampling
 from sae_query_steer.hosts.models import next_token_log_probs, tokenizer_of
 from sae_query_steer.intervention import Steerer
+from sae_query_steer.residual import ResidualMeanDifference
 from sae_query_steer.trace import TraceRecord
 
 
@@ -26,7 +28,8 @@ class Continuations:
     """Their ids [pos], with EOS where the model ended."""
 
     relative_changes: list[float]
-    """Of each prompt, the mean of |delta q| / |q| over its steered tokens, layers and heads."""
+    """Of each prompt, the mean of |delta q| / |q| over its steered tokens, layers and heads; of a
+    `ResidualMeanDifference` the same of the residual stream."""
 
 
 def continuations(
@@ -34,34 +37,51 @@ def continuations(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    steerer: Steerer | None = None,
+    steerer: Steerer | ResidualMeanDifference | None = None,
     batch_size: int = 256,
+    temperature: float | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Continuations:
-    """Return greedy continuations of prompts, each as if it were alone.
+    """Return continuations of prompts, greedy or sampled, each as if it were alone.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         prompts: texts of any lengths; BOS is put in front of each.
         max_new_tokens: most tokens of a continuation.
-        steerer: what changes the queries meanwhile; one that tells the rows of a batch apart wants
-            all prompts in one batch.
+        steerer: what changes the queries, or the residual stream, meanwhile; one that tells the
+            rows of a batch apart wants all prompts in one batch.
         batch_size: rows of one call of `generate`.
+        temperature: sample from softmax(logits / temperature), above 0; None decodes greedily.
+        seeds: one for each prompt, with a temperature only: a prompt and its seed give one text,
+            whatever other prompts there are (see `seeded_sampling`).
 
     Raises:
-        ValueError: no prompts, or a size below 1.
+        ValueError: no prompts, a size below 1, a temperature without seeds or seeds without one,
+            or not one seed for each prompt.
     """
     if not prompts or max_new_tokens < 1 or batch_size < 1:
         raise ValueError(
             f"{len(prompts)} prompts, max_new_tokens={max_new_tokens} and batch_size={batch_size} "
             "are not allowed: give at least one of each"
         )
+    if (temperature is None) != (seeds is None):
+        raise ValueError(
+            f"temperature={temperature} with {'no' if seeds is None else len(seeds)} seeds is not "
+            "allowed: give both to sample, neither to decode greedily"
+        )
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts do not fit {len(seeds)} seeds: give one for each")
     tokenizer = tokenizer_of(model)
     tokens: list[Tensor] = []
     changes: list[float] = []
     for start in range(0, len(prompts), batch_size):
         rows = list(prompts[start : start + batch_size])
         steering = nullcontext() if steerer is None else steerer.apply(model, record=True)
-        with steering as trace:
+        sampling = nullcontext()
+        if temperature is not None and seeds is not None:
+            own = seeds[start : start + batch_size]
+            sampling = seeded_sampling(model, own, temperature=temperature)
+        with steering as trace, sampling:
             width = model.to_tokens(rows, padding_side="left", prepend_bos=True).shape[1]
             written = model.generate(
                 rows,

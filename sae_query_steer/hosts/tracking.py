@@ -125,7 +125,7 @@ class PositionTracker:
                 ("generate", self._around_call),
                 ("generate_stream", self._around_stream),
             ):
-                stack.enter_context(_replaced_method(self._model, name, around))
+                stack.enter_context(replaced_method(self._model, name, around))
             yield
 
     def _around_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -276,7 +276,8 @@ class PositionTracker:
 
 
 @contextmanager
-def _replaced_method(model: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+def replaced_method(model: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Wrap a method of a model for a `with` block; where there is none, do nothing."""
     if not hasattr(model, name):
         yield
         return

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
 from sae_query_steer.evaluation.comparison import Method, operating_point, strength_curves
+from sae_query_steer.evaluation.descents import DESCENTS
 from sae_query_steer.positions import LastPromptToken, ResponseTokens, Span
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.sae.topk import QueryHeadTopKTrainingSAEConfig
@@ -31,7 +32,6 @@ from sae_query_steer.tasks.tutor.comparison import (
 from sae_query_steer.tasks.tutor.corpus import Split
 from sae_query_steer.tasks.tutor.judges import LevelClassifier
 from sae_query_steer.tasks.tutor.methods import (
-    DESCENTS,
     descent_method,
     interchange_method,
     mean_difference_method,

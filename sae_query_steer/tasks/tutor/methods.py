@@ -1,7 +1,6 @@
 """The methods that the tutor's demo compares, each as a `Method` over the same cases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,15 +11,10 @@ from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
 from sae_query_steer.evaluation.comparison import Method
+from sae_query_steer.evaluation.descents import Descent
 from sae_query_steer.evaluation.rowwise import QueryPatch, RowwiseSteerer
 from sae_query_steer.hosts.models import queries_at
 from sae_query_steer.intervention import Steerer
-from sae_query_steer.objectives import (
-    CentroidContrast,
-    Objective,
-    PrototypeLogLikelihood,
-    SquaredDistance,
-)
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering import LatentGradientSteerer
@@ -29,41 +23,6 @@ from sae_query_steer.tasks.tutor.corpus import SEPARATOR
 
 SCOPE = "last prompt token"
 """Where all methods act: the read-out, whose query chooses the note."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Descent:
-    """An objective with its number of steps and the step sizes to try."""
-
-    name: str
-    objective: Objective
-    n_steps: int
-    step_sizes: tuple[float, ...]
-
-
-# Distance and contrast are linear in z, so one step does what twenty smaller ones would; the
-# prototype's step shrinks as the target's posterior grows, so it needs many. The last strengths
-# are absurd: a grid should end by what the text does, not because it is used up.
-DESCENTS = (
-    Descent(
-        name="prototype",
-        objective=PrototypeLogLikelihood(),
-        n_steps=20,
-        step_sizes=(0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
-    ),
-    Descent(
-        name="squared distance",
-        objective=SquaredDistance(),
-        n_steps=1,
-        step_sizes=(0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0),
-    ),
-    Descent(
-        name="contrast",
-        objective=CentroidContrast(),
-        n_steps=1,
-        step_sizes=(1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0),
-    ),
-)
 
 
 def prompt_methods(solved: Sequence[LabelledExample], *, seed: int) -> list[Method[Case]]:

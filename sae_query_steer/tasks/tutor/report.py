@@ -8,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_query_steer.evaluation.comparison import MAX_PERPLEXITY_RATIO
+from sae_query_steer.evaluation.pages import STYLE, table_html
 from sae_query_steer.storage import new_folder, write_json
 from sae_query_steer.tasks.tutor.comparison import TASKS
 from sae_query_steer.tasks.tutor.results import MAIN, DemoResult, label_of
@@ -24,19 +25,6 @@ COLOURS = {
     "SAE descent": "#1a73e8",
     "random direction": "#bdc1c6",
 }
-
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#202124;max-width:1060px;
-margin:2rem auto;padding:0 1rem}
-h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.2rem}
-table{border-collapse:collapse;font-size:.86rem;width:100%}
-th,td{padding:.28rem .5rem;border-bottom:1px solid #e0e0e0;text-align:left;vertical-align:top}
-td{white-space:nowrap}td:nth-child(2){white-space:normal}
-th{border-bottom:2px solid #80868b}td.n{text-align:right;font-variant-numeric:tabular-nums}
-pre{white-space:pre-wrap;background:#f6f8fa;padding:.7rem;border-radius:6px;font-size:.86rem}
-.verdict{background:#f1f3f4;padding:.8rem 1rem;border-radius:6px}
-@media print{body{max-width:none}h2{break-after:avoid}table,pre{break-inside:avoid}}
-"""
 
 
 def write_report(result: DemoResult, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -256,20 +244,6 @@ def site_figure(result: DemoResult) -> go.Figure:
         yaxis={"title": "class effect, nats (± 2 s.e.)"},
     )
     return figure
-
-
-def table_html(table: pd.DataFrame) -> str:
-    """Return a table as HTML, numbers to the right with three digits."""
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in table.columns)
-    body = []
-    for _, row in table.iterrows():
-        cells = []
-        for value in row:
-            number = isinstance(value, float | int)
-            text = f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
-            cells.append(f"<td class='n'>{text}</td>" if number else f"<td>{text}</td>")
-        body.append("<tr>" + "".join(cells) + "</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def example_html(example: Mapping[str, str]) -> str:

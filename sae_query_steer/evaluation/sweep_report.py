@@ -1,0 +1,279 @@
+"""A sweep as one offline page, as CSV, and as JSON."""
+
+import html
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
+
+from sae_query_steer.evaluation.comparison import GRID_ENDS_AT_RATIO, MAX_PERPLEXITY_RATIO
+from sae_query_steer.evaluation.pages import STYLE, table_html
+from sae_query_steer.evaluation.sweep import SweepResult
+from sae_query_steer.storage import new_folder, write_json
+
+RESULTS = "sweep.json"
+
+_SHOWN = {
+    "method": "method",
+    "layers": "layers",
+    "objective": "objective",
+    "span": "centroids over",
+    "scope": "steered at",
+    "step_size": "step size",
+    "delta_q_ratio": "relative change",
+    "target_rate": "target rate",
+    "interval": "95 %",
+    "perplexity_ratio": "perplexity ratio",
+    "perplexity_ratio_original": "under own prompt",
+}
+
+
+def write_sweep(
+    result: SweepResult,
+    folder: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    judge: Mapping[str, float],
+    sites: pd.DataFrame | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write `report.html`, `table.csv`, `curves.csv`, `texts.csv` and `sweep.json` to a folder.
+
+    All of it or nothing.
+
+    Args:
+        result: what the sweep found.
+        folder: the folder to make.
+        settings: what was asked for, shown and kept.
+        judge: how far the judge is to be believed: its held-out accuracy and the like.
+        sites: separability and interchange effect by layer, shown beside what steering reached.
+        overwrite: replace a sweep that is there.
+
+    Raises:
+        FileExistsError: the folder exists and `overwrite` is False, or is something else.
+    """
+    packages = ("torch", "transformer-lens", "sae-lens", "transformers", "sae-query-steer")
+    with new_folder(folder, overwrite=overwrite, holding=RESULTS) as new:
+        for name in ("rows", "curves", "texts"):
+            file = "table.csv" if name == "rows" else f"{name}.csv"
+            getattr(result, name).to_csv(new / file, index=False)
+        if sites is not None:
+            sites.to_csv(new / "sites.csv", index=False)
+        write_json(
+            new / RESULTS,
+            {
+                "settings": dict(settings),
+                "judge": dict(judge),
+                "versions": {"python": platform.python_version()}
+                | {name: version(name) for name in packages},
+            },
+        )
+        page = sweep_html(result, settings=settings, judge=judge, sites=sites)
+        (new / "report.html").write_text(page, encoding="utf-8")
+
+
+def sweep_html(
+    result: SweepResult,
+    *,
+    settings: Mapping[str, Any],
+    judge: Mapping[str, float],
+    sites: pd.DataFrame | None = None,
+) -> str:
+    """Return the page: it holds all it needs, plotly included."""
+    figures = [frontier_figure(result)]
+    parts = [
+        "<h2>Target rate against perplexity</h2><p>Validation cases; a line is a method from weak "
+        "to strong. Compare methods at equal perplexity ratio.</p>",
+        figures[0],
+    ]
+    by_layer = layer_table(result)
+    if len(by_layer):
+        parts += [
+            "<h2>Layer by layer</h2><p>The best target rate that descent at one layer alone "
+            "reached on the test cases. A model of few layers can neither confirm nor refute that "
+            "middle layers are best.</p>",
+            layer_figure(by_layer),
+        ]
+        if sites is not None:
+            together = by_layer.merge(sites, on="layer", how="left")
+            parts.append(table_html(together.round(3)))
+    parts += [
+        "<h2>From which class to which</h2><p>Target rate of the best descent by the class that "
+        "the prompt leads to (down) and the target (across).</p>",
+        matrix_figure(result),
+        "<h2>Texts side by side</h2>",
+        *_samples(result),
+        "<h2>Judge and settings</h2>",
+        table_html(pd.DataFrame({"judge": judge.keys(), "value": judge.values()})),
+        table_html(
+            pd.DataFrame({"setting": settings.keys(), "value": map(str, settings.values())})
+        ),
+    ]
+    drawn, first = [], True
+    for part in parts:
+        if isinstance(part, go.Figure):
+            part = part.to_html(
+                full_html=False, include_plotlyjs=first, config={"displaylogo": False}
+            )
+            first = False
+        drawn.append(part)
+    n = max(result.rows["n"].tolist())
+    head = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>",
+        f"<title>sae_query_steer sweep</title><style>{STYLE}</style>",
+        "<h1>Which way of steering reaches the target class?</h1>",
+        f"<p class='verdict'>{html.escape(sweep_verdict(result))}</p>",
+        f"<p>{n} held-out cases a row, each towards another class than its prompt's own; the same "
+        "prompts for every method. The strength of each method was chosen on other cases, at a "
+        f"perplexity ratio of {MAX_PERPLEXITY_RATIO} or less; a grid ends where the target rate "
+        f"has fallen or the ratio passes {GRID_ENDS_AT_RATIO}.</p>",
+        "<h2>The table</h2>",
+        table_html(display_rows(result.rows)),
+    ]
+    return "\n".join([*head, *drawn, "</html>"])
+
+
+def sweep_verdict(result: SweepResult) -> str:
+    """Return the result in a few sentences: the best of each kind, and whether chance does it."""
+    rows = result.rows
+    control = rows[rows["method"].str.startswith("random direction")]
+    steered = pd.DataFrame(rows[rows["step_size"].notna()])
+    best = _best(steered) if len(steered) else None
+    bare = rows[rows["method"] == "unsteered"]
+    said = []
+    if len(bare):
+        said.append(f"Unsteered, {_rate(bare.iloc[0])} of the texts are of the target class.")
+    if best is not None:
+        objective = "" if pd.isna(best["objective"]) else f", {best['objective']}"
+        said.append(
+            f"The best steer, {best['method']}{objective} at layers {best['layers']}, reaches "
+            f"{_rate(best)} at a perplexity ratio of {best['perplexity_ratio']:.2f}."
+        )
+    if best is not None and len(control):
+        highest = _best(pd.DataFrame(control))
+        clear = best["ci_low"] > highest["ci_high"]
+        said.append(
+            f"Random directions of the same length reach {_rate(highest)} at most"
+            + ("." if clear else ": the steer is not told apart from chance.")
+        )
+    return " ".join(said)
+
+
+def display_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the table as it is read."""
+    interval = [
+        f"{low:.2f} to {high:.2f}"
+        for low, high in zip(rows["ci_low"], rows["ci_high"], strict=True)
+    ]
+    given = rows.assign(interval=interval)
+    table = pd.DataFrame({shown: given[name] for name, shown in _SHOWN.items()})
+    for name in ("step size", "relative change", "target rate"):
+        table[name] = ["" if pd.isna(x) else f"{x:.3g}" for x in table[name]]
+    for name in ("perplexity ratio", "under own prompt"):
+        table[name] = [f"{x:.2f}" for x in table[name]]
+    return table.fillna("")
+
+
+def frontier_figure(result: SweepResult) -> go.Figure:
+    """Return target rate against perplexity ratio, a line for each method and its settings."""
+    figure = go.Figure()
+    curves = result.curves
+    if len(curves):
+        keys = ["method", "objective", "layers", "span", "scope"]
+        for key, part in curves.groupby(keys, dropna=False, sort=False):
+            assert isinstance(key, tuple)
+            name, objective, layers = key[0], key[1], key[2]
+            figure.add_scatter(
+                x=part["perplexity_ratio"],
+                y=part["target_rate"],
+                mode="lines+markers",
+                name=f"{name}, {objective}, layers {layers}",
+                customdata=part[["step_size"]],
+                hovertemplate="step size %{customdata[0]:g}: target %{y:.2f} at ratio %{x:.2f}",
+            )
+    figure.add_vline(x=MAX_PERPLEXITY_RATIO, line={"dash": "dot", "color": "#9aa0a6"})
+    figure.update_layout(
+        height=460,
+        template="plotly_white",
+        margin={"l": 10, "r": 10, "t": 20, "b": 40},
+        xaxis={"title": "perplexity ratio", "type": "log"},
+        yaxis={"title": "target rate", "range": [0, 1.03]},
+    )
+    return figure
+
+
+def layer_table(result: SweepResult) -> pd.DataFrame:
+    """Return the best target rate that each kind of descent reached at each single layer."""
+    rows = result.rows
+    single = rows[rows["step_size"].notna() & rows["layers"].str.fullmatch(r"\d+")]
+    single = single.assign(layer=single["layers"].map(lambda x: int(x) if x else -1))
+    return single.pivot_table(
+        index="layer", columns="method", values="target_rate", aggfunc="max"
+    ).reset_index()
+
+
+def layer_figure(by_layer: pd.DataFrame) -> go.Figure:
+    """Return target rate by layer, a line for each kind of descent."""
+    long = by_layer.melt(id_vars="layer", var_name="method", value_name="target rate")
+    figure = px.line(long, x="layer", y="target rate", color="method", markers=True)
+    figure.update_layout(
+        height=320,
+        template="plotly_white",
+        margin={"l": 10, "r": 10, "t": 20, "b": 30},
+        xaxis={"dtick": 1},
+        yaxis={"range": [0, 1.03]},
+    )
+    return figure
+
+
+def matrix_figure(result: SweepResult) -> go.Figure:
+    """Return the target rate of the best descent by source and target class."""
+    rows = result.rows
+    steered = pd.DataFrame(rows[rows["step_size"].notna()])
+    best = _best(steered if len(steered) else rows)
+    texts = result.texts
+    for key in ("task", "method", "objective", "layers", "heads", "span", "scope"):
+        same = texts[key].isna() if pd.isna(best[key]) else texts[key] == best[key]
+        texts = texts[same]
+    hit = texts.assign(hit=(texts["judged"] == texts["target"]).astype(float))
+    grid = hit.pivot_table(index="source", columns="target", values="hit", aggfunc="mean")
+    figure = px.imshow(grid, zmin=0, zmax=1, color_continuous_scale="Blues")
+    figure.update_traces(texttemplate="%{z:.2f}")
+    figure.update_layout(
+        height=120 + 48 * len(grid),
+        template="plotly_white",
+        margin={"l": 10, "r": 10, "t": 20, "b": 30},
+    )
+    return figure
+
+
+def _samples(result: SweepResult, n: int = 3) -> list[str]:
+    texts, shown = result.texts, []
+    first = texts[["task", "prompt", "target"]].drop_duplicates().head(n)
+    for task, prompt, target in first.itertuples(index=False, name=None):
+        same = (texts["task"] == task) & (texts["prompt"] == prompt) & (texts["target"] == target)
+        rows = texts[same]
+        label = [
+            ", ".join(str(x) for x in named if x and not pd.isna(x))
+            for named in rows[["method", "objective", "layers"]].itertuples(index=False, name=None)
+        ]
+        written = pd.DataFrame(
+            {"method": label, "text": rows["text"], "judged": rows["judged"].fillna("none")}
+        )
+        title = html.escape(f"target {target}")
+        shown.append(f"<h3>{title}</h3><pre>{html.escape(prompt)}</pre>{table_html(written)}")
+    return shown
+
+
+def _best(rows: pd.DataFrame) -> Any:
+    return rows.iloc[int(rows["target_rate"].to_numpy().argmax())]
+
+
+def _rate(row: Any) -> str:
+    return f"{row['target_rate']:.2f} ({row['ci_low']:.2f} to {row['ci_high']:.2f})"

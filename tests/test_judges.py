@@ -1,0 +1,507 @@
+"""Judges: what they say, what they know of themselves, and a server of our own behind one."""
+
+import json
+import re
+import threading
+import traceback
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub.constants
+import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+
+import sae_query_steer as sqs
+from sae_query_steer.evaluation.classifier_judge import ClassifierJudge
+from sae_query_steer.evaluation.endpoint import ChatEndpoint
+from sae_query_steer.evaluation.judges import Judge, LanguageModelJudge, RuleJudge
+
+VERBS = {
+    "remember": ["list", "name", "recall", "define"],
+    "apply": ["use", "solve", "compute", "demonstrate"],
+    "create": ["design", "invent", "compose", "plan"],
+}
+NOUNS = ["roots", "harbors", "metals", "clouds", "rivers", "engines", "maps", "songs"]
+
+
+def labelled(label: str, response: str, prompt: str = "Teacher:") -> sqs.LabelledExample:
+    return sqs.LabelledExample(prompt=prompt, response=response, label=label)
+
+
+def corpus(per_class: int = 24) -> list[sqs.LabelledExample]:
+    """Responses of three classes that differ in their verbs, which no other class has."""
+    return [
+        labelled(name, f" Please {verbs[i % 4]} the {NOUNS[i % 8]} and the {NOUNS[i // 3 % 8]}.")
+        for i in range(per_class)
+        for name, verbs in VERBS.items()
+    ]
+
+
+def says(answers: dict[str, str]) -> LanguageModelJudge:
+    """A judge whose model gives a set answer to each text."""
+    return LanguageModelJudge(lambda text: answers[text], ["apply", "create"], "{text}")
+
+
+JUDGES = {
+    "classifier": lambda: ClassifierJudge.fit(corpus()),
+    "rule": lambda: RuleJudge(lambda _, text: "create" if "design" in text else None, ["create"]),
+    "model": lambda: LanguageModelJudge(lambda _: "create", ["apply", "create"]),
+}
+
+
+# --- what all judges share
+
+
+@pytest.mark.parametrize("kind", JUDGES)
+def test_every_judge_keeps_the_interface(kind):
+    judge = JUDGES[kind]()
+    assert isinstance(judge, Judge)
+    assert judge([], []) == []
+    assert judge(["p"], ["Please design the roots."]) == ["create"]
+    assert "create" in judge.classes
+    assert not isinstance(lambda prompts, texts: [], Judge)
+
+
+@pytest.mark.parametrize("kind", JUDGES)
+def test_prompts_and_texts_that_do_not_pair_are_refused(kind):
+    with pytest.raises(ValueError, match="1 prompts do not fit 2 texts: give two lists"):
+        JUDGES[kind]()(["p"], ["a", "b"])
+    with pytest.raises(ValueError, match="give two lists, one prompt for each text"):
+        JUDGES[kind]()("ab", ["a", "b"])
+
+
+@pytest.mark.parametrize("make", [RuleJudge, LanguageModelJudge])
+@pytest.mark.parametrize("classes", ["ab", [], ["a", "a"], ["a", " "]])
+def test_classes_that_are_no_list_of_names_are_refused(make, classes):
+    with pytest.raises(ValueError, match="are not allowed: give a list of names, none blank"):
+        make(lambda *_: "a", classes)
+
+
+# --- the classifier
+
+
+def test_the_classifier_tells_classes_it_learned_in_texts_it_did_not_see():
+    judge = ClassifierJudge.fit(corpus())
+    assert judge.classes == ("remember", "apply", "create")  # Bloom's order
+    texts = ["Now invent new ships!", "RECALL ships.", "Solve ships", "Designing a ship"]
+    assert judge([""] * 4, texts) == ["create", "remember", "apply", "create"]
+    assert judge.held_out == {
+        "accuracy": 1.0,
+        "balanced_accuracy": 1.0,
+        "answered": 1.0,
+        "n": 18.0,
+        "chance": pytest.approx(1 / 3),
+        "majority": pytest.approx(1 / 3),
+    }
+
+
+def test_a_text_with_nothing_that_it_learned_from_has_no_class():
+    judge = ClassifierJudge.fit(corpus())
+    assert judge([""] * 3, ["", " \n", "日本"]) == [None, None, None]
+
+
+def test_labels_that_say_nothing_give_a_held_out_accuracy_about_chance():
+    """The held-out texts are really held out: the judge knows its own by heart."""
+    texts = [f"{a} {b} {c}" for a in NOUNS for b in NOUNS for c in NOUNS[:4]]
+    examples = [labelled("ab"[hash_of(text) % 2], text) for text in texts]
+    judge = ClassifierJudge.fit(examples, held_out_share=0.5)
+    assert judge.held_out["n"] == pytest.approx(128, abs=1)
+    assert 0.4 < judge.held_out["accuracy"] < 0.6
+    own = judge(texts, texts)
+    assert sum(a == e.label for a, e in zip(own, examples, strict=True)) > 0.7 * len(texts)
+
+
+def hash_of(text: str) -> int:
+    """A number that is the same in every process, unlike Python's hash."""
+    return zlib.crc32(text.encode()) >> 7
+
+
+def test_a_response_that_occurs_twice_is_not_on_both_sides():
+    """With copies on both sides, nonsense labels would seem to be told."""
+    texts = [f"{a} {b} {c}" for a in NOUNS for b in NOUNS for c in NOUNS[:2]]
+    examples = [labelled("ab"[hash_of(text) % 2], text) for text in texts]
+    once, copied = ClassifierJudge.fit(examples), ClassifierJudge.fit(examples * 5)
+    assert copied.held_out == once.held_out
+    assert copied.held_out["accuracy"] < 0.7
+
+
+def test_every_class_is_held_out_and_learned_however_small_it_is():
+    examples = corpus(40) + [labelled("rare", f"rare {noun}") for noun in NOUNS[:4]]
+    for share in (0.01, 0.25, 0.99):
+        judge = ClassifierJudge.fit(examples, held_out_share=share)
+        assert judge.held_out["n"] >= 4
+        assert judge.held_out["majority"] < 1
+        assert judge([""], ["rare songs"]) == ["rare"]
+
+
+def test_the_seed_decides_what_is_held_out_and_nothing_else_does():
+    texts = [f"{a} {b}" for a in NOUNS for b in NOUNS]
+    examples = [labelled("ab"[hash_of(text) % 2], text) for text in texts]
+    found = [ClassifierJudge.fit(examples, seed=seed).held_out for seed in (0, 0, 1, 2, 3)]
+    assert found[0] == found[1]
+    assert any(other != found[0] for other in found[2:])
+
+
+def test_classes_of_different_sizes_are_balanced_in_the_second_score_alone():
+    # Eight texts that read like those of another class, which has three times as many.
+    hard = [labelled("few", f"Please {VERBS['apply'][i % 4]} the {NOUNS[-i]}.") for i in range(8)]
+    judge = ClassifierJudge.fit(corpus(40) + hard, seed=1)
+    assert judge.held_out["balanced_accuracy"] < judge.held_out["accuracy"] < 1
+    assert judge.held_out["chance"] == 0.25
+    assert judge.held_out["majority"] > 0.25
+
+
+@pytest.mark.parametrize(
+    "examples, message",
+    [
+        ([], "the labels name 0 class(es), []: a judge needs at least two"),
+        (corpus()[::3], "the labels name 1 class(es), ['remember']: a judge needs at least two"),
+        (
+            [*corpus(), *[labelled("new", f"a {i % 3}") for i in range(9)]],
+            "class 'new' has 3 different response(s), fewer than 4: add examples of it or leave",
+        ),
+        (
+            [*corpus(), labelled("create", "  ", prompt="Design a bridge")],
+            "example 72 has no response, only the prompt 'Design a bridge': a judge is for respo",
+        ),
+    ],
+)
+def test_examples_that_teach_nothing_are_refused(examples, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ClassifierJudge.fit(examples)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_that_leaves_one_side_empty_is_refused(share):
+    with pytest.raises(ValueError, match=f"held_out_share={share} is not allowed"):
+        ClassifierJudge.fit(corpus(), held_out_share=share)
+
+
+# --- the rule
+
+
+def test_the_rule_gets_prompt_and_text_of_the_same_row():
+    judge = RuleJudge(lambda prompt, text: "yes" if text in prompt else None, ["yes", "no"])
+    assert judge(["one two", "three"], ["two", "one"]) == ["yes", None]
+    assert judge.held_out == {}
+
+
+def test_a_class_that_the_rule_may_not_say_is_refused_by_name():
+    judge = RuleJudge(lambda _, text: text, ["a", "b"])
+    message = "the rule says 'c' of text 1, which is not among classes=['a', 'b']: name it there"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        judge(["", ""], ["a", "c"])
+
+
+def test_measured_returns_a_new_judge_with_its_accuracy():
+    rule = RuleJudge(lambda _, text: None if "?" in text else text.split()[0], ["a", "b"])
+    texts = [("a", "a x"), ("a", "a y"), ("a", "b x"), ("a", "a z"), ("b", "b x"), ("b", "? x")]
+    measured = rule.measured([labelled(label, text) for label, text in texts])
+    truth, said = [label for label, _ in texts], ["a", "a", "b", "a", "b", "-"]
+    assert measured.held_out["accuracy"] == accuracy_score(truth, said) == 4 / 6
+    # scikit-learn's would warn of the class "-".
+    assert balanced_accuracy_score(truth[:5], said[:5]) == (3 / 4 + 1) / 2
+    assert measured.held_out["balanced_accuracy"] == (3 / 4 + 1 / 2) / 2
+    assert measured.held_out["answered"] == 5 / 6
+    assert measured.held_out["n"] == 6
+    assert measured.held_out["chance"] == 0.5
+    assert measured.held_out["majority"] == 4 / 6
+    assert rule.held_out == {}
+    assert measured.rule is rule.rule
+
+
+def test_measuring_passes_prompt_and_response():
+    seen = []
+    rule = RuleJudge(lambda prompt, text: seen.append((prompt, text)), ["a"])
+    rule.measured([labelled("a", " text", prompt="asked")])
+    assert seen == [("asked", " text")]
+
+
+@pytest.mark.parametrize("kind", ["rule", "model"])
+@pytest.mark.parametrize(
+    "examples, message",
+    [
+        ([], "there are no examples to measure the judge on: give at least one"),
+        ([labelled("create", "")], "example 0 has no response"),
+        ([labelled("create", "x"), labelled("evaluate", "x")], "label 'evaluate' of example 1 is"),
+    ],
+)
+def test_examples_that_measure_nothing_are_refused(kind, examples, message):
+    with pytest.raises(ValueError, match=message):
+        JUDGES[kind]().measured(examples)
+
+
+# --- the language model
+
+
+@pytest.mark.parametrize(
+    "answer, name",
+    [
+        ("create", "create"),
+        ("Answer: CREATE.", "create"),
+        ("**Create**\n\ncreate", "create"),
+        ("It is to apply", "apply"),
+        ("creates", None),
+        ("re-create", None),
+        ("create or apply", None),
+        ("remember", None),
+        ("", None),
+    ],
+)
+def test_the_answer_is_the_one_class_named_as_a_whole_word(answer, name):
+    assert says({"x": answer})([""], ["x"]) == [name]
+
+
+def test_the_longer_of_two_names_counts_where_one_holds_the_other():
+    classes = ["toxic", "non-toxic", "very toxic", "toxic waste", "C++", "a|b"]
+    parsed = LanguageModelJudge(lambda _: "", classes).parsed
+    for name in classes:
+        assert parsed(f"({name})") == name
+    assert parsed("very\n TOXIC") == "very toxic"
+    assert parsed("very toxic, not toxic") is None
+    assert parsed("a or b") is None
+
+
+def test_the_question_holds_the_prompt_the_text_and_the_classes_to_the_letter():
+    asked = []
+
+    def ask(question: str) -> str:
+        asked.append(question)
+        return "apply"
+
+    LanguageModelJudge(ask, ["apply", "create"])(["{braces}"], ["{text} 100 %"])
+    assert asked == [
+        "Which of these classes does the response belong to: apply, create?\n\nPrompt: {braces}\n\n"
+        "Response: {text} 100 %\n\nAnswer with the name of one class and nothing else."
+    ]
+    LanguageModelJudge(ask, ["apply", "create"], "{{{text}}}")(["p"], ["t"])
+    assert asked[1] == "{t}"
+
+
+def test_a_measured_model_knows_how_often_it_answered():
+    judge = says({" a": "apply", " b": "apply", " c": "both apply and create"})
+    examples = [labelled("apply", " a"), labelled("create", " b"), labelled("create", " c")]
+    measured = judge.measured(examples)
+    assert measured.held_out["accuracy"] == 1 / 3
+    assert measured.held_out["answered"] == 2 / 3
+    assert measured.held_out["balanced_accuracy"] == 0.5
+    assert judge.held_out == {}
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{prompt}", "the template has ['prompt'] to fill in: it needs {text}, may have"),
+        ("{text} {label}", "the template has ['label', 'text'] to fill in"),
+        ("{text} {", "the template can't be read"),
+    ],
+)
+def test_a_template_that_can_not_be_filled_in_is_refused(template, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LanguageModelJudge(lambda _: "", ["a", "b"], template)
+
+
+def test_classes_that_differ_in_case_alone_are_refused():
+    with pytest.raises(ValueError, match="differ in case alone: no answer tells them apart"):
+        LanguageModelJudge(lambda _: "", ["Apply", "apply"])
+
+
+# --- a server of our own
+
+KEY = "sk-a-secret-of-ours"
+
+
+def completion(content: str | None) -> bytes:
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
+    return json.dumps({**body, "choices": [choice], "usage": usage}).encode()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with the next of `answers`, the last one for ever; notes requests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: list[tuple[int, bytes]] = [(200, completion("create"))]
+        self.requests: list[tuple[str, dict[str, str], dict]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.requests.append((self.path, headers, json.loads(body)))
+        answers = self.server.answers
+        status, said = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    # The tests of the whole package may run with the hub switched off.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_the_token_of_this_machine")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def endpoint(server: Server, **changes) -> ChatEndpoint:
+    given = {"base_url": server.url, "model": "judge-7b", "api_key": KEY, "wait": 0.0}
+    return ChatEndpoint(**{**given, **changes})
+
+
+def test_the_endpoint_asks_one_question_at_temperature_zero_with_a_fixed_seed(server):
+    assert endpoint(server, seed=7, max_tokens=9)("Which class?") == "create"
+    [(path, headers, body)] = server.requests
+    assert path == "/v1/chat/completions"
+    assert headers["authorization"] == f"Bearer {KEY}"
+    assert {key: value for key, value in body.items() if key != "stream"} == {
+        "model": "judge-7b",
+        "messages": [{"role": "user", "content": "Which class?"}],
+        "max_tokens": 9,
+        "temperature": 0.0,
+        "seed": 7,
+    }
+    assert not body.get("stream")
+
+
+def test_extra_entries_are_sent_and_none_takes_one_away(server):
+    extra = {"max_tokens": None, "max_completion_tokens": 500, "temperature": 1.0}
+    endpoint(server, extra=extra)("?")
+    [(_, _, body)] = server.requests
+    assert "max_tokens" not in body
+    assert (body["max_completion_tokens"], body["temperature"]) == (500, 1.0)
+
+
+def test_without_a_key_the_token_of_this_machine_is_not_sent(server):
+    endpoint(server, api_key=None)("?")
+    assert "hf_the_token_of_this_machine" not in str(server.requests)
+    assert len(server.requests) == 1
+
+
+def test_a_judge_behind_a_server_judges(server):
+    server.answers = [(200, completion(answer)) for answer in ("apply", "Create.", "I can't say")]
+    judge = LanguageModelJudge(endpoint(server), ["apply", "create"])
+    assert judge(["p", "q", "r"], ["a", "b", "c"]) == ["apply", "create", None]
+    questions = [body["messages"][0]["content"] for _, _, body in server.requests]
+    assert ["Response: a" in questions[0], "Prompt: q" in questions[1]] == [True, True]
+
+
+def test_a_busy_server_is_asked_again(server):
+    server.answers = [(503, b""), (429, b"slow down"), (200, completion("apply"))]
+    assert endpoint(server)("?") == "apply"
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"broken",
+        json.dumps({"error": {"message": f"broken, your key was {KEY}"}}).encode(),
+        b'["broken"]',
+        b'"broken"',
+        b"",
+    ],
+)
+def test_a_server_that_fails_every_time_is_named_with_its_status_and_without_the_key(server, said):
+    server.answers = [(500, said)]
+    with pytest.raises(RuntimeError) as caught:
+        endpoint(server)("?")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert f"{server.url} answered with status 500" in str(caught.value)
+    assert ("broken" in str(caught.value)) == bool(said)
+    assert KEY not in shown
+    assert len(server.requests) == 3
+
+
+def test_a_question_that_is_refused_is_not_asked_again(server):
+    server.answers = [(401, json.dumps({"error": f"wrong: {KEY}"}).encode())]
+    message = 'answered with status 401: {"error": "wrong: [key]"}'
+    with pytest.raises(RuntimeError, match=re.escape(message)) as caught:
+        endpoint(server)("?")
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"not { JSON", b"[]", b"{}", b'"text"', b"3", b'{"choices": []}', b'{"error": "no model"}'],
+)
+def test_an_answer_that_is_no_chat_completion_is_told_apart(server, said):
+    server.answers = [(200, said)]
+    message = f"{server.url} answered with something that is no chat completion"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        endpoint(server)("?")
+
+
+def test_an_answer_without_text_tells_of_the_number_of_tokens(server):
+    server.answers = [(200, completion(None))]
+    with pytest.raises(RuntimeError, match="answered without text.*max_tokens=16 may be too few"):
+        endpoint(server)("?")
+
+
+def test_a_server_that_is_not_there_is_named(server, unused_port):
+    url = f"http://127.0.0.1:{unused_port}/v1?secret=1"
+    with pytest.raises(ConnectionError) as caught:
+        endpoint(server, base_url=url)("?")
+    message = f"no answer from http://127.0.0.1:{unused_port}/v1 within 60.0 s (ConnectError)"
+    assert message in str(caught.value)
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        return server.server_port
+
+
+def test_the_hub_switched_off_is_told(server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="was not asked, because HF_HUB_OFFLINE is set"):
+        endpoint(server)("?")
+    assert server.requests == []
+
+
+def test_the_key_is_not_shown(server):
+    assert KEY not in repr(endpoint(server))
+    assert KEY not in repr(LanguageModelJudge(endpoint(server), ["a", "b"]))
+    assert "judge-7b" in repr(endpoint(server))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"base_url": "localhost:8000"}, "base_url='localhost:8000' is no address of a server"),
+        ({"base_url": "http://"}, "base_url='http://' is no address of a server"),
+        ({"base_url": f"http://me:{KEY}@host/v1"}, "the base_url of host holds a user or a passwo"),
+        ({"api_key": ""}, "api_key is empty, or has white space"),
+        ({"api_key": KEY + "\n"}, "api_key is empty, or has white space"),
+        ({"max_tokens": 0}, "max_tokens=0 is not allowed: give 1 or more"),
+        ({"tries": 0}, "tries=0 is not allowed: give 1 or more"),
+        ({"wait": -1.0}, "wait=-1.0 and timeout=60.0 are not allowed"),
+        ({"timeout": 0.0}, "wait=0.0 and timeout=0.0 are not allowed"),
+    ],
+)
+def test_an_endpoint_that_can_not_be_asked_is_refused(changes, message):
+    given = {"base_url": "http://host/v1", "model": "m", "wait": 0.0}
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        ChatEndpoint(**{**given, **changes})
+    assert KEY not in str(caught.value)

@@ -1,0 +1,344 @@
+"""The mean difference in the residual stream: what it adds, where, and on which model."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from conftest import HOSTS
+from wheel_check import make_model
+
+import sae_query_steer as sqs
+from sae_query_steer.evaluation.generation import continuations
+from sae_query_steer.residual import ResidualMeanDifference
+from sae_query_steer.residual_stream import ResidualMeans, residual_means, residuals_at
+
+PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
+SCOPES = {
+    "every": sqs.EveryPosition(),
+    "last prompt token": sqs.LastPromptToken(),
+    "both": sqs.LastPromptToken() | sqs.ResponseTokens(),
+    "a function": lambda positions: positions.index % 3 == 1,
+    "after a token": sqs.AfterToken(24),
+}
+FEW = [SCOPES["last prompt token"], SCOPES["after a token"] | sqs.ResponseTokens()]
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "stop_at_eos": False}
+
+
+@pytest.fixture(scope="module")
+def means(tiny_models, examples) -> ResidualMeans:
+    return residual_means(tiny_models["bridge"], examples, [0, 2])
+
+
+@pytest.fixture
+def make(means):
+    """Make one that visibly changes the tiny model, with some settings changed."""
+
+    def make(**changes) -> ResidualMeanDifference:
+        settings = {"target": "create", "strength": 2.0, "scope": sqs.EveryPosition()}
+        return ResidualMeanDifference(changes.pop("means", means), **{**settings, **changes})
+
+    return make
+
+
+def generate(model, prompts, **changes):
+    """Tokens and logits [row step d_vocab] of a greedy generation."""
+    output = model.generate(prompts, return_type="tokens", output_logits=True, **GREEDY | changes)
+    return output.sequences, torch.stack(output.logits, dim=1)
+
+
+def watched(model, steerer, run, layer: int):
+    """Run with our hook between two of a user's; return the residual stream before and after."""
+    name, before, after = f"blocks.{layer}.hook_resid_post", [], []
+    with (
+        model.hooks(fwd_hooks=[(name, lambda x, hook: before.append(x.clone()))]),
+        steerer.apply(model, prompt_lengths=4),
+        model.hooks(fwd_hooks=[(name, lambda x, hook: after.append(x.clone()))]),
+    ):
+        run()
+    return before, after
+
+
+def direction(means: ResidualMeans, layer: int, target: str) -> torch.Tensor:
+    """The target's mean minus the mean of the other classes' means, by a loop."""
+    own = means.means[layer][means.classes.index(target)]
+    others = [
+        mean for name, mean in zip(means.classes, means.means[layer], strict=True) if name != target
+    ]
+    return own - torch.stack(others).mean(0)
+
+
+@pytest.mark.parametrize("span", [None, sqs.EveryPosition(), sqs.LastResponseToken()])
+def test_the_means_are_those_of_a_loop_over_the_examples_one_by_one(model, examples, span):
+    some = examples[:12]
+    means = residual_means(model, some, [2, 0], span=span, batch_size=5)
+    assert means.classes == ("remember", "apply", "create")
+    assert list(means.means) == [2, 0]
+    tokenized = sqs.tokenize_examples(some, model.tokenizer)
+    alone = [residuals_at(model, e.tokens[None], [0, 2]) for e in tokenized]
+    at = {None: lambda e: [e.prompt_length - 1], sqs.LastResponseToken(): lambda e: [-1]}
+    columns = at.get(span, lambda e: list(range(len(e.tokens))))
+    for layer in (0, 2):
+        for index, label in enumerate(means.classes):
+            rows = [
+                residuals[layer][0, columns(e)]
+                for e, residuals in zip(tokenized, alone, strict=True)
+                if e.label == label
+            ]
+            assert int(means.counts[index]) == len(torch.cat(rows))
+            torch.testing.assert_close(
+                means.means[layer][index], torch.cat(rows).mean(0), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_both_hosts_give_equal_means(tiny_models, examples):
+    one, other = (residual_means(tiny_models[host], examples, [1]) for host in HOSTS)
+    torch.testing.assert_close(one.means[1], other.means[1], rtol=1e-4, atol=1e-4)
+    one.check(tiny_models["bridge"], [1])
+    other.check(tiny_models["hooked"], [1])
+
+
+@pytest.mark.parametrize("scope", FEW)
+def test_a_strength_of_zero_leaves_the_logits_bitwise_unchanged(model, make, scope):
+    plain = generate(model, PROMPTS)
+    with make(scope=scope, strength=0.0).apply(model):
+        for mine, theirs in zip(generate(model, PROMPTS), plain, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
+def test_the_difference_is_added_at_the_scoped_positions_and_nowhere_else(
+    model, make, means, scope
+):
+    tokens = model.to_tokens("w1 w20 w33 w7 w30 w2", prepend_bos=True)  # 7 tokens, a prompt of 4
+    index = torch.arange(7)[None]
+    scoped = scope(
+        sqs.Positions(
+            index=index, valid=index >= 0, prompt_lengths=torch.tensor([4]), tokens=tokens
+        )
+    )[0]
+    assert scoped.any(), "a scope that names nothing shows nothing"
+    for layer in (0, 2):
+        (before,), (after,) = watched(model, make(scope=scope), lambda: model(tokens), layer)
+        assert torch.equal(before[:, ~scoped], after[:, ~scoped])
+        expected = 2.0 * direction(means, layer, "create")
+        torch.testing.assert_close(
+            (after - before)[0, scoped], expected.expand(int(scoped.sum()), -1)
+        )
+
+
+def test_what_a_users_hook_has_kept_is_not_written_over(model, make):
+    kept, copies = [], []
+
+    def keep(residual, hook):
+        kept.append(residual)
+        copies.append(residual.clone())
+
+    tokens = model.to_tokens(PROMPTS[0], prepend_bos=True)
+    with (
+        model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", keep)]),
+        make().apply(model),
+        torch.no_grad(),
+    ):
+        model(tokens)
+    assert torch.equal(kept[0], copies[0])
+
+
+def test_layers_that_are_not_named_are_left_alone(model, make):
+    tokens = model.to_tokens(PROMPTS[0], prepend_bos=True)
+    (before,), (after,) = watched(model, make(layers=[2]), lambda: model(tokens), 0)
+    assert torch.equal(before, after)
+    (before,), (after,) = watched(model, make(layers=[2]), lambda: model(tokens), 2)
+    assert (before != after).any(-1).all()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_inside_generate_the_last_prompt_token_alone_is_steered(model, make, cache):
+    tokens = model.to_tokens(PROMPTS[0], prepend_bos=True)  # 4 tokens
+
+    def run():
+        generate(model, tokens, use_past_kv_cache=cache)
+
+    before, after = watched(model, make(scope=sqs.LastPromptToken()), run, 2)
+    changed = [
+        (x != y).any(-1)[0].nonzero()[:, 0].tolist() for x, y in zip(before, after, strict=True)
+    ]
+    assert changed == ([[3], [], [], []] if cache else [[3]] * 4)
+
+
+@pytest.mark.parametrize("scope", FEW)
+def test_cache_on_equals_cache_off_and_a_batch_equals_its_rows(model, make, scope):
+    with make(scope=scope).apply(model):
+        tokens, logits = generate(model, PROMPTS)
+        without_cache = generate(model, PROMPTS, use_past_kv_cache=False)
+        alone = [generate(model, prompt) for prompt in PROMPTS]
+    assert torch.equal(tokens, without_cache[0])
+    torch.testing.assert_close(logits, without_cache[1], rtol=0, atol=1e-4)
+    for row, (own_tokens, own_logits) in enumerate(alone):
+        assert torch.equal(tokens[row, -4:], own_tokens[0, -4:])
+        torch.testing.assert_close(logits[row], own_logits[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(logits, generate(model, PROMPTS)[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("scope", FEW)
+def test_both_hosts_give_equal_steered_logits(tiny_models, make, scope):
+    results = []
+    for host in HOSTS:
+        with make(scope=scope).apply(tiny_models[host]):
+            results.append(generate(tiny_models[host], PROMPTS))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-4)
+
+
+def test_every_row_has_its_own_target_and_strength(model, make):
+    targets, strengths = ["apply", "create", "remember"], [0.5, 3.0, 0.0]
+    with make(target=targets, strength=strengths).apply(model):
+        together = generate(model, PROMPTS)[1]
+    for row, prompt in enumerate(PROMPTS):
+        with make(target=targets[row], strength=strengths[row]).apply(model):
+            alone = generate(model, prompt)[1]
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"target": ["apply", "create"]}, {"strength": [1.0, 2.0]}])
+def test_as_many_rows_are_wanted_as_there_are_targets_or_strengths(model, make, changes):
+    name = next(iter(changes))
+    message = f"{name} has 2 entries: the forward pass has 3 rows; give one for each prompt"
+    with make(**changes).apply(model), pytest.raises(ValueError, match=f"^{message}"):
+        generate(model, PROMPTS)
+
+
+def test_the_trace_tells_what_was_added(model, make, means):
+    steerer = make(target=["apply", "create", "create"], scope=sqs.LastPromptToken(), layers=[0])
+    residuals = residuals_at(model, model.to_tokens(PROMPTS[0], prepend_bos=True), [0])[0]
+    with steerer.apply(model, record=True) as trace:
+        generate(model, PROMPTS)
+    table = trace.to_dataframe()
+    assert table["row"].tolist() == [0, 1, 2]
+    assert table["target"].tolist() == ["apply", "create", "create"]
+    assert table["position"].tolist() == [3, 1, 5]
+    assert table["text"].tolist() == ["w33", "w5", "w9"]
+    assert set(table["head"]) == {-1}
+    assert set(table["method"]) == {"residual mean difference"}
+    norms = [float(2 * direction(means, 0, name).norm()) for name in table["target"]]
+    assert table["delta_norm"].tolist() == pytest.approx(norms, rel=1e-4)
+    assert table["query_norm"][0] == pytest.approx(float(residuals[0, -1].norm()), rel=1e-4)
+    assert trace.summary()["n_tokens"].tolist() == [3]
+
+
+def test_it_can_be_compared_by_its_continuations(model, make):
+    steerer = make(scope=sqs.LastPromptToken())
+    made = continuations(model, PROMPTS, max_new_tokens=4, steerer=steerer)
+    assert made.texts != continuations(model, PROMPTS, max_new_tokens=4).texts
+    with steerer.apply(model, record=True) as trace:
+        generate(model, PROMPTS)
+    expected = trace.to_dataframe().groupby("row")["relative_change"].mean().tolist()
+    assert made.relative_changes == pytest.approx(expected, rel=1e-3)
+
+
+def test_after_an_exception_nothing_is_left_behind(model, make):
+    before, plain = set(vars(model)), generate(model, PROMPTS)[1]
+
+    def fail(_residual, hook):
+        raise RuntimeError("a user's hook failed")
+
+    with (
+        pytest.raises(RuntimeError, match="a user's hook failed"),
+        make().apply(model, record=True),
+        model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", fail)]),
+    ):
+        generate(model, PROMPTS)
+    modules = [*model.hook_dict.values(), *model.blocks, model.embed]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    assert set(vars(model)) == before
+    assert torch.equal(generate(model, PROMPTS)[1], plain)
+
+
+def test_a_steered_model_is_not_measured(model, make, examples):
+    with (
+        make().apply(model),
+        pytest.raises(ValueError, match=r"are being changed at blocks\.0\.hook_"),
+    ):
+        residual_means(model, examples, [0])
+
+
+def test_another_model_is_refused(tiny_folder, make, tmp_path):
+    with torch.random.fork_rng():
+        make_model(tmp_path / "shallow", n_layers=2)
+    message = (
+        "another model: this one has 2 layers and d_model=24, the means are of one with 3 and 24; "
+        "take them anew with residual_means"
+    )
+    shallow = sqs.load_model(str(tmp_path / "shallow"), device="cpu")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make().apply(shallow).__enter__()
+    other = sqs.load_model(str(tiny_folder), device="cpu")
+    make().check_model(other)
+    with torch.no_grad():
+        other.blocks[0].attn.q.original_component.weight.mul_(1.1)
+    message = r"another model: at blocks\.0\.hook_resid_post the residual stream differs from the"
+    with pytest.raises(ValueError, match=f"^{message} fingerprint by 0"):
+        make().apply(other).__enter__()
+    assert not any(point._forward_hooks for point in other.hook_dict.values())
+
+
+def test_a_residual_stream_that_is_not_finite_names_its_hook(model, make, means, examples):
+    def broken(residual, hook):
+        return residual / 0
+
+    message = r"^the residual stream at blocks\.2\.hook_resid_post is not finite: look for"
+    with model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", broken)]):
+        with pytest.raises(ValueError, match=message):
+            residual_means(model, examples, [2])
+        with make().apply(model), pytest.raises(ValueError, match=message):
+            generate(model, PROMPTS)
+    with make(strength=1e38).apply(model), pytest.raises(ValueError, match="a strength too large"):
+        generate(model, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"target": "analyse"}, ValueError, "no class 'analyse': the classes are ['remember', "),
+        ({"target": []}, ValueError, "target=[] is not allowed: give one for all rows"),
+        ({"strength": -1.0}, ValueError, "strength=-1.0 is not allowed: give a finite number, 0"),
+        ({"strength": [1.0, float("nan")]}, ValueError, "strength=nan is not allowed"),
+        ({"scope": sqs.LastResponseToken()}, ValueError, "LastResponseToken() can't be a scope"),
+        ({"layers": [1]}, ValueError, "no means for layer 1: there are some for [0, 2]"),
+        ({"layers": [0, 0]}, ValueError, "layers=[0, 0] is not allowed: name at least one, each"),
+        ({"layers": []}, ValueError, "layers=[] is not allowed: name at least one, each once"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_construction(make, changes, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([3], "no layer 3: the model has 3 layers (0 to 2)"),
+        ([-1], "no layer -1: the model has 3 layers (0 to 2)"),
+        ([], "layers=[] is not allowed: name at least one, each once"),
+        ([1, 1], "layers=[1, 1] is not allowed: name at least one, each once"),
+    ],
+)
+def test_layers_that_there_are_not_are_refused(model, examples, layers, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        residual_means(model, examples, layers)
+
+
+def test_a_model_without_such_a_hook_is_refused(tiny_models, examples, monkeypatch):
+    model = tiny_models["hooked"]
+    monkeypatch.delitem(model.hook_dict, "blocks.1.hook_resid_post")
+    with pytest.raises(ValueError, match=r"^no hook point blocks\.1\.hook_resid_post: this arch"):
+        residual_means(model, examples, [1])
+
+
+def test_classes_that_cannot_be_told_apart_are_refused(model, examples):
+    one = [example for example in examples if example.label == "apply"]
+    with pytest.raises(ValueError, match="a target needs at least two to tell apart"):
+        residual_means(model, one, [0])
+    with pytest.raises(ValueError, match="has no token in the span"):
+        no_response = [dataclasses.replace(example, response="") for example in examples]
+        residual_means(model, no_response, [0], span=sqs.ResponseTokens())

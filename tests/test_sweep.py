@@ -1,0 +1,175 @@
+"""The sweep: cases, the log it goes on from, and what it compares."""
+
+import json
+from collections import Counter
+
+import pytest
+
+import sae_query_steer as sqs
+from sae_query_steer.evaluation.descents import Descent
+from sae_query_steer.evaluation.judges import RuleJudge
+from sae_query_steer.evaluation.sweep import (
+    descent_methods,
+    prompt_methods,
+    random_methods,
+    run_sweep,
+)
+from sae_query_steer.evaluation.sweep_log import SweepLog
+from sae_query_steer.evaluation.text_scorer import SteeringCase, TextScorer, cases_of
+
+CLASSES = ("apply", "create", "remember")
+
+
+def first_letter(_prompt: str, text: str) -> str | None:
+    """A rule for random texts: the class goes by the first word's number."""
+    words = text.split()
+    return CLASSES[int(words[0][1:]) % 3] if words and words[0][1:].isdigit() else None
+
+
+@pytest.fixture
+def scorers(tiny_models, examples, tmp_path):
+    """Make scorers of validation and test cases that share a log."""
+
+    def make(log="log.jsonl", model="bridge", **settings):
+        kept = SweepLog(tmp_path / log, {"model": model}) if log else None
+        parts = {"validation": examples[:24], "test": examples[24:]}
+        return {
+            split: TextScorer(
+                tiny_models[model],
+                {"redirect": cases_of(some, 9)},
+                RuleJudge(first_letter, CLASSES),
+                max_new_tokens=4,
+                split=split,
+                log=kept,
+                **settings,
+            )
+            for split, some in parts.items()
+        }
+
+    return make
+
+
+@pytest.fixture
+def methods(saes, targets, examples):
+    descents = (
+        Descent(
+            name="distance", objective=sqs.SquaredDistance(), n_steps=1, step_sizes=(0.5, 1.0, 30.0)
+        ),
+    )
+    steered = descent_methods(
+        "SAE descent", saes, {"last prompt token": targets}, descents, layers=[[0], [2], [0, 2]]
+    )
+    return [*prompt_methods(examples, shots=(1,)), *steered]
+
+
+def labelled(counts: dict[str, int]) -> list[sqs.LabelledExample]:
+    return [
+        sqs.LabelledExample(prompt=f"{label} {i}", label=label)
+        for label, n in counts.items()
+        for i in range(n)
+    ]
+
+
+def test_cases_lead_to_every_other_class_and_each_pair_of_prompt_and_target_comes_once():
+    cases = cases_of(labelled({"a": 5, "b": 5, "c": 5, "d": 5}), 60)
+    assert all(c.prompt.startswith(c.source) and c.source != c.target for c in cases)
+    assert set(Counter((c.source, c.target) for c in cases).values()) == {5}
+    assert set(Counter((c.prompt, c.target) for c in cases).values()) == {1}
+    assert len({c.prompt for c in cases[:20]}) == 20, "no prompt twice before all were used"
+
+
+def test_more_cases_than_there_are_and_a_single_class_are_refused():
+    some = labelled({"a": 2, "b": 3})
+    assert len(cases_of(some, 5)) == 5
+    with pytest.raises(ValueError, match="n=6 cases are not allowed: 5 prompts of 2 classes give"):
+        cases_of(some, 6)
+    with pytest.raises(ValueError, match=r"the labels are \['a'\]: steering needs two classes"):
+        cases_of(labelled({"a": 4}), 1)
+
+
+def test_a_sweep_compares_every_method_on_the_test_cases_at_its_own_strength(scorers, methods):
+    found = run_sweep(**scorers(), methods=methods, control_seeds=(0, 1))
+    assert found.rows["method"].tolist() == [
+        *("unsteered", "instruction", "few-shot (k=1)"),
+        *["SAE descent"] * 3,
+        *("random direction (seed 0)", "random direction (seed 1)"),
+    ]
+    assert found.rows["layers"].tolist()[3:6] == ["0", "2", "0,2"]
+    bare = found.rows.iloc[0]
+    assert bare["perplexity_ratio"] == pytest.approx(1.0)
+    for _, row in found.rows[found.rows["method"] == "SAE descent"].iterrows():
+        curve = found.curves[found.curves["layers"] == row["layers"]]
+        assert row["step_size"] in curve["step_size"].tolist()
+        fluent = curve[curve["perplexity_ratio"] <= 1.5]
+        best = fluent["success"].max() if len(fluent) else None
+        at = curve.set_index("step_size").loc[row["step_size"]]
+        assert best is None or at["success"] == best
+    assert len(found.texts) == 9 * len(found.rows)
+    shares = (found.texts["judged"] == found.texts["target"]).groupby(found.texts["method"]).mean()
+    assert shares["unsteered"] == bare["target_rate"]
+
+
+def test_a_sweep_that_goes_on_from_its_log_writes_no_text_again_and_finds_the_same(
+    scorers, methods, monkeypatch
+):
+    whole = run_sweep(**scorers(), methods=methods)
+    path = scorers()["test"].log.path
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:40])  # stopped while it wrote
+    again = run_sweep(**scorers(), methods=methods)
+    for name in ("rows", "curves", "texts"):
+        assert getattr(whole, name).equals(getattr(again, name))
+    assert path.read_text() == "".join(lines)
+    monkeypatch.setattr(
+        "sae_query_steer.evaluation.text_scorer.continuations", lambda *_a, **_k: pytest.fail()
+    )
+    assert run_sweep(**scorers(), methods=methods).rows.equals(whole.rows)
+
+
+def test_a_case_is_the_same_whatever_batch_it_is_in_and_sampled_by_its_own_seed(scorers, methods):
+    sampled = {"temperature": 1.0, "seed": 3}
+    texts = [
+        run_sweep(**scorers(log=None, batch_size=size, **sampled), methods=methods[:4]).texts
+        for size in (9, 4)
+    ]
+    assert texts[0].equals(texts[1])
+    greedy = run_sweep(**scorers(log=None), methods=methods[:1]).texts
+    assert not greedy["text"].equals(texts[0]["text"][: len(greedy)])
+
+
+def test_the_log_of_another_sweep_is_refused_with_both_sides(scorers, methods, tmp_path):
+    run_sweep(**scorers(), methods=methods[:1])
+    with pytest.raises(ValueError, match="another sweep .model='bridge' there, 'hooked' here"):
+        scorers(model="hooked")
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="is no log of a sweep"):
+        SweepLog(tmp_path / "other.jsonl", {})
+    (tmp_path / "cut.jsonl").write_text('{"a": \n{}\n')
+    with pytest.raises(ValueError, match="is damaged"):
+        SweepLog(tmp_path / "cut.jsonl", {})
+
+
+def test_a_log_holds_a_line_for_each_outcome_that_json_alone_can_read(scorers, methods):
+    run_sweep(**scorers(), methods=methods[:1])
+    head, *lines = map(json.loads, scorers()["test"].log.path.read_text().splitlines())
+    assert head["settings"] == {"model": "bridge"}
+    assert [line["key"]["split"] for line in lines] == ["validation", "test"]
+    assert all(len(line["outcome"]["texts"]) == 9 for line in lines)
+
+
+def test_a_request_is_used_where_the_cases_have_one(tiny_models):
+    case = SteeringCase(prompt="w1 w2", target="create", requesting="w9 w1 w2")
+    bare, request = prompt_methods([], shots=())
+    assert request.prompts([case]) == ["w9 w1 w2"]
+    assert bare.prompts is None
+
+
+def test_what_cannot_be_compared_is_refused(scorers, methods):
+    with pytest.raises(ValueError, match=r"methods=\[\] is not allowed"):
+        run_sweep(**scorers(), methods=[])
+    made = scorers()
+    made["test"].cases = {"open": made["test"].cases["redirect"]}
+    with pytest.raises(ValueError, match="validation has the tasks .'redirect'., test .'open'"):
+        run_sweep(**made, methods=methods)
+    with pytest.raises(ValueError, match="unsteered does not steer"):
+        random_methods(methods[0], [0])

@@ -1,0 +1,112 @@
+"""`sae-query-steer sweep`, from a CSV to a report, on the tiny model."""
+
+import csv
+import json
+import random
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from sae_query_steer.cli import app
+from sae_query_steer.evaluation.sweep_log import SweepLog
+
+FILES = ["curves.csv", "report.html", "sites.csv", "sweep.json", "table.csv", "texts.csv"]
+
+
+@pytest.fixture(scope="module")
+def command(tiny_folder, saes, tmp_path_factory):
+    """The command on 3 x 20 texts that differ in their words, with changes."""
+    folder = tmp_path_factory.mktemp("sweep")
+    saes.save(folder / "saes")
+    with (folder / "texts.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["question", "answer", "level"])
+        for i in range(60):
+            words = [f"w{16 * (i % 3) + j}" for j in random.Random(i).choices(range(16), k=5)]
+            answer = " " + " ".join(words[::-1])
+            rows.writerow([" ".join(words), answer, ("apply", "create", "remember")[i % 3]])
+
+    def run(out, *changes):
+        given = {
+            "--model": tiny_folder,
+            "--csv": folder / "texts.csv",
+            "--prompt": "question",
+            "--response": "answer",
+            "--label": "level",
+            "--saes": folder / "saes",
+            "--layers": "0,2",
+            "--objectives": "squared distance",
+            "--cases": "6",
+            "--max-new-tokens": "3",
+            "--out": out,
+        }
+        given |= dict(zip(changes[::2], changes[1::2], strict=True))
+        flags = [part for pair in given.items() for part in map(str, pair) if part != "None"]
+        return CliRunner().invoke(app, ["sweep", *flags])
+
+    return run
+
+
+def test_a_sweep_writes_its_table_its_texts_and_a_page_that_opens_offline(command, tmp_path):
+    out = tmp_path / "out"
+    done = command(out)
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert not out.with_name("out.unfinished").exists()
+    table = pd.read_csv(out / "table.csv")
+    assert set(table["method"]) == {
+        *("unsteered", "few-shot (k=1)", "few-shot (k=2)", "few-shot (k=4)"),
+        *("dense descent", "SAE descent", "decoder rows (m=4)", "residual mean difference"),
+        *(f"random direction (seed {seed})" for seed in range(3)),
+    }
+    assert (table["n"] == 6).all()
+    assert sorted(pd.read_csv(out / "sites.csv")["layer"]) == [0, 2]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for name in (*table["method"], "Layer by layer", "From which class to which"):
+        assert name in page
+    assert 'src="http' not in page
+    found = json.loads((out / "sweep.json").read_text())
+    assert 0 <= found["judge"]["accuracy"] <= 1
+    assert found["settings"]["layers"] == [0, 2]
+
+
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(command, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    assert command(whole).exit_code == 0
+    add = SweepLog.add
+
+    def stop_after_four(self, key, outcome):
+        if len(self) == 4:
+            raise KeyboardInterrupt
+        add(self, key, outcome)
+
+    out = tmp_path / "stopped"
+    monkeypatch.setattr(SweepLog, "add", stop_after_four)
+    assert command(out).exit_code != 0
+    assert not out.exists()
+    monkeypatch.setattr(SweepLog, "add", add)
+    refused = command(out)
+    assert isinstance(refused.exception, FileExistsError)
+    assert "go on with --resume, or delete it" in str(refused.exception)
+    assert command(out, "--resume", None).exit_code == 0
+    for name in ("table.csv", "curves.csv", "texts.csv"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--objectives", "distance", "--objectives 'distance' is not allowed: give all, or some"),
+        ("--layers", "1", "has no SAEs for the layers .1.: train them"),
+        ("--cases", "100", "n=100 cases are not allowed"),
+        ("--span", "all", "--span 'all' is not allowed: choose from"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    command, tmp_path, option, value, message
+):
+    done = command(tmp_path / "out", option, value)
+    with pytest.raises(ValueError, match=message):
+        raise done.exception
+    assert list(tmp_path.iterdir()) == []
