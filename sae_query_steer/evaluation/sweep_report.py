@@ -32,6 +32,16 @@ _SHOWN = {
     "perplexity_ratio_original": "under own prompt",
 }
 
+_SITES = {
+    "layer": "layer",
+    "class_effect": "class effect, nats",
+    "class_effect_se": "its s.e.",
+    "accuracy_latents": "told apart: latents",
+    "accuracy_query": "raw q",
+    "accuracy_token": "token alone",
+}
+"""What is shown of a site beside what steering reached there."""
+
 
 def write_sweep(
     result: SweepResult,
@@ -100,8 +110,8 @@ def sweep_html(
             layer_figure(by_layer),
         ]
         if sites is not None:
-            together = by_layer.merge(sites, on="layer", how="left")
-            parts.append(table_html(together.round(3)))
+            together = by_layer.merge(sites[[c for c in _SITES if c in sites]], on="layer")
+            parts.append(table_html(together.astype({"layer": str}).rename(columns=_SITES)))
     parts += [
         "<h2>From which class to which</h2><p>Target rate of the best descent by the class that "
         "the prompt leads to (down) and the target (across).</p>",
@@ -132,7 +142,9 @@ def sweep_html(
         f"<p>{n} held-out cases a row, each towards another class than its prompt's own; the same "
         "prompts for every method. The strength of each method was chosen on other cases, at a "
         f"perplexity ratio of {MAX_PERPLEXITY_RATIO} or less; a grid ends where the target rate "
-        f"has fallen or the ratio passes {GRID_ENDS_AT_RATIO}.</p>",
+        f"has fallen or the ratio passes {GRID_ENDS_AT_RATIO}. The perplexity is that given the "
+        "prompt that requests the target; where there is none, given the case's own prompt, under "
+        "which a text of another class is less likely however fluent it is.</p>",
         "<h2>The table</h2>",
         table_html(display_rows(result.rows)),
     ]
@@ -152,7 +164,7 @@ def sweep_verdict(result: SweepResult) -> str:
     if best is not None:
         objective = "" if pd.isna(best["objective"]) else f", {best['objective']}"
         said.append(
-            f"The best steer, {best['method']}{objective} at layers {best['layers']}, reaches "
+            f"The best steer, {best['method']}{objective} at layer {best['layers']}, reaches "
             f"{_rate(best)} at a perplexity ratio of {best['perplexity_ratio']:.2f}."
         )
     if best is not None and len(control):
@@ -177,7 +189,8 @@ def display_rows(rows: pd.DataFrame) -> pd.DataFrame:
         table[name] = ["" if pd.isna(x) else f"{x:.3g}" for x in table[name]]
     for name in ("perplexity ratio", "under own prompt"):
         table[name] = [f"{x:.2f}" for x in table[name]]
-    return table.fillna("")
+    own = rows["perplexity_ratio"].equals(rows["perplexity_ratio_original"])
+    return table.drop(columns="under own prompt" if own else []).fillna("")
 
 
 def frontier_figure(result: SweepResult) -> go.Figure:
@@ -193,7 +206,8 @@ def frontier_figure(result: SweepResult) -> go.Figure:
                 x=part["perplexity_ratio"],
                 y=part["target_rate"],
                 mode="lines+markers",
-                name=f"{name}, {objective}, layers {layers}",
+                name=", ".join(str(x) for x in (name, objective) if x and not pd.isna(x))
+                + f", layer {layers}",
                 customdata=part[["step_size"]],
                 hovertemplate="step size %{customdata[0]:g}: target %{y:.2f} at ratio %{x:.2f}",
             )
