@@ -121,6 +121,20 @@ def test_inside_generate_one_step_changes_the_scoped_positions_alone(model, make
 
 
 @pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
+def test_a_left_padded_token_tensor_is_steered_as_its_strings(
+    tiny_models, make, scope, monkeypatch
+):
+    model = tiny_models["hooked"]  # the bridge makes no mask of a tensor, steered or not
+    monkeypatch.setattr(model.tokenizer, "padding_side", "left")  # else the host makes none
+    padded = model.to_tokens(PROMPTS, padding_side="left", prepend_bos=True)
+    with make(scope=scope).apply(model):
+        tokens, logits = generate(model, PROMPTS)
+        found, again = generate(model, padded, prepend_bos=False)
+    assert torch.equal(found, tokens)
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
 def test_cache_on_equals_cache_off_and_a_batch_equals_its_rows(model, make, scope):
     steerer = make(scope=scope)
     with steerer.apply(model):
