@@ -39,7 +39,7 @@ class SweepLog:
         return self._known.get(_name(key))
 
     def add(self, key: dict[str, Any], outcome: dict[str, Any]) -> None:
-        """Keep an outcome, on the disk when this returns."""
+        """Keep an outcome: it is in the file when this returns."""
         self._write({"key": key, "outcome": outcome})
         self._known[_name(key)] = json.loads(json.dumps(outcome))
 
