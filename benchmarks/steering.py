@@ -239,7 +239,8 @@ class Bench:
                     equal[name],
                 )
                 # Of medians: in a single round noise may be all that a fast way adds.
-                ratio = slow / statistics.median(added[name])
+                more = statistics.median(added[name])
+                ratio = slow / more if more > 0 else None
                 rows.append(row | {"ratio_median": ratio, "ratio_min": None, "ratio_max": None})
         return rows
 
