@@ -45,6 +45,7 @@ def command(tiny_folder, saes, tmp_path_factory):
         flags = [part for pair in given.items() for part in map(str, pair) if part != "None"]
         return CliRunner().invoke(app, ["sweep", *flags])
 
+    run.texts = folder / "texts.csv"
     return run
 
 
@@ -94,12 +95,30 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(command, tmp_path, m
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_sweep_does_not_go_on_with_other_texts_under_the_same_name(
+    command, tmp_path, monkeypatch
+):
+    def stop(self, key, outcome):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(SweepLog, "add", stop)
+    texts = tmp_path / "texts.csv"
+    texts.write_bytes(command.texts.read_bytes())
+    assert command(out, "--csv", texts).exit_code != 0
+    texts.write_text(texts.read_text().replace("w1,", "w2,"))
+    done = command(out, "--csv", texts, "--resume", None)
+    assert "is the log of another sweep (contents=" in str(done.exception)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--objectives", "distance", "--objectives 'distance' is not allowed: give all, or some"),
         ("--layers", "1", "has no SAEs for the layers .1.: train them"),
         ("--cases", "100", "n=100 cases are not allowed"),
+        ("--max-new-tokens", "0", "max_new_tokens=0 is not allowed"),
+        ("--temperature", "0", "temperature=0.0 is not allowed: give a finite number, 1e-6 or"),
         ("--span", "all", "--span 'all' is not allowed: choose from"),
     ],
 )

@@ -1,7 +1,8 @@
 """`sweep`: which way of steering reaches the target class, on a model and texts of your own."""
 
+import hashlib
 import shutil
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from sklearn.model_selection import train_test_split
@@ -42,6 +43,7 @@ from sae_query_steer.evaluation import (
     write_sweep,
 )
 from sae_query_steer.evaluation.sweep_report import RESULTS, display_rows, sweep_verdict
+from sae_query_steer.evaluation.text_scorer import check_writing
 from sae_query_steer.separability import ALL_HEADS
 
 _LOG = "sweep.jsonl"
@@ -92,6 +94,7 @@ def sweep(
             f"--objectives {objectives!r} is not allowed: give all, or some of "
             f"{', '.join(d.name for d in DESCENTS)}, with commas between"
         )
+    check_writing(max_new_tokens, temperature)
     where, at = named(SPANS, span, "--span")(), named(SPANS, scope, "--scope")()
     examples = labelled_examples(csv, prompt, response, label, bloom)
     steering, judging, validation, test = _split(examples, seed)
@@ -108,7 +111,7 @@ def sweep(
         raise ValueError(
             f"--saes {saes} has no SAEs for the layers {missing}: train them, or name others"
         )
-    settings = {
+    settings: dict[str, Any] = {
         **{"model": model, "csv": str(csv), "prompt": prompt, "response": response},
         **{"label": label, "saes": str(saes), "layers": [site.layer for site in sites]},
         **{"span": span, "scope": scope, "objectives": [d.name for d in wanted], "cases": cases},
@@ -122,8 +125,12 @@ def sweep(
     methods = prompt_methods(steering, seed=seed)
     methods = [m for m in methods if m.name != "instruction"]  # no prompt requests a class here
     alone = [[site.layer] for site in sites]
+    # What was logged holds for these texts, this model and these SAEs, wherever they lie.
+    contents = hashlib.sha256(csv.read_bytes())
     for name, own in (("dense descent", sqs.identity_encoders(sites)), ("SAE descent", chosen)):
         centroids = sqs.CentroidTargetBuilder(host, own, span=where).fit(steering)
+        for mean in centroids.means.values():
+            contents.update(mean.cpu().numpy().tobytes())
         methods += descent_methods(
             name,
             own,
@@ -136,7 +143,7 @@ def sweep(
             methods += decoder_rows_methods(own, centroids, span=span, scope=at, layers=alone)
     means = sqs.residual_means(host, steering, [site.layer for site in sites], span=where)
     methods += residual_methods(means, span=span, scope=at, layers=alone)
-    log = SweepLog(unfinished / _LOG, settings)
+    log = SweepLog(unfinished / _LOG, settings | {"contents": contents.hexdigest()})
     scorers = {
         split: TextScorer(
             host,

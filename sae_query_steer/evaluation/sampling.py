@@ -42,11 +42,7 @@ def seeded_sampling(
 
     Source: the Gumbel-max trick; a generator for each row is our choice.
     """
-    if not (math.isfinite(temperature) and temperature >= 1e-6):
-        raise ValueError(
-            f"temperature={temperature} is not allowed: give a finite number, 1e-6 or more (to "
-            "decode greedily, sample nothing)"
-        )
+    check_temperature(temperature)
     check_eager(model)
 
     def around_call(generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +68,15 @@ def seeded_sampling(
         replaced_method(model, "generate_stream", around_stream),
     ):
         yield
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless a temperature is a finite number of 1e-6 or more."""
+    if not (math.isfinite(temperature) and temperature >= 1e-6):
+        raise ValueError(
+            f"temperature={temperature} is not allowed: give a finite number, 1e-6 or more (to "
+            "decode greedily, sample nothing)"
+        )
 
 
 def _check_greedy(generate: Callable[..., Any], args: Any, kwargs: Any) -> None:

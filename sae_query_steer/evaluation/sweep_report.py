@@ -95,11 +95,10 @@ def sweep_html(
     sites: pd.DataFrame | None = None,
 ) -> str:
     """Return the page: it holds all it needs, plotly included."""
-    figures = [frontier_figure(result)]
     parts = [
         "<h2>Target rate against perplexity</h2><p>Validation cases; a line is a method from weak "
         "to strong. Compare methods at equal perplexity ratio.</p>",
-        figures[0],
+        frontier_figure(result),
     ]
     by_layer = layer_table(result)
     if len(by_layer):

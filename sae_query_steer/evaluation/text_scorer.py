@@ -15,6 +15,7 @@ from sae_query_steer.evaluation.generation import (
     negative_log_likelihoods,
 )
 from sae_query_steer.evaluation.judges import Judge
+from sae_query_steer.evaluation.sampling import check_temperature
 from sae_query_steer.evaluation.sweep_log import SweepLog
 
 
@@ -71,6 +72,18 @@ def cases_of(examples: Sequence[LabelledExample], n: int) -> list[SteeringCase]:
     return cases[:n]
 
 
+def check_writing(max_new_tokens: int, temperature: float | None) -> None:
+    """Raise unless texts of this length can be written at this temperature.
+
+    Raises:
+        ValueError: fewer than one token, or a temperature that can't be sampled at.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: give 1 or more")
+    if temperature is not None:
+        check_temperature(temperature)
+
+
 @dataclass(eq=False)
 class TextScorer:
     """Scores methods on the cases of some tasks; what was done before is read from a log."""
@@ -105,6 +118,11 @@ class TextScorer:
     """Rows of one call of `generate`."""
 
     _reference: dict[tuple[str, str], float] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_writing(self.max_new_tokens, self.temperature)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} is not allowed: give 1 or more")
 
     def score(
         self, method: Method[SteeringCase], strength: float, tasks: Sequence[str]
