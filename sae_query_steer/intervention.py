@@ -211,7 +211,7 @@ def _hook(
             attention.steered(site.layer, rows, columns, heads)
         if trace.recording and tracker is not None:
             trace.records.append(
-                _record(change, at_scope, index, site.layer, places, columns, positions, tracker)
+                _record(change, at_scope, index, site.layer, places, columns, tracker)
             )
         return steered.reshape(activation.shape)
 
@@ -226,18 +226,15 @@ def _record(
     layer: int,
     places: TokenPlaces,
     columns: Tensor,
-    positions: Positions,
     tracker: PositionTracker,
 ) -> TraceRecord:
-    tokens = tracker.tokens
-    offset = 0 if tokens is None else tokens.shape[1] - positions.index.shape[1]
     return TraceRecord(
         run=tracker.run_number,
         layer=layer,
         heads=heads.cpu(),
         row=places.row.cpu(),
         position=places.position.cpu(),
-        token=None if tokens is None or offset < 0 else tokens[places.row, columns + offset].cpu(),
+        token=tracker.tokens_at(places.row, columns),
         query_norm=queries.detach().float().norm(dim=-1).cpu(),
         change=change.cpu(),
     )

@@ -182,17 +182,13 @@ def _record(
     residual: Tensor,
     delta: Tensor,
 ) -> TraceRecord:
-    tokens, width = tracker.tokens, tracker.positions.index.shape[1]
-    token = None
-    if tokens is not None and tokens.shape[1] >= width:
-        token = tokens[places.row, columns + tokens.shape[1] - width].cpu()
     return TraceRecord(
         run=tracker.run_number,
         layer=layer,
         heads=torch.tensor([-1]),
         row=places.row.cpu(),
         position=places.position.cpu(),
-        token=token,
+        token=tracker.tokens_at(places.row, columns),
         query_norm=residual.detach().float().norm(dim=-1, keepdim=True).cpu(),
         change=QueryChange(delta=delta[:, None]).cpu(),
     )

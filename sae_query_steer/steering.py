@@ -26,7 +26,7 @@ from sae_query_steer.sae.encoders import (
 )
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.strength import Schedule, by_row, check_limits, each, limited, scheduled
-from sae_query_steer.targets import check_belongs
+from sae_query_steer.targets import check_belongs, check_shapes
 from sae_query_steer.trace import QueryChange, SteeringTrace
 
 N_MOVED = 5
@@ -130,19 +130,7 @@ class LatentGradientSteerer(Steerer):
         sites = encoder_sites(self.saes)
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "site_heads", chosen_heads(sites, self.layers, self.heads))
-        for name in self.site_heads:
-            if name not in self.targets.means:
-                raise ValueError(
-                    f"no centroids at {name}: there are some at {list(self.targets.means)}; build "
-                    "them with the same SAEs"
-                )
-            sae = self.saes[name]
-            have, want = tuple(self.targets.means[name].shape[1:]), (sae.n_heads, sae.d_latent)
-            if have != want:
-                raise ValueError(
-                    f"centroids of another SAE at {name}: they are for {have[0]} heads of "
-                    f"{have[1]} latents, the SAE has {want[0]} heads of {want[1]}"
-                )
+        check_shapes(self.targets, {name: self.saes[name] for name in self.site_heads})
 
     def check_model(self, model: Any) -> None:
         """Raise unless the steerer belongs to this model; a yes is remembered.

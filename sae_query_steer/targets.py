@@ -228,6 +228,26 @@ def as_tokenized(
     )
 
 
+def check_shapes(targets: CentroidTargets, saes: Mapping[str, QueryEncoder]) -> None:
+    """Raise unless there are centroids for every encoder, of its heads and latents.
+
+    Raises:
+        ValueError: the message names the site.
+    """
+    for name, sae in saes.items():
+        if name not in targets.means:
+            raise ValueError(
+                f"no centroids at {name}: there are some at {list(targets.means)}; build "
+                "them with the same SAEs"
+            )
+        have, want = tuple(targets.means[name].shape[1:]), (sae.n_heads, sae.d_latent)
+        if have != want:
+            raise ValueError(
+                f"centroids of another SAE at {name}: they are for {have[0]} heads of "
+                f"{have[1]} latents, the SAE has {want[0]} heads of {want[1]}"
+            )
+
+
 def check_belongs(model: Any, saes: Mapping[str, QueryEncoder], targets: CentroidTargets) -> None:
     """Raise unless centroids belong to this model and these encoders, by their fingerprint.
 

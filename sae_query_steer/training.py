@@ -25,7 +25,8 @@ from sae_query_steer.hosts.saelens import HeadwiseMultiTrainer
 from sae_query_steer.hosts.scaling import HeadNorms
 from sae_query_steer.reconstruction import reconstruction_metrics
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
-from sae_query_steer.sae.core import QueryHeadTrainingSAEConfig, to_inference
+from sae_query_steer.sae.core import QueryHeadTrainingSAEConfig
+from sae_query_steer.sae.inference import to_inference
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.storage import check_replaceable
 from sae_query_steer.stream import QueryStream

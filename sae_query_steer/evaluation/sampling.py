@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from sae_query_steer.hosts.models import check_eager
-from sae_query_steer.hosts.tracking import replaced_method
+from sae_query_steer.hosts.wrapped import replaced_method
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_query_steer.columns import Positions
 from sae_query_steer.hosts.block_arguments import cache_of, cached_length, own_columns
+from sae_query_steer.hosts.wrapped import replaced_method
 from sae_query_steer.prompt_lengths import (
     PromptLengths,
     as_lengths,
@@ -107,6 +108,15 @@ class PositionTracker:
         Where a cache was filled before anyone listened they are those of the last columns alone.
         """
         return self._now.run.tokens
+
+    def tokens_at(
+        self, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
+    ) -> Int[Tensor, " token"] | None:
+        """Return the token ids at columns of the running forward pass; None where not known."""
+        tokens, width = self.tokens, self.positions.index.shape[1]
+        if tokens is None or tokens.shape[1] < width:
+            return None
+        return tokens[rows, columns + tokens.shape[1] - width].cpu()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -273,21 +283,3 @@ class PositionTracker:
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
             return
         self._now.embedded = tokens
-
-
-@contextmanager
-def replaced_method(model: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Wrap a method of a model for a `with` block; where there is none, do nothing."""
-    if not hasattr(model, name):
-        yield
-        return
-    had = name in vars(model)
-    original = getattr(model, name)
-    setattr(model, name, around(original))
-    try:
-        yield
-    finally:
-        if had:
-            setattr(model, name, original)
-        else:
-            delattr(model, name)

@@ -13,7 +13,6 @@ from sae_query_steer.sae.core import (
     QueryHeadSAEConfig,
     QueryHeadTrainingSAE,
     QueryHeadTrainingSAEConfig,
-    to_inference,
 )
 from sae_query_steer.sae.gated import (
     QueryHeadGatedSAE,
@@ -21,6 +20,7 @@ from sae_query_steer.sae.gated import (
     QueryHeadGatedTrainingSAE,
     QueryHeadGatedTrainingSAEConfig,
 )
+from sae_query_steer.sae.inference import to_inference
 from sae_query_steer.sae.jumprelu import (
     QueryHeadJumpReLUSAE,
     QueryHeadJumpReLUSAEConfig,

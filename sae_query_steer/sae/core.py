@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
-from sae_lens.util import temporary_seed
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -290,17 +289,3 @@ class QueryHeadTrainingSAE(QueryHeadSAE[T_TRAINING_CONFIG], TrainingSAE[T_TRAINI
     def log_histograms(self) -> dict[str, Any]:
         """Return the decoder norms of all latents of all heads."""
         return {"weights/W_dec_norms": self.get_W_dec_norm().float().flatten().cpu().numpy()}
-
-
-def to_inference(sae: QueryHeadTrainingSAE[Any]) -> QueryHeadSAE[Any]:
-    """Return the inference SAE of a trained one, as saving and loading it would.
-
-    The weights are copies, on the same device, and need no gradient.
-    """
-    state = {name: value.detach().clone() for name, value in sae.state_dict().items()}
-    sae.process_state_dict_for_saving_inference(state)
-    with temporary_seed(0):  # a new SAE draws weights, which are replaced at once
-        inference = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
-    inference.load_state_dict(state)
-    assert isinstance(inference, QueryHeadSAE)
-    return inference.requires_grad_(False).eval()
