@@ -1,29 +1,28 @@
-"""The tutor's comparison: cases, the grid's end, the operating point, rows of the table."""
+"""The grid's end, the operating point, rows of the table, and the tutor's cases."""
 
 from collections import Counter
 
 import pytest
 
 from sae_query_steer import BloomLevel
-from sae_query_steer.evaluation.comparison import Method, operating_point, strength_curves
-from sae_query_steer.tasks.tutor.comparison import (
-    TASKS,
-    CaseScorer,
-    TutorOutcome,
-    table_row,
-    tutor_cases,
+from sae_query_steer.evaluation.comparison import (
+    Method,
+    Outcome,
+    operating_point,
+    outcome_row,
+    strength_curves,
 )
+from sae_query_steer.tasks.tutor.cases import TASKS, note_judge, tutor_cases
 
 
 def outcome(strength, target, ratio, *, success=None, grounded=True):
     n = 20
     hits = [i < round(target * n) for i in range(n)]
     good = hits if success is None else [i < round(success * n) for i in range(n)]
-    return TutorOutcome(
+    return Outcome(
         strength=float(strength),
         texts=["text"] * n,
         judged=[None] * n,
-        restated=[None] * n,
         target=hits,
         grounded=good if grounded else None,
         success=good,
@@ -33,7 +32,7 @@ def outcome(strength, target, ratio, *, success=None, grounded=True):
     )
 
 
-class FakeScorer(CaseScorer):
+class FakeScorer:
     """Answers from a table of strength to (target rate, perplexity ratio)."""
 
     def __init__(self, table):
@@ -85,12 +84,12 @@ def test_without_a_fluent_strength_the_most_fluent_is_chosen():
 
 def test_a_row_holds_the_shares_with_their_intervals():
     descent = Method(name="m", objective="prototype", n_steps=20, steerer=lambda cases, s: None)
-    row = table_row("open", descent, outcome(0.2, 0.5, 1.1, success=0.25))
+    row = outcome_row("open", descent, outcome(0.2, 0.5, 1.1, success=0.25))
     assert (row["target_rate"], row["success"], row["grounded"]) == (0.5, 0.25, 0.25)
     assert row["ci_low"] == pytest.approx(0.2993, abs=1e-4)  # Wilson, 10 of 20
     assert row["ci_high"] == pytest.approx(0.7007, abs=1e-4)
     assert (row["step_size"], row["n_steps"], row["n"]) == (0.2, 20, 20)
-    plain = table_row("open", Method(name="unsteered"), outcome(0.0, 0.5, 1.1, grounded=False))
+    plain = outcome_row("open", Method(name="unsteered"), outcome(0.0, 0.5, 1.1, grounded=False))
     assert plain["step_size"] is plain["delta_q_ratio"] is plain["grounded"] is None
 
 
@@ -98,19 +97,32 @@ def test_a_row_holds_the_shares_with_their_intervals():
 def test_cases_meet_every_target_alike_often(task):
     cases = tutor_cases(task, "test", 60, seed=0)
     assert set(Counter(case.target for case in cases).values()) == {10}
-    assert len({case.prompt.text for case in cases}) == 60
+    assert len({case.prompt for case in cases}) == 60
     for case in cases:
-        assert case.requesting.requested == case.target
-        assert case.requesting.notes == case.prompt.notes
+        assert case.prompt == case.asked.text
+        assert case.source == case.asked.requested
+        request = set(case.requesting.splitlines()) - set(case.prompt.splitlines())
+        assert len(request) == 1, "the prompts differ in the request alone"
     if task == "open":
-        assert {case.prompt.requested for case in cases} == {None}
+        assert {case.source for case in cases} == {None}
     else:
-        pairs = Counter((case.prompt.requested, case.target) for case in cases)
+        pairs = Counter((case.source, case.target) for case in cases)
         assert set(pairs.values()) == {2}
         assert set(pairs) == {(a, b) for a in BloomLevel for b in BloomLevel if a != b}
 
 
 def test_cases_repeat_with_their_seed():
     first, again, other = (tutor_cases("open", "test", 6, seed=seed) for seed in (0, 0, 1))
-    assert [c.prompt.text for c in first] == [c.prompt.text for c in again]
-    assert [c.prompt.text for c in first] != [c.prompt.text for c in other]
+    assert first == again
+    assert [c.prompt for c in first] != [c.prompt for c in other]
+
+
+def test_a_text_takes_up_the_note_that_it_restates_word_for_word():
+    cases = tutor_cases("redirect", "test", 12, seed=0)
+    judge = note_judge(cases)
+    prompts = [case.prompt for case in cases]
+    said = [f" {case.asked.notes[case.target].restated}. And so on." for case in cases]
+    assert judge(prompts, said) == [case.target for case in cases]
+    assert judge(prompts, [text.replace(" and ", " or ") for text in said]) == [None] * 12
+    assert judge(prompts, said[1:] + said[:1]) != [case.target for case in cases]
+    assert note_judge(tutor_cases("open", "test", 6, seed=0, notes=False)) is None

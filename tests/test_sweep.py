@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 import sae_query_steer as sqs
+from sae_query_steer.evaluation.cases import SteeringCase, cases_of
 from sae_query_steer.evaluation.descents import Descent
 from sae_query_steer.evaluation.judges import RuleJudge
 from sae_query_steer.evaluation.sweep import (
@@ -15,7 +16,7 @@ from sae_query_steer.evaluation.sweep import (
     run_sweep,
 )
 from sae_query_steer.evaluation.sweep_log import SweepLog
-from sae_query_steer.evaluation.text_scorer import SteeringCase, TextScorer, cases_of
+from sae_query_steer.evaluation.text_scorer import TextScorer
 
 CLASSES = ("apply", "create", "remember")
 
@@ -153,7 +154,7 @@ def test_a_log_holds_a_line_for_each_outcome_that_json_alone_can_read(scorers, m
     run_sweep(**scorers(), methods=methods[:1])
     head, *lines = map(json.loads, scorers()["test"].log.path.read_text().splitlines())
     assert head["settings"] == {"model": "bridge"}
-    assert [line["key"]["split"] for line in lines] == ["validation", "test"]
+    assert [line["key"]["split"] for line in lines] == ["test"]
     assert all(len(line["outcome"]["texts"]) == 9 for line in lines)
 
 

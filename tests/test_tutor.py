@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_query_steer as sqs
 from sae_query_steer.evaluation.generation import continuations
-from sae_query_steer.evaluation.rowwise import RowwiseSteerer
 from sae_query_steer.storage import read_json
 from sae_query_steer.tasks.tutor import (
     NULL_TUTOR_FOLDER,
@@ -19,7 +18,7 @@ from sae_query_steer.tasks.tutor import (
     TutorCorpus,
     restated_level,
 )
-from sae_query_steer.tasks.tutor.comparison import tutor_cases
+from sae_query_steer.tasks.tutor.cases import tutor_cases
 from sae_query_steer.tasks.tutor.obedience import obedience
 from sae_query_steer.tasks.tutor.tokenizer import tutor_tokenizer
 
@@ -116,22 +115,16 @@ def steered(tutors):
             training_tokens=100_000,
         )
         targets = sqs.CentroidTargetBuilder(model, saes).fit(examples)
-        own = {
-            level: sqs.LatentGradientSteerer(
-                saes, targets, target=level, objective=sqs.SquaredDistance(), n_steps=1,
-                step_size=1.0,
-            )
-            for level in LEVELS
-        }  # fmt: skip
-        random = {level: sqs.RandomDirectionSteerer(s, seed=1) for level, s in own.items()}
         cases = tutor_cases("open", "test", 48, seed=5, notes=notes)
-        rows = {
-            name: None if by is None else RowwiseSteerer([by[c.target] for c in cases])
-            for name, by in (("unsteered", None), ("SAE", own), ("random", random))
-        }
+        own = sqs.LatentGradientSteerer(
+            saes, targets, target=[case.target for case in cases],
+            objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0,
+        )  # fmt: skip
+        random = sqs.RandomDirectionSteerer(own, seed=1)
+        rows = {"unsteered": None, "SAE": own, "random": random}
         classifier = LevelClassifier(n_per_level=100)
         for name, steerer in rows.items():
-            prompts = [case.prompt.text for case in cases]
+            prompts = [case.prompt for case in cases]
             written = continuations(model, prompts, max_new_tokens=32, steerer=steerer)
             judged = classifier.levels(written.texts)
             hits = [a == c.target for a, c in zip(judged, cases, strict=True)]

@@ -71,6 +71,12 @@ Saes = Annotated[Path, typer.Option("--saes", help="Folder that `train` wrote.")
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with a run of the same settings, if there is.")
+]
+
+LOG = "log.jsonl"
+"""What a comparison that was stopped goes on from, in the folder beside its output."""
 
 
 def labelled_examples(
@@ -112,6 +118,20 @@ def check_free(out: Path, overwrite: bool, holding: str) -> None:
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: give another folder, or --overwrite")
     check_replaceable(out, overwrite=overwrite, holding=holding)
+
+
+def unfinished_beside(out: Path, resume: bool) -> Path:
+    """Return the folder beside an output for what a comparison keeps until it is done.
+
+    Raises:
+        FileExistsError: it is there, and the run is not meant to go on with it.
+    """
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    if unfinished.exists() and not resume:
+        raise FileExistsError(
+            f"{unfinished} holds a run that was stopped: go on with --resume, or delete it"
+        )
+    return unfinished
 
 
 def load_saes(folder: Path, host: Any) -> sqs.QuerySAEs:

@@ -1,6 +1,5 @@
 """`sweep`: which way of steering reaches the target class, on a model and texts of your own."""
 
-import hashlib
 import shutil
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ from sklearn.model_selection import train_test_split
 
 import sae_query_steer as sqs
 from sae_query_steer.commands.options import (
+    LOG,
     SPANS,
     Bloom,
     Csv,
@@ -19,6 +19,7 @@ from sae_query_steer.commands.options import (
     Out,
     Overwrite,
     Prompt,
+    Resume,
     Saes,
     Seed,
     SpanName,
@@ -28,6 +29,7 @@ from sae_query_steer.commands.options import (
     load_saes,
     named,
     show,
+    unfinished_beside,
 )
 from sae_query_steer.evaluation import (
     DESCENTS,
@@ -42,11 +44,10 @@ from sae_query_steer.evaluation import (
     run_sweep,
     write_sweep,
 )
+from sae_query_steer.evaluation.sweep_log import digest_of
 from sae_query_steer.evaluation.sweep_report import RESULTS, display_rows, sweep_verdict
 from sae_query_steer.evaluation.text_scorer import check_writing
 from sae_query_steer.separability import ALL_HEADS
-
-_LOG = "sweep.jsonl"
 
 
 def sweep(
@@ -71,9 +72,7 @@ def sweep(
     ] = None,
     seed: Seed = 0,
     device: Device = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a sweep of the same settings, if any.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compare ways of steering on your model and your labelled texts.
@@ -82,11 +81,7 @@ def sweep(
     method's strength, and 1/5 is for the table. What was written is logged as it comes.
     """
     check_free(out, overwrite, RESULTS)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    if unfinished.exists() and not resume:
-        raise FileExistsError(
-            f"{unfinished} holds a sweep that was stopped: go on with --resume, or delete it"
-        )
+    unfinished = unfinished_beside(out, resume)
     wanted = [d for d in DESCENTS if objectives == "all" or d.name in objectives.split(",")]
     unknown = set(objectives.split(",")) - {"all", *(d.name for d in DESCENTS)}
     if unknown or not wanted:
@@ -125,12 +120,10 @@ def sweep(
     methods = prompt_methods(steering, seed=seed)
     methods = [m for m in methods if m.name != "instruction"]  # no prompt requests a class here
     alone = [[site.layer] for site in sites]
-    # What was logged holds for these texts, this model and these SAEs, wherever they lie.
-    contents = hashlib.sha256(csv.read_bytes())
+    made = []
     for name, own in (("dense descent", sqs.identity_encoders(sites)), ("SAE descent", chosen)):
         centroids = sqs.CentroidTargetBuilder(host, own, span=where).fit(steering)
-        for mean in centroids.means.values():
-            contents.update(mean.cpu().numpy().tobytes())
+        made.append(centroids)
         methods += descent_methods(
             name,
             own,
@@ -143,7 +136,9 @@ def sweep(
             methods += decoder_rows_methods(own, centroids, span=span, scope=at, layers=alone)
     means = sqs.residual_means(host, steering, [site.layer for site in sites], span=where)
     methods += residual_methods(means, span=span, scope=at, layers=alone)
-    log = SweepLog(unfinished / _LOG, settings | {"contents": contents.hexdigest()})
+    # What was logged holds for these texts, this model and these SAEs, wherever they lie.
+    contents = digest_of(made, csv.read_bytes())
+    log = SweepLog(unfinished / LOG, settings | {"contents": contents})
     scorers = {
         split: TextScorer(
             host,

@@ -15,6 +15,7 @@ from sae_query_steer.commands.options import (
     Model,
     Out,
     Overwrite,
+    Resume,
     Seed,
     check_free,
     layer_list,
@@ -65,9 +66,7 @@ def train(
         bool, typer.Option("--prefetch", help="Read the next queries while the SAEs train.")
     ] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 1000,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run of the same settings, if there is.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Train SAEs on the queries of all heads of some layers.

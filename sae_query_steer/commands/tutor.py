@@ -1,15 +1,26 @@
 """`tutor` and `demo`: training a tutor, and the comparison of steering methods on it."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import sae_query_steer as sqs
-from sae_query_steer.commands.options import Device, Overwrite, Seed, check_free, show
+from sae_query_steer.commands.options import (
+    LOG,
+    Device,
+    Overwrite,
+    Resume,
+    Seed,
+    check_free,
+    show,
+    unfinished_beside,
+)
 from sae_query_steer.storage import read_json
 from sae_query_steer.tasks.tutor import (
+    FULL,
     QUICK,
     DemoSettings,
     TutorTraining,
@@ -36,14 +47,24 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look, too small to tell methods apart.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="More prompts, every method, every layer: half an hour.")
+    ] = False,
     n: Annotated[int | None, typer.Option("--n", help="Test prompts of each row.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Steer the tutor's feedback to each of Bloom's levels, and compare the ways to do it."""
+    """Steer the tutor's feedback to each of Bloom's levels, and compare the ways to do it.
+
+    What was written is logged as it comes.
+    """
     check_free(out, overwrite, RESULTS)
-    settings = dataclasses.replace(QUICK if quick else DemoSettings(), seed=seed)
+    unfinished = unfinished_beside(out, resume)
+    if quick and full:
+        raise ValueError("--quick and --full name two sizes: give one of them")
+    settings = dataclasses.replace(QUICK if quick else FULL if full else DemoSettings(), seed=seed)
     if n is not None:
         settings = dataclasses.replace(settings, n_test=n)
     if tutor is None:
@@ -55,12 +76,14 @@ def demo(
         sqs.load_model(str(tutor), device=device),
         notes=bool(card["settings"]["notes"]),
         settings=settings,
+        log=unfinished / LOG,
     )
     write_report(result, out, overwrite=overwrite)
+    shutil.rmtree(unfinished)
     show(display_sites(result.sites))
     typer.echo("")
-    show(display_table(result.rows))
-    for example in result.examples:
+    show(display_table(result))
+    for example in result.examples():
         typer.echo(f"\n{example['prompt']} ...")
         for method in ("unsteered", "SAE descent, prototype", "instruction"):
             typer.echo(f"  {method} (target {example['target']}): {example[method]}")

@@ -2,12 +2,14 @@
 
 from sae_query_steer.evaluation.added_methods import decoder_rows_methods, residual_methods
 from sae_query_steer.evaluation.axbench import Generation, axbench_table
+from sae_query_steer.evaluation.cases import SteeringCase, cases_of
 from sae_query_steer.evaluation.classifier_judge import ClassifierJudge
 from sae_query_steer.evaluation.comparison import Method, Outcome
 from sae_query_steer.evaluation.descents import DESCENTS, Descent
 from sae_query_steer.evaluation.endpoint import ChatEndpoint
 from sae_query_steer.evaluation.generation import continuations
 from sae_query_steer.evaluation.judges import Judge, LanguageModelJudge, RuleJudge
+from sae_query_steer.evaluation.query_patch import interchange_methods
 from sae_query_steer.evaluation.sampling import seeded_sampling
 from sae_query_steer.evaluation.scores import (
     PairedDifference,
@@ -25,7 +27,7 @@ from sae_query_steer.evaluation.sweep import (
 )
 from sae_query_steer.evaluation.sweep_log import SweepLog
 from sae_query_steer.evaluation.sweep_report import write_sweep
-from sae_query_steer.evaluation.text_scorer import SteeringCase, TextScorer, cases_of
+from sae_query_steer.evaluation.text_scorer import TextScorer
 
 __all__ = [
     "DESCENTS",
@@ -50,6 +52,7 @@ __all__ = [
     "decoder_rows_methods",
     "descent_methods",
     "distinct_n",
+    "interchange_methods",
     "paired_difference",
     "prompt_methods",
     "random_methods",

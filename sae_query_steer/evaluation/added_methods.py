@@ -5,8 +5,8 @@ from typing import Any
 
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.decoder_rows import DecoderRowsSteerer
+from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.evaluation.comparison import Method
-from sae_query_steer.evaluation.text_scorer import SteeringCase
 from sae_query_steer.positions import LastPromptToken, Scope, scope_name
 from sae_query_steer.residual import ResidualMeanDifference
 from sae_query_steer.residual_stream import ResidualMeans
@@ -23,8 +23,9 @@ def decoder_rows_methods(
     span: str,
     layers: Iterable[Sequence[int]],
     scope: Scope | None = None,
+    centroids: str | None = None,
     m: int = 4,
-) -> list[Method[SteeringCase]]:
+) -> list[Method]:
     """Return the decoder rows of each class's m top latents, a method for each set of layers.
 
     Args:
@@ -33,18 +34,19 @@ def decoder_rows_methods(
         span: name of the span that the centroids were taken over.
         layers: sets of layers that are steered together.
         scope: where to steer; None means the last prompt token.
+        centroids: of which prompts they are, to tell the methods apart by.
         m: latents of each head.
     """
     where = LastPromptToken() if scope is None else scope
 
-    def method(some: Sequence[int]) -> Method[SteeringCase]:
+    def method(some: Sequence[int]) -> Method:
         def steerer(cases: Sequence[SteeringCase], strength: float) -> DecoderRowsSteerer:
             wanted = [case.target for case in cases]
             return DecoderRowsSteerer(
                 encoders, targets, target=wanted, strength=strength, m=m, scope=where, layers=some
             )
 
-        return _added(f"decoder rows (m={m})", span, where, some, steerer)
+        return _added(f"decoder rows (m={m})", (centroids, span), where, some, steerer)
 
     return [method(some) for some in layers]
 
@@ -55,7 +57,8 @@ def residual_methods(
     span: str,
     layers: Iterable[Sequence[int]],
     scope: Scope | None = None,
-) -> list[Method[SteeringCase]]:
+    centroids: str | None = None,
+) -> list[Method]:
     """Return contrastive activation addition after each set of layers, a method for each.
 
     Its relative change is that of the residual stream.
@@ -65,31 +68,33 @@ def residual_methods(
         span: name of the span that they were taken over.
         layers: sets of layers after which is added.
         scope: where to steer; None means the last prompt token.
+        centroids: of which prompts the means are, to tell the methods apart by.
     """
     where = LastPromptToken() if scope is None else scope
 
-    def method(some: Sequence[int]) -> Method[SteeringCase]:
+    def method(some: Sequence[int]) -> Method:
         def steerer(cases: Sequence[SteeringCase], strength: float) -> ResidualMeanDifference:
             wanted = [case.target for case in cases]
             return ResidualMeanDifference(
                 means, target=wanted, strength=strength, scope=where, layers=some
             )
 
-        return _added("residual mean difference", span, where, some, steerer)
+        return _added("residual mean difference", (centroids, span), where, some, steerer)
 
     return [method(some) for some in layers]
 
 
 def _added(
     name: str,
-    span: str,
+    which: tuple[str | None, str],
     scope: Scope,
     layers: Sequence[int],
     steerer: Callable[[Sequence[SteeringCase], float], Any],
-) -> Method[SteeringCase]:
+) -> Method:
     return Method(
         name=name,
-        span=span,
+        centroids=which[0],
+        span=which[1],
         scope=scope_name(scope),
         layers=tuple(layers),
         n_steps=1,

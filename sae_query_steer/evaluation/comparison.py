@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.metrics import wilson_interval
 
 MAX_PERPLEXITY_RATIO = 1.5
@@ -15,11 +16,9 @@ GRID_ENDS_AT_RATIO = 3.0
 GRID_ENDS_BELOW_BEST = 0.05
 """... or where the target rate has fallen this far below its best."""
 
-T_CASE = TypeVar("T_CASE")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Method(Generic[T_CASE]):
+class Method:
     """One way to get texts of a target class from cases: by another prompt, or by steering."""
 
     name: str
@@ -34,11 +33,11 @@ class Method(Generic[T_CASE]):
     """None means all."""
 
     n_steps: int | None = None
-    steerer: Callable[[Sequence[T_CASE], float], Any] | None = None
+    steerer: Callable[[Sequence[SteeringCase], float], Any] | None = None
     """From cases and a strength to a steerer with a row for each case, in this order; None for
     methods that change the prompt alone."""
 
-    prompts: Callable[[Sequence[T_CASE]], list[str]] | None = None
+    prompts: Callable[[Sequence[SteeringCase]], list[str]] | None = None
     """The prompts to continue; None means each case's own."""
 
     strengths: Sequence[float] = (0.0,)
@@ -70,6 +69,12 @@ class Outcome:
     delta_q_ratio: float
     """Mean of |delta q| / |q|."""
 
+    taken_up: Sequence[str | None] | None = None
+    """The class whose part of its prompt each text takes up; None where nothing tells it."""
+
+    grounded: list[bool] | None = None
+    """Whether that is the target's part."""
+
     @property
     def target_rate(self) -> float:
         """Share of the texts that the judge finds to be of the target class."""
@@ -81,33 +86,27 @@ class Outcome:
         return sum(self.success) / len(self.success)
 
 
-T_OUTCOME = TypeVar("T_OUTCOME", bound=Outcome)
-T_SCORED = TypeVar("T_SCORED", bound=Outcome, covariant=True)
-
-
 @runtime_checkable
-class Scorer(Protocol[T_SCORED]):
+class Scorer(Protocol):
     """Scores methods on the cases of some tasks."""
 
     @property
-    def cases(self) -> Mapping[str, Sequence[Any]]:
+    def cases(self) -> Mapping[str, Sequence[SteeringCase]]:
         """The cases of each task."""
         ...
 
-    def score(
-        self, method: Method[Any], strength: float, tasks: Sequence[str]
-    ) -> Mapping[str, T_SCORED]:
+    def score(self, method: Method, strength: float, tasks: Sequence[str]) -> Mapping[str, Outcome]:
         """Return what a method does at a strength, task by task."""
         ...
 
 
-def strength_curves(scorer: Scorer[T_OUTCOME], method: Method[Any]) -> dict[str, list[T_OUTCOME]]:
+def strength_curves(scorer: Scorer, method: Method) -> dict[str, list[Outcome]]:
     """Return a method's outcomes at growing strengths, for each task until more does not help.
 
     A curve ends where the target rate has fallen by more than 0.05 from its best, or the perplexity
     ratio passes 3, or the method's strengths are used up.
     """
-    curves: dict[str, list[T_OUTCOME]] = {task: [] for task in scorer.cases}
+    curves: dict[str, list[Outcome]] = {task: [] for task in scorer.cases}
     for strength in method.strengths:
         going = [task for task, curve in curves.items() if not _ended(curve)]
         if not going:
@@ -125,7 +124,7 @@ def _ended(curve: Sequence[Outcome]) -> bool:
     return fell or curve[-1].perplexity_ratio > GRID_ENDS_AT_RATIO
 
 
-def operating_point(curve: Sequence[T_OUTCOME]) -> T_OUTCOME:
+def operating_point(curve: Sequence[Outcome]) -> Outcome:
     """Return the outcome of most success at a perplexity ratio of 1.5 or less.
 
     Of equals the weaker; where no strength is that fluent, the most fluent one.
@@ -136,12 +135,8 @@ def operating_point(curve: Sequence[T_OUTCOME]) -> T_OUTCOME:
     return max(fluent, key=lambda o: (o.success_rate, -o.strength))
 
 
-def outcome_row(task: str, method: Method[Any], outcome: Outcome) -> dict[str, Any]:
-    """Return one row of a table: what was done, and what it scored, with 95 % intervals."""
-    n = len(outcome.target)
-    low, high = wilson_interval(sum(outcome.target), n)
-    success_low, success_high = wilson_interval(sum(outcome.success), n)
-    steered = method.steerer is not None
+def what_was_done(task: str, method: Method) -> dict[str, Any]:
+    """Return the columns that say which row of a table is which."""
     return {
         "task": task,
         "method": method.name,
@@ -149,6 +144,18 @@ def outcome_row(task: str, method: Method[Any], outcome: Outcome) -> dict[str, A
         "centroids": method.centroids,
         "span": method.span,
         "scope": method.scope,
+        "layers": "" if method.layers is None else ",".join(map(str, method.layers)),
+        "heads": "all" if method.heads is None else ",".join(map(str, method.heads)),
+    }
+
+
+def outcome_row(task: str, method: Method, outcome: Outcome) -> dict[str, Any]:
+    """Return one row of a table: what was done, and what it scored, with 95 % intervals."""
+    n = len(outcome.target)
+    low, high = wilson_interval(sum(outcome.target), n)
+    success_low, success_high = wilson_interval(sum(outcome.success), n)
+    steered, told = method.steerer is not None, outcome.grounded
+    return what_was_done(task, method) | {
         "n_steps": method.n_steps,
         "step_size": outcome.strength if method.n_steps is not None else None,
         "delta_q_ratio": outcome.delta_q_ratio if steered else None,
@@ -156,6 +163,7 @@ def outcome_row(task: str, method: Method[Any], outcome: Outcome) -> dict[str, A
         "target_rate": outcome.target_rate,
         "ci_low": low,
         "ci_high": high,
+        "grounded": None if told is None else sum(told) / n,
         "success": outcome.success_rate,
         "success_low": success_low,
         "success_high": success_high,

@@ -1,8 +1,12 @@
 """What the pages of reports share: their style, and tables."""
 
 import html
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
 
 import pandas as pd
+import plotly.graph_objects as go
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#202124;max-width:1060px;
@@ -30,3 +34,22 @@ def table_html(table: pd.DataFrame) -> str:
             cells.append(f"<td class='n'>{text}</td>" if number else f"<td>{text}</td>")
         body.append("<tr>" + "".join(cells) + "</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def page_parts(parts: Sequence[str | go.Figure]) -> list[str]:
+    """Return parts of a page as HTML; the first figure brings plotly along, the others use it."""
+    drawn, first = [], True
+    for part in parts:
+        if isinstance(part, go.Figure):
+            part = part.to_html(
+                full_html=False, include_plotlyjs=first, config={"displaylogo": False}
+            )
+            first = False
+        drawn.append(part)
+    return drawn
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on."""
+    packages = ("torch", "transformer-lens", "sae-lens", "transformers", "sae-query-steer")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

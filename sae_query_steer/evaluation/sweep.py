@@ -12,15 +12,17 @@ from tqdm.auto import tqdm
 from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
+from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.evaluation.comparison import (
     Method,
     Outcome,
     operating_point,
     outcome_row,
     strength_curves,
+    what_was_done,
 )
 from sae_query_steer.evaluation.descents import Descent
-from sae_query_steer.evaluation.text_scorer import SteeringCase, TextScorer
+from sae_query_steer.evaluation.text_scorer import TextScorer
 from sae_query_steer.positions import LastPromptToken, Scope, scope_name
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.steering import LatentGradientSteerer
@@ -37,8 +39,8 @@ class SweepResult:
     """Every strength that was tried on the validation cases."""
 
     texts: pd.DataFrame
-    """Every text on the test cases: method, prompt, source, target, text, and what it was judged
-    to be."""
+    """Every text on the test cases: method, prompt, source, target, text, what it was judged to be,
+    what it takes up where that is told, and whether it is a success."""
 
 
 def descent_methods(
@@ -50,7 +52,8 @@ def descent_methods(
     layers: Iterable[Sequence[int]],
     heads: Iterable[Sequence[int] | None] = (None,),
     scopes: Iterable[Scope] = (LastPromptToken(),),
-) -> list[Method[SteeringCase]]:
+    centroids: str | None = None,
+) -> list[Method]:
     """Return descent over some encoders, a method for each combination of the choices.
 
     Args:
@@ -61,6 +64,7 @@ def descent_methods(
         layers: sets of layers that are steered together.
         heads: sets of heads; None means all.
         scopes: where to steer.
+        centroids: of which prompts the centroids are, to tell the methods apart by.
     """
     methods = []
     choices = product(targets, layers, heads, scopes, descents)
@@ -85,6 +89,7 @@ def descent_methods(
             Method(
                 name=name,
                 objective=descent.name,
+                centroids=centroids,
                 span=span,
                 scope=scope_name(scope),
                 layers=tuple(some_layers),
@@ -98,24 +103,36 @@ def descent_methods(
 
 
 def prompt_methods(
-    solved: Sequence[LabelledExample], *, shots: Sequence[int] = (1, 2, 4), seed: int = 0
-) -> list[Method[SteeringCase]]:
+    solved: Sequence[LabelledExample],
+    *,
+    shots: Sequence[int] = (1, 2, 4),
+    seed: int = 0,
+    separator: str = "\n\n",
+) -> list[Method]:
     """Return the methods that change the prompt: nothing, the request, and solved examples.
 
     Args:
         solved: labelled prompts with responses, to show; none of the cases.
         shots: how many are shown, a method for each.
         seed: of which are shown.
+        separator: what stands between two examples, and before the prompt.
     """
 
     def own(case: SteeringCase) -> int:
         # Of the case, not of its place: the same examples in every batch.
         return seed + zlib.crc32(f"{case.prompt}\0{case.target}".encode())
 
-    def few_shot(k: int) -> Method[SteeringCase]:
+    def few_shot(k: int) -> Method:
         def prompts(cases: Sequence[SteeringCase]) -> list[str]:
             return [
-                few_shot_prompt(case.prompt, solved, target=case.target, k=k, seed=own(case))
+                few_shot_prompt(
+                    case.prompt,
+                    solved,
+                    target=case.target,
+                    k=k,
+                    seed=own(case),
+                    separator=separator,
+                )
                 for case in cases
             ]
 
@@ -131,9 +148,7 @@ def prompt_methods(
     ]
 
 
-def random_methods(
-    model_of: Method[SteeringCase], seeds: Sequence[int]
-) -> list[Method[SteeringCase]]:
+def random_methods(model_of: Method, seeds: Sequence[int]) -> list[Method]:
     """Return the controls of a descent: random directions, as long as its changes.
 
     Raises:
@@ -143,9 +158,10 @@ def random_methods(
     if make is None:
         raise ValueError(f"{model_of.name} does not steer: there is no change to be as long as")
 
-    def control(seed: int) -> Method[SteeringCase]:
+    def control(seed: int) -> Method:
         return Method(
             name=f"random direction (seed {seed})",
+            centroids=model_of.centroids,
             span=model_of.span,
             scope=model_of.scope,
             layers=model_of.layers,
@@ -161,7 +177,7 @@ def random_methods(
 def run_sweep(
     validation: TextScorer,
     test: TextScorer,
-    methods: Sequence[Method[SteeringCase]],
+    methods: Sequence[Method],
     *,
     control_seeds: Sequence[int] = (0, 1, 2),
 ) -> SweepResult:
@@ -188,55 +204,47 @@ def run_sweep(
             f"validation has the tasks {list(validation.cases)}, test {list(test.cases)}: give "
             "both the same"
         )
-    chosen: list[tuple[Method[SteeringCase], dict[str, Outcome]]] = []
+    tasks = list(validation.cases)
+    chosen: list[tuple[Method, dict[str, float]]] = []
     curves = []
+    best: tuple[float, int] | None = None
     for method in tqdm(methods, desc="Choosing strengths", unit="method"):
-        if len(method.strengths) > 1:
+        strengths = dict.fromkeys(tasks, float(method.strengths[0]))
+        if len(method.strengths) > 1 or method.objective is not None:
             found = strength_curves(validation, method)
-            curves += [sweep_row(t, method, o) for t, curve in found.items() for o in curve]
+            curves += [outcome_row(t, method, o) for t, curve in found.items() for o in curve]
             points = {task: operating_point(curve) for task, curve in found.items()}
-        else:
-            points = dict(validation.score(method, method.strengths[0], list(validation.cases)))
-        chosen.append((method, points))
-    chosen += _controls(chosen, control_seeds)
+            strengths = {task: point.strength for task, point in points.items()}
+            success = sum(point.success_rate for point in points.values())
+            if method.objective is not None and (best is None or success > best[0]):
+                best = success, len(chosen)
+        chosen.append((method, strengths))
+    if best is not None:
+        model_of, strengths = chosen[best[1]]
+        chosen += [(control, strengths) for control in random_methods(model_of, control_seeds)]
     rows, texts = [], []
-    for method, points in tqdm(chosen, desc="Comparing methods", unit="method"):
-        for task, point in points.items():
-            outcome = test.score(method, point.strength, [task])[task]
-            rows.append(sweep_row(task, method, outcome))
-            for case, text, judged in zip(
-                test.cases[task], outcome.texts, outcome.judged, strict=True
-            ):
-                told = {"prompt": case.prompt, "source": case.source, "target": case.target}
-                texts.append(_named(task, method) | told | {"text": text, "judged": judged})
+    for method, strengths in tqdm(chosen, desc="Comparing methods", unit="method"):
+        for strength in sorted(set(strengths.values())):
+            same = [task for task in tasks if strengths[task] == strength]
+            for task, outcome in test.score(method, strength, same).items():
+                rows.append(outcome_row(task, method, outcome))
+                texts += _texts(task, method, test.cases[task], outcome)
+    for found in (rows, curves, texts):
+        found.sort(key=lambda row: tasks.index(row["task"]))
     return SweepResult(
         rows=pd.DataFrame(rows), curves=pd.DataFrame(curves), texts=pd.DataFrame(texts)
     )
 
 
-def sweep_row(task: str, method: Method[Any], outcome: Outcome) -> dict[str, Any]:
-    """Return one row of a sweep's table: that of `outcome_row`, with layers and heads."""
-    return _named(task, method) | outcome_row(task, method, outcome)
-
-
-def _named(task: str, method: Method[Any]) -> dict[str, Any]:
-    return {
-        "task": task,
-        "method": method.name,
-        "layers": "" if method.layers is None else ",".join(map(str, method.layers)),
-        "heads": "all" if method.heads is None else ",".join(map(str, method.heads)),
-        "objective": method.objective,
-        "span": method.span,
-        "scope": method.scope,
-    }
-
-
-def _controls(
-    chosen: Sequence[tuple[Method[SteeringCase], Mapping[str, Outcome]]], seeds: Sequence[int]
-) -> list[tuple[Method[SteeringCase], dict[str, Outcome]]]:
-    """Return the random controls of the descent that had most success, over all tasks."""
-    steering = [(m, points) for m, points in chosen if m.objective is not None]
-    if not steering:
-        return []
-    best, points = max(steering, key=lambda pair: sum(o.success_rate for o in pair[1].values()))
-    return [(control, dict(points)) for control in random_methods(best, seeds)]
+def _texts(
+    task: str, method: Method, cases: Sequence[SteeringCase], outcome: Outcome
+) -> list[dict[str, Any]]:
+    taken_up = outcome.taken_up or [None] * len(cases)
+    return [
+        what_was_done(task, method)
+        | {"prompt": case.prompt, "source": case.source, "target": case.target}
+        | {"text": text, "judged": judged, "taken_up": noted, "success": success}
+        for case, text, judged, noted, success in zip(
+            cases, outcome.texts, outcome.judged, taken_up, outcome.success, strict=True
+        )
+    ]

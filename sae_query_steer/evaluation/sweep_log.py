@@ -1,10 +1,14 @@
 """The log of a sweep: a line of JSON for each outcome, written as it comes, to go on from."""
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-HEAD = "sae_query_steer.sweep/1"
+from sae_query_steer.centroids import CentroidTargets
+
+HEAD = "sae_query_steer.sweep/2"
 
 
 class SweepLog:
@@ -69,6 +73,22 @@ class SweepLog:
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def digest_of(centroids: Iterable[CentroidTargets], *contents: bytes) -> str:
+    """Return what tells centroids, and with them model, SAEs and texts, from others.
+
+    Args:
+        centroids: in the same order whenever digests are compared.
+        contents: what else must be equal.
+    """
+    found = hashlib.sha256()
+    for part in contents:
+        found.update(part)
+    for targets in centroids:
+        for mean in targets.means.values():
+            found.update(mean.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _name(key: dict[str, Any]) -> str:

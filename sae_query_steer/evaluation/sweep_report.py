@@ -1,19 +1,22 @@
 """A sweep as one offline page, as CSV, and as JSON."""
 
 import html
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.express as px
-import plotly.graph_objects as go
 
 from sae_query_steer.evaluation.comparison import GRID_ENDS_AT_RATIO, MAX_PERPLEXITY_RATIO
-from sae_query_steer.evaluation.pages import STYLE, table_html
+from sae_query_steer.evaluation.pages import STYLE, page_parts, table_html, versions
 from sae_query_steer.evaluation.sweep import SweepResult
+from sae_query_steer.evaluation.sweep_figures import (
+    best_row,
+    frontier_figure,
+    layer_figure,
+    layer_table,
+    matrix_figure,
+)
 from sae_query_steer.storage import new_folder, write_json
 
 RESULTS = "sweep.json"
@@ -67,7 +70,6 @@ def write_sweep(
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or is something else.
     """
-    packages = ("torch", "transformer-lens", "sae-lens", "transformers", "sae-query-steer")
     with new_folder(folder, overwrite=overwrite, holding=RESULTS) as new:
         for name in ("rows", "curves", "texts"):
             file = "table.csv" if name == "rows" else f"{name}.csv"
@@ -79,8 +81,7 @@ def write_sweep(
             {
                 "settings": dict(settings),
                 "judge": dict(judge),
-                "versions": {"python": platform.python_version()}
-                | {name: version(name) for name in packages},
+                "versions": versions(),
             },
         )
         page = sweep_html(result, settings=settings, judge=judge, sites=sites)
@@ -98,12 +99,12 @@ def sweep_html(
     parts = [
         "<h2>Target rate against perplexity</h2><p>Validation cases; a line is a method from weak "
         "to strong. Compare methods at equal perplexity ratio.</p>",
-        frontier_figure(result),
+        frontier_figure(result.curves),
     ]
-    by_layer = layer_table(result)
+    by_layer = layer_table(result.rows)
     if len(by_layer):
         parts += [
-            "<h2>Layer by layer</h2><p>The best target rate that descent at one layer alone "
+            "<h2>Layer by layer</h2><p>The most success that each way of steering one layer alone "
             "reached on the test cases. A model of few layers can neither confirm nor refute that "
             "middle layers are best.</p>",
             layer_figure(by_layer),
@@ -111,10 +112,14 @@ def sweep_html(
         if sites is not None:
             together = by_layer.merge(sites[[c for c in _SITES if c in sites]], on="layer")
             parts.append(table_html(together.astype({"layer": str}).rename(columns=_SITES)))
+    matrix = matrix_figure(result)
+    if matrix is not None:
+        parts += [
+            "<h2>From which class to which</h2><p>Success of the best steer by the class that "
+            "the prompt leads to (down) and the target (across).</p>",
+            matrix,
+        ]
     parts += [
-        "<h2>From which class to which</h2><p>Target rate of the best descent by the class that "
-        "the prompt leads to (down) and the target (across).</p>",
-        matrix_figure(result),
         "<h2>Texts side by side</h2>",
         *_samples(result),
         "<h2>Judge and settings</h2>",
@@ -123,14 +128,7 @@ def sweep_html(
             pd.DataFrame({"setting": settings.keys(), "value": map(str, settings.values())})
         ),
     ]
-    drawn, first = [], True
-    for part in parts:
-        if isinstance(part, go.Figure):
-            part = part.to_html(
-                full_html=False, include_plotlyjs=first, config={"displaylogo": False}
-            )
-            first = False
-        drawn.append(part)
+    drawn = page_parts(parts)
     n = max(result.rows["n"].tolist())
     head = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
@@ -155,7 +153,7 @@ def sweep_verdict(result: SweepResult) -> str:
     rows = result.rows
     control = rows[rows["method"].str.startswith("random direction")]
     steered = pd.DataFrame(rows[rows["step_size"].notna()])
-    best = _best(steered) if len(steered) else None
+    best = best_row(steered) if len(steered) else None
     bare = rows[rows["method"] == "unsteered"]
     said = []
     if len(bare):
@@ -167,7 +165,7 @@ def sweep_verdict(result: SweepResult) -> str:
             f"{_rate(best)} at a perplexity ratio of {best['perplexity_ratio']:.2f}."
         )
     if best is not None and len(control):
-        highest = _best(pd.DataFrame(control))
+        highest = best_row(pd.DataFrame(control))
         clear = best["ci_low"] > highest["ci_high"]
         said.append(
             f"Random directions of the same length reach {_rate(highest)} at most"
@@ -192,80 +190,6 @@ def display_rows(rows: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="under own prompt" if own else []).fillna("")
 
 
-def frontier_figure(result: SweepResult) -> go.Figure:
-    """Return target rate against perplexity ratio, a line for each method and its settings."""
-    figure = go.Figure()
-    curves = result.curves
-    if len(curves):
-        keys = ["method", "objective", "layers", "span", "scope"]
-        for key, part in curves.groupby(keys, dropna=False, sort=False):
-            assert isinstance(key, tuple)
-            name, objective, layers = key[0], key[1], key[2]
-            figure.add_scatter(
-                x=part["perplexity_ratio"],
-                y=part["target_rate"],
-                mode="lines+markers",
-                name=", ".join(str(x) for x in (name, objective) if x and not pd.isna(x))
-                + f", layer {layers}",
-                customdata=part[["step_size"]],
-                hovertemplate="step size %{customdata[0]:g}: target %{y:.2f} at ratio %{x:.2f}",
-            )
-    figure.add_vline(x=MAX_PERPLEXITY_RATIO, line={"dash": "dot", "color": "#9aa0a6"})
-    figure.update_layout(
-        height=460,
-        template="plotly_white",
-        margin={"l": 10, "r": 10, "t": 20, "b": 40},
-        xaxis={"title": "perplexity ratio", "type": "log"},
-        yaxis={"title": "target rate", "range": [0, 1.03]},
-    )
-    return figure
-
-
-def layer_table(result: SweepResult) -> pd.DataFrame:
-    """Return the best target rate that each kind of descent reached at each single layer."""
-    rows = result.rows
-    single = rows[rows["step_size"].notna() & rows["layers"].str.fullmatch(r"\d+")]
-    single = single.assign(layer=single["layers"].map(lambda x: int(x) if x else -1))
-    return single.pivot_table(
-        index="layer", columns="method", values="target_rate", aggfunc="max"
-    ).reset_index()
-
-
-def layer_figure(by_layer: pd.DataFrame) -> go.Figure:
-    """Return target rate by layer, a line for each kind of descent."""
-    long = by_layer.melt(id_vars="layer", var_name="method", value_name="target rate")
-    figure = px.line(long, x="layer", y="target rate", color="method", markers=True)
-    figure.update_layout(
-        height=320,
-        template="plotly_white",
-        margin={"l": 10, "r": 10, "t": 20, "b": 30},
-        xaxis={"dtick": 1},
-        yaxis={"range": [0, 1.03]},
-    )
-    return figure
-
-
-def matrix_figure(result: SweepResult) -> go.Figure:
-    """Return the target rate of the best descent by source and target class."""
-    rows = result.rows
-    steered = pd.DataFrame(rows[rows["step_size"].notna()])
-    best = _best(steered if len(steered) else rows)
-    texts = result.texts
-    for key in ("task", "method", "objective", "layers", "heads", "span", "scope"):
-        same = texts[key].isna() if pd.isna(best[key]) else texts[key] == best[key]
-        texts = texts[same]
-    hit = texts.assign(hit=(texts["judged"] == texts["target"]).astype(float))
-    grid = hit.pivot_table(index="source", columns="target", values="hit", aggfunc="mean")
-    figure = px.imshow(grid, zmin=0, zmax=1, color_continuous_scale="Blues")
-    figure.update_traces(texttemplate="%{z:.2f}")
-    figure.update_layout(
-        height=120 + 48 * len(grid),
-        template="plotly_white",
-        margin={"l": 10, "r": 10, "t": 20, "b": 30},
-    )
-    return figure
-
-
 def _samples(result: SweepResult, n: int = 3) -> list[str]:
     texts, shown = result.texts, []
     first = texts[["task", "prompt", "target"]].drop_duplicates().head(n)
@@ -282,10 +206,6 @@ def _samples(result: SweepResult, n: int = 3) -> list[str]:
         title = html.escape(f"target {target}")
         shown.append(f"<h3>{title}</h3><pre>{html.escape(prompt)}</pre>{table_html(written)}")
     return shown
-
-
-def _best(rows: pd.DataFrame) -> Any:
-    return rows.iloc[int(rows["target_rate"].to_numpy().argmax())]
 
 
 def _rate(row: Any) -> str:

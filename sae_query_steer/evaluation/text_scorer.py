@@ -1,5 +1,6 @@
 """What methods write on labelled prompts, judged and weighed: target rate and perplexity ratio."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -7,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_query_steer.data import LabelledExample
+from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.evaluation.comparison import Method, Outcome
 from sae_query_steer.evaluation.generation import (
     Continuations,
@@ -17,59 +18,6 @@ from sae_query_steer.evaluation.generation import (
 from sae_query_steer.evaluation.judges import Judge
 from sae_query_steer.evaluation.sampling import check_temperature
 from sae_query_steer.evaluation.sweep_log import SweepLog
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteeringCase:
-    """A prompt, and the class that what is written after it is to have."""
-
-    prompt: str
-    """The text to continue."""
-
-    target: str
-    """The class."""
-
-    source: str | None = None
-    """The class that the prompt leads to by itself, where that is known."""
-
-    requesting: str | None = None
-    """The same prompt with a request for the target, where the task has such."""
-
-
-def cases_of(examples: Sequence[LabelledExample], n: int) -> list[SteeringCase]:
-    """Return n cases from labelled prompts: each is to become another class than its own.
-
-    Sources and targets come in turn, so that each pair is about as frequent as any other; a prompt
-    is used again, for another target, only after all of its class were used.
-
-    Args:
-        examples: labelled prompts of at least two classes.
-        n: how many cases.
-
-    Raises:
-        ValueError: fewer than two classes, or more cases than prompts and other classes give.
-    """
-    pools: dict[str, list[str]] = {}
-    for example in examples:
-        pools.setdefault(str(example.label), []).append(example.prompt)
-    classes = sorted(pools)
-    others = len(classes) - 1
-    if others < 1:
-        raise ValueError(f"the labels are {classes}: steering needs two classes or more")
-    cases = []
-    for lap in range(max(map(len, pools.values())) * others):
-        for index, source in enumerate(classes):
-            round_, place = divmod(lap, len(pools[source]))
-            if round_ < others:
-                target = classes[(index + 1 + (place + round_) % others) % len(classes)]
-                prompt = pools[source][place]
-                cases.append(SteeringCase(prompt=prompt, target=target, source=source))
-    if not 1 <= n <= len(cases):
-        raise ValueError(
-            f"n={n} cases are not allowed: {len(examples)} prompts of {len(classes)} classes give "
-            f"1 to {len(cases)}"
-        )
-    return cases[:n]
 
 
 def check_writing(max_new_tokens: int, temperature: float | None) -> None:
@@ -117,22 +65,34 @@ class TextScorer:
     batch_size: int = 64
     """Rows of one call of `generate`."""
 
-    _reference: dict[tuple[str, str], float] = field(init=False, default_factory=dict)
+    grounding: Judge | None = None
+    """Tells the class whose part of its prompt a text takes up, for tasks that know: there a
+    success is a text of the target class that takes up the target's part."""
+
+    _plain: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict)
+    """What the model writes by itself, by prompt and seed: it is asked for more than once."""
+
+    _losses: dict[tuple[str, bytes], float] = field(init=False, default_factory=dict)
+    """-log p of the tokens after a prompt: steers that succeed mostly write the same text."""
 
     def __post_init__(self) -> None:
         check_writing(self.max_new_tokens, self.temperature)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} is not allowed: give 1 or more")
 
-    def score(
-        self, method: Method[SteeringCase], strength: float, tasks: Sequence[str]
-    ) -> dict[str, Outcome]:
+    def score(self, method: Method, strength: float, tasks: Sequence[str]) -> dict[str, Outcome]:
         """Return what a method does at a strength, task by task."""
-        return {task: self._outcome(method, strength, task) for task in tasks}
+        keys = {task: self._key(method, strength, task) for task in tasks}
+        known = {} if self.log is None else {task: self.log.get(keys[task]) for task in tasks}
+        new = [task for task in tasks if known.get(task) is None]
+        for task, found in self._measured(method, strength, new).items():
+            known[task] = found
+            if self.log is not None:
+                self.log.add(keys[task], found)
+        return {task: self._outcome(strength, task, known[task] or {}) for task in tasks}
 
-    def _outcome(self, method: Method[SteeringCase], strength: float, task: str) -> Outcome:
-        cases = self.cases[task]
-        key = {
+    def _key(self, method: Method, strength: float, task: str) -> dict[str, Any]:
+        return {
             "split": self.split,
             "task": task,
             "method": method.name,
@@ -144,48 +104,67 @@ class TextScorer:
             "heads": None if method.heads is None else list(method.heads),
             "n_steps": method.n_steps,
             "strength": float(strength),
-            "cases": len(cases),
+            "cases": len(self.cases[task]),
         }
-        known = None if self.log is None else self.log.get(key)
-        if known is None:
-            known = self._measured(method, strength, task)
-            if self.log is not None:
-                self.log.add(key, known)
-        target = [a == c.target for a, c in zip(known["judged"], cases, strict=True)]
-        return Outcome(strength=float(strength), target=target, success=target, **known)
 
-    def _measured(self, method: Method[SteeringCase], strength: float, task: str) -> dict[str, Any]:
-        cases = self.cases[task]
+    def _outcome(self, strength: float, task: str, found: Mapping[str, Any]) -> Outcome:
+        wanted = [case.target for case in self.cases[task]]
+        target = [a == b for a, b in zip(found["judged"], wanted, strict=True)]
+        grounded = None
+        if found["taken_up"] is not None:
+            grounded = [a == b for a, b in zip(found["taken_up"], wanted, strict=True)]
+        success = [a and b for a, b in zip(target, grounded or target, strict=True)]
+        return Outcome(
+            strength=float(strength), target=target, grounded=grounded, success=success, **found
+        )
+
+    def _measured(
+        self, method: Method, strength: float, tasks: Sequence[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Return what a method does on some tasks, whose cases share the batches."""
+        rows = [(case, i) for task in tasks for i, case in enumerate(self.cases[task])]
         parts = [
-            self._written(method, strength, cases[start : start + self.batch_size], start)
-            for start in range(0, len(cases), self.batch_size)
+            self._written(method, strength, rows[start : start + self.batch_size])
+            for start in range(0, len(rows), self.batch_size)
         ]
-        texts = [text for part in parts for text in part.texts]
-        tokens = [row for part in parts for row in part.tokens]
-        changes = [change for part in parts for change in part.relative_changes]
-        return {
-            "texts": texts,
-            "judged": self.judge([case.prompt for case in cases], texts),
-            "perplexity_ratio": self._ratio(task, "requesting", tokens),
-            "perplexity_ratio_original": self._ratio(task, "prompt", tokens),
-            "delta_q_ratio": sum(changes) / len(changes),
-        }
+        written = Continuations(
+            texts=[text for part in parts for text in part.texts],
+            tokens=[row for part in parts for row in part.tokens],
+            relative_changes=[change for part in parts for change in part.relative_changes],
+        )
+        found, start = {}, 0
+        for task in tasks:
+            cases = self.cases[task]
+            own = slice(start, start + len(cases))
+            start = own.stop
+            prompts, texts = [case.prompt for case in cases], written.texts[own]
+            changes = written.relative_changes[own]
+            found[task] = {
+                "texts": texts,
+                "judged": self.judge(prompts, texts),
+                "taken_up": None if self.grounding is None else self.grounding(prompts, texts),
+                "perplexity_ratio": self._ratio(
+                    [case.requesting or case.prompt for case in cases], written.tokens[own]
+                ),
+                "perplexity_ratio_original": self._ratio(prompts, written.tokens[own]),
+                "delta_q_ratio": sum(changes) / len(changes),
+            }
+        return found
 
     def _written(
-        self,
-        method: Method[SteeringCase],
-        strength: float,
-        cases: Sequence[SteeringCase],
-        start: int,
+        self, method: Method, strength: float, rows: Sequence[tuple[SteeringCase, int]]
     ) -> Continuations:
-        prompts = (
-            [case.prompt for case in cases] if method.prompts is None else method.prompts(cases)
-        )
+        cases = [case for case, _ in rows]
+        prompts = [c.prompt for c in cases] if method.prompts is None else method.prompts(cases)
         steerer = None if method.steerer is None else method.steerer(cases, strength)
-        return self._continued(prompts, start, steerer)
+        return self._continued(prompts, [self._seed(i) for _, i in rows], steerer)
 
-    def _continued(self, prompts: Sequence[str], start: int, steerer: Any = None) -> Continuations:
-        seeds = [self.seed * 1_000_003 + start + row for row in range(len(prompts))]
+    def _seed(self, index: int) -> int:
+        return self.seed * 1_000_003 + index
+
+    def _continued(
+        self, prompts: Sequence[str], seeds: Sequence[int], steerer: Any = None
+    ) -> Continuations:
         return continuations(
             self.model,
             prompts,
@@ -196,17 +175,26 @@ class TextScorer:
             seeds=None if self.temperature is None else seeds,
         )
 
-    def _ratio(self, task: str, given: str, tokens: Sequence[Tensor]) -> float:
-        prompts = [getattr(c, given) or c.prompt for c in self.cases[task]]
-        if (task, given) not in self._reference:
-            own = [
-                row
-                for start in range(0, len(prompts), self.batch_size)
-                for row in self._continued(prompts[start : start + self.batch_size], start).tokens
-            ]
-            self._reference[task, given] = self._mean_loss(prompts, own)
-        return math.exp(self._mean_loss(prompts, tokens) - self._reference[task, given])
+    def _ratio(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
+        """Return the perplexity of tokens after prompts, over that of the model's own."""
+        rows = list(zip(prompts, map(self._seed, range(len(prompts))), strict=True))
+        new = [row for row in dict.fromkeys(rows) if row not in self._plain]
+        for start in range(0, len(new), self.batch_size):
+            part = new[start : start + self.batch_size]
+            own = self._continued([prompt for prompt, _ in part], [seed for _, seed in part])
+            self._plain |= dict(zip(part, own.tokens, strict=True))
+        own = self._mean_loss(prompts, [self._plain[row] for row in rows])
+        return math.exp(self._mean_loss(prompts, tokens) - own)
 
     def _mean_loss(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
-        losses = negative_log_likelihoods(self.model, prompts, tokens)
-        return sum(losses) / sum(map(len, tokens))
+        keys = [(p, _digest(row)) for p, row in zip(prompts, tokens, strict=True)]
+        new = [i for i, key in enumerate(keys) if key not in self._losses]
+        losses = negative_log_likelihoods(
+            self.model, [prompts[i] for i in new], [tokens[i] for i in new]
+        )
+        self._losses |= {keys[i]: loss for i, loss in zip(new, losses, strict=True)}
+        return sum(self._losses[key] for key in keys) / sum(map(len, tokens))
+
+
+def _digest(tokens: Tensor) -> bytes:
+    return hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).digest()

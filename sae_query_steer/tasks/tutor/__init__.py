@@ -10,10 +10,11 @@ from sae_query_steer.tasks.tutor.pretrained import (
 )
 from sae_query_steer.tasks.tutor.report import write_report
 from sae_query_steer.tasks.tutor.results import DemoResult
-from sae_query_steer.tasks.tutor.settings import QUICK, DemoSettings
+from sae_query_steer.tasks.tutor.settings import FULL, QUICK, DemoSettings
 from sae_query_steer.tasks.tutor.training import TutorTraining, train_tutor
 
 __all__ = [
+    "FULL",
     "NULL_TUTOR_FOLDER",
     "QUICK",
     "TUTOR_FOLDER",

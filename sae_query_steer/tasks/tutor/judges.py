@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from sae_query_steer.bloom import BloomLevel
+from sae_query_steer.evaluation.judges import check_pairs
 from sae_query_steer.tasks.tutor.corpus import TutorCorpus, TutorPrompt
 
 NO_LEVEL = "none"
@@ -59,6 +60,25 @@ class LevelClassifier:
             LogisticRegression(C=10.0, max_iter=500),
         )
         self._pipeline.fit(texts, labels)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The levels."""
+        return tuple(BloomLevel)
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """See `held_out_accuracy`."""
+        return self.held_out_accuracy()
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+        """Return what `levels` does, as a `Judge`: the prompts are not looked at.
+
+        Raises:
+            ValueError: not one prompt for each text.
+        """
+        check_pairs(prompts, texts)
+        return [None if level is None else str(level) for level in self.levels(texts)]
 
     def levels(self, feedbacks: Sequence[str]) -> list[BloomLevel | None]:
         """Return the level of each feedback, or None where it is no feedback."""

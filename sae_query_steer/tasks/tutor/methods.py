@@ -1,155 +1,124 @@
-"""The methods that the tutor's demo compares, each as a `Method` over the same cases."""
+"""The methods that are compared on the tutor."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
-from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt, mean_difference
-from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
+from sae_query_steer.evaluation.added_methods import decoder_rows_methods, residual_methods
 from sae_query_steer.evaluation.comparison import Method
-from sae_query_steer.evaluation.descents import Descent
-from sae_query_steer.evaluation.rowwise import QueryPatch, RowwiseSteerer
-from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.intervention import Steerer
+from sae_query_steer.evaluation.descents import DESCENTS
+from sae_query_steer.evaluation.query_patch import interchange_methods
+from sae_query_steer.evaluation.sweep import descent_methods, prompt_methods
+from sae_query_steer.positions import LastPromptToken, ResponseTokens, Span
+from sae_query_steer.residual_stream import ResidualMeans
 from sae_query_steer.sae.encoders import QueryEncoder
-from sae_query_steer.sites import QuerySite
-from sae_query_steer.steering import LatentGradientSteerer
-from sae_query_steer.tasks.tutor.comparison import Case
 from sae_query_steer.tasks.tutor.corpus import SEPARATOR
 
-SCOPE = "last prompt token"
-"""Where all methods act: the read-out, whose query chooses the note."""
+SPANS: Mapping[str, Span] = {
+    "last prompt token": LastPromptToken(),
+    "response tokens": ResponseTokens(),
+}
+
+MAIN = ("requested", "last prompt token")
+"""The centroids with which every objective is tried: of which prompts, over which span."""
+
+OTHERS = (("open", "last prompt token"), ("requested", "response tokens"))
+"""Other centroids, each different from the main ones in one thing."""
+
+Centroids = Mapping[tuple[str, str], CentroidTargets]
+"""By prompts and span."""
+
+_CONTRAST = [descent for descent in DESCENTS if descent.name == "contrast"]
+_PROTOTYPE = [descent for descent in DESCENTS if descent.name == "prototype"]
+_DISTANCE = [descent for descent in DESCENTS if descent.name == "squared distance"]
 
 
-def prompt_methods(solved: Sequence[LabelledExample], *, seed: int) -> list[Method[Case]]:
-    """Return the methods that change the prompt: nothing, the request itself, two examples.
+def main_methods(
+    model: Any,
+    kinds: Mapping[str, tuple[Mapping[str, QueryEncoder], Centroids]],
+    layers: Sequence[int],
+    solved: Sequence[LabelledExample],
+    *,
+    seed: int,
+    shots: Sequence[int] = (2,),
+) -> list[Method]:
+    """Return the methods that answer the main question, in the order of the table.
+
+    The mean difference of the queries is dense descent on the contrast.
 
     Args:
+        model: the tutor.
+        kinds: "dense" and "SAE" encoders, each with its centroids.
+        layers: the layers to steer, together.
         solved: open prompts with feedback, to show; of other lessons than the cases.
         seed: of which are shown.
+        shots: how many are shown, a method for each.
     """
-
-    def few_shot(cases: Sequence[Case]) -> list[str]:
-        return [
-            few_shot_prompt(
-                case.prompt.text,
-                solved,
-                target=case.target,
-                k=2,
-                seed=seed + i,
-                separator=SEPARATOR,
-            )
-            for i, case in enumerate(cases)
-        ]
-
-    return [
-        Method(name="unsteered"),
-        Method(name="instruction", prompts=lambda cases: [case.requesting.text for case in cases]),
-        Method(name="few-shot (k=2)", prompts=few_shot),
-    ]
+    methods = prompt_methods(solved, shots=shots, seed=seed, separator=SEPARATOR)
+    methods += interchange_methods(model, [layers])
+    dense, means = kinds["dense"]
+    methods += _descents("mean difference", dense, means, MAIN, _CONTRAST, [layers])
+    for kind, (encoders, found) in kinds.items():
+        tried = DESCENTS if kind == "SAE" else [*_PROTOTYPE, *_DISTANCE]
+        methods += _descents(f"{kind} descent", encoders, found, MAIN, tried, [layers])
+        for other in OTHERS:
+            methods += _descents(f"{kind} descent", encoders, found, other, _PROTOTYPE, [layers])
+    return methods
 
 
-def interchange_method(model: Any, sites: Sequence[QuerySite]) -> Method[Case]:
-    """Return the reference: each case gets the queries of its own prompt with the request in it."""
-    by_name = {site.hook_name: site for site in sites}
+def more_methods(
+    model: Any,
+    kinds: Mapping[str, tuple[Mapping[str, QueryEncoder], Centroids]],
+    means: Mapping[str, ResidualMeans],
+    layers: Sequence[int],
+    all_layers: Sequence[int],
+) -> list[Method]:
+    """Return what the full comparison adds to the main methods.
 
-    def patch(cases: Sequence[Case], strength: float) -> Steerer:
-        del strength
-        rows = [model.to_tokens(case.requesting.text, prepend_bos=True)[0] for case in cases]
-        queries = queries_at(model, pad_sequence(rows, batch_first=True), list(by_name))
-        last = torch.tensor([len(row) - 1 for row in rows])
-        each = torch.arange(len(rows))
-        return QueryPatch(by_name, {name: found[each, last] for name, found in queries.items()})
+    Every objective with centroids over the response tokens; decoder rows, and contrastive
+    activation addition after each layer of the residual stream, with both spans; and each other
+    layer alone, by real queries, mean difference and squared distance.
 
-    return Method(name="interchange", steerer=patch, scope=SCOPE)
+    Args:
+        model: the tutor.
+        kinds: "dense" and "SAE" encoders, each with its centroids.
+        means: of the residual stream, by span.
+        layers: the layers to steer, together.
+        all_layers: those to steer one by one.
+    """
+    response = ("requested", "response tokens")
+    rest = [d for d in DESCENTS if d.name != "prototype"]
+    dense, dense_centroids = kinds["dense"]
+    methods = _descents("mean difference", dense, dense_centroids, response, _CONTRAST, [layers])
+    for kind, (encoders, found) in kinds.items():
+        tried = rest if kind == "SAE" else _DISTANCE
+        methods += _descents(f"{kind} descent", encoders, found, response, tried, [layers])
+    encoders, found = kinds["SAE"]
+    alone = [[layer] for layer in all_layers]
+    for prompts, span in (MAIN, response):
+        targets = found[prompts, span]
+        methods += decoder_rows_methods(
+            encoders, targets, span=span, centroids=prompts, layers=[layers]
+        )
+        methods += residual_methods(means[span], span=span, centroids=prompts, layers=alone)
+    others = [layer for layer in alone if layer != list(layers)]
+    methods += interchange_methods(model, others)
+    methods += _descents("mean difference", dense, dense_centroids, MAIN, _CONTRAST, others)
+    methods += _descents("dense descent", dense, dense_centroids, MAIN, _DISTANCE, others)
+    methods += _descents("SAE descent", encoders, found, MAIN, _DISTANCE, others)
+    return methods
 
 
-def descent_method(
+def _descents(
     name: str,
     encoders: Mapping[str, QueryEncoder],
-    targets: CentroidTargets,
-    descent: Descent,
-    layers: Sequence[int],
-    *,
-    centroids: str,
-    span: str,
-) -> Method[Case]:
-    """Return descent towards the centroid of each case's target, over some encoders."""
-
-    def steerer(level: BloomLevel, step_size: float) -> LatentGradientSteerer:
-        return LatentGradientSteerer(
-            encoders,
-            targets,
-            target=level,
-            objective=descent.objective,
-            n_steps=descent.n_steps,
-            step_size=step_size,
-            layers=layers,
-        )
-
-    return Method(
-        name=name,
-        objective=descent.name,
-        centroids=centroids,
-        span=span,
-        scope=SCOPE,
-        n_steps=descent.n_steps,
-        strengths=descent.step_sizes,
-        steerer=lambda cases, step_size: _by_target(
-            cases, {level: steerer(level, step_size) for level in BloomLevel}
-        ),
+    found: Centroids,
+    which: tuple[str, str],
+    descents: Sequence[Any],
+    layers: Sequence[Sequence[int]],
+) -> list[Method]:
+    prompts, span = which
+    return descent_methods(
+        name, encoders, {span: found[which]}, descents, layers=layers, centroids=prompts
     )
-
-
-def mean_difference_method(
-    sites: Sequence[QuerySite],
-    targets: CentroidTargets,
-    strengths: Sequence[float],
-    *,
-    centroids: str,
-    span: str,
-) -> Method[Case]:
-    """Return the mean difference of the queries, which is dense descent on the contrast."""
-    return Method(
-        name="mean difference",
-        centroids=centroids,
-        span=span,
-        scope=SCOPE,
-        n_steps=1,
-        strengths=strengths,
-        steerer=lambda cases, strength: _by_target(
-            cases,
-            {
-                level: mean_difference(sites, targets, target=level, strength=strength)
-                for level in BloomLevel
-            },
-        ),
-    )
-
-
-def random_method(model_of: Method[Case], *, seed: int) -> Method[Case]:
-    """Return random directions, as long at every token as the change of another method."""
-    assert model_of.steerer is not None
-    make = model_of.steerer
-
-    def steerer(cases: Sequence[Case], strength: float) -> Steerer:
-        told = make(cases, strength)
-        assert isinstance(told, RowwiseSteerer)
-        by_level = {}
-        for case, own in zip(cases, told.steerers, strict=True):
-            if case.target not in by_level:
-                assert isinstance(own, LatentGradientSteerer)
-                by_level[case.target] = RandomDirectionSteerer(
-                    own, seed=100 * seed + case.target.order
-                )
-        return _by_target(cases, by_level)
-
-    return Method(name="random direction", scope=SCOPE, steerer=steerer)
-
-
-def _by_target(cases: Sequence[Case], steerers: Mapping[BloomLevel, Steerer]) -> RowwiseSteerer:
-    return RowwiseSteerer([steerers[case.target] for case in cases])

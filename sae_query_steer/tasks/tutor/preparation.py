@@ -14,7 +14,7 @@ from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.separability import ALL_HEADS, separability
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.targets import CentroidTargetBuilder
-from sae_query_steer.tasks.tutor.comparison import MAX_NEW_TOKENS
+from sae_query_steer.tasks.tutor.cases import MAX_NEW_TOKENS
 from sae_query_steer.tasks.tutor.corpus import TutorCorpus
 from sae_query_steer.tasks.tutor.judges import restated_level
 from sae_query_steer.tasks.tutor.settings import DemoSettings

@@ -8,27 +8,35 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_query_steer.evaluation.comparison import MAX_PERPLEXITY_RATIO
-from sae_query_steer.evaluation.pages import STYLE, table_html
+from sae_query_steer.evaluation.pages import STYLE, page_parts, table_html, versions
+from sae_query_steer.evaluation.sweep_figures import (
+    frontier_figure,
+    layer_figure,
+    layer_table,
+    matrix_figure,
+)
 from sae_query_steer.storage import new_folder, write_json
-from sae_query_steer.tasks.tutor.comparison import TASKS
-from sae_query_steer.tasks.tutor.results import MAIN, DemoResult, label_of
+from sae_query_steer.tasks.tutor.cases import TASKS
+from sae_query_steer.tasks.tutor.results import DemoResult
 
 RESULTS = "results.json"
 
 COLOURS = {
     "unsteered": "#9aa0a6",
     "instruction": "#5f6368",
-    "few-shot (k=2)": "#80868b",
+    "few-shot": "#80868b",
     "interchange": "#202124",
     "mean difference": "#b06000",
     "dense descent": "#e8710a",
     "SAE descent": "#1a73e8",
     "random direction": "#bdc1c6",
+    "decoder rows": "#188038",
+    "residual mean difference": "#a142f4",
 }
 
 
 def write_report(result: DemoResult, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write `report.html` and `results.json` to a folder, whole or not at all.
+    """Write `report.html`, `results.json`, and tables as CSV to a folder, whole or not at all.
 
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or is something else.
@@ -36,51 +44,76 @@ def write_report(result: DemoResult, folder: str | Path, *, overwrite: bool = Fa
     with new_folder(folder, overwrite=overwrite, holding=RESULTS) as new:
         write_json(new / RESULTS, result.to_json())
         (new / "report.html").write_text(report_html(result), encoding="utf-8")
+        result.rows.to_csv(new / "table.csv", index=False)
+        result.compared.curves.to_csv(new / "curves.csv", index=False)
+        result.compared.texts.to_csv(new / "texts.csv", index=False)
 
 
 def report_html(result: DemoResult) -> str:
     """Return the report as one page that holds all it needs, plotly included."""
-    figures = [success_figure(result.rows), curve_figure(result.curves), site_figure(result)]
-    drawn = [
-        figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
-        for i, figure in enumerate(figures)
-    ]
     n = max(result.rows["n"].tolist())
     layers = ", ".join(map(str, result.layers))
     parts = [
+        success_figure(result),
+        "<h2>The table</h2>",
+        table_html(display_table(result)),
+        "<h2>What strength does</h2><p>Each line is a method on the validation prompts, from weak "
+        "to strong. Compare methods at equal perplexity ratio.</p>",
+        frontier_figure(result.main_rows(result.compared.curves), result.label),
+        "<h2>Where to steer: known before the first steer</h2><p>The class effect says how far "
+        "real queries of another level move the next token towards that level, in nats, beyond "
+        "what queries of the same level do. Separability says that the levels can be told apart; "
+        "it does not say that anything reads them.</p>",
+        site_figure(result),
+        table_html(display_sites(result.sites)),
+    ]
+    by_layer = layer_table(result.rows)
+    if len(by_layer) > 1:
+        parts += [
+            "<h2>Layer by layer</h2><p>The most success of each way of steering one layer alone. "
+            "Four layers can neither confirm nor refute that middle layers are best.</p>",
+            layer_figure(by_layer),
+            table_html(by_layer.astype({"layer": str})),
+        ]
+    matrix = matrix_figure(result.compared)
+    if matrix is not None:
+        parts += [
+            "<h2>From which level to which</h2><p>Success of the best steer by the level that the "
+            "prompt requests (down) and the target (across).</p>",
+            matrix,
+        ]
+    parts += [
+        "<h2>Three examples in full</h2>",
+        *(example_html(example) for example in result.examples()),
+        "<h2>Judges, SAEs, cost, settings</h2>",
+        table_html(pd.DataFrame({"judge": result.judge.keys(), "share": result.judge.values()})),
+        table_html(result.saes),
+        table_html(
+            pd.DataFrame({"step": result.seconds.keys(), "seconds": result.seconds.values()})
+        ),
+        table_html(
+            pd.DataFrame(
+                [(name, str(value)) for name, value in vars(result.settings).items()]
+                + list(versions().items()),
+                columns=["setting", "value"],
+            )
+        ),
+    ]
+    head = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width,initial-scale=1'>",
         f"<title>sae_query_steer demo</title><style>{STYLE}</style>",
         "<h1>Does steering the query change the level of the feedback?</h1>",
         f"<p class='verdict'>{html.escape(verdict(result))}</p>",
         f"<p>{n} held-out prompts a row, greedy decoding, steered at the last prompt token of "
-        f"layer{'s' if len(result.layers) > 1 else ''} {layers}. Success: the classifier finds "
+        f"layer{'s' if len(result.layers) > 1 else ''} {layers}, where no other is named. Success: "
+        "the classifier finds "
         "the target level and the target's note is restated. Bars: 95 % Wilson intervals. Every "
         "method's strength was chosen on other prompts, at a perplexity ratio of "
-        f"{MAX_PERPLEXITY_RATIO} or less.</p>",
-        drawn[0],
-        "<h2>The table</h2>",
-        table_html(display_table(result.rows)),
-        "<h2>What strength does</h2><p>Each line is a method on the validation prompts, from weak "
-        "to strong; the perplexity ratio is told on hovering.</p>",
-        drawn[1],
-        "<h2>Where to steer: known before the first steer</h2><p>The class effect says how far "
-        "real queries of another level move the next token towards that level, in nats, beyond "
-        "what queries of the same level do. Separability says that the levels can be told apart; "
-        "it does not say that anything reads them.</p>",
-        drawn[2],
-        table_html(display_sites(result.sites)),
-        "<h2>Three examples in full</h2>",
-        *(example_html(example) for example in result.examples),
-        "<h2>Judges, SAEs, cost</h2>",
-        table_html(pd.DataFrame({"judge": result.judge.keys(), "share": result.judge.values()})),
-        table_html(result.saes),
-        table_html(
-            pd.DataFrame({"step": result.seconds.keys(), "seconds": result.seconds.values()})
-        ),
-        "</html>",
+        f"{MAX_PERPLEXITY_RATIO} or less. The mean difference is dense descent on the "
+        "contrast.</p>",
     ]
-    return "\n".join(parts)
+    return "\n".join([*head, *page_parts(parts), "</html>"])
 
 
 def verdict(result: DemoResult) -> str:
@@ -88,12 +121,12 @@ def verdict(result: DemoResult) -> str:
     said = []
     for task in TASKS:
         rows = result.rows[result.rows["task"] == task].set_index("method")["success"]
-        best = rows["SAE descent"].max() if "SAE descent" in rows.index else float("nan")
+        best = rows.loc[["SAE descent"]].max()
         said.append(
             f"{task}: SAE descent {best:.2f} at best, dense descent "
             f"{rows.loc[['dense descent']].max():.2f}, real queries patched in "
-            f"{rows['interchange']:.2f}, unsteered {rows['unsteered']:.2f}, the request itself "
-            f"{rows['instruction']:.2f}"
+            f"{rows.loc[['interchange']].max():.2f}, unsteered {rows['unsteered']:.2f}, the "
+            f"request itself {rows['instruction']:.2f}"
         )
     top = result.sites.loc[result.sites["class_effect"].idxmax()]
     found = top["class_effect"] > 2 * top["class_effect_se"]
@@ -105,19 +138,19 @@ def verdict(result: DemoResult) -> str:
     return f"{before} Success, {'; '.join(said)}."
 
 
-def display_table(rows: pd.DataFrame) -> pd.DataFrame:
+def display_table(result: DemoResult) -> pd.DataFrame:
     """Return the table as it is read: names in words, intervals beside their shares."""
 
     def share(row: pd.Series, low: str, high: str, value: str) -> str:
         return f"{row[value]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"
 
     shown = []
-    for _, row in rows.iterrows():
+    for _, row in result.rows.iterrows():
         strength = row["step_size"]
         shown.append(
             {
                 "task": row["task"],
-                "method": label_of(row.to_dict()),
+                "method": result.label(row.to_dict()),
                 "steps x size": "" if pd.isna(strength) else f"{row['n_steps']:.0f} x {strength:g}",
                 "relative change": ""
                 if pd.isna(row["delta_q_ratio"])
@@ -149,18 +182,18 @@ def display_sites(sites: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def success_figure(rows: pd.DataFrame) -> go.Figure:
+def success_figure(result: DemoResult) -> go.Figure:
     """Return success of every row as bars with intervals, open and redirected side by side."""
-    figure = go.Figure()
+    figure, rows = go.Figure(), result.rows
     for i, task in enumerate(TASKS):
         part = rows[rows["task"] == task].iloc[::-1]
         figure.add_bar(
-            y=[label_of(row.to_dict()) for _, row in part.iterrows()],
+            y=[result.label(row.to_dict()) for _, row in part.iterrows()],
             x=part["success"],
             orientation="h",
             xaxis=f"x{i + 1 if i else ''}",
             yaxis=f"y{i + 1 if i else ''}",
-            marker_color=[COLOURS.get(method, "#5f6368") for method in part["method"]],
+            marker_color=[_colour(method) for method in part["method"]],
             error_x={
                 "type": "data",
                 "symmetric": False,
@@ -189,39 +222,8 @@ def success_figure(rows: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def curve_figure(curves: pd.DataFrame) -> go.Figure:
-    """Return target rate against relative change for the methods with the main centroids."""
-    figure = go.Figure()
-    main = curves[(curves["centroids"] == MAIN[0]) & (curves["span"] == MAIN[1])]
-    dashes = {"prototype": "solid", "squared distance": "dash", "contrast": "dot"}
-    for task, symbol in zip(TASKS, ("circle", "square-open"), strict=True):
-        here = main[main["task"] == task]
-        pairs = here[["method", "objective"]].drop_duplicates().itertuples(index=False, name=None)
-        for method, objective in pairs:
-            same = (here["method"] == method) & (
-                (here["objective"] == objective) | (here["objective"].isna() & pd.isna(objective))
-            )
-            part = here[same]
-            named = f"{method}, {objective}" if isinstance(objective, str) else str(method)
-            figure.add_scatter(
-                x=part["delta_q_ratio"],
-                y=part["target_rate"],
-                mode="lines+markers",
-                name=f"{named} ({task})",
-                marker={"symbol": symbol},
-                line={"color": COLOURS.get(str(method)), "dash": dashes.get(str(objective))},
-                customdata=part[["step_size", "perplexity_ratio"]],
-                hovertemplate="step size %{customdata[0]:g}: target %{y:.2f}, perplexity ratio "
-                "%{customdata[1]:.2f}",
-            )
-    figure.update_layout(
-        height=460,
-        template="plotly_white",
-        margin={"l": 10, "r": 10, "t": 20, "b": 40},
-        xaxis={"title": "relative change of the query, |Δq| / |q|", "type": "log"},
-        yaxis={"title": "target rate", "range": [0, 1.03]},
-    )
-    return figure
+def _colour(method: str) -> str:
+    return next((c for name, c in COLOURS.items() if method.startswith(name)), "#5f6368")
 
 
 def site_figure(result: DemoResult) -> go.Figure:

@@ -1,20 +1,15 @@
 """What the demo found, and how it is written down."""
 
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
 
+from sae_query_steer.evaluation.pages import versions
+from sae_query_steer.evaluation.sweep import SweepResult
+from sae_query_steer.tasks.tutor.methods import MAIN
 from sae_query_steer.tasks.tutor.settings import DemoSettings
-
-MAIN = ("requested", "last prompt token")
-"""The centroids with which every objective is tried: of which prompts, over which span."""
-
-OTHERS = (("open", "last prompt token"), ("requested", "response tokens"))
-"""The centroids that are tried with one objective: each differs from the main ones in one thing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,20 +20,14 @@ class DemoResult:
     notes: bool
     """Whether the tutor's prompts hold notes; without, there is nothing to choose."""
 
-    rows: pd.DataFrame
-    """The table, a row for each task and method."""
-
-    curves: pd.DataFrame
-    """Every strength that was tried, on the validation cases."""
+    compared: SweepResult
+    """The table, the curves that strengths were chosen from, and every text."""
 
     sites: pd.DataFrame
     """Interchange effect, separability and the label's share of the variance, by layer."""
 
     layers: tuple[int, ...]
     """The layers that were steered."""
-
-    examples: tuple[Mapping[str, str], ...]
-    """Three cases in full, with what each method wrote."""
 
     judge: Mapping[str, float]
     """How the classifier does on held-out texts, and how often both judges agree."""
@@ -49,30 +38,70 @@ class DemoResult:
     seconds: Mapping[str, float]
     """Time of each step."""
 
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The table, a row for each task and method."""
+        return self.compared.rows
+
+    def label(self, row: Mapping[Any, Any]) -> str:
+        """Return the name of a row of this demo."""
+        return label_of(row, self.layers)
+
+    def main_rows(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows of a table of this demo that have the main centroids and layers."""
+        named = table["centroids"].notna()
+        others = named & ((table["centroids"] != MAIN[0]) | (table["span"] != MAIN[1]))
+        here = table["layers"].isin(["", ",".join(map(str, self.layers))])
+        return pd.DataFrame(table[~others & here])
+
+    def examples(self) -> list[dict[str, str]]:
+        """Return three cases in full, two open, one redirected, with what main methods wrote."""
+        shown = []
+        texts = self.main_rows(self.compared.texts)
+        for task, index in (("open", 0), ("open", 5), ("redirect", 3)):
+            here = texts[texts["task"] == task]
+            prompts = here["prompt"].drop_duplicates().tolist()
+            prompt = prompts[min(index, len(prompts) - 1)]
+            rows = _records(pd.DataFrame(here[here["prompt"] == prompt]))
+            example = {
+                "task": task,
+                "prompt": rows[0]["prompt"],
+                "requested": rows[0]["source"] or "",
+                "target": rows[0]["target"],
+            }
+            shown.append(example | {self.label(row): row["text"].strip() for row in rows})
+        return shown
+
     def to_json(self) -> dict[str, Any]:
         """Return what `results.json` holds."""
-        packages = ("torch", "transformer-lens", "sae-lens", "transformers", "sae-query-steer")
         return {
             "rows": _records(self.rows),
             "judge_accuracy": dict(self.judge),
             "sites": _records(self.sites),
             "layers": list(self.layers),
             "settings": vars(self.settings) | {"notes": self.notes, "sampling": "greedy"},
-            "curves": _records(self.curves),
-            "examples": [dict(example) for example in self.examples],
+            "curves": _records(self.compared.curves),
+            "examples": self.examples(),
             "saes": _records(self.saes),
             "seconds": {name: round(s, 2) for name, s in self.seconds.items()},
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+            "versions": versions(),
         }
 
 
-def label_of(row: Mapping[str, object]) -> str:
-    """Return the name of a row: method, objective, and centroids where they are not the main."""
+def label_of(row: Mapping[Any, Any], layers: Sequence[int]) -> str:
+    """Return the name of a row: method, objective, and what is not as in the main rows.
+
+    Args:
+        row: of the table.
+        layers: those that the main rows steer.
+    """
     parts = [str(row["method"])]
-    if isinstance(row["objective"], str):
+    if isinstance(row["objective"], str) and row["method"] != "mean difference":
         parts.append(row["objective"])
     if isinstance(row["centroids"], str) and (row["centroids"], row["span"]) != MAIN:
         parts.append(f"{row['centroids']} prompts, {row['span']}")
+    if row["layers"] not in ("", ",".join(map(str, layers))):
+        parts.append(f"layer {row['layers']}")
     return ", ".join(parts)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo; `QUICK` holds smaller ones."""
+    """Sizes of the demo; `QUICK` holds smaller ones, `FULL` larger."""
 
     seed: int = 0
     n_train: int = 300
@@ -26,6 +26,9 @@ class DemoSettings:
     d_sae_per_head: int = 64
     k: int = 8
 
+    every_method: bool = False
+    """Also what `more_methods` names, few-shot prompts of 1 and 4, and three random directions."""
+
     def __post_init__(self) -> None:
         for name, least in (("n_train", 60), ("n_validation", 6), ("n_test", 6), ("n_pairs", 6)):
             if getattr(self, name) < least:
@@ -36,3 +39,6 @@ class DemoSettings:
 
 QUICK = DemoSettings(n_train=120, n_validation=12, n_test=36, n_pairs=60, training_tokens=60_000)
 """Sizes for a first look; too small to tell methods apart."""
+
+FULL = DemoSettings(n_validation=60, n_test=300, every_method=True)
+"""The full comparison, in about half an hour."""
