@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,6 +11,8 @@ from typer.testing import CliRunner
 import sae_query_steer as sqs
 from sae_query_steer.cli import app
 from sae_query_steer.commands import tutor as commands
+from sae_query_steer.evaluation import SweepLog
+from sae_query_steer.evaluation.sweep_figures import layer_table
 from sae_query_steer.storage import read_json
 from sae_query_steer.tasks.tutor import (
     DemoSettings,
@@ -109,6 +112,59 @@ def test_a_tutor_that_restates_nothing_on_open_prompts_ends_the_demo_early(folde
         run_demo(sqs.load_model(str(folder), device="cpu"), settings=SMALL)
 
 
+def test_the_full_comparison_has_every_method_every_layer_and_three_controls(
+    folder, opened, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))
+    monkeypatch.setattr(demo_module, "chosen_layers", lambda table: (1,))
+    settings = replace(SMALL, n_test=6, every_method=True)
+    full = run_demo(sqs.load_model(str(folder), device="cpu"), settings=settings)
+    rows = full.rows[full.rows["task"] == "redirect"]
+    labels = [full.label(row) for row in rows.to_dict("records")]
+    assert len(set(labels)) == len(labels), "no two rows have the same name"
+    for kind in ("decoder rows (m=4)", "mean difference", "SAE descent, contrast"):
+        assert {kind, f"{kind}, requested prompts, response tokens"} <= set(labels)
+    for layer in (0, 1):
+        assert f"residual mean difference{'' if layer else ', layer 0'}" in labels
+    for kind in ("interchange", "mean difference"):
+        assert f"{kind}, layer 0" in labels
+    assert sum(label.startswith("random direction") for label in labels) == 3
+    assert sum(label.startswith("few-shot") for label in labels) == 3
+    by_layer = layer_table(full.rows)
+    assert by_layer["layer"].tolist() == [0, 1]
+    at_0 = rows[(rows["layers"] == "0") & (rows["method"] == "interchange")].iloc[0]
+    assert by_layer["redirect: interchange"][0] == at_0["success"]
+    write_report(full, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("report.html", "results.json", "table.csv", "curves.csv", "texts.csv"),
+    }
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Layer by layer" in page
+    assert "From which level to which" in page
+
+
+def test_a_demo_that_was_stopped_goes_on_to_the_same_table(folder, demo, opened, monkeypatch):
+    monkeypatch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))
+    log = folder.parent / "log.jsonl"
+    model = sqs.load_model(str(folder), device="cpu")
+    add = SweepLog.add
+
+    def stop_after_twelve(self, key, outcome):
+        if len(self) == 12:
+            raise KeyboardInterrupt
+        add(self, key, outcome)
+
+    monkeypatch.setattr(SweepLog, "add", stop_after_twelve)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(model, settings=SMALL, log=log)
+    monkeypatch.setattr(SweepLog, "add", add)
+    again = run_demo(model, settings=SMALL, log=log)
+    pd.testing.assert_frame_equal(again.rows, demo.rows, check_exact=True)
+    pd.testing.assert_frame_equal(again.compared.texts, demo.compared.texts)
+    with pytest.raises(ValueError, match="the log of another sweep .n_test=12 there, 6 here"):
+        run_demo(model, settings=replace(SMALL, n_test=6), log=log)
+
+
 def test_results_have_the_rows_that_were_promised(demo, tmp_path):
     write_report(demo, tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -159,6 +215,7 @@ def test_the_command_refuses_before_it_works(folder, tmp_path):
     for arguments, message in (
         (["--tutor", str(tmp_path)], "no folder that `tutor` wrote"),
         (["--tutor", str(folder), "--n", "1"], "n_test=1 is not allowed"),
+        (["--quick", "--full"], "--quick and --full name two sizes: give one of them"),
     ):
         result = runner.invoke(app, ["demo", *arguments, "--out", str(tmp_path / "out")])
         assert message in str(result.exception)
