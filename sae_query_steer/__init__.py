@@ -23,14 +23,18 @@ from sae_query_steer.heads import join_heads, split_heads
 from sae_query_steer.hosts.models import load_model
 from sae_query_steer.interchange import interchange_effect
 from sae_query_steer.joined import JoinedSteerers
+from sae_query_steer.latent_attention import latent_attention
 from sae_query_steer.latent_choice import (
     ActiveLatents,
+    ExceptLatents,
     GivenLatents,
     LatentAbove,
     PosteriorBelow,
     TopLatents,
 )
+from sae_query_steer.latent_texts import top_activating_texts, top_tokens
 from sae_query_steer.marked_scopes import AfterToken, AtPositions, RowMask
+from sae_query_steer.moved_latents import most_moved, moved_latents
 from sae_query_steer.objectives import (
     AutogradObjective,
     CentroidContrast,
@@ -41,6 +45,7 @@ from sae_query_steer.objectives import (
     PrototypeLogLikelihood,
     SquaredDistance,
 )
+from sae_query_steer.partial import PartialSteerer
 from sae_query_steer.plots import plot_posterior, plot_sites, plot_trace
 from sae_query_steer.positions import (
     AllOf,
@@ -107,6 +112,7 @@ from sae_query_steer.steering import LatentGradientSteerer
 from sae_query_steer.strength import ExponentialDecay, LinearWarmUp
 from sae_query_steer.targets import CentroidTargetBuilder
 from sae_query_steer.tasks.tutor.pretrained import load_tutor
+from sae_query_steer.top_tokens import TopTokens
 from sae_query_steer.trace import SteeringTrace
 from sae_query_steer.training import train_query_saes
 
@@ -126,6 +132,7 @@ __all__ = [
     "DecoderRowsSteerer",
     "DescentResult",
     "EveryPosition",
+    "ExceptLatents",
     "ExponentialDecay",
     "FirstResponseTokens",
     "GaussianLogLikelihood",
@@ -143,6 +150,7 @@ __all__ = [
     "LinearWarmUp",
     "Not",
     "Objective",
+    "PartialSteerer",
     "Positions",
     "PosteriorBelow",
     "PromptTokens",
@@ -187,6 +195,7 @@ __all__ = [
     "SteeringTrace",
     "TokenizedExample",
     "TopLatents",
+    "TopTokens",
     "Window",
     "WindowAroundPromptEnd",
     "attached_saes",
@@ -199,10 +208,13 @@ __all__ = [
     "identity_encoders",
     "interchange_effect",
     "join_heads",
+    "latent_attention",
     "load_model",
     "load_steerer",
     "load_tutor",
     "mean_difference",
+    "most_moved",
+    "moved_latents",
     "plot_posterior",
     "plot_sites",
     "plot_trace",
@@ -215,6 +227,8 @@ __all__ = [
     "to_inference",
     "tokenize_example",
     "tokenize_examples",
+    "top_activating_texts",
+    "top_tokens",
     "train_on_ranks",
     "train_query_saes",
 ]

@@ -237,6 +237,8 @@ def _record(
         token=tracker.tokens_at(places.row, columns),
         query_norm=queries.detach().float().norm(dim=-1).cpu(),
         change=change.cpu(),
+        query=queries.detach().cpu(),
+        places=places.cpu(),
     )
 
 

@@ -82,16 +82,33 @@ class GivenLatents:
             ValueError: a latent that there is not.
         """
         del goal
-        chosen = torch.zeros(z.shape[-2:], dtype=torch.bool, device=z.device)
-        for place, head in enumerate(heads):
-            for latent in self.latents.get(hook_name, {}).get(head, ()):
-                if not 0 <= latent < z.shape[-1]:
-                    raise ValueError(
-                        f"no latent {latent} at {hook_name} head {head}: the latents are 0 to "
-                        f"{z.shape[-1] - 1}"
-                    )
-                chosen[place, latent] = True
-        return chosen
+        return _named(self.latents, z, hook_name, heads)
+
+
+@dataclass(frozen=True)
+class ExceptLatents:
+    """All latents but those that you name, which stay at the value that they have at the token.
+
+    Where a steer works, holding what does the work should end it. Beware of two things. A latent
+    that is held is not switched off: what fires for another class fires on. And other latents may
+    make up for it: under `PrototypeLogLikelihood` the descent goes on, along what is left, until
+    the posterior is there, and decoder rows overlap. `PartialSteerer` lets nothing make up for it.
+    """
+
+    latents: Mapping[str, Mapping[int, Sequence[int]]]
+    """Latents by hook name and head, in the form that `GivenLatents` takes; of a head that is not
+    named all latents may move."""
+
+    def __call__(
+        self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]
+    ) -> Bool[Tensor, "head d_latent"]:
+        """Return all but the named ones.
+
+        Raises:
+            ValueError: a latent that there is not.
+        """
+        del goal
+        return ~_named(self.latents, z, hook_name, heads)
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,24 @@ class LatentAbove:
         """Return where to steer."""
         del goal
         return z[..., self.latent] > self.value
+
+
+def _named(
+    latents: Mapping[str, Mapping[int, Sequence[int]]],
+    z: Latents,
+    hook_name: str,
+    heads: Sequence[int],
+) -> Bool[Tensor, "head d_latent"]:
+    chosen = torch.zeros(z.shape[-2:], dtype=torch.bool, device=z.device)
+    for place, head in enumerate(heads):
+        for latent in latents.get(hook_name, {}).get(head, ()):
+            if not 0 <= latent < z.shape[-1]:
+                raise ValueError(
+                    f"no latent {latent} at {hook_name} head {head}: the latents are 0 to "
+                    f"{z.shape[-1] - 1}"
+                )
+            chosen[place, latent] = True
+    return chosen
 
 
 def discriminability(goal: Goal) -> Float[Tensor, "head d_latent"]:

@@ -45,6 +45,16 @@ class TokenPlaces:
         lengths = self.prompt_lengths.to(self.position.device)[self.row]
         return (self.position - lengths + 1).clamp(min=0).float()
 
+    def cpu(self) -> "TokenPlaces":
+        """Return a copy on the CPU."""
+        lengths = self.prompt_lengths
+        return TokenPlaces(
+            row=self.row.cpu(),
+            position=self.position.cpu(),
+            n_rows=self.n_rows,
+            prompt_lengths=None if lengths is None else lengths.cpu(),
+        )
+
     def at(self, tokens: Tensor) -> "TokenPlaces":
         """Return the places of some of the tokens, by their indices."""
         return TokenPlaces(

@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.latent_choice import (
     ActiveLatents,
+    ExceptLatents,
     GivenLatents,
     LatentAbove,
     PosteriorBelow,
@@ -64,7 +65,7 @@ VALUES: dict[str, Any] = {
         *(SquaredDistance, PrototypeLogLikelihood, CentroidContrast, CosineSimilarity),
         *(GaussianLogLikelihood, LinearProbe),
         *(ExponentialDecay, LinearWarmUp, ActiveLatents, TopLatents, GivenLatents),
-        *(PosteriorBelow, LatentAbove),
+        *(ExceptLatents, PosteriorBelow, LatentAbove),
     )
 }
 """Values that a file may name."""

@@ -14,7 +14,8 @@ from sae_query_steer.descent import Bounds, check_strength, descend
 from sae_query_steer.goals import Goal, Target, target_name, weights_of
 from sae_query_steer.intervention import Steerer, chosen_heads
 from sae_query_steer.latent_choice import Gate, LatentChoice, check_posterior, opened
-from sae_query_steer.objectives import Objective, squared_distances
+from sae_query_steer.latent_moves import LatentMove
+from sae_query_steer.objectives import Objective
 from sae_query_steer.places import TokenPlaces
 from sae_query_steer.positions import LastPromptToken, Scope, check_scope
 from sae_query_steer.sae.encoders import (
@@ -28,9 +29,6 @@ from sae_query_steer.sites import QuerySite
 from sae_query_steer.strength import Schedule, by_row, check_limits, each, limited, scheduled
 from sae_query_steer.targets import check_belongs, check_shapes
 from sae_query_steer.trace import QueryChange, SteeringTrace
-
-N_MOVED = 5
-"""Latents that a trace names for each token and head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +73,8 @@ class LatentGradientSteerer(Steerer):
     function of their age; None means always 1."""
 
     latents: LatentChoice | None = None
-    """Which latents may move: `ActiveLatents`, `TopLatents`, `GivenLatents`; None means all."""
+    """Which latents may move: `ActiveLatents`, `TopLatents`, `GivenLatents`,
+    `ExceptLatents`; None means all."""
 
     gate: Gate | None = None
     """Which tokens and heads are steered at all: `PosteriorBelow`, `LatentAbove`, or a function of
@@ -178,10 +177,21 @@ class LatentGradientSteerer(Steerer):
         record: bool,
     ) -> QueryChange:
         """Return what the descent adds to the queries of the steered heads of a site."""
+        move = self.descended(hook_name, queries, places, record=record)
+        delta = self.decoded(hook_name, queries, move)
+        return move.described(delta) if record else QueryChange(delta=delta)
+
+    def descended(
+        self,
+        hook_name: str,
+        queries: Float[Tensor, "token head d_head"],
+        places: TokenPlaces,
+        *,
+        record: bool = False,
+    ) -> LatentMove:
+        """Return where the descent leads the latents of queries; Args as `change`."""
         encoder = self._encoder(hook_name, queries.device)
-        # In 32 bits at least: half precision would lose small steps.
-        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-        z0 = encoder.encode(queries)
+        z0 = encoder.encode(self._in_32_bits(queries))
         goal = self._goal(hook_name, places, z0)
         movable = None
         if self.latents is not None:
@@ -204,15 +214,17 @@ class LatentGradientSteerer(Steerer):
             ),
             record_loss=record,
         )
-        delta = limited(
-            queries,
-            decoded_difference(encoder, result.z, z0),
+        return self._move(z0, result.z, goal, result.loss)
+
+    def decoded(self, hook_name: str, queries: Tensor, move: LatentMove) -> Tensor:
+        """Return what a move of the latents adds to the queries, within this steerer's limits."""
+        encoder = self._encoder(hook_name, queries.device)
+        return limited(
+            self._in_32_bits(queries),
+            decoded_difference(encoder, move.after, move.before),
             max_relative_change=self.max_relative_change,
             keep_norm=self.keep_norm,
         )
-        if not record:
-            return QueryChange(delta=delta)
-        return self._described(delta, z0, result.z, goal, result.loss)
 
     def described(
         self, hook_name: str, queries: Tensor, delta: Tensor, places: TokenPlaces
@@ -225,7 +237,7 @@ class LatentGradientSteerer(Steerer):
         before, after = (encoder.encode(q) for q in (queries, queries + delta.to(queries)))
         goal = self._goal(hook_name, places, before)
         loss = torch.stack([self.objective.loss(z, goal) for z in (before, after)])
-        return self._described(delta, before, after, goal, loss)
+        return self._move(before, after, goal, loss).described(delta)
 
     @property
     def _temperature(self) -> float:
@@ -271,19 +283,12 @@ class LatentGradientSteerer(Steerer):
             return size if isinstance(size, Tensor) else float(size)
         return scheduled(self.schedule, places).to(z) * size
 
-    @torch.no_grad()
-    def _described(
-        self, delta: Tensor, before: Tensor, after: Tensor, goal: Goal, loss: Tensor | None
-    ) -> QueryChange:
-        moved = after - before
-        most = moved.abs().topk(min(N_MOVED, moved.shape[-1]), dim=-1).indices
-        return QueryChange(
-            delta=delta,
-            distance_before=squared_distances(before, goal.centroids).sqrt(),
-            distance_after=squared_distances(after, goal.centroids).sqrt(),
-            loss=loss,
-            moved_latents=most,
-            moved_by=moved.gather(-1, most),
-            n_moved=(moved != 0).sum(-1),
-            temperature=self._temperature,
+    def _move(self, before: Tensor, after: Tensor, goal: Goal, loss: Tensor | None) -> LatentMove:
+        return LatentMove(
+            before=before, after=after, goal=goal, loss=loss, temperature=self._temperature
         )
+
+    @staticmethod
+    def _in_32_bits(queries: Tensor) -> Tensor:
+        """Return queries in 32 bits at least: half precision would lose small steps."""
+        return queries.to(torch.promote_types(queries.dtype, torch.float32))

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.attention_trace import AttentionTrace
+from sae_query_steer.places import TokenPlaces
 from sae_query_steer.trace_html import note_html, text_html
 
 
@@ -63,6 +64,11 @@ class TraceRecord:
     token: Int[Tensor, " token"] | None
     query_norm: Float[Tensor, "token head"]
     change: QueryChange
+    query: Float[Tensor, "token head d_head"] | None = None
+    """The queries before; None where it is no query that was changed."""
+
+    places: TokenPlaces | None = None
+    """Where the tokens stand, as the steerer was told."""
 
 
 @dataclass(eq=False)

@@ -24,6 +24,7 @@ KINDS = {
         "keep_norm": True,
         "heads": {2: [0, 3]},
     },
+    "all but some": {"latents": sqs.ExceptLatents({NAME: {0: [1, 2], 3: [4]}})},
     "marked": {"scope": sqs.AfterToken(20) | sqs.RowMask(torch.eye(2, 9, dtype=torch.bool))},
     "probe": {"objective": sqs.LinearProbe(torch.arange(64.0).reshape(4, 16) / 64)},
     "gaussian": {"objective": sqs.GaussianLogLikelihood(floor=0.3), "latents": sqs.TopLatents(3)},

@@ -9,6 +9,7 @@ from sae_query_steer.evaluation.descents import DESCENTS, Descent
 from sae_query_steer.evaluation.endpoint import ChatEndpoint
 from sae_query_steer.evaluation.generation import continuations
 from sae_query_steer.evaluation.judges import Judge, LanguageModelJudge, RuleJudge
+from sae_query_steer.evaluation.latent_ablation import LatentAblation, latent_ablations
 from sae_query_steer.evaluation.query_patch import interchange_methods
 from sae_query_steer.evaluation.sampling import seeded_sampling
 from sae_query_steer.evaluation.scores import (
@@ -37,6 +38,7 @@ __all__ = [
     "Generation",
     "Judge",
     "LanguageModelJudge",
+    "LatentAblation",
     "Method",
     "Outcome",
     "PairedDifference",
@@ -53,6 +55,7 @@ __all__ = [
     "descent_methods",
     "distinct_n",
     "interchange_methods",
+    "latent_ablations",
     "paired_difference",
     "prompt_methods",
     "random_methods",

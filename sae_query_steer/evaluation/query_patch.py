@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.evaluation.comparison import Method
+from sae_query_steer.evaluation.rowwise import check_rows
 from sae_query_steer.hosts.models import queries_at
 from sae_query_steer.intervention import Steerer
 from sae_query_steer.places import TokenPlaces
@@ -70,11 +71,7 @@ class QueryPatch(Steerer):
         """
         del record, places
         given = self.queries[hook_name]
-        if len(given) != len(queries):
-            raise ValueError(
-                f"the batch has {len(queries)} rows, there is something for {len(given)}: give all "
-                "prompts in one call of generate(), in order"
-            )
+        check_rows(len(given), len(queries))
         return QueryChange(delta=given.to(queries) - queries)
 
 

@@ -1,0 +1,147 @@
+"""Steerers that treat every row differently: a batch is its rows, each with its own steerer."""
+
+import re
+
+import pytest
+import torch
+
+import sae_query_steer as sqs
+from sae_query_steer.evaluation.generation import continuations
+from sae_query_steer.evaluation.query_patch import QueryPatch
+from sae_query_steer.evaluation.rowwise import RowwiseSteerer
+from sae_query_steer.places import TokenPlaces
+
+PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
+NAMES = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]
+
+
+@pytest.fixture
+def make(saes, targets):
+    """Make a steerer towards a class, with some settings changed."""
+
+    def make(target: str, **changes) -> sqs.LatentGradientSteerer:
+        settings = {"objective": sqs.CentroidContrast(), "n_steps": 3, "step_size": 2.0}
+        return sqs.LatentGradientSteerer(saes, targets, target=target, **{**settings, **changes})
+
+    return make
+
+
+def logits_of(model, prompts) -> torch.Tensor:
+    """Logits [row step d_vocab] of a greedy generation of four tokens."""
+    output = model.generate(
+        prompts,
+        max_new_tokens=4,
+        do_sample=False,
+        verbose=False,
+        stop_at_eos=False,
+        return_type="tokens",
+        output_logits=True,
+    )
+    return torch.stack(output.logits, dim=1)
+
+
+def refuses(text: str):
+    return pytest.raises(ValueError, match=f"^{re.escape(text)}$")
+
+
+def test_a_batch_equals_each_row_alone_with_its_own_steerer(model, make):
+    control = sqs.RandomDirectionSteerer(make("remember"), seed=3)
+    steerers = [make("create"), control, make("apply")]
+    with RowwiseSteerer(steerers).apply(model):
+        together = logits_of(model, PROMPTS)
+    for row, steerer in enumerate(steerers):
+        with steerer.apply(model):
+            alone = logits_of(model, PROMPTS[row])[0]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-4)
+        with steerers[row - 1].apply(model):
+            other = logits_of(model, PROMPTS[row])[0]
+        assert not torch.allclose(together[row], other, atol=1e-2)
+
+
+def test_the_change_of_a_row_is_that_of_its_own_steerer_in_any_order(make):
+    create, apply = make("create", heads=[1, 2]), make("apply", heads=[1, 2])
+    generator = torch.Generator().manual_seed(11)
+    queries = torch.randn(5, 2, 8, generator=generator)  # of the two steered heads
+    steerers = [apply, create, create, apply, create]
+    made = (
+        RowwiseSteerer(steerers)
+        .change(NAMES[1], queries, TokenPlaces.one_a_row(len(queries)), record=False)
+        .delta
+    )
+    for row, steerer in enumerate(steerers):
+        own = steerer.change(
+            NAMES[1], queries[row : row + 1], TokenPlaces.one_a_row(1), record=False
+        ).delta[0]
+        torch.testing.assert_close(made[row], own, rtol=1e-5, atol=1e-6)
+    again = make("create", heads=[1, 2])
+    copies = RowwiseSteerer([apply, create, again, apply, again])
+    torch.testing.assert_close(
+        copies.change(NAMES[1], queries, TokenPlaces.one_a_row(len(queries)), record=False).delta,
+        made,
+    )
+
+
+def test_one_steerer_for_all_rows_is_that_steerer(model, make):
+    steerer = make("create", heads=[0, 3])
+    rowwise = RowwiseSteerer([steerer] * 3)
+    assert dict(rowwise.site_heads) == dict.fromkeys(NAMES, (0, 3))
+    made = continuations(model, PROMPTS, max_new_tokens=4, steerer=rowwise)
+    plain = continuations(model, PROMPTS, max_new_tokens=4, steerer=steerer)
+    assert made.texts == plain.texts
+    assert made.relative_changes == pytest.approx(plain.relative_changes, rel=1e-4)
+    assert min(made.relative_changes) > 0.01
+
+
+def test_the_trace_names_the_way_and_every_row(model, make):
+    rowwise = RowwiseSteerer([make("create"), make("apply"), make("create")])
+    with rowwise.apply(model, record=True) as trace:
+        logits_of(model, PROMPTS)
+    table = trace.to_dataframe()
+    assert set(table["method"]) == {"row by row"}
+    assert sorted(set(zip(table["row"], table["position"], strict=True))) == [
+        (0, 3),
+        (1, 1),
+        (2, 5),
+    ]
+    assert len(table) == 3 * 2 * 4, "3 rows, 2 layers, 4 heads"
+
+
+def test_a_batch_of_another_size_is_refused_and_nothing_is_left(model, make):
+    plain = logits_of(model, PROMPTS)
+    text = (
+        "the batch has 3 rows, there is something for 2: give all prompts in one call of "
+        "generate(), in order"
+    )
+    with refuses(text), RowwiseSteerer([make("create")] * 2).apply(model):
+        logits_of(model, PROMPTS)
+    assert torch.equal(logits_of(model, PROMPTS), plain)
+
+
+def test_steerers_of_different_sites_or_heads_are_refused(make):
+    for changes in ({"layers": [2]}, {"heads": [1, 2]}):
+        first, other = make("create"), make("apply", **changes)
+        with refuses(
+            f"steerers of different sites or heads: {dict(first.site_heads)} and "
+            f"{dict(other.site_heads)}; a batch is steered at the same places"
+        ):
+            RowwiseSteerer([first, first, other])
+
+
+def test_no_steerers_are_refused():
+    with refuses("no steerers: give one for each row of the batch"):
+        RowwiseSteerer([])
+
+
+def test_every_steerer_is_asked_whether_it_belongs_to_the_model(model, make):
+    site = sqs.query_sites(model, [2])[0]
+    wrong = sqs.QuerySite(layer=2, n_heads=4, d_head=9)
+    patches = [
+        QueryPatch({NAMES[1]: one}, {NAMES[1]: torch.zeros(1, 4, one.d_head)})
+        for one in (site, wrong)
+    ]
+    text = "the site at layer 2 has 4 heads of 9: the model has 4 heads of 8"
+    steerer = RowwiseSteerer([patches[0], *patches])
+    with pytest.raises(ValueError, match=text), steerer.apply(model):
+        pass
+    with RowwiseSteerer(patches[:1]).apply(model):
+        pass
