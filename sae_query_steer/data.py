@@ -94,14 +94,7 @@ def tokenize_example(
     start: list[int] = []
     prompt = example.prompt
     if chat_template:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "the tokenizer has no chat template: pass chat_template=False, or set "
-                "tokenizer.chat_template to the one that the model was trained with"
-            )
-        turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        assert isinstance(prompt, str)
+        prompt = chat_prompt(prompt, tokenizer)
     elif prepend_bos:
         if tokenizer.bos_token_id is None:
             raise ValueError("the tokenizer has no BOS token: pass prepend_bos=False")
@@ -128,6 +121,23 @@ def tokenize_example(
         prompt_length=len(start) + len(prompt_ids),
         label=example.label,
     )
+
+
+def chat_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a prompt as the user's turn in the tokenizer's chat template, special tokens and all.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template: pass chat_template=False, or set "
+            "tokenizer.chat_template to the one that the model was trained with"
+        )
+    turns = [{"role": "user", "content": prompt}]
+    written = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert isinstance(written, str)
+    return written
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

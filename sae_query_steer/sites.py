@@ -57,12 +57,7 @@ class QuerySite:
         Raises:
             ValueError: the model has no such layer or hook point, or other heads there.
         """
-        n_layers = int(model.cfg.n_layers)
-        if not 0 <= self.layer < n_layers:
-            raise ValueError(
-                f"no query site at layer {self.layer}: the model has {n_layers} layers "
-                f"(0 to {n_layers - 1})"
-            )
+        check_layer(self.layer, int(model.cfg.n_layers))
         if self.hook_name not in model.hook_dict:
             which = "rotated" if self.rotated else "its"
             raise ValueError(
@@ -114,6 +109,18 @@ def query_sites(
     for site in sites:
         site.check(model)
     return sites
+
+
+def check_layer(layer: int, n_layers: int) -> None:
+    """Raise unless a model of so many layers has this one.
+
+    Raises:
+        ValueError: the message names the layers that there are.
+    """
+    if not 0 <= layer < n_layers:
+        raise ValueError(
+            f"no query site at layer {layer}: the model has {n_layers} layers (0 to {n_layers - 1})"
+        )
 
 
 def check_sites(sites: Iterable[QuerySite]) -> None:

@@ -90,7 +90,7 @@ class QueryStream:
         """Return the memory that a chunk takes at most."""
         d_in = sum(site.d_in for site in self.sites)
         item = next(self.model.parameters()).element_size()
-        return self.rows_per_chunk * self.rows.shape[1] * d_in * item
+        return chunk_bytes(self.rows_per_chunk, self.rows.shape[1], d_in, item)
 
     def _find(self, token: int) -> tuple[int, int]:
         """Return the chunk that holds a token of the chain, and how many of its tokens precede."""
@@ -160,3 +160,8 @@ class QueryStream:
 
     def _order(self, kind: int, index: int, n: int) -> np.ndarray:
         return np.random.default_rng([self.seed, kind, index]).permutation(n)
+
+
+def chunk_bytes(n_rows: int, row_tokens: int, d_in: int, item: int) -> int:
+    """Return the memory of the queries of some rows, d_in numbers of `item` bytes a token."""
+    return n_rows * row_tokens * d_in * item

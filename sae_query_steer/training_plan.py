@@ -56,12 +56,7 @@ class TrainingPlan:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: give 0 or more")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr={self.lr} is not allowed: give a finite number above 0")
-        if self.training_tokens < self.train_batch_size_tokens:
-            raise ValueError(
-                f"training_tokens={self.training_tokens} is less than one step of "
-                f"train_batch_size_tokens={self.train_batch_size_tokens}: give more of the former "
-                "or less of the latter"
-            )
+        check_steps(self.training_tokens, self.train_batch_size_tokens)
         steps = self.training_tokens // self.train_batch_size_tokens
         if self.lr_warm_up_steps + self.lr_decay_steps > steps:
             raise ValueError(
@@ -121,21 +116,55 @@ def check_resources(
     Raises:
         ValueError: see `check_memory` and `check_disk`.
     """
-    weights = sum(weight_bytes(config) for config in configs)
     device = configs[0].device
-    needed = {device: {"weights, gradients and Adam's moments": 4 * weights}}
+    needed = {device: {"weights, gradients and Adam's moments": training_bytes(configs)}}
     here = needed.setdefault(stream.device, {})
     here["activations"] = (2 if stream.prefetch else 1) * stream.chunk_bytes()
     check_memory(needed)
     if out is not None:
-        # Weights and two moments a state, of which two lie there while one replaces the other.
-        check_disk(out, 2 * 3 * weights + weights)
+        check_disk(out, disk_bytes(configs))
+
+
+def check_steps(training_tokens: int, train_batch_size_tokens: int) -> None:
+    """Raise unless a run has one step or more.
+
+    Raises:
+        ValueError: the message names both numbers.
+    """
+    if training_tokens < train_batch_size_tokens:
+        raise ValueError(
+            f"training_tokens={training_tokens} is less than one step of "
+            f"train_batch_size_tokens={train_batch_size_tokens}: give more of the former or less "
+            "of the latter"
+        )
+
+
+def training_bytes(configs: Sequence[QueryHeadTrainingSAEConfig]) -> int:
+    """Return the memory of the SAEs in training: weights, gradients, and Adam's two moments."""
+    return 4 * sum(map(weight_bytes, configs))
+
+
+def disk_bytes(configs: Sequence[QueryHeadTrainingSAEConfig]) -> int:
+    """Return the most that lies on disk while SAEs are trained."""
+    # Weights and two moments a state, of which two lie there while one replaces the other.
+    return (2 * 3 + 1) * sum(map(weight_bytes, configs))
 
 
 def weight_bytes(config: QueryHeadTrainingSAEConfig) -> int:
     """Return the memory of the weights of one site's SAE, biases and thresholds left out."""
     item = {"float32": 4, "float64": 8}[config.dtype]
     return 2 * config.n_heads * config.d_head * config.d_sae_per_head * item
+
+
+def filled_in(sae: QueryHeadTrainingSAEConfig, site: QuerySite) -> QueryHeadTrainingSAEConfig:
+    """Return a config with the sizes of a site."""
+    return dataclasses.replace(
+        sae,
+        n_heads=site.n_heads,
+        d_head=site.d_head,
+        d_in=site.d_in,
+        d_sae=site.n_heads * sae.d_sae_per_head,
+    )
 
 
 def site_configs(
@@ -169,11 +198,7 @@ def site_configs(
                 "out to take them from the site"
             )
         configs[site.hook_name] = dataclasses.replace(
-            sae,
-            n_heads=site.n_heads,
-            d_head=site.d_head,
-            d_in=site.d_in,
-            d_sae=site.n_heads * sae.d_sae_per_head,
+            filled_in(sae, site),
             device=str(model.cfg.device),
             metadata=SAEMetadata(model_name=model_name(model), hook_name=site.hook_name),
         )

@@ -3,12 +3,15 @@
 import csv
 import json
 import random
+import shutil
 
 import pandas as pd
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from sae_query_steer.cli import app
+from sae_query_steer.commands import sweep as sweep_module
 from sae_query_steer.evaluation.sweep_log import SweepLog
 
 FILES = ["curves.csv", "report.html", "sites.csv", "sweep.json", "table.csv", "texts.csv"]
@@ -42,7 +45,7 @@ def command(tiny_folder, saes, tmp_path_factory):
             "--out": out,
         }
         given |= dict(zip(changes[::2], changes[1::2], strict=True))
-        flags = [part for pair in given.items() for part in map(str, pair) if part != "None"]
+        flags = [w for pair in given.items() for w in map(str, pair) if w not in ("None", "")]
         return CliRunner().invoke(app, ["sweep", *flags])
 
     run.texts = folder / "texts.csv"
@@ -120,6 +123,7 @@ def test_a_sweep_does_not_go_on_with_other_texts_under_the_same_name(
         ("--max-new-tokens", "0", "max_new_tokens=0 is not allowed"),
         ("--temperature", "0", "temperature=0.0 is not allowed: give a finite number, 1e-6 or"),
         ("--span", "all", "--span 'all' is not allowed: choose from"),
+        ("--dtype", "half", "--dtype 'half' is not allowed: choose from float32, bfloat16"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(
@@ -129,3 +133,62 @@ def test_bad_settings_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         raise done.exception
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tiny_folder, tmp_path_factory):
+    """The tiny model, its tokenizer with a chat template of two words."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ 'w40 ' + m['content'] + ' w41' }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_sweep_in_the_chat_template_reads_and_continues_it(
+    command, chat_folder, tmp_path, monkeypatch
+):
+    given = []
+    builder = sweep_module.sqs.CentroidTargetBuilder
+
+    def kept(*args, **settings):
+        given.append(settings["chat_template"])
+        return builder(*args, **settings)
+
+    monkeypatch.setattr(sweep_module.sqs, "CentroidTargetBuilder", kept)
+    out = tmp_path / "out"
+    done = command(out, "--model", chat_folder, "--layers", "2", "--chat-template", "")
+    assert done.exit_code == 0, done.output
+    assert given == [True, True]
+    assert json.loads((out / "sweep.json").read_text())["settings"]["chat_template"] is True
+    texts = pd.read_csv(out / "texts.csv")
+    texts = texts[texts["method"] == "unsteered"]
+    model = AutoModelForCausalLM.from_pretrained(chat_folder)
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    for prompt, text in zip(texts["prompt"], texts["text"], strict=True):
+        ids = tokenizer(f"<s>w40 {prompt} w41", add_special_tokens=False, return_tensors="pt")
+        made = model.generate(**ids, max_new_tokens=3, do_sample=False)
+        own = made[0, ids["input_ids"].shape[1] :]
+        assert tokenizer.decode(own, skip_special_tokens=True) == text
+
+
+def test_a_sweep_without_a_chat_template_says_so(command, tmp_path):
+    done = command(tmp_path / "out", "--chat-template", "")
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        raise done.exception
+
+
+def test_a_sweep_is_not_resumed_in_another_format_or_template(
+    command, chat_folder, tmp_path, monkeypatch
+):
+    def stop(self, key, outcome):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(SweepLog, "add", stop)
+    assert command(out, "--model", chat_folder).exit_code != 0
+    done = command(out, "--model", chat_folder, "--chat-template", "", "--resume", None)
+    assert "chat_template=False there, True here" in str(done.exception)

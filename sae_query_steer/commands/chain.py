@@ -15,6 +15,7 @@ from sae_query_steer.commands.options import (
     Chat,
     Csv,
     Device,
+    Dtype,
     Label,
     Layers,
     Model,
@@ -28,11 +29,13 @@ from sae_query_steer.commands.options import (
     check_free,
     labelled_examples,
     layer_list,
+    load_host,
     load_saes,
     named,
     show,
 )
 from sae_query_steer.descent import check_strength
+from sae_query_steer.hosts.models import end_tokens
 from sae_query_steer.storage import new_folder, write_json
 
 
@@ -49,13 +52,14 @@ def targets(
     bos: Bos = True,
     chat_template: Chat = False,
     device: Device = None,
+    dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Find the centroid of each class of labelled texts in the latents."""
     check_free(out, overwrite, "centroids.json")
     examples = labelled_examples(csv, prompt, response, label, bloom)
     chosen = named(SPANS, span, "--span")()
-    host = sqs.load_model(model, device=device)
+    host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
     found = sqs.CentroidTargetBuilder(
         host, encoders, span=chosen, prepend_bos=bos, chat_template=chat_template
@@ -83,6 +87,7 @@ def sites(
     chat_template: Chat = False,
     seed: Seed = 0,
     device: Device = None,
+    dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Show where steering can work: separability and interchange effect of each site and head."""
@@ -90,7 +95,7 @@ def sites(
         check_free(out, overwrite, "sites.csv")
     examples = labelled_examples(csv, prompt, response, label, bloom)
     chosen = named(SPANS, span, "--span")()
-    host = sqs.load_model(model, device=device)
+    host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
     shared: dict[str, Any] = {
         "span": chosen,
@@ -136,6 +141,7 @@ def steer(
         Path | None, typer.Option("--out", help="Folder for texts (JSON) and trace (CSV).")
     ] = None,
     device: Device = None,
+    dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Continue a prompt without and with steering, greedily, and show what the steer did."""
@@ -146,7 +152,7 @@ def steer(
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed: give 1 or more")
     check_strength(steps, step_size)
-    host = sqs.load_model(model, device=device)
+    host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
     steerer = sqs.LatentGradientSteerer(
         encoders,
@@ -172,6 +178,7 @@ def steer(
             given[None].to(host.cfg.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            eos_token_id=end_tokens(host) or None,
             verbose=False,
         )
         return str(host.tokenizer.decode(tokens[0], skip_special_tokens=True))

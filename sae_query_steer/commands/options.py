@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
+import torch
 import typer
 
 import sae_query_steer as sqs
@@ -50,10 +51,19 @@ ARCHITECTURES: dict[str, Callable[[int, int, float], sqs.QueryHeadTrainingSAECon
 }
 """Training configs by name, from latents of a head, k, and the weight of the penalty."""
 
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
 Model = Annotated[
     str, typer.Option("--model", help="Hugging Face model folder, or a name on its hub.")
 ]
 Device = Annotated[str | None, typer.Option(help="Where to run; TransformerLens chooses if unset.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="Number format of the model's weights: " + ", ".join(DTYPES))
+]
 Layers = Annotated[str, typer.Option(help="Layers, such as 1,2 or 8-20 or all.")]
 Csv = Annotated[Path, typer.Option("--csv", help="Labelled texts, one a row.")]
 Prompt = Annotated[
@@ -132,6 +142,11 @@ def unfinished_beside(out: Path, resume: bool) -> Path:
             f"{unfinished} holds a run that was stopped: go on with --resume, or delete it"
         )
     return unfinished
+
+
+def load_host(model: str, device: str | None, dtype: str) -> Any:
+    """Return the model of a command."""
+    return sqs.load_model(model, device=device, dtype=named(DTYPES, dtype, "--dtype"))
 
 
 def load_saes(folder: Path, host: Any) -> sqs.QuerySAEs:

@@ -11,8 +11,10 @@ from sae_query_steer.commands.options import (
     LOG,
     SPANS,
     Bloom,
+    Chat,
     Csv,
     Device,
+    Dtype,
     Label,
     Layers,
     Model,
@@ -26,6 +28,7 @@ from sae_query_steer.commands.options import (
     check_free,
     labelled_examples,
     layer_list,
+    load_host,
     load_saes,
     named,
     show,
@@ -70,8 +73,10 @@ def sweep(
     temperature: Annotated[
         float | None, typer.Option(help="Of sampling, seeded row by row; greedy if unset.")
     ] = None,
+    chat_template: Chat = False,
     seed: Seed = 0,
     device: Device = None,
+    dtype: Dtype = "float32",
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -95,7 +100,7 @@ def sweep(
     steering, judging, validation, test = _split(examples, seed)
     judge = ClassifierJudge.fit(judging, seed=seed)
     parts = {"validation": cases_of(validation, cases), "test": cases_of(test, cases)}
-    host = sqs.load_model(model, device=device)
+    host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
     sites = sqs.query_sites(host, layer_list(layers))
     chosen = {
@@ -111,9 +116,11 @@ def sweep(
         **{"label": label, "saes": str(saes), "layers": [site.layer for site in sites]},
         **{"span": span, "scope": scope, "objectives": [d.name for d in wanted], "cases": cases},
         **{"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed},
+        **{"chat_template": chat_template, "dtype": dtype},
     }
-    apart = sqs.separability(host, chosen, validation, span=where, seed=seed)
-    moved = sqs.interchange_effect(host, sites, validation, span=where, per_head=False, seed=seed)
+    read: dict[str, Any] = {"span": where, "chat_template": chat_template}
+    apart = sqs.separability(host, chosen, validation, seed=seed, **read)
+    moved = sqs.interchange_effect(host, sites, validation, per_head=False, seed=seed, **read)
     table = moved.merge(apart[apart["head"] == ALL_HEADS], on=["layer", "head"]).drop(
         columns="head"
     )
@@ -122,7 +129,7 @@ def sweep(
     alone = [[site.layer] for site in sites]
     made = []
     for name, own in (("dense descent", sqs.identity_encoders(sites)), ("SAE descent", chosen)):
-        centroids = sqs.CentroidTargetBuilder(host, own, span=where).fit(steering)
+        centroids = sqs.CentroidTargetBuilder(host, own, **read).fit(steering)
         made.append(centroids)
         methods += descent_methods(
             name,
@@ -134,7 +141,7 @@ def sweep(
         )
         if own is chosen:
             methods += decoder_rows_methods(own, centroids, span=span, scope=at, layers=alone)
-    means = sqs.residual_means(host, steering, [site.layer for site in sites], span=where)
+    means = sqs.residual_means(host, steering, [site.layer for site in sites], **read)
     methods += residual_methods(means, span=span, scope=at, layers=alone)
     # What was logged holds for these texts, this model and these SAEs, wherever they lie.
     contents = digest_of(made, csv.read_bytes())
@@ -149,6 +156,7 @@ def sweep(
             log=log,
             temperature=temperature,
             seed=seed + (split == "test"),
+            chat_template=chat_template,
         )
         for split, some in parts.items()
     }

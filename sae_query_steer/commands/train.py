@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 
 import sae_query_steer as sqs
+from sae_query_steer.commands.dry_run import say
 from sae_query_steer.commands.options import (
     ARCHITECTURES,
+    DTYPES,
     Bos,
     Device,
+    Dtype,
     Layers,
     Model,
     Out,
@@ -19,10 +22,13 @@ from sae_query_steer.commands.options import (
     Seed,
     check_free,
     layer_list,
+    load_host,
     named,
     show,
 )
 from sae_query_steer.distributed import local_device, train_on_ranks
+from sae_query_steer.hosts.shapes import model_shape
+from sae_query_steer.training_estimate import estimate_training
 
 
 def train(
@@ -56,6 +62,7 @@ def train(
     bos: Bos = True,
     seed: Seed = 0,
     device: Device = None,
+    dtype: Dtype = "float32",
     autocast: Annotated[
         bool, typer.Option("--autocast", help="Mixed precision (bfloat16), model and SAEs.")
     ] = False,
@@ -68,12 +75,22 @@ def train(
     checkpoint_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 1000,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run will take, and end.")
+    ] = False,
+    flops: Annotated[
+        float | None,
+        typer.Option(help="With --dry-run: operations a second of a forward pass; gives the time."),
+    ] = None,
 ) -> None:
     """Train SAEs on the queries of all heads of some layers.
 
     A run that was stopped goes on with --resume. Several processes share the layers:
     torchrun --nproc-per-node N -m sae_query_steer train ...
+    With --dry-run the model's config is read and none of its weights, and nothing is written.
     """
+    if flops is not None and not dry_run:
+        raise ValueError(f"--flops {flops} is for --dry-run: give both, or neither")
     check_free(out, overwrite or resume, "query_saes.json")
     if not (math.isfinite(tokens) and tokens == int(tokens)):
         raise ValueError(f"--tokens {tokens} is not allowed: give a whole number")
@@ -81,7 +98,22 @@ def train(
     if normalize:
         config.normalize_activations = "expected_average_only_in"
     documents = sqs.texts_from_file(texts, text=text)
-    host = sqs.load_model(model, device=device or local_device())
+    if dry_run:
+        shape = model_shape(model)
+        sites = shape.sites(layer_list(layers))
+        estimate = estimate_training(
+            shape,
+            sites,
+            config,
+            training_tokens=int(tokens),
+            train_batch_size_tokens=batch_tokens,
+            context_size=context_size,
+            prefetch=prefetch,
+            model_item=named(DTYPES, dtype, "--dtype").itemsize,
+        )
+        say(shape, sites, estimate, documents, flops)
+        return
+    host = load_host(model, device or local_device(), dtype)
     saes = train_on_ranks(
         host,
         documents,

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sae_query_steer.data import LabelledExample, chat_prompt, tokenize_example
 from sae_query_steer.evaluation.sampling import seeded_sampling
-from sae_query_steer.hosts.models import next_token_log_probs, tokenizer_of
+from sae_query_steer.hosts.models import end_tokens, next_token_log_probs, tokenizer_of
 from sae_query_steer.intervention import Steerer
 from sae_query_steer.residual import ResidualMeanDifference
 from sae_query_steer.trace import TraceRecord
@@ -25,7 +26,7 @@ class Continuations:
     """The continuations, without special tokens."""
 
     tokens: list[Tensor]
-    """Their ids [pos], with EOS where the model ended."""
+    """Their ids [pos], with the token that ended it where the model ended."""
 
     relative_changes: list[float]
     """Of each prompt, the mean of |delta q| / |q| over its steered tokens, layers and heads; of a
@@ -41,6 +42,7 @@ def continuations(
     batch_size: int = 256,
     temperature: float | None = None,
     seeds: Sequence[int] | None = None,
+    chat_template: bool = False,
 ) -> Continuations:
     """Return continuations of prompts, greedy or sampled, each as if it were alone.
 
@@ -54,10 +56,13 @@ def continuations(
         temperature: sample from softmax(logits / temperature), above 0; None decodes greedily.
         seeds: one for each prompt, with a temperature only: a prompt and its seed give one text,
             whatever other prompts there are (see `seeded_sampling`).
+        chat_template: put every prompt into the tokenizer's chat template, as the user's turn,
+            in place of BOS.
 
     Raises:
         ValueError: no prompts, a size below 1, a temperature without seeds or seeds without one,
-            or not one seed for each prompt.
+            not one seed for each prompt, or a chat template that is missing or that the host
+            reads otherwise than `tokenize_example`.
     """
     if not prompts or max_new_tokens < 1 or batch_size < 1:
         raise ValueError(
@@ -72,26 +77,29 @@ def continuations(
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts do not fit {len(seeds)} seeds: give one for each")
     tokenizer = tokenizer_of(model)
+    ends = end_tokens(model)
     tokens: list[Tensor] = []
     changes: list[float] = []
     for start in range(0, len(prompts), batch_size):
-        rows = list(prompts[start : start + batch_size])
+        rows = _as_read(model, prompts[start : start + batch_size], chat_template)
         steering = nullcontext() if steerer is None else steerer.apply(model, record=True)
         sampling = nullcontext()
         if temperature is not None and seeds is not None:
             own = seeds[start : start + batch_size]
             sampling = seeded_sampling(model, own, temperature=temperature)
         with steering as trace, sampling:
-            width = model.to_tokens(rows, padding_side="left", prepend_bos=True).shape[1]
+            bos = not chat_template
+            width = model.to_tokens(rows, padding_side="left", prepend_bos=bos).shape[1]
             written = model.generate(
                 rows,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                prepend_bos=True,
+                prepend_bos=bos,
+                eos_token_id=ends or None,
                 return_type="tokens",
                 verbose=False,
             )
-        tokens += [_until_eos(row, tokenizer.eos_token_id) for row in written[:, width:].cpu()]
+        tokens += [_until_end(row, ends) for row in written[:, width:].cpu()]
         changes += _mean_changes([] if trace is None else trace.records, len(rows))
     return Continuations(
         texts=[tokenizer.decode(row, skip_special_tokens=True) for row in tokens],
@@ -101,11 +109,17 @@ def continuations(
 
 
 def negative_log_likelihoods(
-    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, batch_size: int = 64
+    model: Any,
+    prompts: Sequence[str],
+    tokens: Sequence[Tensor],
+    *,
+    batch_size: int = 64,
+    chat_template: bool = False,
 ) -> list[float]:
     """Return for each prompt the sum of -log p, in nats, of the tokens after it.
 
     The exponential of the sum of several, divided by the number of their tokens, is a perplexity.
+    `chat_template` is that of `continuations`.
 
     Raises:
         ValueError: not one row of tokens for each prompt, a row without tokens, or a size below 1.
@@ -120,15 +134,16 @@ def negative_log_likelihoods(
     sums = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        scores = _log_likelihoods(model, prompts[part], tokens[part])
+        rows = _as_read(model, prompts[part], chat_template)
+        scores = _log_likelihoods(model, rows, tokens[part], prepend_bos=not chat_template)
         sums += [-float(row.sum()) for row in scores.split([len(row) for row in tokens[part]])]
     return sums
 
 
 def _log_likelihoods(
-    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor]
+    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, prepend_bos: bool
 ) -> Float[Tensor, " token"]:
-    contexts = [model.to_tokens(prompt, prepend_bos=True)[0].cpu() for prompt in prompts]
+    contexts = [model.to_tokens(prompt, prepend_bos=prepend_bos)[0].cpu() for prompt in prompts]
     joined = [torch.cat(pair) for pair in zip(contexts, tokens, strict=True)]
     rows = [torch.full((len(t),), i) for i, t in enumerate(tokens)]
     columns = [torch.arange(len(t)) + len(c) - 1 for c, t in zip(contexts, tokens, strict=True)]
@@ -136,6 +151,26 @@ def _log_likelihoods(
         model, pad_sequence(joined, batch_first=True), torch.cat(rows), torch.cat(columns)
     ).cpu()
     return log_probs.gather(1, torch.cat(list(tokens))[:, None])[:, 0].double()
+
+
+def _as_read(model: Any, prompts: Sequence[str], chat_template: bool) -> list[str]:
+    """Return prompts as the host is to read them; chat templates checked token by token."""
+    if not chat_template:
+        return list(prompts)
+    tokenizer = tokenizer_of(model)
+    written = [chat_prompt(prompt, tokenizer) for prompt in prompts]
+    for prompt, text in zip(prompts, written, strict=True):
+        example = LabelledExample(prompt=prompt, label="none")
+        ours = tokenize_example(example, tokenizer, chat_template=True).tokens.tolist()
+        host = model.to_tokens(text, prepend_bos=False)[0].tolist()
+        # Centroids are made of one, texts are written after the other.
+        if host != ours:
+            raise ValueError(
+                f"the host reads the chat prompt {text!r} as {len(host)} tokens, the tokenizer as "
+                f"{len(ours)}, which differ: set tokenizer.add_bos_token so that BOS comes once, "
+                f"and shorten what is longer than the model's {int(model.cfg.n_ctx)} tokens"
+            )
+    return written
 
 
 def _mean_changes(records: Sequence[TraceRecord], n_rows: int) -> list[float]:
@@ -147,8 +182,6 @@ def _mean_changes(records: Sequence[TraceRecord], n_rows: int) -> list[float]:
     return (total / count.clamp(min=1)).tolist()
 
 
-def _until_eos(row: Tensor, eos: int | None) -> Tensor:
-    if eos is None:
-        return row
-    ends = (row == eos).nonzero()
-    return row[: int(ends[0]) + 1] if len(ends) else row
+def _until_end(row: Tensor, ends: Sequence[int]) -> Tensor:
+    at = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
+    return row[: int(at[0]) + 1] if len(at) else row

@@ -65,6 +65,9 @@ class TextScorer:
     batch_size: int = 64
     """Rows of one call of `generate`."""
 
+    chat_template: bool = False
+    """Put every prompt into the tokenizer's chat template, as the user's turn."""
+
     grounding: Judge | None = None
     """Tells the class whose part of its prompt a text takes up, for tasks that know: there a
     success is a text of the target class that takes up the target's part."""
@@ -173,6 +176,7 @@ class TextScorer:
             batch_size=len(prompts),
             temperature=self.temperature,
             seeds=None if self.temperature is None else seeds,
+            chat_template=self.chat_template,
         )
 
     def _ratio(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
@@ -190,7 +194,10 @@ class TextScorer:
         keys = [(p, _digest(row)) for p, row in zip(prompts, tokens, strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self._losses]
         losses = negative_log_likelihoods(
-            self.model, [prompts[i] for i in new], [tokens[i] for i in new]
+            self.model,
+            [prompts[i] for i in new],
+            [tokens[i] for i in new],
+            chat_template=self.chat_template,
         )
         self._losses |= {keys[i]: loss for i, loss in zip(new, losses, strict=True)}
         return sum(self._losses[key] for key in keys) / sum(map(len, tokens))

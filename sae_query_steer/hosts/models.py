@@ -29,16 +29,26 @@ def load_model(
 
     Source: `HookedTransformer.from_pretrained` does not take a folder; the bridge takes both.
     """
+    check_model_folder(name_or_folder)
     path = Path(name_or_folder)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json: give a Hugging Face model folder")
-    if not path.exists() and (path.is_absolute() or name_or_folder.startswith((".", "~"))):
-        raise FileNotFoundError(f"no model folder {path}")
     if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
         raise FileNotFoundError(
             f"{path} has no tokenizer files: TransformerLens needs them to boot"
         )
     return TransformerBridge.boot_transformers(name_or_folder, device=device, dtype=dtype)
+
+
+def check_model_folder(name_or_folder: str) -> None:
+    """Raise if a text looks like a path, and there is no model's config.
+
+    Raises:
+        FileNotFoundError: the message names the path.
+    """
+    path = Path(name_or_folder)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json: give a Hugging Face model folder")
+    if not path.exists() and (path.is_absolute() or name_or_folder.startswith((".", "~"))):
+        raise FileNotFoundError(f"no model folder {path}")
 
 
 def tokenizer_of(model: Any) -> Any:
@@ -50,6 +60,19 @@ def tokenizer_of(model: Any) -> Any:
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: give it one, or pass token rows")
     return model.tokenizer
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Return the ids that end a text: the tokenizer's EOS first, then what else the model ends by.
+
+    A chat model may end its turn by a token of its own, which only its generation config names
+    (Phi-3: <|end|>); the hosts stop at one EOS alone.
+    """
+    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+    also = getattr(config, "eos_token_id", None)
+    found = [None if model.tokenizer is None else model.tokenizer.eos_token_id]
+    found += also if isinstance(also, list) else [also]
+    return list(dict.fromkeys(int(token) for token in found if token is not None))
 
 
 def model_name(model: Any) -> str:
