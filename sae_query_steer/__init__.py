@@ -4,6 +4,7 @@ The names below follow the way of the data: sites, SAEs, labelled texts, centroi
 steering, comparison. Importing the package registers its SAE architectures with SAELens.
 """
 
+from sae_query_steer.achieved import achieved_effect
 from sae_query_steer.attach import attached_saes
 from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt, mean_difference
 from sae_query_steer.bloom import BloomLevel
@@ -106,6 +107,7 @@ from sae_query_steer.scopes import (
     WindowAroundPromptEnd,
 )
 from sae_query_steer.separability import separability
+from sae_query_steer.site_verdicts import site_verdicts
 from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steerer_files import load_steerer, save_steerer
 from sae_query_steer.steering import LatentGradientSteerer
@@ -198,6 +200,7 @@ __all__ = [
     "TopTokens",
     "Window",
     "WindowAroundPromptEnd",
+    "achieved_effect",
     "attached_saes",
     "descend",
     "evaluate_saes",
@@ -222,6 +225,7 @@ __all__ = [
     "residual_means",
     "save_steerer",
     "separability",
+    "site_verdicts",
     "split_heads",
     "texts_from_file",
     "to_inference",

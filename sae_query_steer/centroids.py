@@ -120,17 +120,23 @@ class CentroidTargets:
             raise ValueError(f"no class {str(target)!r}: the classes are {list(self.classes)}")
         return self.classes.index(target)
 
-    def class_share_of_variance(self, hook_name: str) -> float:
-        """Return the share of the latents' variance that the class explains, over all heads.
+    def class_share_of_variance(self, hook_name: str, *, head: int | None = None) -> float:
+        """Return the share of the latents' variance that the class explains.
 
         Between classes over total, sum_k n_k |m_k - m|^2 / (that + sum_k n_k var_k): 0 where all
         centroids are one, 1 where every latent is its class's centroid. Of few tokens it is too
         high: n tokens of k classes that do not differ give about (k - 1) / (n - 1).
 
+        Args:
+            hook_name: the site.
+            head: of one head; None means over all heads.
+
         Raises:
             KeyError: there are no centroids at this site.
         """
-        means, variances = self.means[hook_name].double(), self.variances[hook_name].double()
+        heads = slice(None) if head is None else slice(head, head + 1)
+        means = self.means[hook_name][:, heads].double()
+        variances = self.variances[hook_name][:, heads].double()
         counts = self.counts.double().to(means.device)[:, None, None]
         centre = (counts * means).sum(0) / counts.sum()
         between = (counts * (means - centre).square()).sum()

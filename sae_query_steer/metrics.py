@@ -77,6 +77,17 @@ def kl_divergence(
     return terms.where(log_p > -torch.inf, 0.0).sum(-1)
 
 
+def total_variation(
+    log_p: Float[Tensor, "*batch d_vocab"], log_q: Float[Tensor, "*batch d_vocab"]
+) -> Float[Tensor, "*batch"]:
+    """Return 1/2 sum |p - q| of distributions given by their log probabilities, from 0 to 1.
+
+    The share of the probability that changes hands: of tokens drawn from both, with as much in
+    common as can be, so many differ.
+    """
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
 def wilson_interval(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval of a share, hits out of n.
 

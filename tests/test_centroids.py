@@ -439,6 +439,15 @@ def test_the_share_is_zero_where_all_centroids_are_one_and_one_where_nothing_els
     assert pure.class_share_of_variance(HOOKS[0]) == 1
 
 
+def test_the_share_of_one_head_asks_no_other_head():
+    latents, classes = unequal_classes()
+    targets = targets_of(latents, classes)
+    for head in range(latents.shape[1]):
+        alone = targets_of(latents[:, head : head + 1], classes)
+        found = targets.class_share_of_variance(HOOKS[1], head=head)
+        assert found == pytest.approx(alone.class_share_of_variance(HOOKS[1]), rel=1e-9)
+
+
 def test_of_few_tokens_the_share_is_too_high_by_as_much_as_is_said():
     noise = torch.randn(11, 1, 5000, generator=torch.Generator().manual_seed(2)).double()
     classes = torch.tensor([0] * 6 + [1] * 2 + [2] * 3)

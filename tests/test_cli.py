@@ -44,7 +44,12 @@ def test_the_four_commands_show_tables_and_write_folders(folder):
     assert set(table["layer"]) == {0, 1}
     assert {"kl", "kl_control", "accuracy_latents", "accuracy_position"} <= set(table.columns)
     assert len(table) == 2 * 5
-    assert "kl_control" in sites
+    (header,) = [line for line in sites.splitlines() if "class_effect_se" in line]
+    assert header.split()[:2] == ["layer", "head"]
+    assert header.split()[-1] == "verdict"
+    closing = sites.splitlines()[-2]
+    assert closing.startswith(("Steer here: layer", "Nothing to steer at any of these 10 sites"))
+    assert set(table["steer_here"]) <= {True, False}
     texts = json.loads((folder / "steered" / "texts.json").read_text())
     assert texts["unsteered"].startswith("w1 w2 w3")
     assert texts["steered"].startswith("w1 w2 w3")
@@ -52,6 +57,19 @@ def test_the_four_commands_show_tables_and_write_folders(folder):
     trace = pd.read_csv(folder / "steered" / "trace.csv")
     assert (trace["distance_after.create"] < trace["distance_before.create"]).all()
     assert "nearest_is_target_after" in steer
+
+
+def test_sites_with_centroids_also_steers_each_site(folder, tmp_path):
+    folder, (*_, plain, _) = folder
+    arguments = [*chain(folder)[2], "--targets", str(folder / "targets")]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "sites")
+    result = runner.invoke(app, arguments, catch_exceptions=False)
+    assert "achieved_effect" in result.output
+    assert "achieved_effect" not in plain
+    table = pd.read_csv(tmp_path / "sites" / "sites.csv")
+    before = pd.read_csv(folder / "sites" / "sites.csv")
+    pd.testing.assert_frame_equal(table[before.columns], before)
+    assert (table["achieved_moved"] > 0).all()
 
 
 def test_steer_says_when_no_position_was_met(folder):

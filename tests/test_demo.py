@@ -193,12 +193,14 @@ def test_the_report_opens_offline(demo):
     assert len(display_table(demo)) == len(demo.rows)
 
 
-def test_only_effects_beyond_two_errors_and_a_tenth_of_the_largest_are_steered():
+def test_only_layers_of_which_the_verdict_says_so_are_steered():
     table = pd.DataFrame(
         {
             "layer": [0, 1, 2, 3],
             "class_effect": [0.2, 1.0, 0.3, 0.09],
             "class_effect_se": [0.15, 0.1, 0.1, 0.01],
+            "moved": [0.9, 0.9, 0.3, 0.02],
+            "moved_control": [0.0, 0.1, 0.1, 0.01],
         }
     )
     assert chosen_layers(table) == (1, 2)

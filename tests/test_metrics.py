@@ -5,7 +5,12 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from sae_query_steer.metrics import ReconstructionMoments, kl_divergence, wilson_interval
+from sae_query_steer.metrics import (
+    ReconstructionMoments,
+    kl_divergence,
+    total_variation,
+    wilson_interval,
+)
 
 N_TOKENS, N_HEADS, D_HEAD, D_SAE = 23, 3, 5, 7
 
@@ -83,6 +88,14 @@ def test_a_token_of_probability_zero_adds_nothing_to_the_divergence():
     expected = 0.25 * math.log(0.5) + 0.75 * math.log(3)
     assert float(kl_divergence(log_p, log_q)) == pytest.approx(expected)
     assert float(kl_divergence(log_p, log_p)) == 0
+
+
+def test_total_variation_is_the_probability_that_changes_hands():
+    log_p = torch.tensor([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0]]).log()
+    log_q = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5]]).log()
+    assert total_variation(log_p, log_q).tolist() == pytest.approx([0.5, 1.0])
+    assert torch.equal(total_variation(log_p, log_q), total_variation(log_q, log_p))
+    assert total_variation(log_p, log_p).eq(0).all()
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 9), (1, 1), (7, 23), (60, 61), (300, 300)])

@@ -5,7 +5,7 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.interchange import _draw_pairs
+from sae_query_steer.interchange_pairs import draw_pairs
 
 
 # A latent that never fires has no deviation: scikit-learn says so.
@@ -196,7 +196,7 @@ def test_the_error_counts_examples_and_not_pairs(model, examples):
 
 def test_every_example_is_a_receiver_once_before_one_is_so_twice():
     labels = ["a", "b", "c"] * 5
-    pairs = _draw_pairs(labels, 15, seed=0)
+    pairs = draw_pairs(labels, 15, seed=0)
     assert sorted(pair.receiver for pair in pairs) == list(range(15))
     for pair in pairs:
         assert labels[pair.other] != labels[pair.receiver] == labels[pair.control]
@@ -245,7 +245,7 @@ def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(model, exa
         return logits[0, -1].log_softmax(-1)
 
     expected: dict[str, list[float]] = {"kl": [], "kl_control": [], "toward_control": []}
-    for pair in _draw_pairs(labels, 4, seed=2):
+    for pair in draw_pairs(labels, 4, seed=2):
         own_class = [i for i in range(4) if labels[i] == labels[pair.other]]
         aim = torch.stack([log_probs(i).exp() for i in own_class]).mean(0)
         clean = log_probs(pair.receiver)

@@ -36,7 +36,17 @@ from sae_query_steer.commands.options import (
 )
 from sae_query_steer.descent import check_strength
 from sae_query_steer.hosts.models import end_tokens
+from sae_query_steer.site_verdicts import closing_sentence
 from sae_query_steer.storage import new_folder, write_json
+
+_ACHIEVED = ("class_effect", "class_effect_se", "moved", "moved_control")
+
+_SHOWN = (
+    *("layer", "head", "class_effect", "class_effect_se", "moved", "moved_control"),
+    *("achieved_effect", "achieved_moved", "accuracy_latents", "accuracy_query"),
+    *("accuracy_position", "accuracy_token", "chance", "verdict"),
+)
+"""What `sites` prints of its table; the file has all of it."""
 
 
 def targets(
@@ -80,6 +90,12 @@ def sites(
     bloom: Bloom = False,
     span: SpanName = "last-prompt-token",
     pairs: Annotated[int, typer.Option(help="Pairs for the interchange effect.")] = 64,
+    targets: Annotated[
+        Path | None,
+        typer.Option(
+            "--targets", help="Folder that `targets` wrote: also steer each site to its centroids."
+        ),
+    ] = None,
     per_head: Annotated[
         bool, typer.Option("--per-head/--per-layer", help="Also look at every head alone.")
     ] = True,
@@ -90,9 +106,10 @@ def sites(
     dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
-    """Show where steering can work: separability and interchange effect of each site and head."""
+    """Say where steering can work: interchange effect and separability, and what follows."""
     if out is not None:
         check_free(out, overwrite, "sites.csv")
+    centroids = None if targets is None else sqs.CentroidTargets.load(targets)
     examples = labelled_examples(csv, prompt, response, label, bloom)
     chosen = named(SPANS, span, "--span")()
     host = load_host(model, device, dtype)
@@ -103,18 +120,25 @@ def sites(
         "prepend_bos": bos,
         "chat_template": chat_template,
     }
+    patched = shared | {"n_pairs": pairs, "per_head": per_head}
     apart = sqs.separability(host, encoders, examples, **shared)
     layers = [int(layer) for layer in apart["layer"].unique()]
     moved = sqs.interchange_effect(
         host,
         sqs.query_sites(host, layers),
         examples,
-        n_pairs=pairs,
-        per_head=per_head,
-        **shared,
+        **patched,
     )
     table = moved.merge(apart, on=["layer", "head"], how="left")
-    show(table)
+    if centroids is not None:
+        steered = sqs.achieved_effect(host, encoders, centroids, examples, **patched)
+        names = {name: f"achieved_{name.removeprefix('class_')}" for name in _ACHIEVED}
+        table = table.merge(
+            steered[["layer", "head", *_ACHIEVED]].rename(columns=names), on=["layer", "head"]
+        )
+    table = sqs.site_verdicts(table)
+    show(table[[name for name in _SHOWN if name in table.columns]])
+    typer.echo(closing_sentence(table))
     if out is not None:
         with new_folder(out, overwrite=overwrite, holding="sites.csv") as new:
             table.to_csv(new / "sites.csv", index=False)

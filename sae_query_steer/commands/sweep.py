@@ -121,8 +121,8 @@ def sweep(
     read: dict[str, Any] = {"span": where, "chat_template": chat_template}
     apart = sqs.separability(host, chosen, validation, seed=seed, **read)
     moved = sqs.interchange_effect(host, sites, validation, per_head=False, seed=seed, **read)
-    table = moved.merge(apart[apart["head"] == ALL_HEADS], on=["layer", "head"]).drop(
-        columns="head"
+    table = sqs.site_verdicts(
+        moved.merge(apart[apart["head"] == ALL_HEADS], on=["layer", "head"]).drop(columns="head")
     )
     methods = prompt_methods(steering, seed=seed)
     methods = [m for m in methods if m.name != "instruction"]  # no prompt requests a class here

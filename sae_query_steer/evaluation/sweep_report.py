@@ -42,6 +42,7 @@ _SITES = {
     "accuracy_latents": "told apart: latents",
     "accuracy_query": "raw q",
     "accuracy_token": "token alone",
+    "verdict": "beforehand, from real queries patched in",
 }
 """What is shown of a site beside what steering reached there."""
 

@@ -12,6 +12,7 @@ from sae_query_steer.interchange import interchange_effect
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.separability import ALL_HEADS, separability
+from sae_query_steer.site_verdicts import site_verdicts
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.targets import CentroidTargetBuilder
 from sae_query_steer.tasks.tutor.cases import MAX_NEW_TOKENS
@@ -78,14 +79,12 @@ def site_table(
 
 
 def chosen_layers(table: pd.DataFrame) -> tuple[int, ...]:
-    """Return the layers to steer: those whose interchange effect stands out.
+    """Return the layers to steer: those of which `site_verdicts` says so.
 
-    A layer stands out when its class effect is above two standard errors and above a tenth of the
-    largest. Where none does, the one with the largest effect is returned, so that the
-    null can be seen.
+    Where there is none, the one with the largest class effect is returned, so that the null can be
+    seen.
     """
-    effect, error = table["class_effect"], table["class_effect_se"]
-    stands_out = (effect > 2 * error) & (effect > 0.1 * effect.max())
-    if not bool(stands_out.any()):
-        stands_out = effect == effect.max()
-    return tuple(int(layer) for layer in table.loc[stands_out, "layer"])
+    chosen = site_verdicts(table)["steer_here"]
+    if not bool(chosen.any()):
+        chosen = table["class_effect"] == table["class_effect"].max()
+    return tuple(int(layer) for layer in table.loc[chosen, "layer"])

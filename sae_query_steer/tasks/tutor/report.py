@@ -15,6 +15,7 @@ from sae_query_steer.evaluation.sweep_figures import (
     layer_table,
     matrix_figure,
 )
+from sae_query_steer.site_verdicts import closing_sentence, site_verdicts
 from sae_query_steer.storage import new_folder, write_json
 from sae_query_steer.tasks.tutor.cases import TASKS
 from sae_query_steer.tasks.tutor.results import DemoResult
@@ -128,14 +129,8 @@ def verdict(result: DemoResult) -> str:
             f"{rows.loc[['interchange']].max():.2f}, unsteered {rows['unsteered']:.2f}, the "
             f"request itself {rows['instruction']:.2f}"
         )
-    top = result.sites.loc[result.sites["class_effect"].idxmax()]
-    found = top["class_effect"] > 2 * top["class_effect_se"]
-    before = (
-        f"Beforehand, the interchange effect was {top['class_effect']:.3f} ± "
-        f"{top['class_effect_se']:.3f} nats at layer {int(top['layer'])}: "
-        + ("there is something to steer." if found else "nothing here for a query to change.")
-    )
-    return f"{before} Success, {'; '.join(said)}."
+    before = closing_sentence(site_verdicts(result.sites))
+    return f"Beforehand, from real queries patched in: {before} Success, {'; '.join(said)}."
 
 
 def display_table(result: DemoResult) -> pd.DataFrame:

@@ -1,0 +1,167 @@
+"""The achieved effect: the interchange effect's question, asked of a steer."""
+
+import pandas as pd
+import pytest
+import torch
+
+import sae_query_steer as sqs
+from sae_query_steer.evaluation.rowwise import QueryPatch
+from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.interchange_pairs import draw_pairs
+
+MEASURED = ["kl", "moved", "toward_class", "toward_control", "class_effect", "class_effect_se"]
+
+
+@pytest.fixture
+def same_texts(examples):
+    """Three classes of six texts each, those of a class all alike."""
+    firsts = [next(e for e in examples if e.label == k) for k in ("apply", "create", "remember")]
+    return [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in firsts for _ in range(6)]
+
+
+def test_to_steer_all_the_way_to_real_queries_is_to_patch_them_in(model, same_texts):
+    # Where all texts of a class are one text, its dense centroid is the donor's real query.
+    sites = sqs.query_sites(model, [0, 2])
+    dense = sqs.identity_encoders(sites)
+    centroids = sqs.CentroidTargetBuilder(model, dense).fit(same_texts)
+    patched = sqs.interchange_effect(model, sites, same_texts, n_pairs=12, seed=3)
+    steered = sqs.achieved_effect(model, dense, centroids, same_texts, n_pairs=12, seed=3)
+    assert list(steered.columns) == list(patched.columns)
+    assert patched["class_effect"].abs().max() > 1e-2
+    pd.testing.assert_frame_equal(steered, patched, rtol=1e-3, atol=2e-5)
+
+
+def test_no_steps_move_nothing(model, saes, targets, examples):
+    for still in ({"n_steps": 0}, {"step_size": 0.0}):
+        table = sqs.achieved_effect(model, saes, targets, examples, n_pairs=6, **still)
+        assert table["kl"].abs().max() < 1e-6
+        assert (table[["moved", "moved_control"]].abs() < 1e-6).all(axis=None)
+        assert (table[["toward_class", "class_effect"]].abs() < 1e-5).all(axis=None)
+
+
+def test_it_is_what_the_same_steer_does_in_a_forward_pass(model, saes, targets, examples):
+    given = {"objective": sqs.PrototypeLogLikelihood(), "n_steps": 5, "step_size": 2.0}
+    table = sqs.achieved_effect(
+        model, saes, targets, examples, n_pairs=3, seed=1, batch_size=2, **given
+    )
+    pairs = draw_pairs([e.label for e in examples], 3, seed=1)
+    for layer, head in ((2, "all"), (0, 1)):
+        moved, kl = [], []
+        for pair in pairs:
+            tokens = sqs.tokenize_example(examples[pair.receiver], model.tokenizer)
+            steerer = sqs.LatentGradientSteerer(
+                saes,
+                targets,
+                target=examples[pair.other].label,
+                layers=[layer],
+                heads=None if head == "all" else [head],
+                **given,
+            )
+
+            def log_probs(tokens=tokens):
+                logits = model(tokens.tokens[None], prepend_bos=False)
+                return logits[0, tokens.prompt_length - 1].detach().log_softmax(-1)
+
+            clean = log_probs()
+            with steerer.apply(model, prompt_lengths=[tokens.prompt_length]):
+                changed = log_probs()
+            moved.append(float((clean.exp() - changed.exp()).abs().sum() / 2))
+            kl.append(float((clean.exp() * (clean - changed)).sum()))
+        row = table[(table["layer"] == layer) & (table["head"] == head)].iloc[0]
+        assert row["moved"] == pytest.approx(sum(moved) / 3, rel=1e-2, abs=1e-6)
+        assert row["kl"] == pytest.approx(sum(kl) / 3, rel=1e-2, abs=1e-6)
+        assert row["moved"] > 1e-4
+
+
+def test_every_token_of_a_span_is_steered(model, saes, targets, examples):
+    table = sqs.achieved_effect(
+        model, saes, targets, examples, span=sqs.ResponseTokens(), n_pairs=6, per_head=False
+    )
+    assert list(table["head"]) == ["all", "all"]
+    assert table["kl"].min() > 1e-5
+
+
+def test_it_refuses_what_it_cannot_steer(model, saes, targets, examples):
+    unknown = [sqs.LabelledExample(prompt=f"w{i} w{i + 1}", label="wild") for i in range(4)]
+    with pytest.raises(ValueError, match="no class 'wild': the classes are"):
+        sqs.achieved_effect(model, saes, targets, [*examples, *unknown], n_pairs=4)
+    with pytest.raises(ValueError, match="n_pairs=0 is not allowed"):
+        sqs.achieved_effect(model, saes, targets, examples, n_pairs=0)
+
+
+def counterparts_of(examples):
+    """The same texts with their last word changed, as if made for another class."""
+    classes = sorted({e.label for e in examples})
+    return [
+        sqs.LabelledExample(
+            prompt=f"{e.prompt} w{40 + i % 5}",
+            label=classes[(classes.index(e.label) + 1 + i % 2) % 3],
+        )
+        for i, e in enumerate(examples)
+    ]
+
+
+def test_a_counterpart_gives_its_own_queries_and_is_its_own_aim(model, examples):
+    others = counterparts_of(examples)
+    site = sqs.query_sites(model, [1])[0]
+    prompts = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples]
+    table = sqs.interchange_effect(
+        model, [site], prompts, counterparts=others, n_pairs=5, per_head=False, seed=4
+    )
+    toward, gaps = [], []
+    for pair in draw_pairs([e.label for e in prompts], 5, seed=4, counterparts=True):
+        assert pair.other == len(prompts) + pair.receiver
+        donor = model.to_tokens(others[pair.receiver].prompt)
+        receiver = model.to_tokens(prompts[pair.receiver].prompt)
+        given = queries_at(model, donor, [site.hook_name])[site.hook_name][:, -1]
+        steerer = QueryPatch({site.hook_name: site}, {site.hook_name: given})
+        aim, clean = (
+            model(tokens, prepend_bos=False)[0, -1].detach().log_softmax(-1)
+            for tokens in (donor, receiver)
+        )
+        with steerer.apply(model, prompt_lengths=[receiver.shape[1]]):
+            patched = model(receiver, prepend_bos=False)[0, -1].detach().log_softmax(-1)
+        toward.append(float((aim.exp() * (patched - clean)).sum()))
+        gaps.append(float((aim.exp() * (aim - clean)).sum()))
+    row = table.iloc[0]
+    assert row["toward_class"] == pytest.approx(sum(toward) / 5, rel=1e-2, abs=1e-5)
+    assert row["class_gap"] == pytest.approx(sum(gaps) / 5, rel=1e-3)
+    assert row["class_share"] == pytest.approx(row["class_effect"] / row["class_gap"])
+    assert row["toward_share"] == pytest.approx(row["toward_class"] / row["class_gap"], rel=1e-3)
+
+
+def test_counterparts_of_equal_length_give_the_last_layer_all_that_it_can(model, examples):
+    # The next token of the counterpart itself has no gap left: a receiver equal to it moves 0.
+    prompts = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples]
+    same = [sqs.LabelledExample(prompt=e.prompt, label="other" + e.label) for e in prompts]
+    table = sqs.interchange_effect(
+        model, sqs.query_sites(model, [0]), prompts, counterparts=same, n_pairs=4, per_head=False
+    )
+    assert table["class_gap"].abs().max() < 1e-6
+    assert table["kl"].abs().max() < 1e-6
+
+
+def test_the_gap_leaves_the_donor_out_of_its_class(model, examples):
+    prompts = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples[:9]]
+    labels = [e.label for e in prompts]
+    table = sqs.interchange_effect(
+        model, sqs.query_sites(model, [0]), prompts, n_pairs=7, per_head=False, seed=2
+    )
+    logs = [model(model.to_tokens(e.prompt))[0, -1].detach().log_softmax(-1) for e in prompts]
+    gaps = []
+    for pair in draw_pairs(labels, 7, seed=2):
+        rest = [i for i, k in enumerate(labels) if k == labels[pair.other] and i != pair.other]
+        goal = torch.stack([logs[i].exp() for i in rest]).mean(0)
+        gaps.append(float((goal * (logs[pair.other] - logs[pair.receiver])).sum()))
+    assert table["class_gap"].iloc[0] == pytest.approx(sum(gaps) / 7, rel=1e-2, abs=1e-4)
+
+
+def test_counterparts_that_do_not_fit_are_refused(model, examples):
+    others = counterparts_of(examples)
+    sites = sqs.query_sites(model, [0])
+    with pytest.raises(ValueError, match="47 counterparts do not fit 48 examples"):
+        sqs.interchange_effect(model, sites, examples, counterparts=others[:-1])
+    with pytest.raises(
+        ValueError, match="the counterpart of example 0 is of its own class 'apply'"
+    ):
+        sqs.interchange_effect(model, sites, examples, counterparts=examples)

@@ -1,0 +1,120 @@
+"""From a table of sites to a word: what it takes, and what is said."""
+
+import pandas as pd
+import pytest
+import torch
+
+import sae_query_steer as sqs
+from sae_query_steer.site_verdicts import MIN_MOVED, closing_sentence
+
+GOOD = {
+    **{"layer": 1, "head": "all", "class_effect": 0.7, "class_effect_se": 0.1},
+    **{"moved": 0.6, "moved_control": 0.1, "accuracy_latents": 0.9, "chance": 0.5},
+    **{"n_test": 100},
+}
+
+
+def judged(n_sites=4, **changes):
+    return sqs.site_verdicts(pd.DataFrame([GOOD | changes]), n_sites=n_sites).iloc[0]
+
+
+def test_a_class_effect_of_weight_that_the_latents_see_is_worth_a_steer():
+    row = judged()
+    assert bool(row["steer_here"])
+    assert row["verdict"] == (
+        "steer here: class effect 0.700 ± 0.100 nats, 60.0% of the next token's probability "
+        "changes hands, 10.0% with queries of the own class"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"class_effect": 0.22},
+            "nothing to steer here: class effect 0.220 ± 0.100 nats, not above 2.2 errors",
+        ),
+        ({"class_effect": -0.7}, "not above 2.2 errors"),
+        ({"class_effect": float("nan")}, "class effect nan"),
+        ({"class_effect_se": float("nan")}, "too few examples for an error; give more"),
+        ({"moved": 0.14}, "is there, but a trace: 14.0% of the next token's probability changes"),
+        (
+            {"accuracy_latents": 0.6},
+            "but the latents do not tell the classes apart (0.60, chance 0.50); train other SAEs",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(changes, said):
+    row = judged(**changes)
+    assert not bool(row["steer_here"])
+    assert row["verdict"].startswith("nothing to steer")
+    assert said in row["verdict"]
+
+
+def test_each_threshold_is_where_it_is_said_to_be():
+    assert bool(judged(moved=0.1 + MIN_MOVED + 1e-6)["steer_here"])
+    assert not bool(judged(moved=0.1 + MIN_MOVED - 1e-6)["steer_here"])
+    # One-sided 5 % over four sites: 2.2414 errors; over one: 1.6449.
+    assert bool(judged(class_effect=0.2242)["steer_here"])
+    assert not bool(judged(class_effect=0.2241)["steer_here"])
+    assert bool(judged(class_effect=0.1646, n_sites=1)["steer_here"])
+    assert not bool(judged(class_effect=0.1644, n_sites=1)["steer_here"])
+    # 2.2414 sqrt(1/4 / 100) = 0.112 above chance.
+    assert bool(judged(accuracy_latents=0.613)["steer_here"])
+    assert not bool(judged(accuracy_latents=0.612)["steer_here"])
+
+
+def test_the_more_sites_were_looked_at_the_more_is_wanted_of_each():
+    table = pd.DataFrame([GOOD | {"class_effect": 0.25, "layer": i} for i in range(40)])
+    assert sqs.site_verdicts(table[:4])["steer_here"].all()
+    assert not sqs.site_verdicts(table)["steer_here"].any()
+
+
+def test_luck_alone_passes_as_seldom_as_is_said():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 20, generator=generator).flatten().tolist()
+    table = pd.DataFrame(GOOD, index=range(len(noise))).assign(
+        class_effect=noise, class_effect_se=1.0
+    )
+    found = sqs.site_verdicts(table, n_sites=20)["steer_here"].to_numpy().reshape(2000, 20)
+    assert found.any(1).mean() == pytest.approx(0.05, abs=0.015)
+
+
+def test_separability_is_asked_only_where_it_is_in_the_table():
+    table = pd.DataFrame([GOOD | {"accuracy_latents": 0.5}])
+    assert not sqs.site_verdicts(table)["steer_here"].any()
+    alone = table.drop(columns=["accuracy_latents", "chance", "n_test"])
+    assert sqs.site_verdicts(alone)["steer_here"].all()
+
+
+def test_one_sentence_closes_the_table():
+    # The head has the larger effect in nats, all heads together move more.
+    head = GOOD | {"head": 3, "class_effect": 0.9, "moved": 0.2}
+    table = sqs.site_verdicts(pd.DataFrame([head, GOOD, GOOD | {"layer": 2, "moved": 0.1}]))
+    assert closing_sentence(table).startswith("Steer here: layer 1 (50%); layer 1, head 3 (10%). ")
+    nothing = sqs.site_verdicts(table.assign(class_effect=[0.15, 0.1, -1.0]))
+    assert closing_sentence(nothing) == (
+        "Nothing to steer at any of these 3 sites. Most is moved at layer 1, and there: class "
+        "effect 0.100 ± 0.100 nats, not above 2.1 errors."
+    )
+    unknown = sqs.site_verdicts(pd.DataFrame([GOOD | {"class_effect_se": float("nan")}]))
+    assert closing_sentence(unknown).startswith("Nothing to steer at this site")
+
+
+def test_a_table_of_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"the table has no columns \['class_effect_se', 'moved'"):
+        sqs.site_verdicts(pd.DataFrame([{"class_effect": 1.0, "moved_control": 0.0}]))
+    with pytest.raises(ValueError, match="n_sites=0 is not allowed"):
+        sqs.site_verdicts(pd.DataFrame([GOOD])[:0])
+
+
+def test_of_a_model_whose_queries_decide_nothing_it_says_so(tiny_folder, examples):
+    model = sqs.load_model(str(tiny_folder), device="cpu")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.o.original_component.weight.zero_()
+    table = sqs.site_verdicts(
+        sqs.interchange_effect(model, sqs.query_sites(model), examples, n_pairs=24)
+    )
+    assert not table["steer_here"].any()
+    assert closing_sentence(table).startswith("Nothing to steer at any of these 15 sites")
