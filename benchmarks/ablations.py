@@ -23,9 +23,9 @@ from sae_query_steer.evaluation import DESCENTS, Descent, Method, SweepLog, desc
 from sae_query_steer.evaluation.comparison import operating_point, strength_curves
 from sae_query_steer.evaluation.text_scorer import TextScorer
 from sae_query_steer.metrics import wilson_interval
+from sae_query_steer.tasks.splits import Split
 from sae_query_steer.tasks.tutor import TUTOR_FOLDER, DemoSettings, LevelClassifier, TutorCorpus
 from sae_query_steer.tasks.tutor.cases import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
-from sae_query_steer.tasks.tutor.corpus import Split
 from sae_query_steer.tasks.tutor.preparation import training_examples
 
 DISTANCE = replace(

@@ -185,7 +185,8 @@ def at_note(
     spans = [note_tokens(model, prompt, level) for prompt in prompts]
     rows, positions = table["row"], table["source_position"]
     there = [p in spans[r] for r, p in zip(rows, positions, strict=True)]
-    return table[there].groupby("head")[column].sum() / len(prompts)
+    summed: Any = table[there].groupby("head")[column].sum()
+    return summed / len(prompts)
 
 
 def note_tokens(model: Any, prompt: Any, level: Any) -> range:

@@ -145,7 +145,9 @@ def measured(model: Any, task: Task, pairs: int) -> list[dict[str, Any]]:
         ("achieved", achieved_effect(model, saes, centroids, task.looked_at, **paired)),
     ):
         columns = ["class_effect", "class_effect_se", "class_share", "moved", "moved_control"]
-        renamed = found[[*key, *columns]].rename(columns={c: f"{name}_{c}" for c in columns})
+        renamed = pd.DataFrame(found[[*key, *columns]]).rename(
+            columns={c: f"{name}_{c}" for c in columns}
+        )
         table = table.merge(renamed, on=key)
     scorer = TextScorer(
         model,
@@ -166,7 +168,8 @@ def measured(model: Any, task: Task, pairs: int) -> list[dict[str, Any]]:
         method = descent_methods(
             "SAE descent", saes, {"main": centroids}, [descent], layers=[[layer]], heads=[heads]
         )[0]
-        row = {str(name): value for name, value in row.items()} | {"head": str(head)}
+        row: dict[str, Any] = {str(name): value for name, value in row.items()}
+        row["head"] = str(head)
         row["moved_beyond"] = row["moved"] - row["moved_control"]
         row["label_share"] = queries.class_share_of_variance(
             sites[layer].hook_name, head=None if heads is None else heads[0]
@@ -204,13 +207,8 @@ def main() -> None:
             rows = measured(model, task(folder, args.cases), args.pairs)
             settings = {"cases": args.cases, "pairs": args.pairs}
             # By way of pandas: numpy's numbers, and missing ones, as JSON knows them.
-            write_json(
-                file,
-                {
-                    "settings": settings,
-                    "rows": json.loads(pd.DataFrame(rows).to_json(orient="records")),
-                },
-            )
+            plain = json.loads(pd.DataFrame(rows).to_json(orient="records") or "[]")
+            write_json(file, {"settings": settings, "rows": plain})
         table = pd.DataFrame(read_json(file)["rows"]).replace({None: math.nan})
         parts.append(table.assign(model=folder.name))
     report(pd.concat(parts, ignore_index=True), args.out)

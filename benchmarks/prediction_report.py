@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,11 +30,12 @@ PREDICTORS = {
 RIVALS = ("accuracy_latents", "layer")
 
 
-def rank(values: pd.Series, change: pd.Series) -> float:
+def rank(values: Any, change: Any) -> float:
     """Return Spearman's rho; NaN where either never changes."""
     if values.nunique() < 2 or change.nunique() < 2:
         return math.nan
-    return float(spearmanr(values, change, nan_policy="omit").statistic)
+    found: Any = spearmanr(values, change, nan_policy="omit")
+    return float(found.statistic)
 
 
 def correlations(table: pd.DataFrame, change: str, *, draws: int = 1000) -> pd.DataFrame:
@@ -100,7 +102,9 @@ def report(table: pd.DataFrame, out: Path) -> None:
     print(markdown(picked(table, change)))
     rows = []
     for model, part in table.groupby("model", sort=False):
-        first, said, did = part.iloc[0], part["steer_here"].astype(bool), part[change] > REACHED
+        first = part.iloc[0]
+        said = part["steer_here"].astype(bool).to_numpy()
+        did = part[change].to_numpy() > REACHED
         rows.append(
             {
                 "model": model,
@@ -115,7 +119,9 @@ def report(table: pd.DataFrame, out: Path) -> None:
         )
     print(f"\nverdicts, and whether the target rate rose by more than {REACHED}\n")
     print(markdown(pd.DataFrame(rows)))
-    shown = table.assign(site=[f"layer {r.layer}, head {r.head}" for r in table.itertuples()])
+    shown = table.assign(
+        site=[f"layer {r['layer']}, head {r['head']}" for r in table.to_dict("records")]
+    )
     long = shown.melt(
         id_vars=["model", "site", change], value_vars=list(PREDICTORS), value_name="predicted"
     ).replace({"variable": PREDICTORS})

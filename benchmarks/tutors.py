@@ -53,7 +53,7 @@ def main() -> None:
         print(pd.DataFrame(results["sites"]).round(3).to_string(index=False))
         for row in results["rows"]:
             where = f"{row['success']:.2f} [{row['success_low']:.2f}, {row['success_high']:.2f}]"
-            rows.setdefault((row["task"], label_of(row)), {})[name] = (
+            rows.setdefault((row["task"], label_of(row, results["layers"])), {})[name] = (
                 f"{where} {row['perplexity_ratio']:.2f}"
             )
     print("\nsuccess [95 %] and perplexity ratio\n")

@@ -73,7 +73,7 @@ def closing_sentence(table: pd.DataFrame) -> str:
     """
     shifts = (table["moved"] - table["moved_control"]).fillna(-math.inf)
     order = table.assign(shift=shifts).sort_values("shift", ascending=False, kind="stable")
-    good = order[order["steer_here"]].to_dict("records")
+    good = pd.DataFrame(order[order["steer_here"]]).to_dict("records")
     if good:
         named = "; ".join(f"{_name(row)} ({row['shift']:.0%})" for row in good)
         return (

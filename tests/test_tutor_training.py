@@ -15,20 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sae_query_steer as sqs
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.storage import read_tensors
+from sae_query_steer.tasks.row_batches import NO_LOSS, PERIODS, TaskBatch
 from sae_query_steer.tasks.tutor import training
-from sae_query_steer.tasks.tutor.batches import (
-    HIDING_SHARE,
-    NO_LOSS,
-    PERIODS,
-    ROWS,
-    TutorBatch,
-    tutor_batch,
-)
+from sae_query_steer.tasks.tutor.batches import HIDING_SHARE, ROWS, tutor_batch
 from sae_query_steer.tasks.tutor.corpus import TutorCorpus
 from sae_query_steer.tasks.tutor.obedience import obedience
-from sae_query_steer.tasks.tutor.tokenizer import SPECIAL, tutor_tokenizer
+from sae_query_steer.tasks.tutor.tokenizer import tutor_tokenizer
 from sae_query_steer.tasks.tutor.training import TutorTraining, train_tutor
 from sae_query_steer.tasks.tutor.words import OPENERS, REQUESTS
+from sae_query_steer.tasks.word_tokens import SPECIAL
 
 PAD, BOS, EOS = (SPECIAL.index(token) for token in ("<pad>", "<s>", "</s>"))
 LEVELS = list(BloomLevel)
@@ -51,7 +46,7 @@ def tokenizer():
     return tutor_tokenizer()
 
 
-def batch_of(kind, tokenizer, **changes) -> TutorBatch:
+def batch_of(kind, tokenizer, **changes) -> TaskBatch:
     settings = {"seed": 3, "step": 5, "notes": True, "open_share": 0.5}
     return tutor_batch(kind, tokenizer, **{**settings, **changes})
 
@@ -185,7 +180,7 @@ def test_a_learned_token_of_a_copy_is_told_by_what_stood_one_period_before(token
     assert len(set(batch.tokens.flatten().tolist())) > 300
 
 
-def first_visible(kind, tokenizer) -> TutorBatch:
+def first_visible(kind, tokenizer) -> TaskBatch:
     """The first batch of a kind in which something is hidden."""
     batches = (batch_of(kind, tokenizer, step=step) for step in range(20))
     return next(batch for batch in batches if batch.visible is not None)
@@ -472,7 +467,7 @@ def test_what_is_hidden_does_not_reach_the_loss_and_what_is_not_does(tutor, toke
     @torch.no_grad()
     def loss(tokens, mask) -> float:
         visible = None if mask is None else mask.expand(len(tokens), -1, -1)
-        made = TutorBatch(
+        made = TaskBatch(
             tokens=tokens, labels=batch.labels, decisions=batch.decisions, visible=visible
         )
         return float(training.feedback_loss(model, made, 2.0))

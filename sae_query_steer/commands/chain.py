@@ -134,10 +134,11 @@ def sites(
         steered = sqs.achieved_effect(host, encoders, centroids, examples, **patched)
         names = {name: f"achieved_{name.removeprefix('class_')}" for name in _ACHIEVED}
         table = table.merge(
-            steered[["layer", "head", *_ACHIEVED]].rename(columns=names), on=["layer", "head"]
+            pd.DataFrame(steered[["layer", "head", *_ACHIEVED]]).rename(columns=names),
+            on=["layer", "head"],
         )
     table = sqs.site_verdicts(table)
-    show(table[[name for name in _SHOWN if name in table.columns]])
+    show(pd.DataFrame(table[[name for name in _SHOWN if name in table.columns]]))
     typer.echo(closing_sentence(table))
     if out is not None:
         with new_folder(out, overwrite=overwrite, holding="sites.csv") as new:

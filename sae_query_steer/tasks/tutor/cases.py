@@ -7,7 +7,8 @@ from typing import Literal, TypeAlias
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.evaluation.judges import RuleJudge
-from sae_query_steer.tasks.tutor.corpus import Split, TutorCorpus, TutorPrompt
+from sae_query_steer.tasks.splits import Split
+from sae_query_steer.tasks.tutor.corpus import TutorCorpus, TutorPrompt
 from sae_query_steer.tasks.tutor.judges import restated_level
 
 MAX_NEW_TOKENS = 32

@@ -18,13 +18,12 @@ the feedback through values, and a query has nothing to choose.
 """
 
 import random
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.data import LabelledExample
+from sae_query_steer.tasks.splits import Split, split_of
 from sae_query_steer.tasks.tutor.words import (
     ACTIONS,
     ADJECTIVES,
@@ -38,9 +37,6 @@ from sae_query_steer.tasks.tutor.words import (
     REQUESTS,
     THINGS,
 )
-
-Split: TypeAlias = Literal["train", "validation", "test"]
-"""Lessons, note contents and combinations of opener and request of one split are in no other."""
 
 SEPARATOR = "\n\n"
 """What stands between a solved example and the next prompt."""
@@ -137,7 +133,8 @@ class TutorCorpus:
     """An endless source of the tutor's texts, the same for the same seed.
 
     Args:
-        split: which lessons, note contents and phrasings may be used.
+        split: which lessons, note contents and combinations of opener and request may be used;
+            those of one split are in no other.
         seed: of everything that is drawn.
         notes: whether the prompts hold the teacher's notes.
 
@@ -253,12 +250,3 @@ class TutorCorpus:
             if noun not in used and split_of(noun, second) == self.split:
                 used.add(noun)
                 return Note(verb=verb, noun=noun, second_verb=second)
-
-
-def split_of(*words: str) -> Split:
-    """Return the split that a combination of words belongs to: 3 of 5 train, 1 each of the others.
-
-    It depends on the words alone, not on a seed.
-    """
-    bucket = zlib.crc32(" ".join(words).encode()) % 5
-    return "validation" if bucket == 3 else "test" if bucket == 4 else "train"

@@ -20,8 +20,8 @@ from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.sae.topk import QueryHeadTopKTrainingSAEConfig
 from sae_query_steer.sites import query_sites
 from sae_query_steer.targets import CentroidTargetBuilder
+from sae_query_steer.tasks.splits import Split
 from sae_query_steer.tasks.tutor import cases
-from sae_query_steer.tasks.tutor.corpus import Split
 from sae_query_steer.tasks.tutor.judges import LevelClassifier
 from sae_query_steer.tasks.tutor.methods import MAIN, OTHERS, SPANS, main_methods, more_methods
 from sae_query_steer.tasks.tutor.preparation import chosen_layers, site_table, training_examples

@@ -3,16 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.tasks.tutor.corpus import Split, TutorCorpus
+from sae_query_steer.tasks.splits import Split
+from sae_query_steer.tasks.tiny_llama import greedy_texts
+from sae_query_steer.tasks.tutor.corpus import TutorCorpus
 from sae_query_steer.tasks.tutor.judges import restated_level, verb_level
-from sae_query_steer.tasks.tutor.tokenizer import SPECIAL
 
 
-@torch.no_grad()
 def obedience(
     model: Any, tokenizer: Any, *, notes: bool, split: Split = "test", n: int = 600
 ) -> Mapping[str, Any]:
@@ -28,21 +25,7 @@ def obedience(
     corpus = TutorCorpus(split, seed=0, notes=notes)
     levels = list(BloomLevel)
     prompts = [corpus.prompt(levels[i % 6]) for i in range(n)]
-    bos = [SPECIAL.index("<s>")]
-    rows = tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]
-    tokens = pad_sequence(
-        [torch.tensor(bos + row) for row in rows],
-        batch_first=True,
-        padding_value=SPECIAL.index("<pad>"),
-        padding_side="left",
-    )
-    written = model.generate(
-        input_ids=tokens,
-        attention_mask=(tokens != SPECIAL.index("<pad>")).long(),
-        max_new_tokens=7,
-        do_sample=False,
-    )
-    texts = tokenizer.batch_decode(written[:, tokens.shape[1] :], skip_special_tokens=True)
+    texts = greedy_texts(model, tokenizer, [p.text for p in prompts], max_new_tokens=7)
     pairs = list(zip(texts, prompts, strict=True))
     return {
         "n": n,

@@ -1,31 +1,15 @@
 """The tutor's tokenizer: one token for each word, punctuation mark and line break."""
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.tasks.tutor import words
-
-SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
+from sae_query_steer.tasks.word_tokens import word_tokenizer
 
 
 def tutor_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer; a word with the space before it is one token, so decoding is exact."""
-    split = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[^A-Za-z]"), behavior="isolated")
-    pieces = {piece for text in _texts() for piece, _ in split.pre_tokenize_str(text)}
-    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *sorted(pieces)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return word_tokenizer(_texts())
 
 
 def _texts() -> list[str]:

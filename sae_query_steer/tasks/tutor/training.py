@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_query_steer.storage import (
     check_replaceable,
@@ -23,9 +20,10 @@ from sae_query_steer.storage import (
     write_json,
     write_tensors,
 )
-from sae_query_steer.tasks.tutor.batches import NO_LOSS, Kind, TutorBatch, tutor_batch
+from sae_query_steer.tasks.tiny_llama import feedback_loss, new_llama
+from sae_query_steer.tasks.tutor.batches import Kind, tutor_batch
 from sae_query_steer.tasks.tutor.obedience import obedience
-from sae_query_steer.tasks.tutor.tokenizer import SPECIAL, tutor_tokenizer
+from sae_query_steer.tasks.tutor.tokenizer import tutor_tokenizer
 
 CARD = "tutor.json"
 """How a tutor was trained and how well it does."""
@@ -160,7 +158,14 @@ class _Run:
     def __init__(self, settings: TutorTraining, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.tokenizer = tutor_tokenizer()
-        self.model = _new_model(settings, len(self.tokenizer))
+        self.model = new_llama(
+            len(self.tokenizer),
+            seed=settings.seed,
+            d_model=settings.d_model,
+            n_layers=settings.n_layers,
+            n_heads=settings.n_heads,
+            d_mlp=settings.d_mlp,
+        )
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.05
         )
@@ -245,42 +250,6 @@ class _Run:
             }
         self.stage, self.steps = int(state["stage"]), [int(n) for n in state["steps"]]
         self.losses = list(state["losses"])
-
-
-def _new_model(settings: TutorTraining, n_tokens: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=n_tokens,
-        hidden_size=settings.d_model,
-        intermediate_size=settings.d_mlp,
-        num_hidden_layers=settings.n_layers,
-        num_attention_heads=settings.n_heads,
-        max_position_embeddings=512,
-        pad_token_id=SPECIAL.index("<pad>"),
-        bos_token_id=SPECIAL.index("<s>"),
-        eos_token_id=SPECIAL.index("</s>"),
-        tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )
-    with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(settings.seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.02, generator=generator)
-    return model
-
-
-def feedback_loss(model: LlamaForCausalLM, batch: TutorBatch, decision_weight: float) -> Tensor:
-    """Return the weighted mean loss, in nats, of the tokens that are to be learned."""
-    rows, columns = (batch.labels[:, 1:] != NO_LOSS).nonzero(as_tuple=True)
-    mask = None
-    if batch.visible is not None:
-        mask = torch.zeros(batch.visible.shape).masked_fill(~batch.visible, -1e9)[:, None]
-    hidden = model.model(batch.tokens, attention_mask=mask).last_hidden_state[rows, columns]
-    losses = cross_entropy(model.lm_head(hidden), batch.labels[rows, columns + 1], reduction="none")
-    weights = torch.where(batch.decisions[rows, columns + 1], decision_weight, 1.0)
-    return (weights * losses).sum() / weights.sum()
 
 
 def _mean(values: Sequence[float]) -> float:
