@@ -31,8 +31,9 @@ def test_the_example_runs_as_it_stands(capsys):
     table = names["trace"].to_dataframe()
     assert len(table) == 4
     assert (table["loss_after"] < 0.1 * table["loss_before"]).all()
-    for line in BLOCKS[1].splitlines():
-        assert isinstance(eval(line, names), pd.DataFrame)
+    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    assert isinstance(names["apart"], pd.DataFrame)
+    assert "steer here: class effect" in capsys.readouterr().out
     exec(compile(BLOCKS[2], "README.md", "exec"), names)
     control = names["trace"].to_dataframe()
     assert set(control["row"]) == {0, 1}
@@ -40,6 +41,13 @@ def test_the_example_runs_as_it_stands(capsys):
     assert (control["relative_change"] <= 0.5 + 1e-4).all()
     assert "latents_moved" in capsys.readouterr().out
     exec(compile(BLOCKS[3], "README.md", "exec"), names)
+    assert set(names["moved"]["target"]) == {"create"}
+    assert "latent" in capsys.readouterr().out
+    assert set(names["look"]["head"]) == {0, 1, 2, 3}
+    with names["less"].apply(names["model"], record=True) as trace:
+        names["model"].generate(prompt, **names["greedy"])
+    assert trace.to_dataframe()["relative_change"].max() > 0
+    exec(compile(BLOCKS[4], "README.md", "exec"), names)
     assert names["scores"]["head"].tolist() == [0, 1, 2, 3, "all"]
     assert (names["scores"]["explained_variance"] > 0.5).all()
     for name, weights in names["saes"]["blocks.1.attn.hook_q"].state_dict().items():

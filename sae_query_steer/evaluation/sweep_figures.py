@@ -93,6 +93,19 @@ def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def across(by_layer: pd.DataFrame) -> pd.DataFrame:
+    """Return the table by layer as it is read: a row for each way, a column for each layer."""
+    rows = [
+        {"method": kind}
+        | {
+            f"layer {n}": "" if pd.isna(x) else f"{x:.2f}"
+            for n, x in zip(by_layer["layer"], by_layer[kind], strict=True)
+        }
+        for kind in by_layer.columns.drop("layer")
+    ]
+    return pd.DataFrame(rows)
+
+
 def layer_figure(by_layer: pd.DataFrame) -> go.Figure:
     """Return success by layer, a line for each way of steering; from `layer_table`."""
     long = by_layer.melt(id_vars="layer", var_name="method", value_name="success").dropna()

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from sae_query_steer.evaluation.comparison import MAX_PERPLEXITY_RATIO
 from sae_query_steer.evaluation.pages import STYLE, page_parts, table_html, versions
 from sae_query_steer.evaluation.sweep_figures import (
+    across,
     frontier_figure,
     layer_figure,
     layer_table,
@@ -60,7 +61,7 @@ def report_html(result: DemoResult) -> str:
         table_html(display_table(result)),
         "<h2>What strength does</h2><p>Each line is a method on the validation prompts, from weak "
         "to strong. Compare methods at equal perplexity ratio.</p>",
-        frontier_figure(result.main_rows(result.compared.curves), result.label),
+        frontier_figure(result.frontier_rows(), result.label),
         "<h2>Where to steer: known before the first steer</h2><p>The class effect says how far "
         "real queries of another level move the next token towards that level, in nats, beyond "
         "what queries of the same level do. Separability says that the levels can be told apart; "
@@ -74,7 +75,7 @@ def report_html(result: DemoResult) -> str:
             "<h2>Layer by layer</h2><p>The most success of each way of steering one layer alone. "
             "Four layers can neither confirm nor refute that middle layers are best.</p>",
             layer_figure(by_layer),
-            table_html(by_layer.astype({"layer": str})),
+            table_html(across(by_layer)),
         ]
     matrix = matrix_figure(result.compared)
     if matrix is not None:

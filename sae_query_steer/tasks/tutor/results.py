@@ -54,6 +54,16 @@ class DemoResult:
         here = table["layers"].isin(["", ",".join(map(str, self.layers))])
         return pd.DataFrame(table[~others & here])
 
+    def frontier_rows(self) -> pd.DataFrame:
+        """Return the curves with the main centroids and layers; in the residual stream any layer.
+
+        A vector added after a layer is read by the queries of the next, so there the steered layer
+        is not the one to look at.
+        """
+        curves = self.compared.curves
+        added = curves["method"].str.startswith("residual") & (curves["span"] == MAIN[1])
+        return pd.DataFrame(curves[added | curves.index.isin(self.main_rows(curves).index)])
+
     def examples(self) -> list[dict[str, str]]:
         """Return three cases in full, two open, one redirected, with what main methods wrote."""
         shown = []
