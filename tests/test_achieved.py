@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.rowwise import QueryPatch
+from sae_query_steer.evaluation.query_patch import QueryPatch
 from sae_query_steer.hosts.models import queries_at
 from sae_query_steer.interchange_pairs import draw_pairs
 
