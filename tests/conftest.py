@@ -155,3 +155,17 @@ def stories(shared_data: Path, stories_tokenizer):
         "hooked": as_hooked_transformer(hf, stories_tokenizer),
         "bridge": TransformerBridge.boot_transformers(str(folder), device="cpu"),
     }
+
+
+def greedy_logits(model, prompts) -> torch.Tensor:
+    """Logits [row step d_vocab] of a greedy generation of four tokens."""
+    output = model.generate(
+        prompts,
+        max_new_tokens=4,
+        do_sample=False,
+        verbose=False,
+        stop_at_eos=False,
+        return_type="tokens",
+        output_logits=True,
+    )
+    return torch.stack(output.logits, dim=1)

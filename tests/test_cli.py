@@ -1,8 +1,8 @@
 """The command line: the chain in four commands, and what it says to bad input."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 

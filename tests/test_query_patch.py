@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from conftest import greedy_logits
 from torch.nn.utils.rnn import pad_sequence
 
 import sae_query_steer as sqs
@@ -32,34 +33,20 @@ def patch_of(model, queries: dict[str, torch.Tensor]) -> QueryPatch:
     return QueryPatch(sites, queries)
 
 
-def logits_of(model, prompts) -> torch.Tensor:
-    """Logits [row step d_vocab] of a greedy generation of four tokens."""
-    output = model.generate(
-        prompts,
-        max_new_tokens=4,
-        do_sample=False,
-        verbose=False,
-        stop_at_eos=False,
-        return_type="tokens",
-        output_logits=True,
-    )
-    return torch.stack(output.logits, dim=1)
-
-
 def refuses(text: str):
     return pytest.raises(ValueError, match=f"^{re.escape(text)}$")
 
 
 def test_a_batch_of_another_size_is_refused_and_nothing_is_left(model):
-    plain = logits_of(model, PROMPTS)
+    plain = greedy_logits(model, PROMPTS)
     text = (
         "the batch has 3 rows, there is something for 2: give all prompts in one call of "
         "generate(), in order"
     )
     short = {name: q[:2] for name, q in last_queries(model, rows_of(model)).items()}
     with refuses(text), patch_of(model, short).apply(model):
-        logits_of(model, PROMPTS)
-    assert torch.equal(logits_of(model, PROMPTS), plain)
+        greedy_logits(model, PROMPTS)
+    assert torch.equal(greedy_logits(model, PROMPTS), plain)
 
 
 def test_a_patch_of_sites_that_the_model_has_not_is_refused(model):
@@ -71,10 +58,10 @@ def test_a_patch_of_sites_that_the_model_has_not_is_refused(model):
 
 
 def test_a_patch_with_the_rows_own_queries_changes_nothing(model):
-    plain = logits_of(model, PROMPTS)
+    plain = greedy_logits(model, PROMPTS)
     patch = patch_of(model, last_queries(model, rows_of(model)))
     with patch.apply(model):
-        torch.testing.assert_close(logits_of(model, PROMPTS), plain, rtol=0, atol=1e-5)
+        torch.testing.assert_close(greedy_logits(model, PROMPTS), plain, rtol=0, atol=1e-5)
 
 
 def test_a_patch_puts_another_rows_queries_at_the_last_prompt_token_and_nowhere_else(model):
@@ -98,12 +85,12 @@ def test_a_patch_puts_another_rows_queries_at_the_last_prompt_token_and_nowhere_
 def test_a_patched_batch_equals_each_row_alone_with_its_own_queries(model):
     given = {name: q.roll(1, dims=0) for name, q in last_queries(model, rows_of(model)).items()}
     with patch_of(model, given).apply(model, record=True) as trace:
-        together = logits_of(model, PROMPTS)
+        together = greedy_logits(model, PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         with patch_of(model, {n: q[row : row + 1] for n, q in given.items()}).apply(model):
-            alone = logits_of(model, prompt)[0]
+            alone = greedy_logits(model, prompt)[0]
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-4)
-    assert not torch.allclose(together, logits_of(model, PROMPTS), atol=1e-2)
+    assert not torch.allclose(together, greedy_logits(model, PROMPTS), atol=1e-2)
     table = trace.to_dataframe()
     assert set(table["method"]) == {"interchange"}
     assert len(table) == 3 * 2 * 4, "3 rows, 2 layers, all 4 heads"

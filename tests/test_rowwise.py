@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from conftest import greedy_logits
 
 import sae_query_steer as sqs
 from sae_query_steer.evaluation.generation import continuations
@@ -26,20 +27,6 @@ def make(saes, targets):
     return make
 
 
-def logits_of(model, prompts) -> torch.Tensor:
-    """Logits [row step d_vocab] of a greedy generation of four tokens."""
-    output = model.generate(
-        prompts,
-        max_new_tokens=4,
-        do_sample=False,
-        verbose=False,
-        stop_at_eos=False,
-        return_type="tokens",
-        output_logits=True,
-    )
-    return torch.stack(output.logits, dim=1)
-
-
 def refuses(text: str):
     return pytest.raises(ValueError, match=f"^{re.escape(text)}$")
 
@@ -48,13 +35,13 @@ def test_a_batch_equals_each_row_alone_with_its_own_steerer(model, make):
     control = sqs.RandomDirectionSteerer(make("remember"), seed=3)
     steerers = [make("create"), control, make("apply")]
     with RowwiseSteerer(steerers).apply(model):
-        together = logits_of(model, PROMPTS)
+        together = greedy_logits(model, PROMPTS)
     for row, steerer in enumerate(steerers):
         with steerer.apply(model):
-            alone = logits_of(model, PROMPTS[row])[0]
+            alone = greedy_logits(model, PROMPTS[row])[0]
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-4)
         with steerers[row - 1].apply(model):
-            other = logits_of(model, PROMPTS[row])[0]
+            other = greedy_logits(model, PROMPTS[row])[0]
         assert not torch.allclose(together[row], other, atol=1e-2)
 
 
@@ -95,7 +82,7 @@ def test_one_steerer_for_all_rows_is_that_steerer(model, make):
 def test_the_trace_names_the_way_and_every_row(model, make):
     rowwise = RowwiseSteerer([make("create"), make("apply"), make("create")])
     with rowwise.apply(model, record=True) as trace:
-        logits_of(model, PROMPTS)
+        greedy_logits(model, PROMPTS)
     table = trace.to_dataframe()
     assert set(table["method"]) == {"row by row"}
     assert sorted(set(zip(table["row"], table["position"], strict=True))) == [
@@ -107,14 +94,14 @@ def test_the_trace_names_the_way_and_every_row(model, make):
 
 
 def test_a_batch_of_another_size_is_refused_and_nothing_is_left(model, make):
-    plain = logits_of(model, PROMPTS)
+    plain = greedy_logits(model, PROMPTS)
     text = (
         "the batch has 3 rows, there is something for 2: give all prompts in one call of "
         "generate(), in order"
     )
     with refuses(text), RowwiseSteerer([make("create")] * 2).apply(model):
-        logits_of(model, PROMPTS)
-    assert torch.equal(logits_of(model, PROMPTS), plain)
+        greedy_logits(model, PROMPTS)
+    assert torch.equal(greedy_logits(model, PROMPTS), plain)
 
 
 def test_steerers_of_different_sites_or_heads_are_refused(make):

@@ -1,5 +1,6 @@
-"""A tiny Llama with seeded weights, and the loss by which the tasks train it."""
+"""A tiny Llama with seeded weights, the settings and the loss by which the tasks train it."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,32 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_query_steer.tasks.row_batches import NO_LOSS, TaskBatch
 from sae_query_steer.tasks.word_tokens import SPECIAL
+
+
+def check_training(settings: Any) -> None:
+    """Raise unless the settings of a training can be used.
+
+    Args:
+        settings: of a task, with what the trainings of all tasks have.
+
+    Raises:
+        ValueError: the message names the setting and what is allowed.
+    """
+    for name in ("n_steps", "max_steps", "n_layers", "n_heads", "d_model", "d_mlp"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)} is not allowed: give 1 or more")
+    if not 0 <= settings.open_share <= 1:
+        raise ValueError(f"open_share={settings.open_share} is not allowed: give a share, 0 to 1")
+    for name in ("lr", "decision_weight"):
+        if not (math.isfinite(getattr(settings, name)) and getattr(settings, name) > 0):
+            raise ValueError(
+                f"{name}={getattr(settings, name)} is not allowed: give a number above 0"
+            )
+    if settings.d_model % (2 * settings.n_heads):
+        raise ValueError(
+            f"d_model={settings.d_model} is not allowed: rotary heads need an even number of "
+            f"dimensions, so give a multiple of {2 * settings.n_heads}"
+        )
 
 
 def new_llama(

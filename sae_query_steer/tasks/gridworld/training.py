@@ -1,7 +1,6 @@
 """Training a tiny Llama to take the route that is requested, in some minutes."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from sae_query_steer.tasks.gridworld.judge import walk_class
 from sae_query_steer.tasks.gridworld.tokenizer import grid_tokenizer
 from sae_query_steer.tasks.gridworld.words import Aim
 from sae_query_steer.tasks.splits import Split
-from sae_query_steer.tasks.tiny_llama import feedback_loss, greedy_texts, new_llama
+from sae_query_steer.tasks.tiny_llama import check_training, feedback_loss, greedy_texts, new_llama
 
 CARD = "gridworld.json"
 """How a model was trained and how well it does."""
@@ -71,25 +70,11 @@ class GridTraining:
     d_mlp: int = 288
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "max_steps", "n_layers", "n_heads", "d_model", "d_mlp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give 1 or more")
-        if not 0 <= self.open_share <= 1:
-            raise ValueError(f"open_share={self.open_share} is not allowed: give a share, 0 to 1")
-        for name in ("lr", "decision_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not allowed: give a number above 0"
-                )
+        check_training(self)
         if self.look_layer is not None and not 1 <= self.look_layer < self.n_layers:
             raise ValueError(
                 f"look_layer={self.look_layer} is not allowed: give 1 to {self.n_layers - 1}, so "
                 "that a layer before it can read the request, or None"
-            )
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(
-                f"d_model={self.d_model} is not allowed: rotary heads need an even number of "
-                f"dimensions, so give a multiple of {2 * self.n_heads}"
             )
 
     def lr_at(self, step: int, text_step: int) -> float:

@@ -1,7 +1,6 @@
 """Training a tutor from nothing, stopped and resumed at will."""
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from sae_query_steer.storage import (
     write_json,
     write_tensors,
 )
-from sae_query_steer.tasks.tiny_llama import feedback_loss, new_llama
+from sae_query_steer.tasks.tiny_llama import check_training, feedback_loss, new_llama
 from sae_query_steer.tasks.tutor.batches import Kind, tutor_batch
 from sae_query_steer.tasks.tutor.obedience import obedience
 from sae_query_steer.tasks.tutor.tokenizer import tutor_tokenizer
@@ -77,21 +76,7 @@ class TutorTraining:
     d_mlp: int = 384
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "max_steps", "n_layers", "n_heads", "d_model", "d_mlp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give 1 or more")
-        if not 0 <= self.open_share <= 1:
-            raise ValueError(f"open_share={self.open_share} is not allowed: give a share, 0 to 1")
-        for name in ("lr", "decision_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not allowed: give a number above 0"
-                )
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(
-                f"d_model={self.d_model} is not allowed: rotary heads need an even number of "
-                f"dimensions, so give a multiple of {2 * self.n_heads}"
-            )
+        check_training(self)
 
     def lr_at(self, step: int, corpus_step: int) -> float:
         """Return the learning rate of a step, so many steps into the corpus."""
