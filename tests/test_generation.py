@@ -10,7 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheel_check import WORDS
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.generation import continuations, negative_log_likelihoods
+from sae_query_steer.evaluation.generation import (
+    continuations,
+    divergences,
+    negative_log_likelihoods,
+)
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9", "w13 w30"]
 BOS, EOS, N_SPECIAL = 1, 2, 4
@@ -262,3 +266,29 @@ def test_a_sampled_batch_is_steered_as_each_prompt_alone(model, make):
 def test_a_temperature_wants_one_seed_for_each_prompt(model, given, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         continuations(model, PROMPTS, max_new_tokens=2, **given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_divergence_of_a_text_is_that_of_each_row_alone_steered_and_not(
+    tiny_models, make, host
+):
+    model, tokens = tiny_models[host], some_tokens()
+    steerer = make()
+    found = divergences(model, PROMPTS, tokens, steerer)
+    for prompt, row, told in zip(PROMPTS, tokens, found, strict=True):
+        ids = torch.cat([torch.tensor(ids_of(prompt)), row])[None]
+        n = len(ids_of(prompt))
+        at = slice(n - 1, n - 1 + len(row))
+        bare = model(ids, prepend_bos=False)[0, at].log_softmax(-1)
+        with steerer.apply(model, prompt_lengths=[n]):
+            steered = model(ids, prepend_bos=False)[0, at].log_softmax(-1)
+        kl = torch.nn.functional.kl_div(steered, bare, reduction="none", log_target=True)
+        assert told == pytest.approx(float(kl.sum(-1).mean()), rel=1e-3, abs=1e-6)
+    assert min(found) > 1e-4
+    assert divergences(model, PROMPTS, tokens, make(n_steps=0)) == pytest.approx([0.0] * 4)
+
+
+def test_a_divergence_without_a_text_is_refused(model, make):
+    with pytest.raises(ValueError, match="2 prompts do not fit 1 rows of tokens"):
+        divergences(model, PROMPTS[:2], some_tokens()[:1], make())

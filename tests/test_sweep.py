@@ -7,8 +7,11 @@ import pytest
 
 import sae_query_steer as sqs
 from sae_query_steer.evaluation.cases import SteeringCase, cases_of
+from sae_query_steer.evaluation.comparison import outcome_row
 from sae_query_steer.evaluation.descents import Descent
+from sae_query_steer.evaluation.generation import continuations, divergences
 from sae_query_steer.evaluation.judges import RuleJudge
+from sae_query_steer.evaluation.scores import distinct_n
 from sae_query_steer.evaluation.sweep import (
     descent_methods,
     prompt_methods,
@@ -174,3 +177,36 @@ def test_what_cannot_be_compared_is_refused(scorers, methods):
         run_sweep(**made, methods=methods)
     with pytest.raises(ValueError, match="unsteered does not steer"):
         random_methods(methods[0], [0])
+
+
+def test_source_rate_and_specificity_are_told_where_cases_know_source_and_request(
+    tiny_models, methods
+):
+    cases = [
+        SteeringCase(prompt=f"w{i} w2", target="create", source="apply", requesting=f"w9 w{i} w2")
+        for i in range(20, 25)
+    ]
+    open_cases = [SteeringCase(prompt=case.prompt, target="create") for case in cases]
+    scorer = TextScorer(
+        tiny_models["bridge"],
+        {"redirect": cases, "open": open_cases},
+        RuleJudge(first_letter, CLASSES),
+        max_new_tokens=4,
+        split="test",
+        measures_specificity=True,
+        batch_size=3,
+    )
+    bare = scorer.score(methods[0], 0.0, ["redirect", "open"])
+    assert bare["redirect"].specificity is None
+    assert bare["redirect"].source == [judged == "apply" for judged in bare["redirect"].judged]
+    assert bare["open"].source is None
+    descent = methods[-1]
+    steered = scorer.score(descent, 1.0, ["redirect", "open"])
+    assert steered["open"].specificity is None, "no prompt requests the target"
+    prompts = [case.requesting for case in cases]
+    own = continuations(tiny_models["bridge"], prompts, max_new_tokens=4).tokens
+    expected = divergences(tiny_models["bridge"], prompts, own, descent.steerer(cases, 1.0))
+    assert steered["redirect"].specificity == pytest.approx(sum(expected) / 5, rel=1e-4)
+    row = outcome_row("redirect", descent, steered["redirect"])
+    assert row["specificity"] == steered["redirect"].specificity > 0
+    assert row["distinct_1"] == distinct_n(steered["redirect"].texts, 1)

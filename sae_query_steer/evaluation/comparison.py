@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from sae_query_steer.evaluation.cases import SteeringCase
+from sae_query_steer.evaluation.scores import distinct_n
 from sae_query_steer.metrics import wilson_interval
 
 MAX_PERPLEXITY_RATIO = 1.5
@@ -68,6 +69,13 @@ class Outcome:
 
     delta_q_ratio: float
     """Mean of |delta q| / |q|."""
+
+    source: list[bool] | None = None
+    """Whether the class is still the prompt's own; None where that is not known of every case."""
+
+    specificity: float | None = None
+    """Mean KL(unsteered || steered), in nats, of the next tokens of texts of the target class
+    itself, where nothing should change much; None where nothing is steered or none is measured."""
 
     taken_up: Sequence[str | None] | None = None
     """The class whose part of its prompt each text takes up; None where nothing tells it."""
@@ -154,7 +162,7 @@ def outcome_row(task: str, method: Method, outcome: Outcome) -> dict[str, Any]:
     n = len(outcome.target)
     low, high = wilson_interval(sum(outcome.target), n)
     success_low, success_high = wilson_interval(sum(outcome.success), n)
-    steered, told = method.steerer is not None, outcome.grounded
+    steered, told, source = method.steerer is not None, outcome.grounded, outcome.source
     return what_was_done(task, method) | {
         "n_steps": method.n_steps,
         "step_size": outcome.strength if method.n_steps is not None else None,
@@ -163,10 +171,13 @@ def outcome_row(task: str, method: Method, outcome: Outcome) -> dict[str, Any]:
         "target_rate": outcome.target_rate,
         "ci_low": low,
         "ci_high": high,
+        "source_rate": None if source is None else sum(source) / n,
         "grounded": None if told is None else sum(told) / n,
         "success": outcome.success_rate,
         "success_low": success_low,
         "success_high": success_high,
         "perplexity_ratio": outcome.perplexity_ratio,
         "perplexity_ratio_original": outcome.perplexity_ratio_original,
+        "specificity": outcome.specificity,
+        **{f"distinct_{k}": distinct_n(outcome.texts, k) for k in (1, 2, 3)},
     }

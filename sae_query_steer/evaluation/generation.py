@@ -124,13 +124,7 @@ def negative_log_likelihoods(
     Raises:
         ValueError: not one row of tokens for each prompt, a row without tokens, or a size below 1.
     """
-    if len(prompts) != len(tokens):
-        raise ValueError(f"{len(prompts)} prompts do not fit {len(tokens)} rows of tokens")
-    if batch_size < 1 or not all(len(row) for row in tokens):
-        raise ValueError(
-            f"batch_size={batch_size} and a shortest row of {min(map(len, tokens), default=0)} "
-            "tokens are not allowed: give at least one of each"
-        )
+    _check_rows(prompts, tokens, batch_size)
     sums = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -140,9 +134,59 @@ def negative_log_likelihoods(
     return sums
 
 
+def divergences(
+    model: Any,
+    prompts: Sequence[str],
+    tokens: Sequence[Tensor],
+    steerer: Steerer | ResidualMeanDifference,
+    *,
+    chat_template: bool = False,
+) -> list[float]:
+    """Return for each text the mean of KL(unsteered || steered), in nats, of its next tokens.
+
+    On texts of the target class itself it is the specificity of a steer: there nothing should
+    change much. All texts are read in one batch, so that a steerer may tell the rows apart.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        prompts: what stands before each text.
+        tokens: the texts [pos], whose tokens count.
+        steerer: what changes the queries, or the residual stream.
+        chat_template: that of `continuations`.
+
+    Raises:
+        ValueError: not one row of tokens for each prompt, or a row without tokens.
+    """
+    _check_rows(prompts, tokens, 1)
+    rows = _as_read(model, prompts, chat_template)
+    bare, lengths = _next_tokens(model, rows, tokens, prepend_bos=not chat_template)
+    with steerer.apply(model, prompt_lengths=lengths):
+        steered, _ = _next_tokens(model, rows, tokens, prepend_bos=not chat_template)
+    found = (bare.exp() * (bare - steered)).sum(-1)
+    return [float(part.mean()) for part in found.split([len(row) for row in tokens])]
+
+
+def _check_rows(prompts: Sequence[str], tokens: Sequence[Tensor], batch_size: int) -> None:
+    if len(prompts) != len(tokens):
+        raise ValueError(f"{len(prompts)} prompts do not fit {len(tokens)} rows of tokens")
+    if batch_size < 1 or not all(len(row) for row in tokens):
+        raise ValueError(
+            f"batch_size={batch_size} and a shortest row of {min(map(len, tokens), default=0)} "
+            "tokens are not allowed: give at least one of each"
+        )
+
+
 def _log_likelihoods(
     model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, prepend_bos: bool
 ) -> Float[Tensor, " token"]:
+    log_probs, _ = _next_tokens(model, prompts, tokens, prepend_bos=prepend_bos)
+    return log_probs.gather(1, torch.cat(list(tokens))[:, None])[:, 0].double()
+
+
+def _next_tokens(
+    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, prepend_bos: bool
+) -> tuple[Float[Tensor, "token d_vocab"], list[int]]:
+    """Return the log probabilities of every token of some texts, and their prompts' lengths."""
     contexts = [model.to_tokens(prompt, prepend_bos=prepend_bos)[0].cpu() for prompt in prompts]
     joined = [torch.cat(pair) for pair in zip(contexts, tokens, strict=True)]
     rows = [torch.full((len(t),), i) for i, t in enumerate(tokens)]
@@ -150,7 +194,7 @@ def _log_likelihoods(
     log_probs = next_token_log_probs(
         model, pad_sequence(joined, batch_first=True), torch.cat(rows), torch.cat(columns)
     ).cpu()
-    return log_probs.gather(1, torch.cat(list(tokens))[:, None])[:, 0].double()
+    return log_probs, [len(context) for context in contexts]
 
 
 def _as_read(model: Any, prompts: Sequence[str], chat_template: bool) -> list[str]:

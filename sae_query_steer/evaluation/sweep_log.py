@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_query_steer.centroids import CentroidTargets
 
-HEAD = "sae_query_steer.sweep/2"
+HEAD = "sae_query_steer.sweep/3"
 
 
 class SweepLog:

@@ -31,6 +31,11 @@ _SHOWN = {
     "delta_q_ratio": "relative change",
     "target_rate": "target rate",
     "interval": "95 %",
+    "source_rate": "source rate",
+    "grounded": "grounded",
+    "success": "success",
+    "specificity": "specificity, nats",
+    "distinct_2": "distinct-2",
     "perplexity_ratio": "perplexity ratio",
     "perplexity_ratio_original": "under own prompt",
 }
@@ -176,19 +181,22 @@ def sweep_verdict(result: SweepResult) -> str:
 
 
 def display_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the table as it is read."""
+    """Return the table as it is read, without the columns that say nothing here."""
     interval = [
         f"{low:.2f} to {high:.2f}"
         for low, high in zip(rows["ci_low"], rows["ci_high"], strict=True)
     ]
     given = rows.assign(interval=interval)
-    table = pd.DataFrame({shown: given[name] for name, shown in _SHOWN.items()})
-    for name in ("step size", "relative change", "target rate"):
-        table[name] = ["" if pd.isna(x) else f"{x:.3g}" for x in table[name]]
-    for name in ("perplexity ratio", "under own prompt"):
-        table[name] = [f"{x:.2f}" for x in table[name]]
     own = rows["perplexity_ratio"].equals(rows["perplexity_ratio_original"])
-    return table.drop(columns="under own prompt" if own else []).fillna("")
+    silent = {name for name in _SHOWN if bool(given[name].isna().to_numpy().all())}
+    silent |= {"perplexity_ratio_original"} if own else set()
+    silent |= {"success"} if "grounded" in silent else set()  # there it is the target rate
+    table = pd.DataFrame({said: given[n] for n, said in _SHOWN.items() if n not in silent})
+    for name in table.columns:
+        if pd.api.types.is_float_dtype(table[name]):
+            digits = ".3g" if name in ("step size", "relative change") else ".2f"
+            table[name] = ["" if pd.isna(x) else format(x, digits) for x in table[name]]
+    return table.fillna("")
 
 
 def _samples(result: SweepResult, n: int = 3) -> list[str]:

@@ -13,6 +13,7 @@ from sae_query_steer.evaluation.comparison import Method, Outcome
 from sae_query_steer.evaluation.generation import (
     Continuations,
     continuations,
+    divergences,
     negative_log_likelihoods,
 )
 from sae_query_steer.evaluation.judges import Judge
@@ -72,6 +73,9 @@ class TextScorer:
     """Tells the class whose part of its prompt a text takes up, for tasks that know: there a
     success is a text of the target class that takes up the target's part."""
 
+    measures_specificity: bool = False
+    """Also steer the model's own texts after the prompts that request the target."""
+
     _plain: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict)
     """What the model writes by itself, by prompt and seed: it is asked for more than once."""
 
@@ -116,9 +120,18 @@ class TextScorer:
         grounded = None
         if found["taken_up"] is not None:
             grounded = [a == b for a, b in zip(found["taken_up"], wanted, strict=True)]
+        sources = [case.source for case in self.cases[task]]
+        source = None
+        if None not in sources:
+            source = [a == b for a, b in zip(found["judged"], sources, strict=True)]
         success = [a and b for a, b in zip(target, grounded or target, strict=True)]
         return Outcome(
-            strength=float(strength), target=target, grounded=grounded, success=success, **found
+            strength=float(strength),
+            target=target,
+            source=source,
+            grounded=grounded,
+            success=success,
+            **found,
         )
 
     def _measured(
@@ -151,8 +164,25 @@ class TextScorer:
                 ),
                 "perplexity_ratio_original": self._ratio(prompts, written.tokens[own]),
                 "delta_q_ratio": sum(changes) / len(changes),
+                "specificity": self._specificity(method, strength, cases),
             }
         return found
+
+    def _specificity(
+        self, method: Method, strength: float, cases: Sequence[SteeringCase]
+    ) -> float | None:
+        asking = [case.requesting for case in cases if case.requesting is not None]
+        if not self.measures_specificity or method.steerer is None or len(asking) < len(cases):
+            return None
+        found = []
+        for start in range(0, len(cases), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            own = [self._plain[p, self._seed(start + i)] for i, p in enumerate(asking[part])]
+            steerer = method.steerer(cases[part], strength)
+            found += divergences(
+                self.model, asking[part], own, steerer, chat_template=self.chat_template
+            )
+        return sum(found) / len(found)
 
     def _written(
         self, method: Method, strength: float, rows: Sequence[tuple[SteeringCase, int]]

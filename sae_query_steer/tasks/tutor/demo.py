@@ -151,6 +151,7 @@ def _scorer(
         split=split,
         log=log,
         batch_size=BATCH_SIZE,
+        measures_specificity=not validating,
         grounding=cases.note_judge([case for some in asked.values() for case in some]),
     )
 

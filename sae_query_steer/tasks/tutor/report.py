@@ -113,7 +113,8 @@ def report_html(result: DemoResult) -> str:
         "the target level and the target's note is restated. Bars: 95 % Wilson intervals. Every "
         "method's strength was chosen on other prompts, at a perplexity ratio of "
         f"{MAX_PERPLEXITY_RATIO} or less. The mean difference is dense descent on the "
-        "contrast.</p>",
+        "contrast. Specificity: how far, in nats, the steer changes the next tokens of feedback "
+        "that is of the target level already.</p>",
     ]
     return "\n".join([*head, *page_parts(parts), "</html>"])
 
@@ -156,6 +157,7 @@ def display_table(result: DemoResult) -> pd.DataFrame:
                 "success [95 %]": share(row, "success_low", "success_high", "success"),
                 "perplexity ratio": f"{row['perplexity_ratio']:.2f}",
                 "under own prompt": f"{row['perplexity_ratio_original']:.2f}",
+                "specificity": "" if pd.isna(row["specificity"]) else f"{row['specificity']:.2f}",
             }
         )
     return pd.DataFrame(shown)
