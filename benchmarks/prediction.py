@@ -15,7 +15,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from sae_query_steer.evaluation.text_scorer import TextScorer
 from sae_query_steer.separability import ALL_HEADS
 from sae_query_steer.site_verdicts import site_verdicts
 from sae_query_steer.storage import read_json, write_json
+from sae_query_steer.tasks import gridworld as grid
 from sae_query_steer.tasks.tutor import TutorCorpus, restated_level, verb_level
 
 
@@ -84,7 +84,6 @@ def tutor_task(folder: Path, n: int) -> Task:
 def gridworld_task(folder: Path, n: int) -> Task:
     """Return the task of a gridworld model; its texts are walks."""
     del folder
-    grid = import_module("sae_query_steer.tasks.gridworld")
     aims, known = list(grid.Aim), {}
 
     def both(corpus: Any, i: int) -> tuple[Any, Any, str, str]:

@@ -151,7 +151,7 @@ class Trial:
                     "layer": site.layer,
                     "head": head,
                     **means,
-                    "toward_share": means["toward_class"] / before,
+                    "toward_share": means["toward_class"] / before if before > 0 else float("nan"),
                     "class_effect": float(effect.mean()),
                     "class_effect_se": paired_error(effect, ordered),
                     "class_share": float(effect.mean()) / gap if gap > 0 else float("nan"),

@@ -12,8 +12,9 @@ from sae_query_steer.data import chat_prompt
 from sae_query_steer.evaluation.comparison import Method
 from sae_query_steer.evaluation.generation import continuations, negative_log_likelihoods
 from sae_query_steer.evaluation.judges import RuleJudge
+from sae_query_steer.evaluation.query_patch import interchange_methods
 from sae_query_steer.evaluation.text_scorer import SteeringCase, TextScorer
-from sae_query_steer.hosts.models import end_tokens
+from sae_query_steer.hosts.models import end_tokens, queries_at
 
 PROMPTS = ["w1 w2 w3 w4 w9 w12 w7 w8", "w7", "w30 w2 w44"]
 
@@ -92,6 +93,20 @@ def test_a_scorer_reads_its_cases_in_the_chat_template(chat):
     own = [torch.tensor([10, 11, 12]), torch.tensor([13]), torch.tensor([14, 15])]
     losses = negative_log_likelihoods(model, PROMPTS, own, chat_template=True)
     assert scorer._mean_loss(PROMPTS, own) == pytest.approx(sum(losses) / 6)
+
+
+def test_the_reference_reads_requesting_prompts_in_the_chat_template(chat):
+    model, _ = chat
+    cases = [
+        SteeringCase(prompt=prompt, target="x", requesting=f"w5 {prompt}") for prompt in PROMPTS
+    ]
+    (method,) = interchange_methods(model, [[1]], chat_template=True)
+    assert method.steerer is not None
+    (found,) = method.steerer(cases, 0.0).queries.values()
+    for row, case in zip(found, cases, strict=True):
+        tokens = read(model, case.requesting)[None]
+        name = "blocks.1.attn.hook_q"
+        torch.testing.assert_close(row, queries_at(model, tokens, [name])[name][0, -1])
 
 
 def test_a_template_that_the_host_reads_otherwise_is_refused(chat, monkeypatch):

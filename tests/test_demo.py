@@ -204,7 +204,7 @@ def test_only_layers_of_which_the_verdict_says_so_are_steered():
         }
     )
     assert chosen_layers(table) == (1, 2)
-    assert chosen_layers(table.assign(class_effect_se=9.0)) == (1,)
+    assert chosen_layers(table.assign(class_effect_se=9.0)) == (0,), "where most is moved"
 
 
 def test_settings_too_small_are_refused():

@@ -1,7 +1,7 @@
 """Steers without some latents: which are held, how much of the change they make, what is left."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import pytest
@@ -129,6 +129,22 @@ def test_with_every_latent_held_nothing_is_left(steerers, moved):
         assert len(held.latents[level][NAME]) == 2
         rows = [Case(level)] * 3
         assert only.method.steerer(rows, 0.0).site_heads == steerer.site_heads
+
+
+def test_where_no_others_move_there_is_no_control(steerers, moved):
+    ablations = latent_ablations(steerers, moved, ms=(99,), seeds=(0,), ways=("only", "held"))
+    assert [(a.way, a.which) for a in ablations] == [("only", "top"), ("held", "top")]
+
+
+def test_the_log_of_a_sweep_tells_ablations_of_two_steers_apart(steerers, moved):
+    other = {t: replace(s, objective=sqs.PrototypeLogLikelihood()) for t, s in steerers.items()}
+    first, second = (
+        latent_ablations(some, moved, ms=(1,), ways=("held",), others=())[0].method
+        for some in (steerers, other)
+    )
+    assert first.name == second.name
+    assert first.objective != second.objective
+    assert first.layers == second.layers
 
 
 def test_what_can_t_be_ablated_is_refused(steerers, moved):

@@ -113,7 +113,12 @@ def sweep(
         )
     settings: dict[str, Any] = {
         **{"model": model, "csv": str(csv), "prompt": prompt, "response": response},
-        **{"label": label, "saes": str(saes), "layers": [site.layer for site in sites]},
+        **{
+            "label": label,
+            "bloom": bloom,
+            "saes": str(saes),
+            "layers": [site.layer for site in sites],
+        },
         **{"span": span, "scope": scope, "objectives": [d.name for d in wanted], "cases": cases},
         **{"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed},
         **{"chat_template": chat_template, "dtype": dtype},

@@ -48,7 +48,10 @@ def demo(
         bool, typer.Option("--quick", help="A first look, too small to tell methods apart.")
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="More prompts, every method, every layer: half an hour.")
+        bool,
+        typer.Option(
+            "--full", help="More prompts, every method, every layer: half an hour at most."
+        ),
     ] = False,
     n: Annotated[int | None, typer.Option("--n", help="Test prompts of each row.")] = None,
     seed: Seed = 0,

@@ -9,7 +9,7 @@ from sae_query_steer.evaluation.scores import distinct_n
 from sae_query_steer.metrics import wilson_interval
 
 MAX_PERPLEXITY_RATIO = 1.5
-"""What a strength may cost to be chosen. Source: shared definition of the operating point."""
+"""What a strength may cost to be chosen. Source: our choice."""
 
 GRID_ENDS_AT_RATIO = 3.0
 """A grid of strengths ends where the perplexity ratio passes this."""

@@ -21,7 +21,8 @@ class Descent:
 
 
 # Distance and contrast are linear in z, so one step does what twenty smaller ones would; the
-# prototype's step shrinks as the target's posterior grows, so it needs many. The last strengths
+# prototype's step shrinks as the target's posterior grows, so more do no harm and small ones add up
+# until then. The last strengths
 # are absurd: a grid should end by what the text does, not because it is used up.
 DESCENTS = (
     Descent(

@@ -65,7 +65,8 @@ def latent_ablations(
 
     The others are drawn among the latents that the steer moves too: to hold what does not move
     would be no ablation. As many others make less of the change, for else they would be the top
-    ones; so there is a second control, in which they make as much of it.
+    ones; so there is a second control, in which they make as much of it. Where nothing but the top
+    ones moves there are no others, and no control.
 
     Args:
         steerers: one for each target, all of the same sites and heads, scope the last prompt token.
@@ -98,7 +99,13 @@ def latent_ablations(
                     target: _others(moved, target, latents, m, seed, much=much)
                     for target, latents in top.items()
                 }
-                ablations.append(_ablation(way, which, m, seed, steerers, drawn, moved))
+                if any(
+                    some
+                    for names in drawn.values()
+                    for heads in names.values()
+                    for some in heads.values()
+                ):
+                    ablations.append(_ablation(way, which, m, seed, steerers, drawn, moved))
     return ablations
 
 
@@ -111,6 +118,7 @@ def _ablation(
     latents: Mapping[str, ByHead],
     moved: pd.DataFrame,
 ) -> LatentAblation:
+    first = next(iter(steerers.values()))
     made = {target: _without(way, own, latents[target]) for target, own in steerers.items()}
     drawn = "" if seed is None else f", seed {seed}"
 
@@ -126,7 +134,12 @@ def _ablation(
         latents=latents,
         share=_share(moved, latents),
         method=Method(
-            name=f"m={m}: {which} {way}{drawn}", steerer=steerer, scope="last prompt token"
+            name=f"m={m}: {which} {way}{drawn}",
+            objective=repr(first.objective),
+            layers=tuple(site.layer for site in first.sites.values()),
+            n_steps=first.n_steps if isinstance(first.n_steps, int) else None,
+            scope="last prompt token",
+            steerer=steerer,
         ),
     )
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sae_query_steer.data import LabelledExample
 from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.evaluation.comparison import Method
 from sae_query_steer.evaluation.rowwise import check_rows
@@ -17,6 +18,7 @@ from sae_query_steer.intervention import Steerer
 from sae_query_steer.places import TokenPlaces
 from sae_query_steer.positions import LastPromptToken, Scope, scope_name
 from sae_query_steer.sites import QuerySite, query_sites
+from sae_query_steer.targets import as_tokenized
 from sae_query_steer.trace import QueryChange, SteeringTrace
 
 
@@ -75,7 +77,9 @@ class QueryPatch(Steerer):
         return QueryChange(delta=given.to(queries) - queries)
 
 
-def interchange_methods(model: Any, layers: Iterable[Sequence[int]]) -> list[Method]:
+def interchange_methods(
+    model: Any, layers: Iterable[Sequence[int]], *, chat_template: bool = False
+) -> list[Method]:
     """Return the reference, a method for each set of layers: queries of the requesting prompts.
 
     Each case gets, at its last prompt token, the queries that the model has there where its prompt
@@ -84,6 +88,8 @@ def interchange_methods(model: Any, layers: Iterable[Sequence[int]]) -> list[Met
     Args:
         model: the one that is steered.
         layers: sets of layers that are patched together, all heads of them.
+        chat_template: read the requesting prompts in the tokenizer's chat template, as a
+            `TextScorer` with it does.
 
     Raises:
         ValueError: when used, a case has no requesting prompt.
@@ -94,13 +100,18 @@ def interchange_methods(model: Any, layers: Iterable[Sequence[int]]) -> list[Met
 
         def patch(cases: Sequence[SteeringCase], strength: float) -> QueryPatch:
             del strength
-            asking = [case.requesting for case in cases if case.requesting is not None]
+            asking = [
+                LabelledExample(prompt=case.requesting, label=case.target)
+                for case in cases
+                if case.requesting is not None
+            ]
             if len(asking) < len(cases):
                 raise ValueError(
                     f"{len(cases) - len(asking)} of {len(cases)} cases have no requesting prompt: "
                     "there are no queries to patch in; leave interchange_methods out"
                 )
-            rows = [model.to_tokens(prompt, prepend_bos=True)[0] for prompt in asking]
+            read = as_tokenized(asking, model, prepend_bos=True, chat_template=chat_template)
+            rows = [example.tokens for example in read]
             queries = queries_at(model, pad_sequence(rows, batch_first=True), list(sites))
             last = torch.tensor([len(row) - 1 for row in rows])
             each = torch.arange(len(rows))

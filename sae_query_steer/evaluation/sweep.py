@@ -185,7 +185,7 @@ def run_sweep(
 
     Strengths are tried on the validation cases, growing until the target rate has fallen by 0.05
     or the perplexity ratio passes 3; the one of most success at a perplexity ratio of 1.5 or less
-    is taken to the test cases. Random directions, as long as the change of the method that did
+    is taken to the test cases. Random directions, as long as the change of the descent that did
     best on validation, are the control. Scorers that have a log go on where they were stopped.
 
     Args:

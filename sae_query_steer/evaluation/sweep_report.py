@@ -44,6 +44,8 @@ _SITES = {
     "layer": "layer",
     "class_effect": "class effect, nats",
     "class_effect_se": "its s.e.",
+    "moved": "probability moved",
+    "moved_control": "by the own class",
     "accuracy_latents": "told apart: latents",
     "accuracy_query": "raw q",
     "accuracy_token": "token alone",

@@ -81,10 +81,11 @@ def site_table(
 def chosen_layers(table: pd.DataFrame) -> tuple[int, ...]:
     """Return the layers to steer: those of which `site_verdicts` says so.
 
-    Where there is none, the one with the largest class effect is returned, so that the null can be
-    seen.
+    Where there is none, the one at which real queries move most is returned, so that the null can
+    be seen.
     """
     chosen = site_verdicts(table)["steer_here"]
     if not bool(chosen.any()):
-        chosen = table["class_effect"] == table["class_effect"].max()
+        shift = table["moved"] - table["moved_control"]
+        chosen = shift == shift.max()
     return tuple(int(layer) for layer in table.loc[chosen, "layer"])

@@ -172,6 +172,10 @@ def display_sites(sites: pd.DataFrame) -> pd.DataFrame:
                 f"{e:.3f} ± {s:.3f}"
                 for e, s in zip(sites["class_effect"], sites["class_effect_se"], strict=True)
             ],
+            "probability moved (by the own class)": [
+                f"{m:.2f} ({c:.2f})"
+                for m, c in zip(sites["moved"], sites["moved_control"], strict=True)
+            ],
             "label's share of q's variance": sites["label_share"].map("{:.2f}".format),
             "levels told apart: latents": sites["accuracy_latents"].map("{:.2f}".format),
             "raw q": sites["accuracy_query"].map("{:.2f}".format),
