@@ -103,7 +103,8 @@ def main() -> None:
         demo = ["demo", "--quick", "--n", "12", "--out", str(folder / "demo")]
         subprocess.run([command, *demo], check=True, stdout=subprocess.DEVNULL)
         wrote = {p.name for p in (folder / "demo").iterdir()}
-        assert wrote == {"report.html", "results.json"}, wrote
+    tables = {"table.csv", "curves.csv", "texts.csv"}
+    assert wrote == {"report.html", "results.json", *tables}, wrote
     import sae_query_steer
 
     assert (Path(sae_query_steer.__file__).parent / "py.typed").is_file()

@@ -193,6 +193,8 @@ def display_rows(rows: pd.DataFrame) -> pd.DataFrame:
     silent = {name for name in _SHOWN if bool(given[name].isna().to_numpy().all())}
     silent |= {"perplexity_ratio_original"} if own else set()
     silent |= {"success"} if "grounded" in silent else set()  # there it is the target rate
+    # What is the same in every row stands among the settings.
+    silent |= {name for name in ("span", "scope") if len(set(given[name].dropna())) == 1}
     table = pd.DataFrame({said: given[n] for n, said in _SHOWN.items() if n not in silent})
     for name in table.columns:
         if pd.api.types.is_float_dtype(table[name]):
