@@ -1,4 +1,4 @@
-"""Training a tiny Llama to take the route that is requested, in some minutes."""
+"""Training a tiny Llama to take the route that is requested, in ten minutes to half an hour."""
 
 import dataclasses
 from collections.abc import Mapping
