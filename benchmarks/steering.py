@@ -30,6 +30,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 import sae_query_steer as sqs
 from sae_query_steer.capture import take_fingerprint
 from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
 
 N_LAYERS, N_HEADS, D_HEAD, D_SAE, K = 6, 8, 32, 512, 16
 PROMPT, NEW, QUICK_NEW, SWEEP_NEW, LAYER = 16, 128, 48, 16, 3
@@ -37,7 +38,7 @@ CLASSES = ("remember", "understand", "apply", "analyze", "evaluate", "create")
 SCOPE = sqs.LastPromptToken() | sqs.ResponseTokens()
 
 
-class Unbounded(sqs.QueryHeadTopKSAE):
+class Unbounded(QueryHeadTopKSAE):
     """An SAE whose latents may go below zero: what the way without projection needs."""
 
     latent_min: ClassVar[float | None] = None
@@ -107,14 +108,14 @@ class Bench:
             )
         )
         sites = sqs.query_sites(self.model)
-        config = sqs.QueryHeadTopKSAEConfig(
+        config = QueryHeadTopKSAEConfig(
             n_heads=N_HEADS,
             d_head=D_HEAD,
             d_sae_per_head=D_SAE,
             k=K,
             rescale_acts_by_decoder_norm=False,  # folded, as training leaves it
         )
-        self.saes = {site.hook_name: sqs.QueryHeadTopKSAE(config) for site in sites}
+        self.saes = {site.hook_name: QueryHeadTopKSAE(config) for site in sites}
         self.unbounded = {name: Unbounded(config) for name in self.saes}
         for name, sae in self.saes.items():
             self.unbounded[name].load_state_dict(sae.state_dict())

@@ -36,6 +36,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.saelens import HeadwiseTrainer
+from sae_query_steer.sae import QueryHeadTopKTrainingSAE
 
 SAMPLED = "(*)"
 ROWS = ("heads", "forward", "layers")
@@ -222,7 +223,7 @@ def follows_saelens(device: str, n_steps: int = 30) -> bool:
         device=device,
     )
     batches = torch.randn(n_steps, 256, N_HEADS, D_HEAD, device=device)
-    sae = sqs.QueryHeadTopKTrainingSAE(
+    sae = QueryHeadTopKTrainingSAE(
         sqs.QueryHeadTopKTrainingSAEConfig(
             n_heads=N_HEADS, d_head=D_HEAD, d_sae_per_head=D_SAE, k=K, device=device
         )

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import sae_query_steer as sqs
 from sae_query_steer.commands.options import DTYPES, layer_list
 from sae_query_steer.hosts.saelens import HeadwiseTrainer
+from sae_query_steer.sae import QueryHeadTopKTrainingSAE
 
 SIZES = {
     "mistral": {
@@ -85,7 +86,7 @@ def measure(name: str, n_blocks: int, n_sites: int, args: argparse.Namespace) ->
 
     n_heads = sizes["num_attention_heads"]
     d_head = sizes["hidden_size"] // n_heads
-    sae = sqs.QueryHeadTopKTrainingSAE(
+    sae = QueryHeadTopKTrainingSAE(
         sqs.QueryHeadTopKTrainingSAEConfig(
             n_heads=n_heads,
             d_head=d_head,

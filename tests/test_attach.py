@@ -265,8 +265,8 @@ def test_heads_and_layers_that_there_are_not_are_refused(model, saes, settings, 
 
 
 def test_an_sae_of_another_model_is_refused_before_the_first_hook(model, saes):
-    other = sqs.QueryHeadTopKSAE(
-        sqs.QueryHeadTopKSAEConfig(n_heads=2, d_head=8, d_sae_per_head=16, k=3)
+    other = sqs.sae.QueryHeadTopKSAE(
+        sqs.sae.QueryHeadTopKSAEConfig(n_heads=2, d_head=8, d_sae_per_head=16, k=3)
     )
     with (
         pytest.raises(ValueError, match="has 2 heads of 8: the model has 4 heads of 8"),

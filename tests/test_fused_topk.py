@@ -11,12 +11,12 @@ from sae_query_steer.sae.fused_topk import fused_topk
 H, D, S = 3, 8, 24
 
 
-def make_sae(dtype="float64", **changes) -> sqs.QueryHeadTopKTrainingSAE:
+def make_sae(dtype="float64", **changes) -> sqs.sae.QueryHeadTopKTrainingSAE:
     config = sqs.QueryHeadTopKTrainingSAEConfig(
         **{"n_heads": H, "d_head": D, "d_sae_per_head": S, "k": 4, "dtype": dtype, **changes}
     )
     generator = torch.Generator().manual_seed(0)
-    sae = sqs.QueryHeadTopKTrainingSAE(config)
+    sae = sqs.sae.QueryHeadTopKTrainingSAE(config)
     with torch.no_grad():
         for p in sae.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
@@ -32,7 +32,7 @@ def step_of(x: torch.Tensor, dead: torch.Tensor | None = None) -> TrainStepInput
 def by_autograd(sae, step) -> tuple:
     """Loss, counts and gradients, as the base class finds them."""
     sae.zero_grad()
-    loss, fired = super(sqs.QueryHeadTopKTrainingSAE, sae).backward(step)
+    loss, fired = super(sqs.sae.QueryHeadTopKTrainingSAE, sae).backward(step)
     return loss, fired, {name: p.grad.clone() for name, p in sae.named_parameters()}
 
 

@@ -40,27 +40,27 @@ METADATA = {
     "training_tokens": 1234,
 }
 KINDS = {
-    "topk": (sqs.QueryHeadTopKSAE, sqs.QueryHeadTopKSAEConfig, {"k": 4}),
+    "topk": (sqs.sae.QueryHeadTopKSAE, sqs.sae.QueryHeadTopKSAEConfig, {"k": 4}),
     "topk, not rescaled": (
-        sqs.QueryHeadTopKSAE,
-        sqs.QueryHeadTopKSAEConfig,
+        sqs.sae.QueryHeadTopKSAE,
+        sqs.sae.QueryHeadTopKSAEConfig,
         {"k": 4, "rescale_acts_by_decoder_norm": False},
     ),
     "topk, b_dec not in the input": (
-        sqs.QueryHeadTopKSAE,
-        sqs.QueryHeadTopKSAEConfig,
+        sqs.sae.QueryHeadTopKSAE,
+        sqs.sae.QueryHeadTopKSAEConfig,
         {"k": 4, "apply_b_dec_to_input": False},
     ),
-    "standard": (sqs.QueryHeadStandardSAE, sqs.QueryHeadStandardSAEConfig, {}),
+    "standard": (sqs.sae.QueryHeadStandardSAE, sqs.sae.QueryHeadStandardSAEConfig, {}),
     "standard, 64 bits": (
-        sqs.QueryHeadStandardSAE,
-        sqs.QueryHeadStandardSAEConfig,
+        sqs.sae.QueryHeadStandardSAE,
+        sqs.sae.QueryHeadStandardSAEConfig,
         {"dtype": "float64"},
     ),
 }
 KINDS |= {
-    "jumprelu": (sqs.QueryHeadJumpReLUSAE, sqs.QueryHeadJumpReLUSAEConfig, {}),
-    "gated": (sqs.QueryHeadGatedSAE, sqs.QueryHeadGatedSAEConfig, {}),
+    "jumprelu": (sqs.sae.QueryHeadJumpReLUSAE, sqs.sae.QueryHeadJumpReLUSAEConfig, {}),
+    "gated": (sqs.sae.QueryHeadGatedSAE, sqs.sae.QueryHeadGatedSAEConfig, {}),
 }
 CLASSES = {"topk": TopKSAE, "standard": StandardSAE, "jumprelu": JumpReLUSAE, "gated": GatedSAE}
 
@@ -420,7 +420,7 @@ def test_what_is_no_plain_inference_sae_is_refused():
 def test_what_cannot_be_split_is_refused(untyped, monkeypatch):
     with pytest.raises(TypeError, match="sae is a TopKSAE: give a query-head SAE"):
         split_heads(plain(0))
-    training = sqs.QueryHeadTopKTrainingSAE(sqs.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4))
+    training = sqs.sae.QueryHeadTopKTrainingSAE(sqs.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4))
     with pytest.raises(TypeError, match=r"in training: give to_inference\(sae\)"):
         split_heads(training)
     monkeypatch.delitem(module.PLAIN, "query_head_standard")

@@ -87,7 +87,7 @@ def test_training_brings_the_mean_of_every_latent_near_rho(rho):
 
 def test_latents_are_bounded_and_inference_loads_back_exactly(tmp_path):
     sae, x = trained_like(CONFIG), randn(5, 3, 6)
-    inference = sqs.to_inference(sae)
+    inference = sqs.sae.to_inference(sae)
     latents = inference.encode(x)
     assert latents.min() > 0
     assert latents.max() < 1
@@ -100,7 +100,7 @@ def test_latents_are_bounded_and_inference_loads_back_exactly(tmp_path):
 
 def test_decoder_norms_can_not_be_folded():
     with pytest.raises(NotImplementedError, match="can't be folded into an encoder with sigmoid"):
-        sqs.to_inference(trained_like(CONFIG)).fold_W_dec_norm()
+        sqs.sae.to_inference(trained_like(CONFIG)).fold_W_dec_norm()
 
 
 @pytest.mark.parametrize(

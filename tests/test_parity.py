@@ -66,7 +66,7 @@ def test_what_is_saved_for_inference_is_what_saelens_saves_head_by_head(config):
 @every_architecture
 def test_each_head_infers_as_saelens_inference_sae_alone(config):
     sae, x = trained_like(config), randn(5, 7, 3, 6)
-    ours = sqs.to_inference(sae)
+    ours = sqs.sae.to_inference(sae)
     latents = ours.encode(x)
     assert 0 < (latents > 0).float().mean() < 1
     for head in range(3):
@@ -153,7 +153,7 @@ def test_a_run_on_scaled_queries_is_a_solo_run_of_saelens_head_by_head(config, d
             assert difference(sae.state_dict()[name][head], value) <= tolerance(config, value), name
     assert_saved_alike(sae, solos)
     # Heads of which one is 1500 times larger than the other, and in none is it all or nothing.
-    fires = (sqs.to_inference(sae).encode(batches[-1]) > 0).double().mean((0, 2))
+    fires = (sqs.sae.to_inference(sae).encode(batches[-1]) > 0).double().mean((0, 2))
     assert ((fires > 0.01) & (fires < 0.99)).all()
 
 

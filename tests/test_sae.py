@@ -54,7 +54,7 @@ def test_heads_are_independent(config):
 @every_architecture
 def test_inference_gives_what_training_gave_and_loads_back_exactly(config, tmp_path):
     sae, x = trained_like(config), randn(5, 3, 6)
-    inference = sqs.to_inference(sae)
+    inference = sqs.sae.to_inference(sae)
     if inference.cfg.architecture() == config.architecture():
         torch.testing.assert_close(inference(x), sae(x))
     assert not any(parameter.requires_grad for parameter in inference.parameters())
@@ -93,7 +93,7 @@ def test_folding_the_decoder_norms_keeps_the_outputs(config):
 
 
 def test_decoder_rows_start_with_the_norm_that_was_asked_for():
-    sae = sqs.QueryHeadTopKTrainingSAE(
+    sae = sqs.sae.QueryHeadTopKTrainingSAE(
         sqs.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4, decoder_init_norm=0.25)
     )
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((3, 11), 0.25))
@@ -125,7 +125,7 @@ def test_a_config_that_cannot_work_is_refused(change, message):
 def test_an_sae_without_heads_says_where_they_come_from():
     config = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=11, k=2)
     with pytest.raises(ValueError, match="n_heads and d_head are not set"):
-        sqs.QueryHeadTopKTrainingSAE(config)
+        sqs.sae.QueryHeadTopKTrainingSAE(config)
 
 
 JUMPRELU = sqs_sae.QueryHeadJumpReLUTrainingSAEConfig

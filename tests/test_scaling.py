@@ -142,7 +142,7 @@ def test_inference_fires_on_raw_queries_where_the_running_threshold_was_passed_o
     pre = sae.encode_with_hidden_pre(x * FACTORS[:, None])[1]
     expected = (pre > sae.topk_threshold[:, None]) & (pre > 0)
     sae.fold_activation_norm_scaling_factor(FACTORS)
-    fires = sqs.to_inference(sae).encode(x) > 0
+    fires = sqs.sae.to_inference(sae).encode(x) > 0
     assert 0 < fires.double().mean() < 1
     assert torch.equal(fires, expected)
 
@@ -182,7 +182,7 @@ def test_what_takes_scaled_queries_is_not_saved_for_inference_until_it_is_folded
         "fold_activation_norm_scaling_factor"
     )
     with pytest.raises(ValueError, match=message):
-        sqs.to_inference(sae)
+        sqs.sae.to_inference(sae)
     with pytest.raises(ValueError, match=message):
         sae.save_inference_model(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -191,7 +191,7 @@ def test_what_takes_scaled_queries_is_not_saved_for_inference_until_it_is_folded
     x = randn(5, 3, 6)
     loaded = SAE.load_from_disk(tmp_path)
     assert loaded.cfg.normalize_activations == "none"
-    assert torch.equal(loaded(x), sqs.to_inference(sae)(x))
+    assert torch.equal(loaded(x), sqs.sae.to_inference(sae)(x))
 
 
 def test_a_checkpoint_of_a_run_on_scaled_queries_loads_for_training_but_not_for_inference(tmp_path):

@@ -228,10 +228,12 @@ def test_settings_of_the_tokens_reach_the_centroids(model, saes, examples, setti
 def test_builders_with_other_saes_or_tokens_do_not_merge(model, saes, examples):
     name = "blocks.0.attn.hook_q"
     one = sqs.CentroidTargetBuilder(model, {name: saes[name]}).update(examples)
-    other = sqs.QueryHeadTopKTrainingSAE(
+    other = sqs.sae.QueryHeadTopKTrainingSAE(
         sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
     )
-    stranger = sqs.CentroidTargetBuilder(model, {name: sqs.to_inference(other)}).update(examples)
+    stranger = sqs.CentroidTargetBuilder(model, {name: sqs.sae.to_inference(other)}).update(
+        examples
+    )
     with pytest.raises(ValueError, match="another SAE"):
         one.merge(stranger)
     bare = sqs.CentroidTargetBuilder(model, {name: saes[name]}, prepend_bos=False)

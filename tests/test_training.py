@@ -64,7 +64,7 @@ def test_one_head_follows_a_solo_saelens_run_on_the_same_batches(scale):
         dead_feature_window=15,
     )
     with temporary_seed(0):
-        ours = sqs.QueryHeadTopKTrainingSAE(
+        ours = sqs.sae.QueryHeadTopKTrainingSAE(
             sqs.QueryHeadTopKTrainingSAEConfig(
                 n_heads=n_heads, d_head=d_head, d_sae_per_head=24, k=2
             )
@@ -353,7 +353,7 @@ def test_saelens_own_runner_trains_checkpoints_and_saves_our_saes(model, tmp_pat
         config, override_dataset=token_data_set(), override_model=model
     ).run()
     loaded = SAE.load_from_disk(tmp_path / "out")
-    assert isinstance(loaded, sqs.QueryHeadTopKSAE)
+    assert isinstance(loaded, sqs.sae.QueryHeadTopKSAE)
     assert loaded.cfg.metadata.hook_name == "blocks.1.attn.hook_q"
     x = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loaded(x), trained(x).detach())
@@ -385,4 +385,4 @@ def test_saelens_runner_of_several_saes_trains_ours_in_one_pass(model, tmp_path)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     kinds = {name: type(SAE.load_from_disk(tmp_path / "out" / name)) for name in names}
-    assert kinds == {"a": sqs.QueryHeadTopKSAE, "b": sqs.QueryHeadStandardSAE}
+    assert kinds == {"a": sqs.sae.QueryHeadTopKSAE, "b": sqs.sae.QueryHeadStandardSAE}

@@ -97,7 +97,7 @@ def test_a_layer_of_the_true_size_trains_and_takes_the_disk_that_was_estimated(d
     config = sqs.QueryHeadTopKTrainingSAEConfig(
         n_heads=32, d_head=d_head, d_in=site.d_in, d_sae=32 * 1024, **SAE
     )
-    sae = sqs.QueryHeadTopKTrainingSAE(config)
+    sae = sqs.sae.QueryHeadTopKTrainingSAE(config)
     settings = SAETrainerConfig(
         total_training_samples=64,
         train_batch_size_samples=64,
@@ -112,7 +112,7 @@ def test_a_layer_of_the_true_size_trains_and_takes_the_disk_that_was_estimated(d
     before = sae.W_dec.detach().clone()
     HeadwiseTrainer(cfg=settings, sae=sae, data_provider=iter(())).step(queries)
     assert (sae.W_dec != before).flatten(1).any(1).all(), "every head took the step"
-    sqs.QuerySAEs({site.hook_name: sqs.to_inference(sae)}).save(tmp_path / "saes")
+    sqs.QuerySAEs({site.hook_name: sqs.sae.to_inference(sae)}).save(tmp_path / "saes")
     written = sum(path.stat().st_size for path in (tmp_path / "saes").rglob("*") if path.is_file())
     (folder,) = [name for name in (MISTRAL, PHI3) if PUBLISHED[name]["hidden_size"] == site.d_in]
     shape = model_shape(str(write_config(folder, tmp_path / "config")))

@@ -10,6 +10,7 @@ import typer
 
 import sae_query_steer as sqs
 from sae_query_steer.positions import Span
+from sae_query_steer.sae import QueryHeadTrainingSAEConfig
 from sae_query_steer.storage import check_replaceable
 
 SPANS: dict[str, Callable[[], Span]] = {
@@ -28,7 +29,7 @@ OBJECTIVES: dict[str, Callable[[], sqs.Objective]] = {
     "gaussian": sqs.GaussianLogLikelihood,
 }
 
-ARCHITECTURES: dict[str, Callable[[int, int, float], sqs.QueryHeadTrainingSAEConfig]] = {
+ARCHITECTURES: dict[str, Callable[[int, int, float], QueryHeadTrainingSAEConfig]] = {
     "topk": lambda d_sae, k, _: sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=d_sae, k=k),
     "batchtopk": lambda d_sae, k, _: sqs.QueryHeadBatchTopKTrainingSAEConfig(
         d_sae_per_head=d_sae, k=k
