@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from sae_query_steer.commands import chain, sweep, train, tutor
+from sae_query_steer.commands import chain, publish, sweep, train, tutor
 
 app = typer.Typer(
     help="Steer language models by gradient descent on sparse features of attention queries.",
@@ -20,6 +20,9 @@ for command in (
     chain.sites,
     chain.steer,
     sweep.sweep,
+    publish.bundle,
+    publish.push,
+    publish.registry_entry,
     tutor.tutor,
 ):
     app.command()(command)
@@ -32,6 +35,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError) as error:
-        # The first line says it; what Hugging Face adds is about its hub.
-        typer.echo(f"sae-query-steer: {str(error).strip().splitlines()[0]}", err=True)
+        said = str(error).strip()
+        if isinstance(error, OSError):  # the first line says it; what follows is about the hub
+            said = said.partition("\n")[0]
+        typer.echo(f"sae-query-steer: {said}", err=True)
         raise SystemExit(2) from None

@@ -145,10 +145,24 @@ def load_steerer(folder: str | Path, *, device: str = "cpu") -> LatentGradientSt
         if index["saes"] is not None:
             encoders |= dict(QuerySAEs.load(folder / index["saes"], device=device))
         targets = CentroidTargets.load(folder / index["targets"])
-        settings = {name: _read(value) for name, value in index["settings"].items()}
-        return LatentGradientSteerer(encoders, targets, **settings)
+        return steerer_from_settings(index["settings"], encoders, targets)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / STEERER} is damaged: {error!r}") from error
+
+
+def steerer_from_settings(
+    settings: Mapping[str, Any], saes: Mapping[str, QueryEncoder], targets: CentroidTargets
+) -> LatentGradientSteerer:
+    """Return the steerer of some settings, of `steerer_settings`, over SAEs and centroids.
+
+    Raises:
+        ValueError: a setting is none, or names a value that there is not.
+    """
+    try:
+        values = {name: _read(value) for name, value in settings.items()}
+        return LatentGradientSteerer(saes, targets, **values)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the settings of the steerer are damaged: {error!r}") from error
 
 
 def steerer_settings(steerer: LatentGradientSteerer) -> dict[str, Any]:

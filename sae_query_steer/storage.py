@@ -1,6 +1,7 @@
 """Folders of safetensors and JSON, written aside and then renamed, read back without pickle."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -9,9 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+MAX_JSON_BYTES = 16 * 2**20
+"""Largest JSON file that is read. Source: our choice."""
 
 
 @contextmanager
@@ -70,6 +75,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table for JSON, in which numbers that are not finite are null."""
+    return [
+        {
+            str(key): None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        for row in table.to_dict(orient="records")
+    ]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -105,3 +121,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(os.fspath(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
+    """Return the path of a file below a folder, refusing one that leads out of it.
+
+    Args:
+        folder: the folder.
+        name: a relative path with forward slashes.
+        root: where links may lead to; None means into `folder`.
+
+    Raises:
+        ValueError: the path is absolute, goes upwards, or is a link that leads out.
+    """
+    path = folder / name
+    allowed = (root or folder).resolve()
+    if (
+        Path(name).is_absolute()
+        or ".." in Path(name).parts
+        or not path.resolve().is_relative_to(allowed)
+    ):
+        raise ValueError(f"{name!r} leads out of {folder}")
+    return path

@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_the_example_runs_as_it_stands(capsys):
+def test_the_example_runs_as_it_stands(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
     said = capsys.readouterr().out
@@ -48,6 +49,13 @@ def test_the_example_runs_as_it_stands(capsys):
         names["model"].generate(prompt, **names["greedy"])
     assert trace.to_dataframe()["relative_change"].max() > 0
     exec(compile(BLOCKS[4], "README.md", "exec"), names)
+    exec(compile(BLOCKS[5], "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "repo_id: user/repository" in said
+    assert torch.equal(
+        names["bundle"].saes["blocks.1.attn.hook_q"].W_enc,
+        names["saes"]["blocks.1.attn.hook_q"].W_enc,
+    )
     assert names["scores"]["head"].tolist() == [0, 1, 2, 3, "all"]
     assert (names["scores"]["explained_variance"] > 0.5).all()
     for name, weights in names["saes"]["blocks.1.attn.hook_q"].state_dict().items():

@@ -1,10 +1,12 @@
 """Run all commands, the chain on a model made here and the demo; for an installed wheel.
 
-Usage: python wheel_check.py PATH_OF_COMMAND. The tests import its parts.
+Usage: python wheel_check.py PATH_OF_COMMAND FOLDER. The model and a bundle are left in the folder,
+for plain_check.py. The tests import parts of this file.
 """
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,6 +94,7 @@ def main() -> None:
     command = sys.argv[1]
     # The models are tiny: threads that wait for each other on a busy machine cost 20 x more.
     os.environ["OMP_NUM_THREADS"] = "1"
+    kept = Path(sys.argv[2])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")
@@ -103,6 +106,11 @@ def main() -> None:
         demo = ["demo", "--quick", "--n", "12", "--out", str(folder / "demo")]
         subprocess.run([command, *demo], check=True, stdout=subprocess.DEVNULL)
         wrote = {p.name for p in (folder / "demo").iterdir()}
+        bundle = ["--saes", str(folder / "saes"), "--targets", str(folder / "targets")]
+        bundle = ["bundle", "--model", str(folder / "model"), "--device", "cpu", *bundle]
+        subprocess.run([command, *bundle, "--out", str(folder / "bundle")], check=True)
+        for part in ("model", "bundle"):
+            shutil.copytree(folder / part, kept / part)
     tables = {"table.csv", "curves.csv", "texts.csv"}
     assert wrote == {"report.html", "results.json", *tables}, wrote
     import sae_query_steer

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage import new_folder, read_json, write_json
+from sae_query_steer.storage import json_rows, new_folder, read_json, write_json
 
 FORMAT = "sae_query_steer.saes/1"
 
@@ -75,15 +75,8 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
             for name, sae in self.items():
                 sae.save_model(new / name)
-            rows = None
-            if self.metrics is not None:  # JSON knows no NaN, as of a head that is constant
-                rows = [
-                    {
-                        str(k): v if v == v and abs(v) != float("inf") else None
-                        for k, v in row.items()
-                    }
-                    for row in self.metrics.to_dict(orient="records")
-                ]
+            # JSON knows no NaN, as of a head that is constant.
+            rows = None if self.metrics is None else json_rows(self.metrics)
             index = {"format": FORMAT, "hook_names": list(self), "metrics": rows}
             write_json(new / INDEX, index | {"settings": self.settings})
 

@@ -1,0 +1,162 @@
+"""Bundles on Hugging Face's hub: `push_to_hub` and `from_pretrained`."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DryRunFileInfo,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import DryRunError
+from huggingface_hub.utils import validate_repo_id
+
+from sae_query_steer.publish.bundle import Bundle, load_bundle
+from sae_query_steer.publish.card import REPOSITORY
+from sae_query_steer.publish.files import check_files
+from sae_query_steer.publish.layout import BUNDLE, CARD, HEADS, PARTS, read_index
+from sae_query_steer.storage import MAX_JSON_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """What `push_to_hub` sent, or would send."""
+
+    repo_id: str
+    """The repository."""
+
+    files: Mapping[str, int]
+    """Size of each file in bytes, by its path in the repository."""
+
+    url: str | None
+    """Address of the commit; None of a dry run, which sends nothing."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(self.files.values())
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Upload a bundle of query-head SAEs",
+    dry_run: bool = False,
+) -> Upload:
+    """Upload a bundle in one commit: every file of its list, its list and its card.
+
+    The bundle is read and checked first. Parts of an earlier bundle in the repository that this
+    one lacks are deleted in the same commit; other files there are left alone. (SAELens's own
+    `upload_saes_to_huggingface` sends configs, weights and sparsity alone.)
+
+    Args:
+        folder: the bundle, of `save_bundle`.
+        repo_id: "user/repository"; it is made if it is not there.
+        private: make it private, if it is made.
+        revision: branch to commit to; None means main.
+        token: access token; None takes the one that `hf auth login` keeps.
+        message: message of the commit.
+        dry_run: check everything, and say what would be sent, without any network.
+
+    Raises:
+        FileNotFoundError: a file of the bundle is missing.
+        ValueError: the folder is no sound bundle, or `repo_id` no name of a repository.
+
+    Source: our choice.
+    """
+    validate_repo_id(repo_id)
+    folder = Path(folder)
+    load_bundle(folder)
+    _, files = read_index(folder)
+    check_files(folder, {n: entry for n, entry in files.items() if n.startswith(f"{HEADS}/")})
+    card = (folder / CARD).read_text(encoding="utf-8").replace(REPOSITORY, repo_id).encode()
+    sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+    sizes |= {BUNDLE: (folder / BUNDLE).stat().st_size, CARD: len(card)}
+    if dry_run:
+        return Upload(repo_id=repo_id, files=sizes, url=None)
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    there = set(api.list_repo_files(repo_id, revision=revision))
+    gone = [n for n in there - sizes.keys() if n.split("/")[0] in PARTS]
+    operations = [
+        *(CommitOperationDelete(path_in_repo=name) for name in sorted(gone)),
+        *(
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name))
+            for name in (*files, BUNDLE)
+        ),
+        CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card),
+    ]
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return Upload(repo_id=repo_id, files=sizes, url=commit.commit_url)
+
+
+def from_pretrained(
+    repo_id: str | Path,
+    *,
+    model: Any = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Bundle:
+    """Return a bundle from the hub, from its cache on this machine, or from a folder.
+
+    The list of files comes first; what is not on it is not fetched, and neither are the files of
+    single heads, which are for plain SAELens. Without a network (`HF_HUB_OFFLINE=1`) the cache
+    serves.
+
+    Args:
+        repo_id: "user/repository", or the folder of a bundle.
+        model: a model to check against the fingerprint.
+        revision: branch, tag or commit; None means main.
+        device: where to put the SAEs.
+        token: access token of a private repository.
+        cache_dir: cache of the hub; None means Hugging Face's.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing in it.
+        ValueError: what `load_bundle` refuses; a file on the hub is larger than listed.
+    """
+    if Path(repo_id).is_dir():
+        return load_bundle(repo_id, model=model, device=device)
+    name = str(repo_id)
+    if Path(name).is_absolute() or name.startswith((".", "~")):
+        raise FileNotFoundError(f"no folder {name}")
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    planned = hf_hub_download(name, BUNDLE, dry_run=True, **where)
+    _check_sizes(name, [planned], {BUNDLE: MAX_JSON_BYTES})
+    index = Path(hf_hub_download(name, BUNDLE, **{**where, "revision": planned.commit_hash}))
+    # .../models--USER--REPOSITORY/snapshots/COMMIT/bundle.json; the files are links to its blobs.
+    root = index.parents[2]
+    _, files = read_index(index.parent, root=root)
+    wanted = {n: int(e["bytes"]) for n, e in files.items() if not n.startswith(f"{HEADS}/")}
+    commit = {**where, "revision": planned.commit_hash, "allow_patterns": [BUNDLE, *wanted]}
+    with suppress(DryRunError):  # without a network: nothing will be fetched
+        _check_sizes(name, snapshot_download(name, dry_run=True, **commit), wanted)
+    folder = snapshot_download(name, **commit)
+    return load_bundle(folder, model=model, device=device, root=root)
+
+
+def _check_sizes(
+    repo_id: str, planned: Iterable[DryRunFileInfo], listed: Mapping[str, int]
+) -> None:
+    """Raise, before anything is fetched, if a file is larger than it may be."""
+    for file in planned:
+        if file.file_size is not None and file.file_size > listed.get(
+            file.filename, MAX_JSON_BYTES
+        ):
+            raise ValueError(
+                f"{file.filename} of {repo_id} has {file.file_size} bytes, more than the "
+                f"{listed.get(file.filename, MAX_JSON_BYTES)} that are listed or allowed: nothing "
+                "was fetched; ask the repository's owner to save the bundle anew"
+            )

@@ -1,0 +1,350 @@
+"""Bundles: what is saved comes back, belongs together, and is refused where it does not."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from sae_lens import SAE
+from typer.testing import CliRunner
+from wheel_check import WORDS, word_tokenizer
+
+import sae_query_steer as sqs
+from sae_query_steer.cli import app, main
+from sae_query_steer.publish.layout import head_folders, read_index
+from sae_query_steer.steerer_files import steerer_settings
+
+HOOKS = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
+
+
+@pytest.fixture(scope="module")
+def steerer(saes, targets):
+    return sqs.LatentGradientSteerer(
+        saes,
+        targets,
+        target="create",
+        objective=sqs.PrototypeLogLikelihood(temperature=0.5),
+        n_steps=6,
+        step_size=0.7,
+        scope=sqs.LastPromptToken() | sqs.FirstResponseTokens(3),
+        layers=[2],
+    )
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return pd.DataFrame({"layer": [0, 2], "target_rate": [0.25, float("nan")], "note": ["a|b", ""]})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_models, steerer, examples, scores):
+    folder = tmp_path_factory.mktemp("publish") / "bundle"
+    sqs.save_bundle(
+        folder,
+        tiny_models["bridge"],
+        steerer.saes,
+        steerer=steerer,
+        examples=examples,
+        evaluation=scores,
+        model_name="alice/tiny-llama",
+        license="mit",
+        note="Made of random words.",
+    )
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the bundle to damage."""
+    shutil.copytree(folder, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def change_index(copy, **changes):
+    index = json.loads((copy / "bundle.json").read_text())
+    (copy / "bundle.json").write_text(json.dumps(index | changes))
+
+
+def test_everything_comes_back_as_it_was(folder, model, saes, targets, steerer, examples, scores):
+    bundle = sqs.load_bundle(folder, model=model)
+    for name, sae in saes.items():
+        for key, value in sae.state_dict().items():
+            assert torch.equal(bundle.saes[name].state_dict()[key], value)
+        assert torch.equal(bundle.targets.means[name], targets.means[name])
+        assert torch.equal(bundle.targets.variances[name], targets.variances[name])
+    pd.testing.assert_frame_equal(bundle.saes.metrics, saes.metrics)
+    assert steerer_settings(bundle.steerer) == steerer_settings(steerer)
+    assert bundle.evaluation["target_rate"].isna().tolist() == [False, True]
+    assert bundle.evaluation["note"].tolist() == scores["note"].tolist()
+    with steerer.apply(model):
+        said = model.generate(["w1 w20 w3"], **GREEDY)
+    with bundle.steerer.apply(model):
+        assert model.generate(["w1 w20 w3"], **GREEDY) == said
+    bundle.check(model, examples[::-1])
+    assert bundle.model["name"] == "alice/tiny-llama"
+    assert bundle.data["n_examples"] == 48
+
+
+def test_plain_saelens_reads_every_head(folder, saes):
+    heads = head_folders(read_index(folder)[1])
+    assert list(heads) == [f"{name}.{head}" for name in HOOKS for head in range(4)]
+    queries = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(1))
+    for name, path in heads.items():
+        hook, head = name.rsplit(".", 1)
+        plain = SAE.load_from_disk(folder / path)
+        assert type(plain).__module__.startswith("sae_lens.")
+        assert plain.cfg.metadata.model_name == "alice/tiny-llama"
+        ours = saes[hook].encode(queries)[:, int(head)]
+        torch.testing.assert_close(plain.encode(queries[:, int(head)]), ours)
+
+
+def test_the_card_is_a_model_card_that_says_how_to_load_it(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "saelens"
+    assert {"saelens", "sparse-autoencoder"} <= set(card.data.tags)
+    assert card.data.base_model == "alice/tiny-llama"
+    assert card.data.license == "mit"
+    assert "Made of random words." in card.text
+    assert 'SAE.from_pretrained("USER/REPOSITORY", "heads/blocks.0.attn.hook_q.0")' in card.text
+    assert "| 2 | 3 | 3.000 |" in card.text  # a row of the metrics
+    assert "| 0 | 0.250 | a\\|b |" in card.text
+    assert "create 16" in card.text
+    assert "/tmp" not in card.text
+
+
+def test_saes_alone_make_a_bundle(tiny_models, saes, tmp_path):
+    sqs.save_bundle(tmp_path / "b", tiny_models["hooked"], saes)
+    bundle = sqs.load_bundle(tmp_path / "b", model=tiny_models["bridge"])
+    assert (bundle.targets, bundle.steerer, bundle.evaluation, bundle.data) == (None,) * 4
+    with pytest.raises(ValueError, match="the bundle records no examples"):
+        bundle.check(tiny_models["bridge"], [])
+
+
+def test_saes_that_saelens_does_not_know_are_saved_as_a_whole(tiny_models, tmp_path):
+    model = tiny_models["bridge"]
+    rows = torch.randint(4, 52, (16, 16), generator=torch.Generator().manual_seed(5))
+    saes = sqs.train_query_saes(
+        model,
+        rows,
+        sqs.query_sites(model, [1]),
+        sae=sqs.QueryHeadKLSparseTrainingSAEConfig(d_sae_per_head=8),
+        training_tokens=1024,
+        train_batch_size_tokens=128,
+        metric_tokens=0,
+    )
+    sqs.save_bundle(tmp_path / "b", model, saes)
+    assert list(sqs.load_bundle(tmp_path / "b").saes) == ["blocks.1.attn.hook_q"]
+    assert "no architecture for one head" in (tmp_path / "b" / "README.md").read_text()
+    with pytest.raises(ValueError, match="holds no SAE of a single head"):
+        sqs.registry_entry(tmp_path / "b", release="r", repo_id="a/b")
+
+
+def test_another_model_is_refused_with_both_sides_shown(folder, tiny_models, saes):
+    model = tiny_models["bridge"]
+    weight = model.blocks[0].attn.q.original_component.weight
+    with torch.no_grad():
+        weight.mul_(1.5)
+    try:
+        with pytest.raises(ValueError, match="another model than the bundle's") as caught:
+            sqs.load_bundle(folder, model=model)
+    finally:
+        with torch.no_grad():
+            weight.div_(1.5)
+    said = str(caught.value)
+    assert re.search(r"in the bundle: name alice/tiny-llama, n_layers 3, n_heads 4, d_head 8", said)
+    assert re.search(r"here: +name \S*tiny-llama, n_layers 3", said)
+    assert re.search(r"blocks.0.attn.hook_q the queries differ by 0.5 \(relative\)", said)
+    sqs.load_bundle(folder, model=model)
+
+
+def test_a_model_of_another_shape_is_refused_with_both_sides_shown(folder):
+    with pytest.raises(ValueError, match=r"n_layers 3, [^\n]*\n  here: [^\n]*n_layers 4"):
+        sqs.load_bundle(folder, model=sqs.load_tutor())
+
+
+def test_other_examples_are_refused_with_both_sides_shown(folder, tiny_models, examples, untyped):
+    bundle = sqs.load_bundle(folder)
+    changed = [dataclasses.replace(examples[0], prompt="w1"), *examples[1:]]
+    with pytest.raises(ValueError, match=r'"n_examples": 48(.|\n)*here:(.|\n)*"n_examples": 48'):
+        bundle.check(tiny_models["bridge"], changed)
+    with pytest.raises(TypeError, match="must be LabelledExample"):
+        bundle.check(tiny_models["bridge"], sqs.tokenize_examples(examples, word_tokenizer()))
+
+
+def test_what_does_not_belong_together_is_refused_before_anything_is_written(
+    tmp_path, tiny_models, saes, targets, steerer, examples
+):
+    model, out = tiny_models["bridge"], tmp_path / "b"
+    few = sqs.QuerySAEs({HOOKS[0]: saes[HOOKS[0]]})
+    other = sqs.CentroidTargetBuilder(model, saes, span=sqs.PromptTokens()).fit(examples)
+    own = dataclasses.replace(steerer, gate=None, scope=lambda at: at.absolute >= 0)
+    for refused, changes in (
+        ("the steerer's SAEs are at", {"saes": few, "steerer": steerer}),
+        ("the steerer has other centroids", {"steerer": steerer, "targets": other}),
+        ("can't be saved", {"steerer": own}),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            sqs.save_bundle(out, model, **{"saes": saes, **changes})
+    with pytest.raises(ValueError, match="3 layers|4 layers|heads of"):
+        sqs.save_bundle(out, sqs.load_tutor(), saes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_mappings_and_training_saes_are_refused(tmp_path, tiny_models, saes, untyped):
+    with pytest.raises(TypeError, match="saes is a dict: give QuerySAEs"):
+        sqs.save_bundle(tmp_path / "b", tiny_models["bridge"], dict(saes))
+    training = sqs.sae.QueryHeadTopKTrainingSAE(
+        sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
+    )
+    with pytest.raises(TypeError, match=r"still in training: give to_inference\(sae\)"):
+        sqs.save_bundle(tmp_path / "b", tiny_models["bridge"], sqs.QuerySAEs({HOOKS[0]: training}))
+
+
+def test_a_bundle_is_not_replaced_unless_asked(folder, tiny_models, saes):
+    with pytest.raises(FileExistsError, match="give another folder, or overwrite=True"):
+        sqs.save_bundle(folder, tiny_models["bridge"], saes)
+
+
+def test_a_changed_file_is_refused(copy):
+    path = copy / "centroids" / "centroids.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(
+        ValueError, match=r"centroids.safetensors is not the file .*SHA-256 differs"
+    ):
+        sqs.load_bundle(copy)
+    path.write_bytes(bytes(content[:-7]))
+    with pytest.raises(ValueError, match=r"has \d+ bytes, the bundle's list says \d+"):
+        sqs.load_bundle(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks centroids/centroids.safetensors"):
+        sqs.load_bundle(copy)
+
+
+def test_heads_may_be_missing_where_only_layers_are_read(copy):
+    shutil.rmtree(copy / "heads")
+    assert list(sqs.load_bundle(copy).saes) == HOOKS
+    with pytest.raises(FileNotFoundError, match="lacks heads/"):
+        sqs.push_to_hub(copy, "alice/bundle", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.json", "/etc/x.json", "a/../../x.json", "a\\x.json", "x.pkl", ".x.json", "a/b/c/d.json"],
+)
+def test_names_that_lead_elsewhere_are_refused(copy, name):
+    _, files = read_index(copy)
+    change_index(copy, files=files | {name: {"bytes": 1, "sha256": "0"}})
+    with pytest.raises(ValueError, match=r"bundle.json is refused: the file name .* not allowed"):
+        sqs.load_bundle(copy)
+
+
+def test_a_link_out_of_the_bundle_is_refused(copy, tmp_path):
+    path = copy / "steerer.json"
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ValueError, match="steerer.json"):
+        sqs.load_bundle(copy)
+    assert sqs.load_bundle(copy, root=tmp_path).steerer is not None
+
+
+def test_lists_in_another_form_are_refused(copy):
+    for files in (None, {}, [], {"a.json": 3}, {"a.json": {"bytes": -1, "sha256": "0"}}):
+        change_index(copy, files=files)
+        with pytest.raises(ValueError, match="bundle.json is refused"):
+            sqs.load_bundle(copy)
+    change_index(copy, files={"a.json": {"bytes": 1, "sha256": "0"}})
+    with pytest.raises(ValueError, match=r"lists no fingerprint\.safetensors"):
+        sqs.load_bundle(copy)
+    change_index(copy, model=7)
+    with pytest.raises(ValueError, match="it tells no model"):
+        sqs.load_bundle(copy)
+    change_index(copy, format="sae_query_steer.bundle/2")
+    with pytest.raises(ValueError, match="this version reads 'sae_query_steer.bundle/1'"):
+        sqs.load_bundle(copy)
+
+
+def test_the_registry_block_names_every_head_with_its_metrics(folder, saes):
+    text = sqs.registry_entry(
+        folder,
+        release="tiny-llama-queries",
+        repo_id="alice/bundle",
+        neuronpedia={"blocks.2.attn.hook_q.3": "tiny-llama/2-att-q-3"},
+    )
+    block = yaml.safe_load(text)["tiny-llama-queries"]
+    assert (block["repo_id"], block["model"]) == ("alice/bundle", "alice/tiny-llama")
+    assert len(block["saes"]) == 8
+    last = block["saes"][-1]
+    row = saes.metrics.set_index(["layer", "head"]).loc[(2, 3)]
+    assert last == {
+        "id": "blocks.2.attn.hook_q.3",
+        "path": "heads/blocks.2.attn.hook_q.3",
+        "l0": round(float(row["l0"]), 4),
+        "variance_explained": round(float(row["explained_variance"]), 4),
+        "neuronpedia": "tiny-llama/2-att-q-3",
+    }
+    assert "neuronpedia" not in block["saes"][0]
+    with pytest.raises(ValueError, match="neuronpedia names 'x', which is no SAE of the bundle"):
+        sqs.registry_entry(folder, release="r", repo_id="a/b", neuronpedia={"x": "y"})
+    with pytest.raises(ValueError, match="release=' ' is not allowed"):
+        sqs.registry_entry(folder, release=" ", repo_id="a/b")
+
+
+def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(folder):
+    upload = sqs.push_to_hub(folder, "alice/bundle", dry_run=True)
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(upload.files) == there
+    assert upload.url is None
+    assert upload.n_bytes == sum(upload.files.values()) > 50_000
+    with pytest.raises(ValueError, match="Repo id"):
+        sqs.push_to_hub(folder, "not a name/at all/", dry_run=True)
+
+
+def test_a_folder_stands_for_a_repository(folder, tiny_models, tmp_path):
+    assert list(sqs.from_pretrained(folder, model=tiny_models["bridge"]).saes) == HOOKS
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        sqs.from_pretrained(tmp_path / "missing")
+
+
+def test_the_commands(tmp_path, tiny_folder, saes, targets, steerer, examples, monkeypatch, capsys):
+    saes.save(tmp_path / "saes")
+    targets.save(tmp_path / "targets")
+    sqs.save_steerer(steerer, tmp_path / "steerer", saes="../saes", targets="../targets")
+    pd.DataFrame([dataclasses.asdict(e) for e in examples]).to_csv(tmp_path / "x.csv")
+    pd.DataFrame({"a": [1]}).to_csv(tmp_path / "scores.csv", index=False)
+    arguments = [
+        *("bundle", "--model", tiny_folder, "--device", "cpu", "--saes", tmp_path / "saes"),
+        *("--steerer", tmp_path / "steerer", "--csv", tmp_path / "x.csv", "--prompt", "prompt"),
+        *("--response", "response", "--label", "label", "--evaluation", tmp_path / "scores.csv"),
+        *("--license", "mit", "--out", tmp_path / "bundle"),
+    ]
+    run = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert "look at its README.md" in run.output
+    bundle = sqs.load_bundle(tmp_path / "bundle")
+    assert steerer_settings(bundle.steerer) == steerer_settings(steerer)
+    assert bundle.data["n_examples"] == 48
+    pushed = CliRunner().invoke(
+        app, ["push", str(tmp_path / "bundle"), "alice/b", "--dry-run"], catch_exceptions=False
+    )
+    assert re.search(r"would send \d+ files, [\d,]+ bytes, to alice/b", pushed.output)
+    entry = ["registry-entry", str(tmp_path / "bundle"), "--release", "r", "--repo-id", "alice/b"]
+    printed = CliRunner().invoke(
+        app, [*entry, "--neuronpedia", "blocks.0.attn.hook_q.1=x"], catch_exceptions=False
+    )
+    assert yaml.safe_load(printed.output)["r"]["saes"][1]["neuronpedia"] == "x"
+    monkeypatch.setattr("sys.argv", ["sae-query-steer", *entry, "--neuronpedia", "x"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--neuronpedia 'x' is not allowed" in capsys.readouterr().err
+
+
+def test_words_of_the_tiny_model_are_not_in_the_bundle(folder):
+    text = "".join(p.read_text() for p in folder.rglob("*.json"))
+    assert not any(f'"{word} ' in text for word in WORDS)
