@@ -29,6 +29,7 @@ from sae_query_steer.evaluation import (
     prompt_methods,
     run_sweep,
 )
+from sae_query_steer.markdown import markdown_table
 from sae_query_steer.storage import read_json
 from sae_query_steer.tasks.gridworld import (
     Aim,
@@ -75,7 +76,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     card = read_json(folder / "gridworld.json")
     print(f"\n{folder.name}: {card['n_parameters']} parameters, n {card['n']}\n")
     asked = pd.DataFrame({key: card[key] for key in ("asked_safe", "asked_short", "open")}).T
-    print(markdown(asked.reset_index(names="prompts"), digits=3), flush=True)
+    print(markdown_table(asked.reset_index(names="prompts"), digits=3), flush=True)
 
     model = sqs.load_model(str(folder), device="cpu")
     sites = sqs.query_sites(model)
@@ -94,7 +95,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     effect = sqs.interchange_effect(
         model, sites, validation, n_pairs=240, per_head=False, seed=args.seed
     )
-    print(f"\n{markdown(effect.drop(columns='head'), digits=3)}", flush=True)
+    print(f"\n{markdown_table(effect.drop(columns='head'), digits=3)}", flush=True)
 
     choosing = scorer(model, "validation", args.n_validation, args.seed)
     layers = [site.layer for site in sites]
@@ -105,7 +106,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
             layers, interchange_methods(model, [[layer] for layer in layers]), strict=True
         )
     ]
-    print(f"\n{markdown(pd.DataFrame(patched), digits=2)}")
+    print(f"\n{markdown_table(pd.DataFrame(patched), digits=2)}")
     best = max(patched, key=lambda row: row["redirect"])["layer"]
     print(f"\nsteered: layer {best}", flush=True)
 
@@ -121,7 +122,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
             name, encoders, {"last prompt token": found}, descents, layers=[[best]]
         )
     test = scorer(model, "test", args.n, args.seed + 1)
-    print(f"\n{markdown(rows(test, run_sweep(choosing, test, methods)), digits=2)}")
+    print(f"\n{markdown_table(rows(test, run_sweep(choosing, test, methods)), digits=2)}")
 
 
 def scorer(model: Any, split: Any, n: int, seed: int) -> TextScorer:
@@ -158,15 +159,6 @@ def rows(scorer: TextScorer, result: SweepResult) -> pd.DataFrame:
         row["change of q"] = told["delta_q_ratio"]
         found.append(row)
     return pd.DataFrame(found)
-
-
-def markdown(table: pd.DataFrame, *, digits: int) -> str:
-    """Return a table as Markdown."""
-    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + "---|" * table.shape[1]]
-    for row in table.itertuples(index=False):
-        cells = (f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

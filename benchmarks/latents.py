@@ -23,6 +23,7 @@ import sae_query_steer as sqs
 from sae_query_steer.evaluation import Method, TextScorer
 from sae_query_steer.evaluation.latent_ablation import LatentAblation, Way, latent_ablations
 from sae_query_steer.evaluation.rowwise import RowwiseSteerer
+from sae_query_steer.markdown import markdown_table
 from sae_query_steer.metrics import wilson_interval
 from sae_query_steer.tasks.tutor import TutorCorpus
 from sae_query_steer.tasks.tutor.cases import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
@@ -98,9 +99,10 @@ def main() -> None:
             ignore_index=True,
         )
         print(f"\n## {name}: the latents that move most\n")
-        print(markdown(shown(model, steerers, moved, few, tops, texts, args.shown)), flush=True)
+        table = shown(model, steerers, moved, few, tops, texts, args.shown)
+        print(markdown_table(table, digits=2), flush=True)
         print(f"\n## {name}: attention to the target's note, mean over heads and prompts\n")
-        print(markdown(attention(model, steerers, moved, few)), flush=True)
+        print(markdown_table(attention(model, steerers, moved, few), digits=2), flush=True)
         compare(name, steerers, moved, scorer)
 
 
@@ -273,22 +275,13 @@ def compare(
             label = f"{ablation.which} {ablation.way}{seed}"
             rows.setdefault(label, {})[f"m={ablation.m}"] = cell(ablation, outcome)
         table = pd.DataFrame.from_dict(rows, orient="index")
-        print(f"\n{markdown(table.reset_index(names=title))}")
+        print(f"\n{markdown_table(table.reset_index(names=title), digits=2)}")
 
 
 def share(success: Sequence[bool]) -> str:
     """Return a share with its interval."""
     low, high = wilson_interval(sum(success), len(success))
     return f"{sum(success) / len(success):.2f} [{low:.2f}, {high:.2f}]"
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table as Markdown."""
-    cells = []
-    for name in table.columns:
-        form = ".2f" if table[name].dtype == float else ""
-        cells.append([name, "---", *(format(value, form) for value in table[name])])
-    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*cells, strict=True))
 
 
 if __name__ == "__main__":

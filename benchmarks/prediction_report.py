@@ -10,6 +10,8 @@ import pandas as pd
 import plotly.express as px
 from scipy.stats import spearmanr
 
+from sae_query_steer.markdown import markdown_table
+
 STRENGTHS = (1.0, 2.0)
 """In distances from the latent to the centroid: to it, and as far beyond."""
 
@@ -85,21 +87,15 @@ def _interval(value: float, drawn: Sequence[float]) -> str:
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table as Markdown."""
-    lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def report(table: pd.DataFrame, out: Path) -> None:
     """Print the tables and write the CSV and the figure."""
     table.to_csv(out / "sites.csv", index=False)
     change = f"change_{MAIN:g}"
     for strength in STRENGTHS:
         print(f"\nrank correlation with the change of the target rate at strength {strength:g}\n")
-        print(markdown(correlations(table, f"change_{strength:g}")))
+        print(markdown_table(correlations(table, f"change_{strength:g}").astype(str)))
     print(f"\nchange at strength {MAIN:g} of the site that each puts first\n")
-    print(markdown(picked(table, change)))
+    print(markdown_table(picked(table, change).astype(str)))
     rows = []
     for model, part in table.groupby("model", sort=False):
         first = part.iloc[0]
@@ -118,7 +114,7 @@ def report(table: pd.DataFrame, out: Path) -> None:
             }
         )
     print(f"\nverdicts, and whether the target rate rose by more than {REACHED}\n")
-    print(markdown(pd.DataFrame(rows)))
+    print(markdown_table(pd.DataFrame(rows).astype(str)))
     shown = table.assign(
         site=[f"layer {r['layer']}, head {r['head']}" for r in table.to_dict("records")]
     )

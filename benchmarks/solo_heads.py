@@ -44,6 +44,7 @@ from torch import Tensor
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import model_name, queries_at
+from sae_query_steer.markdown import markdown_table
 from sae_query_steer.reconstruction import reconstruction_metrics
 from sae_query_steer.storage import new_folder, write_json
 from sae_query_steer.token_rows import token_rows
@@ -271,12 +272,9 @@ def beside(name: str, ours: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return a table as Markdown."""
-    cells = []
-    for name in table.columns:
-        form = ("+.4f" if "difference" in name else ".4f") if table[name].dtype == float else ""
-        cells.append([name, "---", *(format(value, form) for value in table[name])])
-    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*cells, strict=True))
+    """Return a table as Markdown, differences with their sign."""
+    signed = {n: table[n].map("{:+.4f}".format) for n in table.columns if "difference" in n}
+    return markdown_table(table.assign(**signed), digits=4)
 
 
 if __name__ == "__main__":
