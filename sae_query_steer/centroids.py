@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.fingerprint import Fingerprint
+from sae_query_steer.fingerprint import Fingerprint, check_whole
+from sae_query_steer.safe_reading import FLOATS, inside, tensor_shapes
 from sae_query_steer.storage import new_folder, read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "sae_query_steer.centroids/1"
 
+_GROUPS = ("mean", "variance", "query", "reconstruction")
 _TENSORS = "centroids.safetensors"
 _SETTINGS = "centroids.json"
 
@@ -101,8 +103,10 @@ class CentroidTargets:
                 )
             if not (bool(mean.isfinite().all()) and bool(variance.isfinite().all())):
                 raise ValueError(f"centroids at {hook_name} hold values that are not finite")
-        if len(self.counts) != len(self.classes):
-            raise ValueError(f"{len(self.counts)} counts do not fit {len(self.classes)} classes")
+            if bool((variance < 0).any()):
+                raise ValueError(f"centroids at {hook_name} hold a variance below 0")
+        if self.counts.ndim != 1 or len(self.counts) != len(self.classes):
+            raise ValueError(f"{self.counts.numel()} counts do not fit {len(self.classes)} classes")
         if self.counts.is_floating_point() or int(self.counts.min()) < 1:
             raise ValueError(f"counts={self.counts.tolist()} must be whole numbers above 0")
 
@@ -171,34 +175,41 @@ class CentroidTargets:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, of another format, or its parts do not fit.
         """
-        settings = read_json(Path(folder) / _SETTINGS)
+        folder = Path(folder)
+        settings = read_json(inside(folder, _SETTINGS))
         if settings.get("format") != FORMAT:
             raise ValueError(
-                f"{folder} has format {settings.get('format')!r}: this version reads {FORMAT!r}"
+                f"{folder} has format {settings.get('format')!r:.80}: this version reads {FORMAT!r}"
             )
-        tensors = read_tensors(Path(folder) / _TENSORS)
+        path = inside(folder, _TENSORS)
+        shapes = tensor_shapes(path)
         try:
             hook_names = _names(settings["hook_names"])
+            wanted = {f"{group}.{i}" for group in _GROUPS for i in range(len(hook_names))}
+            _check_stored(shapes, wanted)
+            tensors = read_tensors(path)
             group = {
                 prefix: {name: tensors[f"{prefix}.{i}"] for i, name in enumerate(hook_names)}
-                for prefix in ("mean", "variance", "query", "reconstruction")
+                for prefix in _GROUPS
             }
+            fingerprint = Fingerprint(
+                tokens=tensors["fingerprint.tokens"],
+                queries=group["query"],
+                reconstructions=group["reconstruction"],
+                dtype=_text(settings["model_dtype"]),
+            )
+            check_whole(fingerprint)
             return cls(
                 classes=tuple(_names(settings["classes"])),
                 means=group["mean"],
                 variances=group["variance"],
                 counts=tensors["counts"],
-                span=settings["span"],
-                fingerprint=Fingerprint(
-                    tokens=tensors["fingerprint.tokens"],
-                    queries=group["query"],
-                    reconstructions=group["reconstruction"],
-                    dtype=str(settings["model_dtype"]),
-                ),
+                span=_text(settings["span"]),
+                fingerprint=fingerprint,
             )
         except KeyError as error:
             raise ValueError(f"{folder} is incomplete: it has no {error}") from error
-        except (TypeError, AttributeError, IndexError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
@@ -212,5 +223,24 @@ class CentroidTargets:
 
 def _names(value: object) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError(f"{value!r} is no list of names")
+        raise TypeError(f"{value!r:.80} is no list of names")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{value!r:.200} has a name twice")
     return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    return value
+
+
+def _check_stored(shapes: Mapping[str, tuple[str, tuple[int, ...]]], groups: set[str]) -> None:
+    whole = {"counts", "fingerprint.tokens"}
+    if missing := sorted((groups | whole) - shapes.keys()):
+        raise KeyError(missing[0])
+    if unknown := sorted(shapes.keys() - groups - whole):
+        raise ValueError(f"it has a tensor {unknown[0]!r:.80}, which belongs to nothing")
+    for name, (dtype, _) in shapes.items():
+        if dtype not in (allowed := {"I64"} if name in whole else FLOATS):
+            raise ValueError(f"{name} is {dtype}: allowed are {sorted(allowed)}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_query_steer.fingerprint import default_tolerance, relative_difference
 from sae_query_steer.hosts.saelens import HeadwiseMultiTrainer, HeadwiseTrainer
+from sae_query_steer.safe_reading import inside
 from sae_query_steer.storage import new_folder, read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "sae_query_steer.run/1"
@@ -98,12 +99,13 @@ class Checkpoints:
         Raises:
             ValueError: the state is of another model, or damaged.
         """
-        steps = [int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*")]
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        steps = [int(name) for name in names if name.isdecimal()]
         if not steps:
             return
-        folder = self.folder / f"step-{max(steps)}"
-        facts = read_json(folder / "state.json")
-        tensors = read_tensors(folder / "state.safetensors")
+        folder = inside(self.folder, f"step-{max(steps)}")
+        facts = read_json(inside(folder, "state.json"))
+        tensors = read_tensors(inside(folder, "state.safetensors"))
         try:
             self._check_model({n: tensors[f"fingerprint/{n}"] for n in self._queries})
             for name, one in trainer.trainers.items():
@@ -115,7 +117,7 @@ class Checkpoints:
                 _restore(one, own, facts[name])
             for name in _COUNTERS[:2]:
                 setattr(trainer, name, int(facts[name]))
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, RuntimeError) as error:
             raise ValueError(f"{folder} is damaged: {error!r}; remove it") from error
         self._saved = trainer.n_training_steps
         self._remove_all_but(self._saved)
@@ -194,15 +196,26 @@ def _restore(trainer: Any, tensors: Mapping[str, Tensor], facts: Mapping[str, An
         {key.removeprefix("weight/"): v for key, v in tensors.items() if key.startswith("weight/")}
     )
     for key, parameter in trainer.sae.named_parameters():
-        trainer.optimizer.state[parameter] = {
-            moment: tensors[f"{moment}/{key}"].to(parameter.device) for moment in _ADAM
-        }
+        moments = {moment: tensors[f"{moment}/{key}"].to(parameter.device) for moment in _ADAM}
+        for moment, value in moments.items():
+            if value.shape != (parameter.shape if moment != "step" else ()):
+                raise TypeError(f"{moment}/{key} has shape {list(value.shape)}")
+        trainer.optimizer.state[parameter] = moments
     for name in _STATISTICS:
+        if tensors[name].shape != getattr(trainer, name).shape:
+            raise TypeError(f"{name} has shape {list(tensors[name].shape)}")
         setattr(trainer, name, tensors[name].to(trainer.sae.device))
     trainer.activation_scaler.scaling_factor = tensors.get("scale")
     trainer.optimizer.param_groups[0]["lr"] = float(facts["lr"])
-    trainer.lr_scheduler.load_state_dict(dict(facts["lr_scheduler"]))
+    _restore_schedule(trainer.lr_scheduler, facts["lr_scheduler"])
     for name, scheduler in trainer.coefficient_schedulers.items():
-        scheduler.load_state_dict(dict(facts["coefficients"][name]))
+        _restore_schedule(scheduler, facts["coefficients"][name])
     for name in _COUNTERS:
         setattr(trainer, name, int(facts[name]))
+
+
+def _restore_schedule(scheduler: Any, facts: Mapping[str, Any]) -> None:
+    # torch makes an attribute of whatever the state names.
+    if facts.keys() != (known := scheduler.state_dict()).keys():
+        raise TypeError(f"a schedule has {sorted(facts)}, not {sorted(known)}")
+    scheduler.load_state_dict(dict(facts))

@@ -12,6 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+MAX_TOKENS = 1024
+"""Tokens of a fingerprint at most: a model runs on all of them to tell whether it is the one.
+Source: our choice; ours have 12."""
+
 Queries = Float[Tensor, "row pos head d_head"]
 
 
@@ -35,6 +39,34 @@ class Fingerprint:
 def fingerprint_tokens(d_vocab: int) -> Int[Tensor, "2 6"]:
     """Return the fixed token rows for a vocabulary: two rows of six, spread over its ids."""
     return ((2 * torch.arange(12) + 1) * d_vocab // 24).reshape(2, 6)
+
+
+def check_whole(stored: Fingerprint) -> None:
+    """Raise unless a fingerprint that was read from a file can be compared with a model.
+
+    Raises:
+        ValueError: more tokens than any fingerprint has, queries that are not those of its tokens,
+            or values that are not finite.
+    """
+    tokens = stored.tokens
+    if tokens.ndim != 2 or not 1 <= tokens.numel() <= MAX_TOKENS or int(tokens.min()) < 0:
+        raise ValueError(
+            f"the fingerprint has tokens of shape {list(tokens.shape)}: allowed are up to "
+            f"{MAX_TOKENS} of them in rows, none negative"
+        )
+    for name, query in stored.queries.items():
+        reconstruction = stored.reconstructions[name]
+        if (
+            query.shape[:2] != tokens.shape
+            or query.ndim != 4
+            or query.shape != reconstruction.shape
+        ):
+            raise ValueError(
+                f"the fingerprint at {name} has queries {list(query.shape)} and reconstructions "
+                f"{list(reconstruction.shape)} of tokens {list(tokens.shape)}"
+            )
+        if not bool(query.isfinite().all() & reconstruction.isfinite().all()):
+            raise ValueError(f"the fingerprint at {name} holds values that are not finite")
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

@@ -1,9 +1,10 @@
 """Which latents may move, and which tokens and heads are steered at all."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -70,6 +71,7 @@ class GivenLatents:
     """Latents by hook name and head; a head that is not named keeps all of its latents still."""
 
     def __post_init__(self) -> None:
+        _check_named(self.latents)
         if not any(any(len(some) for some in heads.values()) for heads in self.latents.values()):
             raise ValueError("no latents are named: give {hook name: {head: [latent, ...]}}")
 
@@ -98,6 +100,9 @@ class ExceptLatents:
     latents: Mapping[str, Mapping[int, Sequence[int]]]
     """Latents by hook name and head, in the form that `GivenLatents` takes; of a head that is not
     named all latents may move."""
+
+    def __post_init__(self) -> None:
+        _check_named(self.latents)
 
     def __call__(
         self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]
@@ -146,6 +151,17 @@ class LatentAbove:
         """Return where to steer."""
         del goal
         return z[..., self.latent] > self.value
+
+
+def _check_named(latents: Any) -> None:
+    """Raise TypeError unless latents are named by hook name and head."""
+    try:
+        named = [operator.index(n) for by in latents.values() for h in by for n in (h, *by[h])]
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"latents={latents!r:.200} is not allowed: give {{hook name: {{head: [latent, ...]}}}}"
+        ) from error
+    del named
 
 
 def _named(

@@ -8,7 +8,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ from sae_query_steer.positions import (
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder
+from sae_query_steer.safe_reading import inside
 from sae_query_steer.scopes import (
     FirstResponseTokens,
     LastPromptTokens,
@@ -70,6 +72,7 @@ VALUES: dict[str, Any] = {
 }
 """Values that a file may name."""
 
+_PLAIN = (bool, int, float, NoneType)
 _NOT_SETTINGS = {"saes", "targets", "sites", "site_heads"}
 
 
@@ -87,7 +90,8 @@ def save_steerer(
         steerer: what to write.
         folder: the folder to make.
         saes: a folder that holds its SAEs already: it is referred to, relative to `folder` if the
-            path is relative, and the SAEs are not written again. None writes them.
+            path is relative, and the SAEs are not written again. None writes them. What it refers
+            to outside of `folder` is read only with `follow_references`, see `load_steerer`.
         targets: the same of its centroids.
         overwrite: replace a steerer that is there.
 
@@ -121,33 +125,60 @@ def save_steerer(
         )
 
 
-def load_steerer(folder: str | Path, *, device: str = "cpu") -> LatentGradientSteerer:
+def load_steerer(
+    folder: str | Path, *, device: str = "cpu", follow_references: bool = False
+) -> LatentGradientSteerer:
     """Read a steerer that `save_steerer` wrote.
 
     Args:
         folder: its folder.
         device: where to put its SAEs.
+        follow_references: read SAEs and centroids also from outside the folder, where it refers to
+            them there. A file from elsewhere could name any folder of this machine or its network,
+            so you say so, for a steerer of your own.
 
     Raises:
         FileNotFoundError: a file is missing, or a folder that it refers to.
-        ValueError: a file is damaged, of another format, or names a value that there is not.
+        ValueError: a file is damaged, of another format, names a value that there is not, or refers
+            to a folder outside and `follow_references` is False.
     """
     folder = Path(folder)
-    index = read_json(folder / STEERER)
+    index = read_json(inside(folder, STEERER))
     if index.get("format") != FORMAT:
         raise ValueError(
-            f"{folder} has format {index.get('format')!r}: this version reads {FORMAT!r}"
+            f"{folder} has format {index.get('format')!r:.80}: this version reads {FORMAT!r}"
         )
+    try:
+        targets = CentroidTargets.load(_referred(folder, index["targets"], follow_references))
+        saes = {}
+        if index["saes"] is not None:
+            place = _referred(folder, index["saes"], follow_references)
+            saes = dict(QuerySAEs.load(place, device=device))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / STEERER} is damaged: {error!r:.500}") from error
     try:
         encoders: dict[str, QueryEncoder] = {
             name: IdentityEncoder(**sizes) for name, sizes in index["identities"].items()
         }
-        if index["saes"] is not None:
-            encoders |= dict(QuerySAEs.load(folder / index["saes"], device=device))
-        targets = CentroidTargets.load(folder / index["targets"])
-        return steerer_from_settings(index["settings"], encoders, targets)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / STEERER} is damaged: {error!r}") from error
+        return steerer_from_settings(index["settings"], encoders | saes, targets)
+    except ValueError as error:
+        raise ValueError(f"{folder / STEERER}: {error}") from error
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder / STEERER} is damaged: {error!r:.500}") from error
+
+
+def _referred(folder: Path, name: object, follow: bool) -> Path:
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r:.80} is no folder")
+    if follow:
+        return folder / name
+    try:
+        return inside(folder, name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. If this steerer is your own, load_steerer(..., follow_references=True) "
+            "reads what it refers to elsewhere"
+        ) from error
 
 
 def steerer_from_settings(
@@ -160,9 +191,10 @@ def steerer_from_settings(
     """
     try:
         values = {name: _read(value) for name, value in settings.items()}
+        _check_types(LatentGradientSteerer, values)
         return LatentGradientSteerer(saes, targets, **values)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"the settings of the steerer are damaged: {error!r}") from error
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"one of its settings is damaged: {error!r:.500}") from error
 
 
 def steerer_settings(steerer: LatentGradientSteerer) -> dict[str, Any]:
@@ -214,7 +246,20 @@ def _read(value: Any) -> Any:
     if "mapping" in value:
         return {_read(key): _read(item) for key, item in value["mapping"]}
     if value["kind"] not in VALUES:
-        raise ValueError(f"there is no value {value['kind']!r}: allowed are {sorted(VALUES)}")
+        raise ValueError(f"there is no value {value['kind']!r:.80}: allowed are {sorted(VALUES)}")
     kind = VALUES[value["kind"]]
     fields = {name: _read(item) for name, item in value["fields"].items()}
-    return kind(*fields["scopes"]) if kind in (AnyOf, AllOf) else kind(**fields)
+    if kind in (AnyOf, AllOf):
+        return kind(*fields["scopes"])
+    _check_types(kind, fields)
+    return kind(**fields)
+
+
+def _check_types(kind: type, fields: Mapping[str, Any]) -> None:
+    """Raise where a field that is one plain value, or None, holds another type."""
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        options = get_args(hints.get(name)) or (hints.get(name),)
+        given = (type(value), float) if type(value) is int else (type(value),)
+        if all(one in _PLAIN for one in options) and not any(one in options for one in given):
+            raise TypeError(f"{kind.__name__} has {name}={value!r:.80}")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-MAX_JSON_BYTES = 16 * 2**20
-"""Largest JSON file that is read. Source: our choice."""
+from sae_query_steer.safe_reading import MAX_JSON, json_of, tensor_shapes
 
 
 @contextmanager
@@ -32,7 +29,8 @@ def new_folder(path: str | Path, *, overwrite: bool = False, holding: str) -> It
         holding: a file that every such folder holds; by it, what is there is known as one.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is False, or it is a folder of another kind.
+        FileExistsError: `path` exists and `overwrite` is False, or it is a folder of another kind,
+            or a link.
     """
     path = Path(path)
     check_replaceable(path, overwrite=overwrite, holding=holding)
@@ -57,8 +55,10 @@ def check_replaceable(path: Path, *, overwrite: bool, holding: str) -> None:
     """Raise if a folder may not be made or replaced; see `new_folder`.
 
     Raises:
-        FileExistsError: the message says which of the two it is.
+        FileExistsError: the message says which of the three it is.
     """
+    if path.is_symlink():  # whose link it is, and what else relies on it, nobody knows
+        raise FileExistsError(f"{path} is a link: give the folder that it leads to, or another")
     if not path.exists():
         return
     if not overwrite:
@@ -71,8 +71,18 @@ def check_replaceable(path: Path, *, overwrite: bool, holding: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON; numbers that JSON does not know (NaN, infinity) are refused."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a mapping as JSON; numbers that JSON does not know (NaN, infinity) are refused.
+
+    Raises:
+        ValueError: such a number, or more than is read back.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    if len(text) > MAX_JSON:  # all of it is ASCII
+        raise ValueError(
+            f"{path} would have {len(text)} bytes: JSON is written and read up to {MAX_JSON}; keep "
+            "large tensors in safetensors"
+        )
+    path.write_text(text, encoding="utf-8")
 
 
 def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -87,16 +97,13 @@ def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object, under the limits of `json_of`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it does not hold a JSON object.
+        ValueError: it does not hold a JSON object, or more than allowed.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    value = json_of(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, where an object is expected")
     return value
@@ -109,37 +116,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the named tensors of a safetensors file onto the CPU.
+    """Read the named tensors of a safetensors file onto the CPU, once `tensor_shapes` is content.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not safetensors, or is truncated.
+        ValueError: the file is not safetensors, is truncated, or larger than the free memory.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        return load_file(os.fspath(path))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
-    """Return the path of a file below a folder, refusing one that leads out of it.
-
-    Args:
-        folder: the folder.
-        name: a relative path with forward slashes.
-        root: where links may lead to; None means into `folder`.
-
-    Raises:
-        ValueError: the path is absolute, goes upwards, or is a link that leads out.
-    """
-    path = folder / name
-    allowed = (root or folder).resolve()
-    if (
-        Path(name).is_absolute()
-        or ".." in Path(name).parts
-        or not path.resolve().is_relative_to(allowed)
-    ):
-        raise ValueError(f"{name!r} leads out of {folder}")
-    return path
+    tensor_shapes(path)
+    return load_file(path)

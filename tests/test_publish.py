@@ -250,9 +250,8 @@ def test_a_link_out_of_the_bundle_is_refused(copy, tmp_path):
     path = copy / "steerer.json"
     path.rename(tmp_path / "elsewhere.json")
     path.symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(ValueError, match="steerer.json"):
+    with pytest.raises(ValueError, match=r"steerer.json is a link to .*elsewhere.json, outside of"):
         sqs.load_bundle(copy)
-    assert sqs.load_bundle(copy, root=tmp_path).steerer is not None
 
 
 def test_lists_in_another_form_are_refused(copy):

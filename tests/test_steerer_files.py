@@ -83,11 +83,11 @@ def test_saes_and_centroids_may_be_referred_to(tiny_models, make, tmp_path, saes
         make(), tmp_path / "steerer", saes="../shared-saes", targets=tmp_path / "shared-targets"
     )
     assert [p.name for p in (tmp_path / "steerer").iterdir()] == ["steerer.json"]
-    loaded = sqs.load_steerer(tmp_path / "steerer")
+    loaded = sqs.load_steerer(tmp_path / "steerer", follow_references=True)
     assert steered(tiny_models["bridge"], loaded)[0] == steered(tiny_models["bridge"], make())[0]
     (tmp_path / "shared-saes").rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError):
-        sqs.load_steerer(tmp_path / "steerer")
+        sqs.load_steerer(tmp_path / "steerer", follow_references=True)
 
 
 def test_functions_and_foreign_encoders_are_refused_and_nothing_is_written(make, tmp_path, untyped):

@@ -66,7 +66,7 @@ def bundle(
         examples = labelled_examples(csv, prompt, response, label, bloom)
     table = None if evaluation is None else pd.read_csv(evaluation)
     centroids = None if targets is None else sqs.CentroidTargets.load(targets)
-    given = None if steerer is None else sqs.load_steerer(steerer)
+    given = None if steerer is None else sqs.load_steerer(steerer, follow_references=True)
     host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
     made = None

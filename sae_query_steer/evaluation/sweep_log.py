@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.safe_reading import size_of
 
 HEAD = "sae_query_steer.sweep/3"
 
@@ -52,13 +53,18 @@ class SweepLog:
         return [(json.loads(name), outcome) for name, outcome in self._known.items()]
 
     def _read(self, head: dict[str, Any]) -> None:
-        text = self.path.read_text(encoding="utf-8")
+        size_of(self.path)  # a pipe would block
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is no log of a sweep: {error}") from error
         whole, _, rest = text.rpartition("\n")
         lines = [_parsed(line, self.path) for line in whole.splitlines()]
         if not lines or lines[0].get("format") != HEAD:
             raise ValueError(f"{self.path} is no log of a sweep: give another file")
         if lines[0] != head:
-            then, now = lines[0].get("settings") or {}, head["settings"]
+            stored, now = lines[0].get("settings"), head["settings"]
+            then = stored if isinstance(stored, dict) else {}
             names = sorted(n for n in {*then, *now} if then.get(n) != now.get(n))
             told = ", ".join(f"{n}={then.get(n)!r} there, {now.get(n)!r} here" for n in names)
             raise ValueError(
@@ -66,6 +72,8 @@ class SweepLog:
                 "settings of that one"
             )
         for line in lines[1:]:
+            if not all(isinstance(line.get(part), dict) for part in ("key", "outcome")):
+                raise ValueError(f"{self.path} is damaged: a line is no record")
             self._known[_name(line["key"])] = line["outcome"]
         if rest:
             self.path.write_text(whole + "\n", encoding="utf-8")
@@ -98,7 +106,7 @@ def _name(key: dict[str, Any]) -> str:
 def _parsed(line: str, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: a line is no record")

@@ -12,6 +12,8 @@ from torch import Tensor
 from tqdm.auto import trange
 from typing_extensions import override
 
+from sae_query_steer.storage import read_json
+
 FlatQueries = Float[Tensor, "*batch d_in"]
 
 
@@ -100,8 +102,10 @@ class HeadwiseScaler(ActivationScaler):
         Raises:
             ValueError: the file holds no factors, or those of another number of heads.
         """
-        factors = json.loads(Path(file_path).read_text(encoding="utf-8"))["scaling_factor"]
-        if factors is not None and (not isinstance(factors, list) or len(factors) != self.n_heads):
+        factors = read_json(Path(file_path)).get("scaling_factor", "nothing")
+        listed = factors if isinstance(factors, list) else []
+        numbers = [factor for factor in listed if isinstance(factor, int | float)]
+        if factors is not None and not len(numbers) == len(listed) == self.n_heads:
             raise ValueError(
                 f"{file_path} holds scaling_factor={factors}: allowed is null or a list of one "
                 f"factor for each of {self.n_heads} heads"

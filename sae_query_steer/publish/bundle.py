@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from sae_query_steer.capture import reconstructions
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
-from sae_query_steer.fingerprint import Fingerprint, check_reconstructions, default_tolerance
+from sae_query_steer.fingerprint import (
+    Fingerprint,
+    check_reconstructions,
+    check_whole,
+    default_tolerance,
+)
 from sae_query_steer.publish.files import check_files
 from sae_query_steer.publish.identity import check_data, check_model
 from sae_query_steer.publish.layout import (
@@ -70,7 +76,6 @@ def load_bundle(
     *,
     model: Any = None,
     device: str = "cpu",
-    root: str | Path | None = None,
 ) -> Bundle:
     """Read a bundle that `save_bundle` wrote, once every file is what its list says.
 
@@ -81,20 +86,17 @@ def load_bundle(
         model: a model to check against the fingerprint before anything is returned; None checks
             nothing (a steerer checks it when it is applied).
         device: where to put the SAEs.
-        root: where links in the folder may lead to, such as the cache of a hub; None means into
-            the folder alone.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, of another format, or not the one that the bundle lists; the
             parts do not belong together; or it is another model, with both sides shown.
     """
-    folder, root = Path(folder), None if root is None else Path(root)
-    index, files = read_index(folder, root=root)
+    folder = Path(folder)
+    index, files = read_index(folder)
     check_files(
         folder,
         {name: entry for name, entry in files.items() if not name.startswith(f"{HEADS}/")},
-        root=root,
     )
     saes = QuerySAEs.load(folder / LAYERS, device=device)
     if list(saes) != index["hook_names"]:
@@ -111,7 +113,10 @@ def load_bundle(
     if STEERER in files:
         if targets is None:
             raise ValueError(f"{folder} holds a steerer and no centroids: fetch it again, whole")
-        steerer = steerer_from_settings(read_json(folder / STEERER), saes, targets)
+        try:
+            steerer = steerer_from_settings(read_json(folder / STEERER), saes, targets)
+        except ValueError as error:
+            raise ValueError(f"{folder / STEERER}: {error}") from error
     if EVALUATION in files:
         evaluation = pd.DataFrame(read_json(folder / EVALUATION).get("rows"))
     bundle = Bundle(
@@ -139,7 +144,10 @@ def _read_fingerprint(path: Path, hook_names: list[str], dtype: str) -> Fingerpr
         )
     except KeyError as error:
         raise ValueError(f"{path} is incomplete: it has no {error}") from error
-    shapes = {tuple(v.shape[:2]) for v in (*found.queries.values(),)}
-    if found.tokens.ndim != 2 or found.tokens.is_floating_point() or shapes != {found.tokens.shape}:
-        raise ValueError(f"{path} is damaged: its token rows and queries do not fit")
+    if found.tokens.dtype != torch.int64:
+        raise ValueError(f"{path} is damaged: its tokens are {found.tokens.dtype}, not int64")
+    try:
+        check_whole(found)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return found

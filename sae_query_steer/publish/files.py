@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_query_steer.storage import inside
+from sae_query_steer.safe_reading import inside, size_of
 
 MAX_FILES = 65_536
 """Files that a bundle may list. Source: our choice; 32 layers of 32 heads have 2,112."""
@@ -56,25 +56,23 @@ def read_list(value: object) -> dict[str, dict[str, Any]]:
     return value
 
 
-def check_files(
-    folder: Path, files: Mapping[str, Mapping[str, Any]], *, root: Path | None = None
-) -> None:
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise unless every file of a list is there, of that size and hash.
 
     Args:
         folder: the bundle.
         files: what is to be there, of `read_list`.
-        root: where links may lead to; None means into `folder` alone.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file leads elsewhere, or is another than the list says.
     """
     for name, entry in files.items():
-        path = inside(folder, name, root=root)
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}: fetch it again, whole")
-        size = path.stat().st_size
+        path = inside(folder, name)
+        try:
+            size = size_of(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} lacks {name}: fetch it again, whole") from error
         if size != entry["bytes"]:  # before a byte is read
             raise ValueError(
                 f"{folder / name} has {size} bytes, the bundle's list says {entry['bytes']}: it "

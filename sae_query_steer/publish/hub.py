@@ -21,7 +21,7 @@ from sae_query_steer.publish.bundle import Bundle, load_bundle
 from sae_query_steer.publish.card import REPOSITORY
 from sae_query_steer.publish.files import check_files
 from sae_query_steer.publish.layout import BUNDLE, CARD, HEADS, PARTS, read_index
-from sae_query_steer.storage import MAX_JSON_BYTES
+from sae_query_steer.safe_reading import MAX_JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,17 +134,15 @@ def from_pretrained(
         raise FileNotFoundError(f"no folder {name}")
     where = {"revision": revision, "token": token, "cache_dir": cache_dir}
     planned = hf_hub_download(name, BUNDLE, dry_run=True, **where)
-    _check_sizes(name, [planned], {BUNDLE: MAX_JSON_BYTES})
+    _check_sizes(name, [planned], {BUNDLE: MAX_JSON})
     index = Path(hf_hub_download(name, BUNDLE, **{**where, "revision": planned.commit_hash}))
-    # .../models--USER--REPOSITORY/snapshots/COMMIT/bundle.json; the files are links to its blobs.
-    root = index.parents[2]
-    _, files = read_index(index.parent, root=root)
+    _, files = read_index(index.parent)
     wanted = {n: int(e["bytes"]) for n, e in files.items() if not n.startswith(f"{HEADS}/")}
     commit = {**where, "revision": planned.commit_hash, "allow_patterns": [BUNDLE, *wanted]}
     with suppress(DryRunError):  # without a network: nothing will be fetched
         _check_sizes(name, snapshot_download(name, dry_run=True, **commit), wanted)
     folder = snapshot_download(name, **commit)
-    return load_bundle(folder, model=model, device=device, root=root)
+    return load_bundle(folder, model=model, device=device)
 
 
 def _check_sizes(
@@ -152,11 +150,9 @@ def _check_sizes(
 ) -> None:
     """Raise, before anything is fetched, if a file is larger than it may be."""
     for file in planned:
-        if file.file_size is not None and file.file_size > listed.get(
-            file.filename, MAX_JSON_BYTES
-        ):
+        if file.file_size is not None and file.file_size > listed.get(file.filename, MAX_JSON):
             raise ValueError(
                 f"{file.filename} of {repo_id} has {file.file_size} bytes, more than the "
-                f"{listed.get(file.filename, MAX_JSON_BYTES)} that are listed or allowed: nothing "
+                f"{listed.get(file.filename, MAX_JSON)} that are listed or allowed: nothing "
                 "was fetched; ask the repository's owner to save the bundle anew"
             )

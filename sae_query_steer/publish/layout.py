@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_query_steer.publish.files import read_list
-from sae_query_steer.storage import inside, read_json
+from sae_query_steer.safe_reading import inside
+from sae_query_steer.storage import read_json
 
 FORMAT = "sae_query_steer.bundle/1"
 
@@ -46,11 +47,9 @@ def _numbers(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
-def read_index(
-    folder: Path, *, root: Path | None = None
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def read_index(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return `bundle.json` and its list of files, checked."""
-    index = read_json(inside(folder, BUNDLE, root=root))
+    index = read_json(inside(folder, BUNDLE))
     if index.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has format {index.get('format')!r}: this version reads {FORMAT!r}"

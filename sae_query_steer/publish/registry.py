@@ -9,7 +9,8 @@ import yaml
 
 from sae_query_steer.publish.layout import LAYERS, head_folders, read_index
 from sae_query_steer.sae.collection import INDEX
-from sae_query_steer.storage import inside, read_json
+from sae_query_steer.safe_reading import inside
+from sae_query_steer.storage import read_json
 
 
 def registry_entry(

@@ -1,16 +1,15 @@
 """The SAEs of several query sites together: what training returns and steering takes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from sae_lens import SAE
-from sae_lens.util import temporary_seed
-from safetensors import SafetensorError
 
 from sae_query_steer.sae.core import QueryHeadSAE
+from sae_query_steer.sae.reading import read_sae
+from sae_query_steer.safe_reading import inside
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.storage import json_rows, new_folder, read_json, write_json
 
@@ -71,7 +70,9 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
 
         Raises:
             FileExistsError: the folder exists and `overwrite` is False.
+            ValueError: a name is not that of a query hook point.
         """
+        _check_names(self)
         with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
             for name, sae in self.items():
                 sae.save_model(new / name)
@@ -90,36 +91,46 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
                 query-head SAE.
         """
         folder = Path(folder)
-        index = read_json(folder / INDEX)
+        index = read_json(inside(folder, INDEX))
         if index.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} has format {index.get('format')!r}: this version reads {FORMAT!r}"
             )
         names, rows = index.get("hook_names"), index.get("metrics")
         settings = index.get("settings")
-        if not (
-            isinstance(names, list)
-            and isinstance(rows, list | None)
-            and isinstance(settings, dict | None)
-        ):
+        if not isinstance(names, list) or not isinstance(settings, dict | None):
             raise ValueError(f"{folder / INDEX} is damaged: it lists no SAEs")
+        try:
+            _check_names(names)
+            _check_rows(rows)
+        except ValueError as error:
+            raise ValueError(f"{folder / INDEX} is damaged: {error}") from error
         return cls(
-            {str(name): _loaded(folder, str(name), device) for name in names},
+            {name: read_sae(folder, name, device=device) for name in names},
             None if rows is None else pd.DataFrame(rows),
             settings,
         )
 
 
-def _loaded(folder: Path, name: str, device: str) -> QueryHeadSAE[Any]:
-    # The name becomes a path: only that of a query hook point may.
-    QuerySite.from_hook_name(name, n_heads=1, d_head=1)
-    try:
-        with temporary_seed(0):  # a new SAE draws weights, which are replaced at once
-            sae = SAE.load_from_disk(folder / name, device=device)
-    except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / name} is no SAE that can be read: {error!r}") from error
-    if not isinstance(sae, QueryHeadSAE):
-        raise ValueError(f"{folder / name} holds a {type(sae).__name__}, no query-head SAE")
-    if not all(bool(value.isfinite().all()) for value in sae.state_dict().values()):
-        raise ValueError(f"{folder / name} holds weights that are not finite")
-    return sae.requires_grad_(False).eval()
+def _check_names(names: Iterable[object]) -> None:
+    """Raise unless all are names of query hook points: they become folders."""
+    seen = set()
+    for name in names:
+        if not isinstance(name, str) or name in seen:
+            raise ValueError(f"{name!r:.80} is no name, or there twice")
+        QuerySite.from_hook_name(name, n_heads=1, d_head=1)
+        seen.add(name)
+
+
+def _check_rows(rows: object) -> None:
+    """Raise unless rows are a table of numbers, or None."""
+    if rows is None:
+        return
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("metrics are no list of rows")
+    for row in rows:
+        # Of rows with columns of their own pandas makes a cell for each row and each column.
+        if row.keys() != rows[0].keys():
+            raise ValueError("the rows of metrics have different columns")
+        if not all(isinstance(value, int | float | None) for value in row.values()):
+            raise ValueError("metrics hold something else than numbers")

@@ -58,6 +58,11 @@ class IdentityEncoder:
 
     latent_min: ClassVar[float | None] = None
 
+    def __post_init__(self) -> None:
+        for size in (self.n_heads, self.d_head):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{self!r:.200} is not allowed: give whole numbers, 1 or more")
+
     @property
     def d_latent(self) -> int:
         """The same as `d_head`."""
