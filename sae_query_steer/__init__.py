@@ -9,6 +9,7 @@ from sae_query_steer.attach import attached_saes
 from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt, mean_difference
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.dashboards.writing import write_dashboards
 from sae_query_steer.data import (
     LabelledExample,
     TokenizedExample,
@@ -209,4 +210,5 @@ __all__ = [
     "top_tokens",
     "train_on_ranks",
     "train_query_saes",
+    "write_dashboards",
 ]

@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from sae_query_steer.commands import chain, publish, sweep, train, tutor
+from sae_query_steer.commands import chain, dashboard, publish, sweep, train, tutor
 
 app = typer.Typer(
     help="Steer language models by gradient descent on sparse features of attention queries.",
@@ -19,6 +19,7 @@ for command in (
     chain.targets,
     chain.sites,
     chain.steer,
+    dashboard.dashboard,
     sweep.sweep,
     publish.bundle,
     publish.push,

@@ -95,7 +95,7 @@ def top_tokens(
     found = {name: _TopK(saes[name], some, k) for name, some in picked.items()}
     n_read = 0
     bos = tokenizer.bos_token_id if ignore_bos else None
-    for start, tokens, counted in _batches(rows, batch_size, bos):
+    for start, tokens, counted in row_batches(rows, batch_size, bos):
         row, position = counted.nonzero(as_tuple=True)
         n_read += len(row)
         places = (start + row) * rows.shape[1] + position
@@ -192,11 +192,14 @@ class _TopK:
         kept[latent[best], rank[best]] = place[best]
 
 
-def _batches(
-    rows: Int[Tensor, "row pos"], batch_size: int, bos: int | None
+def row_batches(
+    rows: Int[Tensor, "row pos"],
+    batch_size: int,
+    bos: int | None,
+    description: str = "Reading latents",
 ) -> Iterator[tuple[int, Tensor, Bool[Tensor, "batch pos"]]]:
     """Yield the first row's index, the tokens and which of them count, cut after the longest."""
-    with tqdm(total=len(rows), desc="Reading latents", unit="row") as bar:
+    with tqdm(total=len(rows), desc=description, unit="row") as bar:
         for start in range(0, len(rows), batch_size):
             tokens = rows[start : start + batch_size]
             real = tokens != PAD

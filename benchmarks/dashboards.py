@@ -1,0 +1,86 @@
+"""How long the dashboard of a site takes to write and to open, and how large it is.
+
+    python benchmarks/dashboards.py [--d-sae N] [--k N] [--texts N] [--training-tokens N]
+                                    [--out DIR]
+
+The tutor's layer 1, 4 heads, TopK SAEs of `--d-sae` latents a head of which `--k` fire, hardly
+trained. (How long a page takes depends on how many latents fire, not on what they mean.) Where
+chromium is installed the page is opened in it, headless, with and without a search; the page itself
+takes the times: to be ready, and to answer the first search of all texts, index included.
+"""
+
+import argparse
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+import sae_query_steer as sqs
+from sae_query_steer.dashboards.page import page_data
+from sae_query_steer.tasks.tutor import TutorCorpus
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--d-sae", type=int, default=4096, help="latents of each head")
+    parser.add_argument("--k", type=int, default=256, help="latents that may fire")
+    parser.add_argument("--texts", type=int, default=180, help="texts to read")
+    parser.add_argument("--training-tokens", type=int, default=600, help="to train the SAEs on")
+    parser.add_argument("--out", type=Path, default=None, help="keep the pages here")
+    given = parser.parse_args()
+    model = sqs.load_tutor()
+    examples = TutorCorpus("train", seed=0).examples(given.texts)
+    texts = [example.prompt + example.response for example in examples]
+    saes = sqs.train_query_saes(
+        model,
+        texts,
+        sqs.query_sites(model, [1]),
+        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=given.d_sae, k=given.k),
+        training_tokens=given.training_tokens,
+    )
+    targets = sqs.CentroidTargetBuilder(model, saes).fit(examples)
+    with tempfile.TemporaryDirectory() as folder:
+        out = given.out or Path(folder) / "pages"
+        began = time.perf_counter()
+        (page,) = sqs.write_dashboards(model, saes, texts, out, targets=targets).values()
+        row: dict[str, object] = {"write_s": round(time.perf_counter() - began)}
+        data = page_data(page.read_text(encoding="utf-8"))
+        fired = [n for head in data["heads"] for n in head["fired"]]
+        row |= {
+            "latents": len(fired),
+            "that_fire": sum(n > 0 for n in fired),
+            "tokens": data["n_tokens"],
+            "page_MB": round(page.stat().st_size / 1e6, 1),
+            "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        if shutil.which("chromium") is not None:
+            row["ready_ms"] = _opened(page, "", "load")
+            row["search_ms"] = _opened(page, "?q=categorize", "search")
+    print(pd.DataFrame([row]).to_string(index=False))
+
+
+def _opened(page: Path, query: str, what: str, rounds: int = 3) -> float:
+    """Return the median of a time, in milliseconds, that the page took of itself."""
+    times = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as profile:
+            command = [
+                *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+                *("--disable-background-networking", f"--user-data-dir={profile}"),
+                *("--virtual-time-budget=4000", "--dump-dom", f"{page.resolve().as_uri()}{query}"),
+            ]
+            dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+        (found,) = re.findall(rf'data-{what}-ms="([^"]*)"', dom)
+        times.append(float(found))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""`write_dashboards`: a page for each site, with all its latents."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.dashboards.attention_effect import attention_effect
+from sae_query_steer.dashboards.key_matches import key_matches
+from sae_query_steer.dashboards.neuronpedia import write_batches
+from sae_query_steer.dashboards.page import dashboard_html, index_html
+from sae_query_steer.dashboards.site_data import SiteDashboard
+from sae_query_steer.dashboards.statistics import read_again
+from sae_query_steer.hosts.attention_parts import key_hook
+from sae_query_steer.hosts.models import check_eager, model_name, pattern_hook
+from sae_query_steer.intervention import chosen_heads
+from sae_query_steer.latent_texts import top_tokens
+from sae_query_steer.objectives import CentroidContrast
+from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
+from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.storage import check_replaceable, new_folder, write_json
+from sae_query_steer.token_rows import Texts
+
+INDEX = "dashboards.json"
+"""The file that every folder of dashboards holds."""
+
+
+def write_dashboards(
+    model: Any,
+    saes: Mapping[str, QueryEncoder],
+    texts: Texts,
+    folder: str | Path,
+    *,
+    targets: CentroidTargets | None = None,
+    k: int = 10,
+    context: int = 12,
+    n_attention: int = 2,
+    n_keys: int = 8,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
+    neuronpedia: bool = False,
+    overwrite: bool = False,
+    batch_size: int = 16,
+    ignore_bos: bool = True,
+    **reading: Any,
+) -> dict[str, Path]:
+    """Write a page for each site that shows what its latents fire at, look for and tell apart.
+
+    A page needs no network and nothing beside it. It lists all latents, with search and order, and
+    shows of each: the texts where it is most active, every token shaded by its activation; the
+    histogram of its activations and at how many tokens it fires; the attention of its head at its
+    top tokens, with the latent and without; the tokens whose keys its decoder row matches; and with
+    `targets` its mean in each class. `PAGE.html#2-118` opens at head 2, latent 118, and
+    `PAGE.html?q=word` with a search.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        saes: encoders by hook name.
+        texts: in any form that `train_query_saes` takes.
+        folder: the folder to make, whole or not at all.
+        targets: centroids of classes that were made with these SAEs on this model.
+        k: texts of each latent. A page of more than 60 MB shows fewer, and says so.
+        context: tokens on either side of a top token.
+        n_attention: top tokens of each latent at which its attention is looked at, 0 to k.
+        n_keys: tokens with matching keys of each latent; 0 for none.
+        layers: which layers; None means all that have an SAE.
+        heads: which heads: the same in each layer, or by layer; None means all.
+        neuronpedia: also write `neuronpedia/`, batches of features as SAEDashboard writes them.
+        overwrite: replace dashboards that are there.
+        batch_size: rows of one forward pass.
+        ignore_bos: pass over BOS, as in `top_tokens`.
+        reading: how to read the texts, as in `top_tokens`: n_tokens, context_size,
+            concat_sequences, prepend_bos, text_column.
+
+    Returns:
+        The file of each page, by hook name; `index.html` beside them has links to all.
+
+    Raises:
+        FileExistsError: the folder exists and `overwrite` is False, or is something else.
+        ValueError: a number, site, head or layer that is not allowed, texts that can't be used,
+            centroids of another model or SAE, or an architecture that does not show its attention
+            or keys; all before work starts.
+
+    Source: our choice, after sae_vis and Neuronpedia; what they show of logits is left out, because
+    a query writes none.
+    """
+    if context < 0 or n_keys < 0 or not 0 <= n_attention <= max(k, 0):
+        raise ValueError(
+            f"context={context}, n_attention={n_attention} and n_keys={n_keys} are not allowed: "
+            f"give 0 or more, and n_attention up to k={k}"
+        )
+    folder = Path(folder)
+    check_replaceable(folder, overwrite=overwrite, holding=INDEX)
+    every = encoder_sites(saes)
+    picked = chosen_heads(every, layers, heads)
+    saes = {name: saes[name] for name in picked}
+    sites = {name: every[name] for name in picked}
+    for site in sites.values():
+        site.check(model)
+        if n_keys:
+            key_hook(model, site)
+        if n_attention:
+            check_eager(model)
+            pattern_hook(model, site.layer)
+    if targets is not None:
+        _check_targets(model, saes, targets)
+    tops = top_tokens(
+        model,
+        saes,
+        texts,
+        k=k,
+        heads={sites[name].layer: own for name, own in picked.items()},
+        batch_size=batch_size,
+        ignore_bos=ignore_bos,
+        **reading,
+    )
+    statistics, keys = read_again(
+        model,
+        saes,
+        tops,
+        context=context,
+        keys=n_keys > 0,
+        ignore_bos=ignore_bos,
+        batch_size=batch_size,
+    )
+    pages: dict[str, str] = {}
+    with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
+        for name, site in sites.items():
+            attention = None
+            if n_attention:
+                attention = attention_effect(
+                    model, site, saes[name], tops, n_tokens=n_attention, batch_size=batch_size
+                )
+            dashboard = SiteDashboard(
+                site=site,
+                model_name=model_name(model),
+                tops=tops,
+                statistics=statistics[name],
+                attention=attention,
+                keys=key_matches(keys[name], saes[name], picked[name], n=n_keys) if keys else None,
+                targets=targets,
+            )
+            pages[name] = f"{name}.html"
+            (new / pages[name]).write_text(dashboard_html(dashboard), encoding="utf-8")
+            if neuronpedia:
+                write_batches(dashboard, new / "neuronpedia" / name)
+        settings = {
+            "model": model_name(model),
+            "tokens": tops.n_tokens,
+            "texts": len(tops.rows),
+            "top texts of a latent": k,
+            "classes": ", ".join(map(str, targets.classes)) if targets else "none given",
+        }
+        (new / "index.html").write_text(index_html(pages, settings), encoding="utf-8")
+        write_json(new / INDEX, {"pages": pages, "settings": settings})
+    return {name: folder / file for name, file in pages.items()}
+
+
+def _check_targets(model: Any, saes: Mapping[str, QueryEncoder], targets: CentroidTargets) -> None:
+    """Raise unless centroids belong to a model and its SAEs: as a steerer that never moves does."""
+    LatentGradientSteerer(
+        saes,
+        targets,
+        target=targets.classes[0],
+        objective=CentroidContrast(),
+        n_steps=0,
+        step_size=0.0,
+    ).check_model(model)
