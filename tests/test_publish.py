@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hostile_kinds import sign
 from huggingface_hub import ModelCard
 from sae_lens import SAE
 from typer.testing import CliRunner
@@ -225,6 +226,16 @@ def test_a_changed_file_is_refused(copy):
         sqs.load_bundle(copy)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="lacks centroids/centroids.safetensors"):
+        sqs.load_bundle(copy)
+
+
+def test_other_saes_of_the_same_shape_are_refused_even_if_the_list_is_made_to_fit(copy):
+    one, two = (copy / "layers" / name / "sae_weights.safetensors" for name in HOOKS)
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    sign(copy)
+    with pytest.raises(ValueError, match="another SAE: at blocks.0.attn.hook_q it reconstructs"):
         sqs.load_bundle(copy)
 
 
