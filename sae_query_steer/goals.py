@@ -11,7 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Latents = Float[Tensor, "*batch head d_latent"]
+"""Latents of some heads of a site."""
+
 Centroids = Float[Tensor, "class head d_latent"]
+"""A latent of each class and head: its mean, or its variance."""
 
 Target = str | Mapping[str, float | int]
 """A class, or weights of classes: {"apply": 1, "create": 0.5}; a negative weight leads away."""

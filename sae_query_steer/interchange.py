@@ -57,7 +57,8 @@ def interchange_effect(
         batch_size: rows of one forward pass.
 
     Returns:
-        A row for each layer, with head "all", and with `per_head` for each of its heads:
+        A row for each layer, with head "all", and with `per_head` for each of its heads, with
+        the columns
 
         - kl: mean KL(unpatched || patched) of the next token, in nats, donor of another class
         - kl_control: the same, donor of the receiver's own class

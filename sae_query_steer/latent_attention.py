@@ -38,7 +38,7 @@ def latent_attention(
             the last of them is not read, so 1 is enough for the prompt.
 
     Returns:
-        As `SteeringTrace.attention_change`: a row for each steered token, head and token that it
+        As of `SteeringTrace.attention_change`, a row for each steered token, head and token that it
         can look at, with attention_before, attention_after and change.
 
     Raises:

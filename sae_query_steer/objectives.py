@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_query_steer.goals import Centroids, Goal, Latents
 
 Loss = Float[Tensor, "*batch head"]
+"""The loss of each row and head."""
 
 
 @runtime_checkable
@@ -81,7 +82,7 @@ class PrototypeLogLikelihood:
 
 @dataclass(frozen=True)
 class CentroidContrast:
-    """-<z, c_w - s c_mean>: along the line from the mean of the class centroids to the target.
+    """`-<z, c_w - s c_mean>`: along the line from the mean of the class centroids to the target.
 
     Linear, so every step is the same and n steps of size s are one step of n * s, up to the
     latent range. Over an identity encoder this is the mean-difference direction.
@@ -90,7 +91,7 @@ class CentroidContrast:
     """
 
     def loss(self, z: Latents, goal: Goal) -> Loss:
-        """Return -<z, c_w - s c_mean>."""
+        """Return `-<z, c_w - s c_mean>`."""
         return -(z * self.direction(goal)).sum(-1)
 
     def gradient(self, z: Latents, goal: Goal) -> Latents:
@@ -105,7 +106,7 @@ class CentroidContrast:
 
 @dataclass(frozen=True)
 class CosineSimilarity:
-    """-<z, u> / n with u = c_w / ||c_w|| and n = sqrt(||z||^2 + (softening ||c_w||)^2).
+    """`-<z, u> / n` with u = c_w / ||c_w|| and n = sqrt(||z||^2 + (softening ||c_w||)^2).
 
     The angle to the target, whatever the size of the latents; softened, because the cosine has no
     bounded gradient at a latent of zero, which sparse latents often are.
@@ -123,12 +124,12 @@ class CosineSimilarity:
             )
 
     def loss(self, z: Latents, goal: Goal) -> Loss:
-        """Return -<z, u> / n."""
+        """Return `-<z, u> / n`."""
         unit, norm = self._parts(z, goal)
         return -(z * unit).sum(-1) / norm[..., 0]
 
     def gradient(self, z: Latents, goal: Goal) -> Latents:
-        """Return <z, u> z / n^3 - u / n."""
+        """Return `<z, u> z / n^3 - u / n`."""
         unit, norm = self._parts(z, goal)
         return (z * unit).sum(-1, keepdim=True) * z / norm**3 - unit / norm
 
@@ -176,7 +177,7 @@ class GaussianLogLikelihood:
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """-(<z, weight> + bias): the logit of a linear probe that somebody trained on the latents.
+    """`-(<z, weight> + bias)`: the logit of a linear probe that somebody trained on the latents.
 
     It knows its direction by itself: the target only has to be some class, whose weight scales it.
 
@@ -233,7 +234,7 @@ class AutogradObjective:
 def class_scores(
     z: Latents, centroids: Centroids, temperature: float = 1.0
 ) -> Float[Tensor, "*batch head class"]:
-    """Return (<z, c_k> - 1/2 ||c_k||^2) / T for every class.
+    """Return `(<z, c_k> - 1/2 ||c_k||^2) / T` for every class.
 
     This is -d_k / T without the term 1/2 ||z||^2 / T that all classes share: softmax and argmax
     over the classes are the same, and nothing large cancels.

@@ -57,10 +57,11 @@ class TopTokens:
             context: tokens of text on either side, as far as the row has them; its BOS is left out.
 
         Returns:
-            A row for each latent and token, the most active first: hook_name, head, latent, rank
-            (from 1), activation, frequency (share of all tokens at which the latent fires), row
-            and position of the token (absolute; BOS counts), token (its id), left, text, right.
-            left + text + right is the text as it stands there. A latent that never fires has none.
+            A row for each latent and token, the most active first, with hook_name, head, latent,
+            rank (from 1), activation, frequency (share of all tokens at which the latent fires),
+            row and position of the token (absolute; BOS counts), token (its id), left, text,
+            right. left + text + right is the text as it stands there. A latent that never fires
+            has none.
 
         Raises:
             ValueError: a site, head or latent that was not looked at, or a number below its least.

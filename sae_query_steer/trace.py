@@ -164,8 +164,8 @@ class SteeringTrace:
             model: the model that was steered, outside the `with` block.
 
         Returns:
-            A row for each steered token, layer, head and token that it can look at: run, row,
-            position, layer, head, source_position, source_token, source_text (where there is a
+            A row for each steered token, layer, head and token that it can look at, with run,
+            row, position, layer, head, source_position, source_token, source_text (where there is a
             tokenizer), attention_before, attention_after, change. Of a head's changes the sum is 0.
 
         Raises:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 
 import pandas as pd
 import pytest
@@ -43,9 +44,10 @@ TINY = {"n_steps": 2, "max_steps": 2, "d_model": 32, "n_layers": 2, "n_heads": 2
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """Eight tokens of each text: a tutor that was hardly trained never ends by itself."""
+    """Four tokens of each text, which hardly trained tutors never end; one judge for all runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases, "MAX_NEW_TOKENS", 8)
+        patch.setattr(cases, "MAX_NEW_TOKENS", 4)
+        patch.setattr(demo_module, "LevelClassifier", cache(demo_module.LevelClassifier))
         yield
 
 
@@ -98,15 +100,6 @@ def test_a_random_direction_is_as_long_as_the_descent_it_stands_for(demo):
         assert length == pytest.approx(lengths[abs(lengths - length).argmin()], rel=1e-4)
 
 
-def test_equal_settings_give_equal_numbers(folder, demo, opened, monkeypatch):
-    monkeypatch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))
-    again = run_demo(sqs.load_model(str(folder), device="cpu"), settings=SMALL)
-    pd.testing.assert_frame_equal(again.rows, demo.rows, check_exact=True)
-    pd.testing.assert_frame_equal(again.sites, demo.sites, check_exact=True)
-    pd.testing.assert_frame_equal(again.compared.texts, demo.compared.texts)
-    assert again.examples() == demo.examples()
-
-
 def test_a_tutor_that_restates_nothing_on_open_prompts_ends_the_demo_early(folder):
     with pytest.raises(ValueError, match="on open prompts the tutor restated the notes of"):
         run_demo(sqs.load_model(str(folder), device="cpu"), settings=SMALL)
@@ -143,7 +136,9 @@ def test_the_full_comparison_has_every_method_every_layer_and_three_controls(
     assert "From which level to which" in page
 
 
-def test_a_demo_that_was_stopped_goes_on_to_the_same_table(folder, demo, opened, monkeypatch):
+def test_equal_settings_give_equal_numbers_also_where_the_demo_was_stopped_on_the_way(
+    folder, demo, opened, monkeypatch
+):
     monkeypatch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))
     log = folder.parent / "log.jsonl"
     model = sqs.load_model(str(folder), device="cpu")
@@ -160,7 +155,9 @@ def test_a_demo_that_was_stopped_goes_on_to_the_same_table(folder, demo, opened,
     monkeypatch.setattr(SweepLog, "add", add)
     again = run_demo(model, settings=SMALL, log=log)
     pd.testing.assert_frame_equal(again.rows, demo.rows, check_exact=True)
+    pd.testing.assert_frame_equal(again.sites, demo.sites, check_exact=True)
     pd.testing.assert_frame_equal(again.compared.texts, demo.compared.texts)
+    assert again.examples() == demo.examples()
     with pytest.raises(ValueError, match="the log of another sweep .n_test=12 there, 6 here"):
         run_demo(model, settings=replace(SMALL, n_test=6), log=log)
 
@@ -227,7 +224,7 @@ def test_the_command_refuses_before_it_works(folder, tmp_path):
 def test_the_command_writes_a_report_of_a_null_tutor(tmp_path, monkeypatch):
     null = tmp_path / "null"
     train_tutor(null, TutorTraining(**TINY, notes=False))
-    monkeypatch.setattr(commands, "QUICK", SMALL)
+    monkeypatch.setattr(commands, "QUICK", replace(SMALL, n_test=6))
     opened = TutorCorpus("train", seed=9, notes=False).examples(60, open_share=1.0)
     monkeypatch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))
     out = tmp_path / "out"

@@ -8,15 +8,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 from wheel_check import make_texts
 
 import sae_query_steer as sqs
+from sae_query_steer.cli import app
 from sae_query_steer.distributed import joined, local_device, train_on_ranks
 
 
 def arguments(folder: Path, texts: Path, out: Path) -> list[str]:
     return [
-        "-m", "sae_query_steer", "train", "--model", str(folder), "--device", "cpu",
+        "train", "--model", str(folder), "--device", "cpu",
         "--layers", "all", "--texts", str(texts), "--text", "question", "--d-sae", "16",
         "--k", "3", "--tokens", "2e3", "--batch-tokens", "128", "--context-size", "16",
         "--checkpoint-every", "4", "--out", str(out),
@@ -35,15 +37,16 @@ def ran(command: list[str]) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def one_and_two(tiny_folder, tmp_path_factory):
-    """The folders that one process and two processes wrote."""
+    """The folders that one process, this one, and two processes wrote."""
     folder = tmp_path_factory.mktemp("ranks")
     make_texts(folder / "texts.csv")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for out, prefix in (("one", []), ("two", launch)):
-        done = ran(
-            [sys.executable, *prefix, *arguments(tiny_folder, folder / "texts.csv", folder / out)]
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        arguments(tiny_folder, folder / "texts.csv", folder / out) for out in ("one", "two")
+    )
+    done = ran([sys.executable, *launch, "-m", "sae_query_steer", *two])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert CliRunner().invoke(app, one, catch_exceptions=False).exit_code == 0
     return folder
 
 

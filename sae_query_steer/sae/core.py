@@ -34,8 +34,14 @@ class QueryHeadSAEConfig(SAEConfig, ABC):
     d_in: int = 0
     d_sae: int = 0
     n_heads: int = 0
+    """Heads of the site."""
+
     d_head: int = 0
+    """Width of the query of one head."""
+
     d_sae_per_head: int = 0
+    """Latents of one head; must be given. A usual choice is 4 to 32 times `d_head`."""
+
     metadata: Any = field(default_factory=SAEMetadata)
 
     @override

@@ -97,8 +97,8 @@ def train_gridworld(
         overwrite: replace a model that is there.
 
     Returns:
-        The card: settings, steps and last loss of each stage, and what `obedience` finds on the
-        split "test".
+        The card, with settings, steps and last loss of each stage, and what `obedience` finds on
+        the split "test".
 
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or is something else.

@@ -91,8 +91,8 @@ class LevelClassifier:
         """Return the share that is judged rightly on texts of the split "validation".
 
         Returns:
-            "feedback": share of feedbacks whose level is told; "shuffled" and "verb_repeating":
-            share of such texts that are told to be no feedback.
+            As "feedback" the share of feedbacks whose level is told, as "shuffled" and
+            "verb_repeating" the share of such texts that are told to be no feedback.
         """
         texts, labels = _labelled(TutorCorpus("validation", seed=seed), n_per_level)
         right = [a == b for a, b in zip(self.levels(texts), labels, strict=True)]

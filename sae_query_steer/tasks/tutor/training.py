@@ -99,8 +99,8 @@ def train_tutor(
         overwrite: replace a tutor that is there.
 
     Returns:
-        The card: settings, final loss, and on 600 prompts of the split "test" that request a level
-        the shares `obeyed` (the feedback's verb is one of the level) and `right_note` (it
+        The card, with settings, final loss, and on 600 prompts of the split "test" that request a
+        level the shares `obeyed` (the feedback's verb is one of the level) and `right_note` (it
         restates the level's note word for word; null where there are no notes).
 
     Raises:
