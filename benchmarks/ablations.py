@@ -84,7 +84,6 @@ class Ablations:
 
     def explained(self, saes: sqs.QuerySAEs) -> float:
         """Return the explained variance of the training tokens, mean over the heads."""
-        assert saes.metrics is not None
         return float(saes.metrics["explained_variance"].to_numpy().mean())
 
     def method(

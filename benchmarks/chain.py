@@ -77,7 +77,6 @@ def main() -> None:
             training_tokens=args.tokens,
             seed=args.seed,
         )
-        assert saes.metrics is not None
         tables["saes"] = saes.metrics
     tasks = {
         "bloom questions, last prompt token": (bloom, sqs.LastPromptToken()),

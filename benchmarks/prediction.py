@@ -161,13 +161,13 @@ def measured(model: Any, task: Task, pairs: int) -> list[dict[str, Any]]:
         name="squared distance", objective=sqs.SquaredDistance(), n_steps=1, step_sizes=STRENGTHS
     )
     rows = []
-    for row in table.to_dict("records"):
+    for site in table.to_dict("records"):
+        row: dict[str, Any] = {str(name): value for name, value in site.items()}
         layer, head = int(row["layer"]), row["head"]
         heads = None if head == ALL_HEADS else [int(head)]
         method = descent_methods(
             "SAE descent", saes, {"main": centroids}, [descent], layers=[[layer]], heads=[heads]
         )[0]
-        row: dict[str, Any] = {str(name): value for name, value in row.items()}
         row["head"] = str(head)
         row["moved_beyond"] = row["moved"] - row["moved_control"]
         row["label_share"] = queries.class_share_of_variance(

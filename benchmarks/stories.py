@@ -172,7 +172,7 @@ def sites_table(
         moved = sqs.interchange_effect(model, sites, examples, per_head=False, **paired)
         if name == "last prompt token":
             z = moved["class_effect"] / moved["class_effect_se"]
-            best = int(moved.loc[z.idxmax(), "layer"])
+            best = int(moved["layer"].iloc[int(z.argmax())])
             alone = sqs.interchange_effect(model, [sites[best]], examples, **paired)
             moved = pd.concat([moved, alone[alone["head"] != "all"]])
         apart = sqs.separability(model, saes, examples, **told)

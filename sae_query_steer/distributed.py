@@ -94,8 +94,8 @@ def joined(parts: Sequence[QuerySAEs], sites: Sequence[QuerySite]) -> QuerySAEs:
     names = [site.hook_name for site in sites]
     saes = {name: part[name] for name in names for part in parts if name in part}
     metrics = None
-    if all(part.metrics is not None for part in parts):
-        tables = [part.metrics for part in parts if part.metrics is not None]
+    if all(part.measured for part in parts):
+        tables = [part.metrics for part in parts]
         order = {site.layer: place for place, site in enumerate(sites)}
         metrics = pd.concat(tables).sort_values(
             "layer", key=lambda layer: layer.map(order), kind="stable", ignore_index=True

@@ -107,7 +107,7 @@ class Steerer(ABC):
         prompt_lengths: PromptLengths | None = None,
         attention_mask: Tensor | None = None,
         tokens: Tensor | None = None,
-    ) -> list[tuple[str, HookFunction]]:
+    ) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
         """Return plain TransformerLens pairs, for `run_with_hooks` and `model.hooks`.
 
         They see forward passes over whole rows without a KV cache; inside `generate` use `apply`,

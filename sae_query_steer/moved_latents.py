@@ -106,8 +106,9 @@ def most_moved(table: pd.DataFrame, m: int, *, target: str | None = None) -> ByH
         table = table.loc[table["target"] == str(target)]
     chosen: ByHead = {}
     top = table.loc[table["rank"] <= m].sort_values("rank")
-    for (name, head), own in top.groupby(["hook_name", "head"]):
-        chosen.setdefault(str(name), {})[int(head)] = own["latent"].tolist()
+    for name, heads in top.groupby("hook_name"):
+        own = heads.groupby("head")["latent"].agg(list)
+        chosen[str(name)] = dict(zip(own.index.tolist(), own.tolist(), strict=True))
     return chosen
 
 

@@ -96,6 +96,29 @@ def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
+def rows_table(rows: object, *, texts: bool = False) -> pd.DataFrame:
+    """Return the table of rows that were read from JSON, as `json_rows` made them.
+
+    Args:
+        rows: what was read.
+        texts: whether cells may be text, beside numbers and null.
+
+    Raises:
+        ValueError: no list of objects with the same keys, or a cell that is none of these.
+    """
+    allowed = int | float | str | None if texts else int | float | None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("its table is no list of rows")
+    for row in rows:
+        # Of rows with columns of their own pandas makes a cell for each row and each column.
+        if row.keys() != rows[0].keys():
+            raise ValueError("the rows of its table have different columns")
+        if not all(isinstance(value, allowed) for value in row.values()):
+            kinds = "numbers and texts" if texts else "numbers"
+            raise ValueError(f"its table holds something else than {kinds}")
+    return pd.DataFrame(rows)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, under the limits of `json_of`.
 

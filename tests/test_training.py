@@ -216,7 +216,9 @@ def test_texts_and_settings_that_cannot_work_are_refused(tiny_models, texts, cha
 
 def test_metrics_can_be_left_out_and_the_weights_are_the_same(model, texts):
     bare, measured = small(model, texts, metric_tokens=0), small(model, texts, metric_tokens=512)
-    assert bare.metrics is None
+    assert not bare.measured
+    with pytest.raises(ValueError, match="were not measured: train them with metric_tokens above"):
+        _ = bare.metrics
     assert (measured.metrics["n_tokens"] == 512).all()
     for name, sae in bare.items():
         for key, value in sae.state_dict().items():

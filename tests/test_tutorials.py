@@ -1,10 +1,24 @@
 """The tutorials run from top to bottom; their last cells assert what they claim."""
 
-from pathlib import Path
+import ast
+import asyncio
+import gc
+import os
+import random
+import re
 
 import nbformat
+import pandas as pd
 import pytest
+from datasets import Dataset
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
+from recipe_models import write_tiny
+from tutorial_scripts import TUTORIALS, code_cells, write_scripts
+from wheel_check import WORDS
+
+import sae_query_steer as sqs
+from sae_query_steer import evaluation
 
 # nbclient leaves its event loop to the garbage collector.
 pytestmark = [
@@ -12,21 +26,52 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-TUTORIALS = Path(__file__).resolve().parents[1] / "tutorials"
+NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
+GUARD = """try:
+    import sae_query_steer as sqs
+except ModuleNotFoundError:  # on Colab, for one
+    %pip install -q sae-query-steer
+    import sae_query_steer as sqs
+"""
 
 
-def run(name: str, parameters: str, monkeypatch) -> str:
+@pytest.fixture(scope="module")
+def kernel():
+    """One kernel for all tutorials: to start it and to import torch takes longer than some."""
+    manager = AsyncKernelManager(kernel_name="python3")
+    # It reads no settings of the machine's, and its threads don't fight each other.
+    quiet = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    asyncio.run(manager.start_kernel(env=os.environ | quiet))
+    yield manager
+    asyncio.run(manager.shutdown_kernel(now=True))
+    manager.context.destroy()
+    gc.collect()  # now, where what is collected may warn
+
+
+def with_parameters(source: str, parameters: str) -> str:
+    """The first code cell with other values of some of its parameters; all else as it is."""
+    lines = source.splitlines()
+    python = re.sub(r"^(\s*)%.*$", r"\1pass", source, flags=re.M)
+    there = {ast.unparse(n.targets[0]): n for n in ast.parse(python).body if type(n) is ast.Assign}
+    for node in ast.parse(parameters).body:
+        assert isinstance(node, ast.Assign)
+        old = there[ast.unparse(node.targets[0])]
+        assert old.lineno == old.end_lineno
+        lines[old.lineno - 1] = ast.unparse(node)
+    return "\n".join(lines)
+
+
+def run(kernel: AsyncKernelManager, name: str, parameters: str) -> str:
     """Execute a tutorial with other parameters in its first code cell; return what it printed."""
-    # The kernel reads no settings of the machine's, and its threads don't fight each other.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TQDM_DISABLE", "1")
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    assert {line.split(" = ")[0] for line in first.source.splitlines()} == {
-        line.split(" = ")[0] for line in parameters.splitlines()
-    }
-    first.source = parameters
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    first.source = with_parameters(first.source, parameters)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    client = NotebookClient(notebook, timeout=300, km=kernel)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()
     return "".join(
         output.get("text", "")
         for cell in notebook.cells
@@ -35,17 +80,21 @@ def run(name: str, parameters: str, monkeypatch) -> str:
     )
 
 
-def test_01_steer_the_tutor(monkeypatch):
+def test_01_steer_the_tutor(kernel):
     said = run(
+        kernel,
         "01_steer_the_tutor.ipynb",
-        "N_EXAMPLES, TOKENS = 240, 100_000\nN_PAIRS, N_CASES = 90, 24",
-        monkeypatch,
+        "N_EXAMPLES, TOKENS = 240, 100_000\nN_PAIRS, N_CASES = 48, 12",
     )
     assert "create: harbors and develop them." in said
     assert "Teacher: Thanks Kim, first take metals and compare them." in said
 
 
-def test_03_your_own_classes(shared_data, monkeypatch):
+def test_02_train_query_saes(kernel):
+    run(kernel, "02_train_query_saes.ipynb", "TOKENS, SHORT = 12_000, 8_000\nHELD_OUT = 512")
+
+
+def test_03_your_own_classes(kernel, shared_data):
     parameters = [
         f"MODEL = {str(shared_data / 'stories260K')!r}",
         f"CSV = {str(shared_data / 'bloom_yahya2012' / 'yahya-2012.csv')!r}",
@@ -53,6 +102,120 @@ def test_03_your_own_classes(shared_data, monkeypatch):
         "LAYERS = [1, 4]",
         "TOKENS, N_PAIRS = 60_000, 24",
     ]
-    said = run("03_your_own_classes.ipynb", "\n".join(parameters), monkeypatch)
+    said = run(kernel, "03_your_own_classes.ipynb", "\n".join(parameters))
     assert "of 18 sites pass z >" in said
     assert "steered:   Once upon a time" in said
+
+
+def test_04_choose_layer_head_span_strength(kernel):
+    said = run(
+        kernel,
+        "04_choose_layer_head_span_strength.ipynb",
+        "TOKENS, N_EXAMPLES = 12_000, 60\nN_PAIRS, N_VALIDATION, N_TEST = 24, 6, 12",
+    )
+    assert "layer 0: nothing to steer here" in said
+
+
+def test_05_compose_and_read_the_trace(kernel):
+    said = run(kernel, "05_compose_and_read_the_trace.ipynb", "TOKENS, N_EXAMPLES = 12_000, 120")
+    assert "harbors" in said
+
+
+def test_06_publish_and_load(kernel):
+    said = run(kernel, "06_publish_and_load.ipynb", "N_EXAMPLES, TOKENS = 120, 40_000")
+    assert "theirs: harbors" in said
+    assert "path: heads/blocks.1.attn.hook_q.3" in said
+
+
+def test_07_from_tutor_to_mistral(kernel, tmp_path):
+    model = write_tiny("mistralai/Mistral-7B-Instruct-v0.2", tmp_path / "model")
+    draw = random.Random(0)
+    rows = []
+    for i in range(60):
+        words = [WORDS[16 * (i % 3) + j] for j in draw.choices(range(16), k=4 + i % 9)]
+        level = ("remember", "apply", "create")[i % 3]
+        rows.append({"question": " ".join(words), "answer": f" {words[0]}", "level": level})
+    table = pd.DataFrame(rows)
+    table.to_parquet(tmp_path / "dialogues.parquet")
+    table[:20].to_csv(tmp_path / "feedback.csv", index=False)
+    table[20:40].to_json(tmp_path / "feedback.jsonl", orient="records", lines=True)
+    Dataset.from_pandas(table[40:], preserve_index=False).save_to_disk(tmp_path / "set")
+    labelled = [str(tmp_path / name) for name in ("feedback.csv", "feedback.jsonl", "set")]
+    parameters = [
+        f"MODEL = {str(model)!r}",
+        f"TEXTS, TEXT = {str(tmp_path / 'dialogues.parquet')!r}, '[INST] {{question}} [/INST]'",
+        f"LABELLED = {labelled}",
+        "ASK, TARGET = 'w1 w2 w3', 'create'",
+        f"LAYERS, OUT = range(2), {str(tmp_path / 'out')!r}",
+        "D_SAE, K, TOKENS, BATCH, CONTEXT, LR = 16, 3, 8192, 128, 24, 1e-2",
+        "N_PAIRS, NEW_TOKENS = 12, 4",
+    ]
+    said = run(kernel, "07_from_tutor_to_mistral.ipynb", "\n".join(parameters))
+    assert "the last prompt token of all examples: ['[/INST]']" in said
+    assert "unsteered: w" in said
+
+
+def test_08_compare_ways_to_steer(kernel):
+    run(
+        kernel,
+        "08_compare_ways_to_steer.ipynb",
+        "TOKENS, N_EXAMPLES = 12_000, 120\nN_VALIDATION, N_TEST, N_STRENGTHS = 12, 12, 2",
+    )
+
+
+def test_09_scopes_objectives_controls(kernel):
+    run(kernel, "09_scopes_objectives_controls.ipynb", "TOKENS, N_EXAMPLES = 12_000, 120")
+
+
+def test_a_parameter_that_a_tutorial_does_not_have_is_noticed():
+    assert (
+        with_parameters(GUARD + "\nA, B = 1, 2\nC = 3", "C = 4") == GUARD + "\nA, B = 1, 2\nC = 4"
+    )
+    with pytest.raises(KeyError, match="D"):
+        with_parameters(GUARD + "\nA, B = 1, 2", "D = 1")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_tutorial_is_a_numbered_question_with_parameters_first_and_its_claim_last(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    title = cells[0].source.splitlines()[0]
+    assert title.startswith(f"# {path.stem[:2]} · ") and title.endswith("?")
+    assert code[0].source.startswith(GUARD + "\n")
+    assert cells[-2].source.startswith("## The claim of this notebook")
+    assert code[-1] is cells[-1] and "assert" in code[-1].source
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+
+
+def used_names() -> set[str]:
+    """Public names that the tutorials' code reads, whether as `sqs.name` or imported."""
+    rooms = {"sqs", "ev"}
+    found = set()
+    for path in NOTEBOOKS:
+        tree = ast.parse("\n".join(code_cells(path)))
+        nodes = list(ast.walk(tree))
+        imported = {
+            alias.asname or alias.name
+            for node in nodes
+            if isinstance(node, ast.ImportFrom)
+            and node.module in ("sae_query_steer", "sae_query_steer.evaluation")
+            for alias in node.names
+        }
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                found |= {node.attr} if node.value.id in rooms else set()
+            if isinstance(node, ast.Name) and node.id in imported:
+                found.add(node.id)
+    return found
+
+
+def test_every_public_name_is_used_in_a_tutorial():
+    public = {*sqs.__all__, *evaluation.__all__}
+    assert sorted(public - used_names()) == []
+
+
+def test_the_tutorials_are_valid_scripts(tmp_path):
+    files = write_scripts(tmp_path / "scripts")
+    assert [file.stem for file in files] == [f"tutorial_{path.stem}" for path in NOTEBOOKS]
+    for file in files:
+        compile(file.read_text(encoding="utf-8"), file.name, "exec")

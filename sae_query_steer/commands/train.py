@@ -135,6 +135,6 @@ def train(
         act_store_device=act_store_device,
         prefetch=prefetch,
     )
-    if saes.metrics is not None:
+    if saes.measured:
         show(saes.metrics)
     typer.echo(f"wrote {out}")

@@ -31,7 +31,7 @@ from sae_query_steer.publish.layout import (
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.steerer_files import steerer_from_settings
 from sae_query_steer.steering import LatentGradientSteerer
-from sae_query_steer.storage import read_json, read_tensors
+from sae_query_steer.storage import read_json, read_tensors, rows_table
 from sae_query_steer.targets import check_shapes
 
 
@@ -118,7 +118,10 @@ def load_bundle(
         except ValueError as error:
             raise ValueError(f"{folder / STEERER}: {error}") from error
     if EVALUATION in files:
-        evaluation = pd.DataFrame(read_json(folder / EVALUATION).get("rows"))
+        try:
+            evaluation = rows_table(read_json(folder / EVALUATION).get("rows"), texts=True)
+        except ValueError as error:
+            raise ValueError(f"{folder / EVALUATION} is damaged: {error}") from error
     bundle = Bundle(
         saes=saes,
         targets=targets,

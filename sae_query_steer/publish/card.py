@@ -76,7 +76,7 @@ def model_card(
         _load(saes, heads, steerer is not None),
         _training(saes, model),
     ]
-    if saes.metrics is not None:
+    if saes.measured:
         parts += [
             "## Metrics of each head",
             "`l0`: latents that fire on a token; `explained_variance`: of the query; `dead_share`: "

@@ -11,7 +11,7 @@ from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.reading import read_sae
 from sae_query_steer.safe_reading import inside
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage import json_rows, new_folder, read_json, write_json
+from sae_query_steer.storage import json_rows, new_folder, read_json, rows_table, write_json
 
 FORMAT = "sae_query_steer.saes/1"
 
@@ -37,7 +37,7 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         if not saes:
             raise ValueError("there are no SAEs: give at least one, by hook name")
         self._saes = dict(saes)
-        self.metrics = metrics
+        self._metrics = metrics
         self.settings = settings
 
     def __getitem__(self, hook_name: str) -> QueryHeadSAE[Any]:
@@ -48,6 +48,25 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
 
     def __len__(self) -> int:
         return len(self._saes)
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are `metrics`."""
+        return self._metrics is not None
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """One row per layer and head: l0, explained_variance, dead_share, n_tokens.
+
+        Raises:
+            ValueError: they were trained without measuring.
+        """
+        if self._metrics is None:
+            raise ValueError(
+                "these SAEs were not measured: train them with metric_tokens above 0, or see "
+                "evaluate_saes"
+            )
+        return self._metrics
 
     def __repr__(self) -> str:
         rows = (
@@ -77,7 +96,7 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
             for name, sae in self.items():
                 sae.save_model(new / name)
             # JSON knows no NaN, as of a head that is constant.
-            rows = None if self.metrics is None else json_rows(self.metrics)
+            rows = json_rows(self.metrics) if self.measured else None
             index = {"format": FORMAT, "hook_names": list(self), "metrics": rows}
             write_json(new / INDEX, index | {"settings": self.settings})
 
@@ -102,12 +121,12 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
             raise ValueError(f"{folder / INDEX} is damaged: it lists no SAEs")
         try:
             _check_names(names)
-            _check_rows(rows)
+            table = None if rows is None else rows_table(rows)
         except ValueError as error:
             raise ValueError(f"{folder / INDEX} is damaged: {error}") from error
         return cls(
             {name: read_sae(folder, name, device=device) for name in names},
-            None if rows is None else pd.DataFrame(rows),
+            table,
             settings,
         )
 
@@ -120,17 +139,3 @@ def _check_names(names: Iterable[object]) -> None:
             raise ValueError(f"{name!r:.80} is no name, or there twice")
         QuerySite.from_hook_name(name, n_heads=1, d_head=1)
         seen.add(name)
-
-
-def _check_rows(rows: object) -> None:
-    """Raise unless rows are a table of numbers, or None."""
-    if rows is None:
-        return
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("metrics are no list of rows")
-    for row in rows:
-        # Of rows with columns of their own pandas makes a cell for each row and each column.
-        if row.keys() != rows[0].keys():
-            raise ValueError("the rows of metrics have different columns")
-        if not all(isinstance(value, int | float | None) for value in row.values()):
-            raise ValueError("metrics hold something else than numbers")

@@ -116,7 +116,6 @@ def run_demo(
         )
     if notes:
         judge |= agreement(compared)
-    assert saes.metrics is not None
     return DemoResult(
         settings=settings,
         notes=notes,

@@ -119,7 +119,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the rows of a table as JSON knows them: missing numbers are null."""
     return [
         {
-            key: None if not isinstance(value, str) and pd.isna(value) else value
+            str(key): None if not isinstance(value, str) and pd.isna(value) else value
             for key, value in row.items()
         }
         for row in table.astype(object).to_dict("records")
