@@ -318,7 +318,7 @@ def test_the_device_that_a_config_names_does_not_count(folders):
 def test_metrics_with_a_column_for_each_row_are_refused(folders):
     rows = [{f"c{i}": 0} for i in range(20_000)]
     change(folders / "saes" / "query_saes.json", metrics=rows)
-    with pytest.raises(ValueError, match="the rows of metrics have different columns"), limits():
+    with pytest.raises(ValueError, match="the rows of its table have different columns"), limits():
         sqs.QuerySAEs.load(folders / "saes")
 
 
