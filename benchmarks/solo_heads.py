@@ -45,9 +45,9 @@ from torch import Tensor
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import model_name, queries_at
 from sae_query_steer.markdown import markdown_table
-from sae_query_steer.reconstruction import reconstruction_metrics
 from sae_query_steer.storage import new_folder, write_json
 from sae_query_steer.token_rows import token_rows
+from sae_query_steer.training.reconstruction import reconstruction_metrics
 
 HELD_OUT = 5
 """Every fifth document is held out."""

@@ -30,10 +30,10 @@ from stories_texts import all_candidates, counted, studies, written
 import sae_query_steer as sqs
 from sae_query_steer.evaluation import SweepLog, TextScorer
 from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.positions import Span, scope_name
-from sae_query_steer.reconstruction import reconstruction_metrics
+from sae_query_steer.scopes.positions import Span, scope_name
 from sae_query_steer.storage import read_json, write_json
 from sae_query_steer.token_rows import token_rows
+from sae_query_steer.training.reconstruction import reconstruction_metrics
 
 D_SAE, K = 64, 8
 """Latents of a head, and how many fire."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sae_query_steer as sqs
 from sae_query_steer.capture import capture
+from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.evaluation import (
     Descent,
     Method,
@@ -24,11 +25,10 @@ from sae_query_steer.evaluation import (
     run_sweep,
 )
 from sae_query_steer.evaluation.comparison import outcome_row
-from sae_query_steer.intervention import Steerer
-from sae_query_steer.places import TokenPlaces
-from sae_query_steer.positions import Span, scope_name
+from sae_query_steer.scopes.positions import Span, scope_name
+from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.trace import QueryChange, SteeringTrace
 from sae_query_steer.targets import as_tokenized
-from sae_query_steer.trace import QueryChange, SteeringTrace
 
 PATCH = "real queries, all layers"
 LAST, ALL = sqs.LastPromptToken(), sqs.LastPromptToken() | sqs.ResponseTokens()

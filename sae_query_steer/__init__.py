@@ -4,11 +4,20 @@ The names below follow the way of the data: sites, SAEs, labelled texts, centroi
 steering, comparison. Importing the package registers its SAE architectures with SAELens.
 """
 
-from sae_query_steer.achieved import achieved_effect
-from sae_query_steer.attach import attached_saes
-from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt, mean_difference
+from sae_query_steer.baselines.decoder_rows import DecoderRowsSteerer
+from sae_query_steer.baselines.residual import ResidualMeanDifference
+from sae_query_steer.baselines.residual_stream import ResidualMeans, residual_means
+from sae_query_steer.baselines.simple import (
+    RandomDirectionSteerer,
+    few_shot_prompt,
+    mean_difference,
+)
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.checks.achieved import achieved_effect
+from sae_query_steer.checks.interchange import interchange_effect
+from sae_query_steer.checks.separability import separability
+from sae_query_steer.checks.site_verdicts import site_verdicts
 from sae_query_steer.dashboards.writing import write_dashboards
 from sae_query_steer.data import (
     LabelledExample,
@@ -16,17 +25,8 @@ from sae_query_steer.data import (
     tokenize_example,
     tokenize_examples,
 )
-from sae_query_steer.decoder_rows import DecoderRowsSteerer
-from sae_query_steer.descent import Bounds, DescentResult, descend
-from sae_query_steer.distributed import train_on_ranks
-from sae_query_steer.evaluation.saes import evaluate_saes
-from sae_query_steer.goals import Goal
-from sae_query_steer.heads import join_heads, split_heads
-from sae_query_steer.hosts.models import load_model
-from sae_query_steer.interchange import interchange_effect
-from sae_query_steer.joined import JoinedSteerers
-from sae_query_steer.latent_attention import latent_attention
-from sae_query_steer.latent_choice import (
+from sae_query_steer.descent.goals import Goal
+from sae_query_steer.descent.latent_choice import (
     ActiveLatents,
     ExceptLatents,
     GivenLatents,
@@ -34,10 +34,8 @@ from sae_query_steer.latent_choice import (
     PosteriorBelow,
     TopLatents,
 )
-from sae_query_steer.latent_texts import top_activating_texts, top_tokens
-from sae_query_steer.marked_scopes import AfterToken, AtPositions, RowMask
-from sae_query_steer.moved_latents import most_moved, moved_latents
-from sae_query_steer.objectives import (
+from sae_query_steer.descent.loop import Bounds, DescentResult, descend
+from sae_query_steer.descent.objectives import (
     AutogradObjective,
     CentroidContrast,
     CosineSimilarity,
@@ -47,18 +45,15 @@ from sae_query_steer.objectives import (
     PrototypeLogLikelihood,
     SquaredDistance,
 )
-from sae_query_steer.partial import PartialSteerer
+from sae_query_steer.descent.strength import ExponentialDecay, LinearWarmUp
+from sae_query_steer.evaluation.saes import evaluate_saes
+from sae_query_steer.hosts.models import load_model
+from sae_query_steer.latents.attention import latent_attention
+from sae_query_steer.latents.moved import most_moved, moved_latents
+from sae_query_steer.latents.partial import PartialSteerer
+from sae_query_steer.latents.texts import top_activating_texts, top_tokens
+from sae_query_steer.latents.top_tokens import TopTokens
 from sae_query_steer.plots import plot_posterior, plot_sites, plot_trace
-from sae_query_steer.positions import (
-    AllOf,
-    AnyOf,
-    EveryPosition,
-    LastPromptToken,
-    LastResponseToken,
-    Not,
-    Positions,
-    ResponseTokens,
-)
 from sae_query_steer.publish import (
     Bundle,
     Upload,
@@ -74,8 +69,6 @@ from sae_query_steer.readers import (
     examples_from_jsonl,
     texts_from_file,
 )
-from sae_query_steer.residual import ResidualMeanDifference
-from sae_query_steer.residual_stream import ResidualMeans, residual_means
 from sae_query_steer.sae import (
     QueryHeadBatchTopKTrainingSAEConfig,
     QueryHeadGatedTrainingSAEConfig,
@@ -88,24 +81,35 @@ from sae_query_steer.sae import (
 )
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder, identity_encoders
-from sae_query_steer.scopes import (
+from sae_query_steer.sae.heads import join_heads, split_heads
+from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
+from sae_query_steer.scopes.named import (
     FirstResponseTokens,
     LastPromptTokens,
     PromptTokens,
     Window,
     WindowAroundPromptEnd,
 )
-from sae_query_steer.separability import separability
-from sae_query_steer.site_verdicts import site_verdicts
+from sae_query_steer.scopes.positions import (
+    AllOf,
+    AnyOf,
+    EveryPosition,
+    LastPromptToken,
+    LastResponseToken,
+    Not,
+    Positions,
+    ResponseTokens,
+)
 from sae_query_steer.sites import QuerySite, query_sites
-from sae_query_steer.steerer_files import load_steerer, save_steerer
-from sae_query_steer.steering import LatentGradientSteerer
-from sae_query_steer.strength import ExponentialDecay, LinearWarmUp
+from sae_query_steer.steering.attach import attached_saes
+from sae_query_steer.steering.files import load_steerer, save_steerer
+from sae_query_steer.steering.joined import JoinedSteerers
+from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.trace import SteeringTrace
 from sae_query_steer.targets import CentroidTargetBuilder
 from sae_query_steer.tasks.tutor.pretrained import load_tutor
-from sae_query_steer.top_tokens import TopTokens
-from sae_query_steer.trace import SteeringTrace
-from sae_query_steer.training import train_query_saes
+from sae_query_steer.training.distributed import train_on_ranks
+from sae_query_steer.training.train import train_query_saes
 
 __all__ = [
     "ActiveLatents",

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from sae_query_steer.data import TokenBatch, TokenizedExample, length_sorted_batches
 from sae_query_steer.fingerprint import Fingerprint, fingerprint_tokens
 from sae_query_steer.hosts.models import check_not_steered, queries_at, without_hooks
-from sae_query_steer.positions import Positions, Span, select
-from sae_query_steer.prompt_lengths import by_position
 from sae_query_steer.sae.encoders import QueryEncoder, device_of, encoded, encoder_sites
+from sae_query_steer.scopes.positions import Positions, Span, select
+from sae_query_steer.scopes.prompt_lengths import by_position
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

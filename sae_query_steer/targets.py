@@ -23,8 +23,8 @@ from sae_query_steer.data import (
 )
 from sae_query_steer.fingerprint import check_queries, check_reconstructions, default_tolerance
 from sae_query_steer.hosts.models import queries_at, tokenizer_of, without_hooks
-from sae_query_steer.positions import LastPromptToken, Span, check_scope, scope_name
 from sae_query_steer.sae.encoders import QueryEncoder, encoded, encoder_sites
+from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
 
 
 class CentroidTargetBuilder:

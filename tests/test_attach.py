@@ -6,9 +6,9 @@ from sae_lens import HookedSAETransformer
 from transformer_lens import HookedTransformer
 
 import sae_query_steer as sqs
-from sae_query_steer.attach import attached_saes
-from sae_query_steer.heads import split_heads
 from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.sae.heads import split_heads
+from sae_query_steer.steering.attach import attached_saes
 
 HOOK = "blocks.2.attn.hook_q"
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "stop_at_eos": False}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.latent_choice import discriminability
-from sae_query_steer.places import TokenPlaces
-from sae_query_steer.strength import limited
+from sae_query_steer.descent.latent_choice import discriminability
+from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.descent.strength import limited
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w0 w1 w2 w3 w4", "w20 w21", "w40 w3 w7"]

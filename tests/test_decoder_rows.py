@@ -7,10 +7,10 @@ import torch
 from conftest import HOSTS
 
 import sae_query_steer as sqs
-from sae_query_steer.decoder_rows import DecoderRowsSteerer
+from sae_query_steer.baselines.decoder_rows import DecoderRowsSteerer
+from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.fingerprint import Fingerprint
 from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.places import TokenPlaces
 from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
 
 NAME = "blocks.2.attn.hook_q"

@@ -4,9 +4,13 @@ import re
 import pytest
 import torch
 
-from sae_query_steer.descent import Bounds, check_strength, descend
-from sae_query_steer.goals import Goal
-from sae_query_steer.objectives import CentroidContrast, PrototypeLogLikelihood, SquaredDistance
+from sae_query_steer.descent.goals import Goal
+from sae_query_steer.descent.loop import Bounds, check_strength, descend
+from sae_query_steer.descent.objectives import (
+    CentroidContrast,
+    PrototypeLogLikelihood,
+    SquaredDistance,
+)
 
 OBJECTIVES = (SquaredDistance(), PrototypeLogLikelihood(temperature=0.7), CentroidContrast())
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)

@@ -13,7 +13,7 @@ from wheel_check import make_texts
 
 import sae_query_steer as sqs
 from sae_query_steer.cli import app
-from sae_query_steer.distributed import joined, local_device, train_on_ranks
+from sae_query_steer.training.distributed import joined, local_device, train_on_ranks
 
 
 def arguments(folder: Path, texts: Path, out: Path) -> list[str]:

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_query_steer.descent import Bounds, descend, plain_descent
-from sae_query_steer.fast_descent import fast_descent
-from sae_query_steer.goals import Goal, weights_of
-from sae_query_steer.objectives import (
+from sae_query_steer.descent.fast import fast_descent
+from sae_query_steer.descent.goals import Goal, weights_of
+from sae_query_steer.descent.loop import Bounds, descend, plain_descent
+from sae_query_steer.descent.objectives import (
     AutogradObjective,
     CentroidContrast,
     CosineSimilarity,

@@ -6,8 +6,8 @@ from einops import rearrange, reduce
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_query_steer.goals import Goal
-from sae_query_steer.objectives import (
+from sae_query_steer.descent.goals import Goal
+from sae_query_steer.descent.objectives import (
     CentroidContrast,
     Objective,
     PrototypeLogLikelihood,

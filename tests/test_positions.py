@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_query_steer.positions import (
+from sae_query_steer.scopes.positions import (
     AnyOf,
     EveryPosition,
     LastPromptToken,

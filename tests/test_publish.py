@@ -18,7 +18,7 @@ from wheel_check import WORDS, word_tokenizer
 import sae_query_steer as sqs
 from sae_query_steer.cli import app, main
 from sae_query_steer.publish.layout import head_folders, read_index
-from sae_query_steer.steerer_files import steerer_settings
+from sae_query_steer.steering.files import steerer_settings
 
 HOOKS = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False}

@@ -102,7 +102,7 @@ def test_a_run_stopped_while_it_is_measured_trains_no_step_again(
 ):
     model = tiny_models["bridge"]
     with monkeypatch.context() as patch:
-        patch.setattr("sae_query_steer.training.reconstruction_metrics", crash)
+        patch.setattr("sae_query_steer.training.train.reconstruction_metrics", crash)
         with pytest.raises(Stopped):
             train(model, out=tmp_path / "saes", checkpoint_every=1000)
     with monkeypatch.context() as patch:
@@ -126,7 +126,7 @@ def test_a_finished_run_is_returned_and_not_trained_again(tiny_models, tmp_path,
     model = tiny_models["bridge"]
     first = train(model, out=tmp_path / "saes")
     with monkeypatch.context() as patch:
-        patch.setattr("sae_query_steer.training.HeadwiseMultiTrainer", crash)
+        patch.setattr("sae_query_steer.training.train.HeadwiseMultiTrainer", crash)
         assert_equal(first, train(model, out=tmp_path / "saes", resume=True))
     with pytest.raises(ValueError, match=r"with other settings: lr was 0.01 and is 0.02\. Give"):
         train(model, out=tmp_path / "saes", resume=True, lr=0.02)
@@ -261,7 +261,7 @@ import signal, sys, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 import sae_query_steer as sqs
-from sae_query_steer.checkpoints import Checkpoints
+from sae_query_steer.training.checkpoints import Checkpoints
 
 seen = Checkpoints.__call__
 def told(self, trainer):

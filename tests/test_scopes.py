@@ -10,9 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sae_query_steer as sqs
-from sae_query_steer.contradictions import Cuts, all_cases
-from sae_query_steer.marked_scopes import AfterToken, AtPositions, RowMask
-from sae_query_steer.positions import (
+from sae_query_steer.scopes.contradictions import Cuts, all_cases
+from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
+from sae_query_steer.scopes.named import (
+    FirstResponseTokens,
+    LastPromptTokens,
+    PromptTokens,
+    Window,
+    WindowAroundPromptEnd,
+)
+from sae_query_steer.scopes.positions import (
     AllOf,
     AnyOf,
     EveryPosition,
@@ -25,14 +32,7 @@ from sae_query_steer.positions import (
     needs_tokens,
     select,
 )
-from sae_query_steer.prompt_lengths import by_position, fixed_positions
-from sae_query_steer.scopes import (
-    FirstResponseTokens,
-    LastPromptTokens,
-    PromptTokens,
-    Window,
-    WindowAroundPromptEnd,
-)
+from sae_query_steer.scopes.prompt_lengths import by_position, fixed_positions
 
 # --- The slow reference: rows without padding, one token at a time, in plain Python.
 

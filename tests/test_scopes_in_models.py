@@ -9,8 +9,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 import sae_query_steer as sqs
-from sae_query_steer.intervention import Steerer
-from sae_query_steer.trace import QueryChange, SteeringTrace
+from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.trace import QueryChange, SteeringTrace
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]  # with BOS 4, 2 and 6 tokens
 LENGTHS = [4, 2, 6]

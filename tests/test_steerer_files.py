@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.steerer_files import steerer_settings
+from sae_query_steer.steering.files import steerer_settings
 
 NAME = "blocks.2.attn.hook_q"
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False}

@@ -8,8 +8,8 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.stream import QueryStream
 from sae_query_steer.token_rows import PAD, token_rows
+from sae_query_steer.training.stream import QueryStream
 
 SIZES = [
     # rows, length, padded, batch, forward, chunk

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import sae_query_steer as sqs
-from sae_query_steer.trace import SteeringTrace
-from sae_query_steer.trace_html import text_html
+from sae_query_steer.steering.trace import SteeringTrace
+from sae_query_steer.steering.trace_html import text_html
 
 PROMPTS = ["w1 w20 w33", "w5"]
 

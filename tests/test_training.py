@@ -247,7 +247,7 @@ def test_sites_and_config_must_fit_the_model(tiny_models, texts):
 
 
 def test_training_ends_with_the_progress_bars_switched_off(tiny_models, texts, monkeypatch):
-    monkeypatch.setattr("sae_query_steer.reconstruction.tqdm", partial(tqdm, disable=True))
+    monkeypatch.setattr("sae_query_steer.training.reconstruction.tqdm", partial(tqdm, disable=True))
     saes = small(tiny_models["bridge"], texts)
     assert (saes.metrics["n_tokens"] >= 16_384).all()
 

@@ -16,7 +16,7 @@ from sae_query_steer.cli import app
 from sae_query_steer.hosts.models import queries_at
 from sae_query_steer.hosts.saelens import HeadwiseTrainer
 from sae_query_steer.hosts.shapes import model_shape
-from sae_query_steer.training_estimate import FORWARD_RATIO, estimate_training
+from sae_query_steer.training.estimate import FORWARD_RATIO, estimate_training
 
 MISTRAL, MISTRAL_3, PHI3 = PUBLISHED
 SAE = {"d_sae_per_head": 1024, "k": 32}

@@ -7,7 +7,7 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.sae.encoders import on_device
-from sae_query_steer.steerer_files import steerer_settings
+from sae_query_steer.steering.files import steerer_settings
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]

@@ -7,6 +7,7 @@ import pandas as pd
 import typer
 
 import sae_query_steer as sqs
+from sae_query_steer.checks.site_verdicts import closing_sentence
 from sae_query_steer.commands.options import (
     OBJECTIVES,
     SPANS,
@@ -34,9 +35,8 @@ from sae_query_steer.commands.options import (
     named,
     show,
 )
-from sae_query_steer.descent import check_strength
+from sae_query_steer.descent.loop import check_strength
 from sae_query_steer.hosts.models import end_tokens
-from sae_query_steer.site_verdicts import closing_sentence
 from sae_query_steer.storage import new_folder, write_json
 
 _ACHIEVED = ("class_effect", "class_effect_se", "moved", "moved_control")

@@ -6,7 +6,7 @@ import typer
 
 from sae_query_steer.hosts.shapes import ModelShape
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.training_estimate import FORWARD_RATIO, TrainingEstimate
+from sae_query_steer.training.estimate import FORWARD_RATIO, TrainingEstimate
 
 
 def say(

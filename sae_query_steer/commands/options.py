@@ -9,8 +9,8 @@ import torch
 import typer
 
 import sae_query_steer as sqs
-from sae_query_steer.positions import Span
 from sae_query_steer.sae import QueryHeadTrainingSAEConfig
+from sae_query_steer.scopes.positions import Span
 from sae_query_steer.storage import check_replaceable
 
 SPANS: dict[str, Callable[[], Span]] = {

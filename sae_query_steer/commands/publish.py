@@ -23,7 +23,7 @@ from sae_query_steer.commands.options import (
     show,
 )
 from sae_query_steer.publish.layout import BUNDLE
-from sae_query_steer.steerer_files import steerer_from_settings, steerer_settings
+from sae_query_steer.steering.files import steerer_from_settings, steerer_settings
 
 Folder = Annotated[Path, typer.Argument(help="A bundle, of `bundle` or `save_bundle`.")]
 

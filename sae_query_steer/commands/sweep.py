@@ -7,6 +7,7 @@ import typer
 from sklearn.model_selection import train_test_split
 
 import sae_query_steer as sqs
+from sae_query_steer.checks.separability import ALL_HEADS
 from sae_query_steer.commands.options import (
     LOG,
     SPANS,
@@ -50,7 +51,6 @@ from sae_query_steer.evaluation import (
 from sae_query_steer.evaluation.sweep_log import digest_of
 from sae_query_steer.evaluation.sweep_report import RESULTS, display_rows, sweep_verdict
 from sae_query_steer.evaluation.text_scorer import check_writing
-from sae_query_steer.separability import ALL_HEADS
 
 
 def sweep(

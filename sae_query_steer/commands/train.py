@@ -26,9 +26,9 @@ from sae_query_steer.commands.options import (
     named,
     show,
 )
-from sae_query_steer.distributed import local_device, train_on_ranks
 from sae_query_steer.hosts.shapes import model_shape
-from sae_query_steer.training_estimate import estimate_training
+from sae_query_steer.training.distributed import local_device, train_on_ranks
+from sae_query_steer.training.estimate import estimate_training
 
 
 def train(

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 from sae_query_steer.dashboards.key_matches import decoder_directions
 from sae_query_steer.hosts.attention_parts import patterns_with_change
 from sae_query_steer.hosts.models import patterns_at
+from sae_query_steer.latents.top_tokens import TopTokens
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.top_tokens import TopTokens
 
 PATTERN_AT_ONCE = 2**24
 """Numbers of an attention pattern that are held together: 64 MiB in 32 bits."""

@@ -11,13 +11,13 @@ from sae_query_steer.dashboards.neuronpedia import write_batches
 from sae_query_steer.dashboards.page import dashboard_html, index_html
 from sae_query_steer.dashboards.site_data import SiteDashboard
 from sae_query_steer.dashboards.statistics import read_again
+from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.hosts.attention_parts import key_hook
 from sae_query_steer.hosts.models import check_eager, model_name, pattern_hook
-from sae_query_steer.intervention import chosen_heads
-from sae_query_steer.latent_texts import top_tokens
-from sae_query_steer.objectives import CentroidContrast
+from sae_query_steer.latents.texts import top_tokens
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
-from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.steering.intervention import chosen_heads
+from sae_query_steer.steering.steerer import LatentGradientSteerer
 from sae_query_steer.storage import check_replaceable, new_folder, write_json
 from sae_query_steer.token_rows import Texts
 

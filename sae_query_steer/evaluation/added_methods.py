@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from sae_query_steer.baselines.decoder_rows import DecoderRowsSteerer
+from sae_query_steer.baselines.residual import ResidualMeanDifference
+from sae_query_steer.baselines.residual_stream import ResidualMeans
 from sae_query_steer.centroids import CentroidTargets
-from sae_query_steer.decoder_rows import DecoderRowsSteerer
 from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.evaluation.comparison import Method
-from sae_query_steer.positions import LastPromptToken, Scope, scope_name
-from sae_query_steer.residual import ResidualMeanDifference
-from sae_query_steer.residual_stream import ResidualMeans
 from sae_query_steer.sae.encoders import QueryEncoder
+from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """In units of the difference of the means. Source: our choice."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sae_query_steer.objectives import (
+from sae_query_steer.descent.objectives import (
     CentroidContrast,
     Objective,
     PrototypeLogLikelihood,

@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sae_query_steer.baselines.residual import ResidualMeanDifference
 from sae_query_steer.data import LabelledExample, chat_prompt, tokenize_example
 from sae_query_steer.evaluation.sampling import seeded_sampling
 from sae_query_steer.hosts.models import end_tokens, next_token_log_probs, tokenizer_of
-from sae_query_steer.intervention import Steerer
-from sae_query_steer.residual import ResidualMeanDifference
-from sae_query_steer.trace import TraceRecord
+from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.trace import TraceRecord
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from sae_query_steer.descent.latent_choice import ExceptLatents, GivenLatents
 from sae_query_steer.evaluation.comparison import Method
 from sae_query_steer.evaluation.rowwise import RowwiseSteerer
-from sae_query_steer.intervention import Steerer
-from sae_query_steer.latent_choice import ExceptLatents, GivenLatents
-from sae_query_steer.moved_latents import ByHead, most_moved
-from sae_query_steer.partial import PartialSteerer
-from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.latents.moved import ByHead, most_moved
+from sae_query_steer.latents.partial import PartialSteerer
+from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.steerer import LatentGradientSteerer
 
 Way = Literal["held", "taken out", "only"]
 """Held: the descent may not move them. Taken out: they move, and the query does not learn of it,

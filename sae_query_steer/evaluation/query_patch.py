@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.data import LabelledExample
+from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.evaluation.cases import SteeringCase
 from sae_query_steer.evaluation.comparison import Method
 from sae_query_steer.evaluation.rowwise import check_rows
 from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.intervention import Steerer
-from sae_query_steer.places import TokenPlaces
-from sae_query_steer.positions import LastPromptToken, Scope, scope_name
+from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
 from sae_query_steer.sites import QuerySite, query_sites
+from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.trace import QueryChange, SteeringTrace
 from sae_query_steer.targets import as_tokenized
-from sae_query_steer.trace import QueryChange, SteeringTrace
 
 
 @dataclass(frozen=True, eq=False)

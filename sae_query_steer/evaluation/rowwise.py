@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.intervention import Steerer
-from sae_query_steer.places import TokenPlaces
-from sae_query_steer.positions import LastPromptToken, Scope
+from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.scopes.positions import LastPromptToken, Scope
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.trace import QueryChange, SteeringTrace
+from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.trace import QueryChange, SteeringTrace
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from sae_query_steer.attach import attached_saes
 from sae_query_steer.capture import check_devices
+from sae_query_steer.checks.separability import ALL_HEADS
 from sae_query_steer.evaluation.replacement import (
     AttentionRun,
     ConstantEncoder,
     ReplacementLosses,
 )
 from sae_query_steer.hosts.models import check_not_steered, queries_at
-from sae_query_steer.intervention import chosen_heads
 from sae_query_steer.metrics import ReconstructionMoments
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
-from sae_query_steer.separability import ALL_HEADS
 from sae_query_steer.sites import QuerySite
+from sae_query_steer.steering.attach import attached_saes
+from sae_query_steer.steering.intervention import chosen_heads
 from sae_query_steer.token_rows import PAD, Texts, token_rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sae_query_steer.baselines import RandomDirectionSteerer, few_shot_prompt
+from sae_query_steer.baselines.simple import RandomDirectionSteerer, few_shot_prompt
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
 from sae_query_steer.evaluation.cases import SteeringCase
@@ -23,9 +23,9 @@ from sae_query_steer.evaluation.comparison import (
 )
 from sae_query_steer.evaluation.descents import Descent
 from sae_query_steer.evaluation.text_scorer import TextScorer
-from sae_query_steer.positions import LastPromptToken, Scope, scope_name
 from sae_query_steer.sae.encoders import QueryEncoder
-from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
+from sae_query_steer.steering.steerer import LatentGradientSteerer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_query_steer.columns import Positions
 from sae_query_steer.hosts.block_arguments import cache_of, cached_length, own_columns
 from sae_query_steer.hosts.wrapped import replaced_method
-from sae_query_steer.prompt_lengths import (
+from sae_query_steer.scopes.prompt_lengths import (
     PromptLengths,
     as_lengths,
     by_position,

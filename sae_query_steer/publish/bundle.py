@@ -29,8 +29,8 @@ from sae_query_steer.publish.layout import (
     read_index,
 )
 from sae_query_steer.sae.collection import QuerySAEs
-from sae_query_steer.steerer_files import steerer_from_settings
-from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.steering.files import steerer_from_settings
+from sae_query_steer.steering.steerer import LatentGradientSteerer
 from sae_query_steer.storage import read_json, read_tensors, rows_table
 from sae_query_steer.targets import check_shapes
 

@@ -13,7 +13,6 @@ from sae_query_steer.capture import check_devices, take_fingerprint
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
 from sae_query_steer.fingerprint import Fingerprint
-from sae_query_steer.heads import PLAIN, split_heads
 from sae_query_steer.publish.card import model_card
 from sae_query_steer.publish.files import list_files
 from sae_query_steer.publish.identity import data_facts, model_facts
@@ -32,8 +31,9 @@ from sae_query_steer.publish.layout import (
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import encoder_sites
-from sae_query_steer.steerer_files import steerer_settings
-from sae_query_steer.steering import LatentGradientSteerer
+from sae_query_steer.sae.heads import PLAIN, split_heads
+from sae_query_steer.steering.files import steerer_settings
+from sae_query_steer.steering.steerer import LatentGradientSteerer
 from sae_query_steer.storage import json_rows, new_folder, write_json, write_tensors
 from sae_query_steer.targets import check_belongs, check_shapes
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
-from sae_query_steer.goals import Latents
+from sae_query_steer.descent.goals import Latents
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sites import QuerySite
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
+from sae_query_steer.baselines.residual_stream import residual_means
 from sae_query_steer.evaluation.sweep import SweepResult, run_sweep
 from sae_query_steer.evaluation.sweep_log import SweepLog, digest_of
 from sae_query_steer.evaluation.text_scorer import TextScorer
-from sae_query_steer.residual_stream import residual_means
 from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.sae.topk import QueryHeadTopKTrainingSAEConfig
 from sae_query_steer.sites import query_sites
@@ -27,7 +27,7 @@ from sae_query_steer.tasks.tutor.methods import MAIN, OTHERS, SPANS, main_method
 from sae_query_steer.tasks.tutor.preparation import chosen_layers, site_table, training_examples
 from sae_query_steer.tasks.tutor.results import DemoResult
 from sae_query_steer.tasks.tutor.settings import DemoSettings
-from sae_query_steer.training import train_query_saes
+from sae_query_steer.training.train import train_query_saes
 
 BATCH_SIZE = 120
 """Cases of one call of `generate`; more cost more each on small machines."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sae_query_steer.baselines.residual_stream import ResidualMeans
 from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.data import LabelledExample
 from sae_query_steer.evaluation.added_methods import decoder_rows_methods, residual_methods
@@ -10,9 +11,8 @@ from sae_query_steer.evaluation.comparison import Method
 from sae_query_steer.evaluation.descents import DESCENTS
 from sae_query_steer.evaluation.query_patch import interchange_methods
 from sae_query_steer.evaluation.sweep import descent_methods, prompt_methods
-from sae_query_steer.positions import LastPromptToken, ResponseTokens, Span
-from sae_query_steer.residual_stream import ResidualMeans
 from sae_query_steer.sae.encoders import QueryEncoder
+from sae_query_steer.scopes.positions import LastPromptToken, ResponseTokens, Span
 from sae_query_steer.tasks.tutor.corpus import SEPARATOR
 
 SPANS: Mapping[str, Span] = {

@@ -6,13 +6,13 @@ from typing import Any
 import pandas as pd
 
 from sae_query_steer.bloom import BloomLevel
+from sae_query_steer.checks.interchange import interchange_effect
+from sae_query_steer.checks.separability import ALL_HEADS, separability
+from sae_query_steer.checks.site_verdicts import site_verdicts
 from sae_query_steer.data import LabelledExample
 from sae_query_steer.evaluation.generation import continuations
-from sae_query_steer.interchange import interchange_effect
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import identity_encoders
-from sae_query_steer.separability import ALL_HEADS, separability
-from sae_query_steer.site_verdicts import site_verdicts
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.targets import CentroidTargetBuilder
 from sae_query_steer.tasks.tutor.cases import MAX_NEW_TOKENS

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_query_steer.checks.site_verdicts import closing_sentence, site_verdicts
 from sae_query_steer.evaluation.comparison import MAX_PERPLEXITY_RATIO
 from sae_query_steer.evaluation.pages import STYLE, page_parts, table_html, versions
 from sae_query_steer.evaluation.sweep_figures import (
@@ -16,7 +17,6 @@ from sae_query_steer.evaluation.sweep_figures import (
     layer_table,
     matrix_figure,
 )
-from sae_query_steer.site_verdicts import closing_sentence, site_verdicts
 from sae_query_steer.storage import new_folder, write_json
 from sae_query_steer.tasks.tutor.cases import TASKS
 from sae_query_steer.tasks.tutor.results import DemoResult

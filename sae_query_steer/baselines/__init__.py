@@ -1,0 +1,1 @@
+"""What descent on latents is compared with."""

@@ -1,0 +1,1 @@
+"""Where to, and how far: objectives, and gradient descent on them, without a model."""

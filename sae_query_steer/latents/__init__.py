@@ -1,0 +1,1 @@
+"""Which latents did it, and what they stand for."""

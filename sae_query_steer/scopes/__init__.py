@@ -1,0 +1,1 @@
+"""Which tokens: spans, where centroids are taken, and scopes, where a steer acts."""

@@ -1,0 +1,265 @@
+"""A steerer in a folder: its settings as JSON, with its SAEs and centroids or references to them.
+
+Only values of this package are read back, by name from a fixed list, and nothing is executed. A
+function of a user's own is no such value, and is refused.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.descent.latent_choice import (
+    ActiveLatents,
+    ExceptLatents,
+    GivenLatents,
+    LatentAbove,
+    PosteriorBelow,
+    TopLatents,
+)
+from sae_query_steer.descent.objectives import (
+    CentroidContrast,
+    CosineSimilarity,
+    GaussianLogLikelihood,
+    LinearProbe,
+    PrototypeLogLikelihood,
+    SquaredDistance,
+)
+from sae_query_steer.descent.strength import ExponentialDecay, LinearWarmUp
+from sae_query_steer.sae.collection import QuerySAEs
+from sae_query_steer.sae.core import QueryHeadSAE
+from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder
+from sae_query_steer.safe_reading import inside
+from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
+from sae_query_steer.scopes.named import (
+    FirstResponseTokens,
+    LastPromptTokens,
+    PromptTokens,
+    Window,
+    WindowAroundPromptEnd,
+)
+from sae_query_steer.scopes.positions import (
+    AllOf,
+    AnyOf,
+    EveryPosition,
+    LastPromptToken,
+    Not,
+    ResponseTokens,
+)
+from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.storage import new_folder, read_json, write_json
+
+FORMAT = "sae_query_steer.steerer/1"
+STEERER = "steerer.json"
+
+VALUES: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        *(EveryPosition, PromptTokens, LastPromptToken, LastPromptTokens, ResponseTokens),
+        *(FirstResponseTokens, Window, WindowAroundPromptEnd, AtPositions, RowMask, AfterToken),
+        *(AnyOf, AllOf, Not),
+        *(SquaredDistance, PrototypeLogLikelihood, CentroidContrast, CosineSimilarity),
+        *(GaussianLogLikelihood, LinearProbe),
+        *(ExponentialDecay, LinearWarmUp, ActiveLatents, TopLatents, GivenLatents),
+        *(ExceptLatents, PosteriorBelow, LatentAbove),
+    )
+}
+"""Values that a file may name."""
+
+_PLAIN = (bool, int, float, NoneType)
+_NOT_SETTINGS = {"saes", "targets", "sites", "site_heads"}
+
+
+def save_steerer(
+    steerer: LatentGradientSteerer,
+    folder: str | Path,
+    *,
+    saes: str | Path | None = None,
+    targets: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a steerer to a folder, whole or not at all.
+
+    Args:
+        steerer: what to write.
+        folder: the folder to make.
+        saes: a folder that holds its SAEs already: it is referred to, relative to `folder` if the
+            path is relative, and the SAEs are not written again. None writes them. What it refers
+            to outside of `folder` is read only with `follow_references`, see `load_steerer`.
+        targets: the same of its centroids.
+        overwrite: replace a steerer that is there.
+
+    Raises:
+        FileExistsError: the folder exists and `overwrite` is False, or it is something else.
+        ValueError: a setting is a function of your own, or an encoder is no SAE of this package.
+    """
+    settings = steerer_settings(steerer)
+    identities = {n: e for n, e in steerer.saes.items() if isinstance(e, IdentityEncoder)}
+    own = {n: e for n, e in steerer.saes.items() if isinstance(e, QueryHeadSAE)}
+    for name, encoder in steerer.saes.items():
+        if name not in identities and name not in own:
+            raise ValueError(
+                f"the encoder at {name} is a {type(encoder).__name__}: only query-head SAEs and "
+                "IdentityEncoder can be saved"
+            )
+    with new_folder(folder, overwrite=overwrite, holding=STEERER) as new:
+        if own and saes is None:
+            QuerySAEs(own).save(new / "saes")
+        if targets is None:
+            steerer.targets.save(new / "targets")
+        write_json(
+            new / STEERER,
+            {
+                "format": FORMAT,
+                "settings": settings,
+                "saes": (str(saes) if saes is not None else "saes") if own else None,
+                "identities": {n: dataclasses.asdict(e) for n, e in identities.items()},
+                "targets": str(targets) if targets is not None else "targets",
+            },
+        )
+
+
+def load_steerer(
+    folder: str | Path, *, device: str = "cpu", follow_references: bool = False
+) -> LatentGradientSteerer:
+    """Read a steerer that `save_steerer` wrote.
+
+    Args:
+        folder: its folder.
+        device: where to put its SAEs.
+        follow_references: read SAEs and centroids also from outside the folder, where it refers to
+            them there. A file from elsewhere could name any folder of this machine or its network,
+            so you say so, for a steerer of your own.
+
+    Raises:
+        FileNotFoundError: a file is missing, or a folder that it refers to.
+        ValueError: a file is damaged, of another format, names a value that there is not, or refers
+            to a folder outside and `follow_references` is False.
+    """
+    folder = Path(folder)
+    index = read_json(inside(folder, STEERER))
+    if index.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} has format {index.get('format')!r:.80}: this version reads {FORMAT!r}"
+        )
+    try:
+        targets = CentroidTargets.load(_referred(folder, index["targets"], follow_references))
+        saes = {}
+        if index["saes"] is not None:
+            place = _referred(folder, index["saes"], follow_references)
+            saes = dict(QuerySAEs.load(place, device=device))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / STEERER} is damaged: {error!r:.500}") from error
+    try:
+        encoders: dict[str, QueryEncoder] = {
+            name: IdentityEncoder(**sizes) for name, sizes in index["identities"].items()
+        }
+        return steerer_from_settings(index["settings"], encoders | saes, targets)
+    except ValueError as error:
+        raise ValueError(f"{folder / STEERER}: {error}") from error
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder / STEERER} is damaged: {error!r:.500}") from error
+
+
+def _referred(folder: Path, name: object, follow: bool) -> Path:
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r:.80} is no folder")
+    if follow:
+        return folder / name
+    try:
+        return inside(folder, name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. If this steerer is your own, load_steerer(..., follow_references=True) "
+            "reads what it refers to elsewhere"
+        ) from error
+
+
+def steerer_from_settings(
+    settings: Mapping[str, Any], saes: Mapping[str, QueryEncoder], targets: CentroidTargets
+) -> LatentGradientSteerer:
+    """Return the steerer of some settings, of `steerer_settings`, over SAEs and centroids.
+
+    Raises:
+        ValueError: a setting is none, or names a value that there is not.
+    """
+    try:
+        values = {name: _read(value) for name, value in settings.items()}
+        _check_types(LatentGradientSteerer, values)
+        return LatentGradientSteerer(saes, targets, **values)
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"one of its settings is damaged: {error!r:.500}") from error
+
+
+def steerer_settings(steerer: LatentGradientSteerer) -> dict[str, Any]:
+    """Return all settings of a steerer as JSON: two that steer alike have equal ones.
+
+    Raises:
+        ValueError: a setting is a function of your own.
+    """
+    return {
+        field.name: _written(getattr(steerer, field.name), field.name)
+        for field in dataclasses.fields(steerer)
+        if field.init and field.name not in _NOT_SETTINGS
+    }
+
+
+def _written(value: Any, name: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} holds {value}: only finite numbers can be saved")
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str(value)  # the name of a Bloom level
+    if isinstance(value, Tensor):
+        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {"mapping": [[_written(k, name), _written(v, name)] for k, v in value.items()]}
+    if isinstance(value, Sequence):
+        return [_written(item, name) for item in value]
+    if VALUES.get(type(value).__name__) is not type(value):
+        raise ValueError(
+            f"{name}={value!r} can't be saved: it is no value of this package (a function can't be "
+            "read back safely); give such a value, or keep this steerer in your own code"
+        )
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr or f.init}
+    return {
+        "kind": type(value).__name__,
+        "fields": {key: _written(item, name) for key, item in fields.items()},
+    }
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_read(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        kinds = {"bool": torch.bool, "float32": torch.float32, "float64": torch.float64}
+        return torch.tensor(value["tensor"], dtype=kinds[value["dtype"]])
+    if "mapping" in value:
+        return {_read(key): _read(item) for key, item in value["mapping"]}
+    if value["kind"] not in VALUES:
+        raise ValueError(f"there is no value {value['kind']!r:.80}: allowed are {sorted(VALUES)}")
+    kind = VALUES[value["kind"]]
+    fields = {name: _read(item) for name, item in value["fields"].items()}
+    if kind in (AnyOf, AllOf):
+        return kind(*fields["scopes"])
+    _check_types(kind, fields)
+    return kind(**fields)
+
+
+def _check_types(kind: type, fields: Mapping[str, Any]) -> None:
+    """Raise where a field that is one plain value, or None, holds another type."""
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        options = get_args(hints.get(name)) or (hints.get(name),)
+        given = (type(value), float) if type(value) is int else (type(value),)
+        if all(one in _PLAIN for one in options) and not any(one in options for one in given):
+            raise TypeError(f"{kind.__name__} has {name}={value!r:.80}")

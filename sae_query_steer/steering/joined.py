@@ -1,0 +1,61 @@
+"""Several steerers as one: each acts on what those before it made of the query."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sae_query_steer.scopes.prompt_lengths import PromptLengths
+from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.trace import SteeringTrace
+
+
+@dataclass(frozen=True)
+class JoinedSteerers:
+    """Steerers that act in the order in which they are listed, as nested `with` blocks would.
+
+    At a site that two of them steer, the second sees the query that the first has changed; sites of
+    later layers always see what earlier layers did.
+    """
+
+    steerers: tuple[Steerer, ...]
+    """The first acts first."""
+
+    def __init__(self, *steerers: Steerer) -> None:
+        if not steerers:
+            raise ValueError("JoinedSteerers() needs at least one steerer; got none")
+        for steerer in steerers:
+            if not isinstance(steerer, Steerer):
+                raise TypeError(f"{steerer!r} is no steerer: give LatentGradientSteerer and such")
+        object.__setattr__(self, "steerers", steerers)
+
+    def apply(
+        self,
+        model: Any,
+        *,
+        record: bool = False,
+        record_attention: bool = False,
+        prompt_lengths: PromptLengths | None = None,
+    ) -> AbstractContextManager[tuple[SteeringTrace, ...]]:
+        """Steer every forward pass of a model for the length of a `with` block.
+
+        Args and Raises as `Steerer.apply`; every steerer is checked before the first acts.
+
+        Returns:
+            A context manager that yields a trace of each steerer, in order.
+        """
+        return self._applied(
+            model,
+            record=record,
+            record_attention=record_attention,
+            prompt_lengths=prompt_lengths,
+        )
+
+    @contextmanager
+    def _applied(self, model: Any, **given: Any) -> Iterator[tuple[SteeringTrace, ...]]:
+        for steerer in self.steerers:
+            steerer.check_model(model)
+        with ExitStack() as stack:
+            yield tuple(
+                stack.enter_context(steerer.apply(model, **given)) for steerer in self.steerers
+            )

@@ -1,0 +1,111 @@
+"""Several processes on PyTorch's launcher: each trains its share of the layers.
+
+    torchrun --nproc-per-node N -m sae_query_steer train ...
+
+Layers share nothing but the model, of which every process holds a copy, so nothing is sent: each
+writes its own folder, and the first puts them together. A site's SAE does not depend on the sites
+trained beside it, so the result is that of one process.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import distributed
+
+from sae_query_steer.sae.collection import INDEX, QuerySAEs
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.storage import check_replaceable
+from sae_query_steer.token_rows import Texts
+from sae_query_steer.training.train import train_query_saes
+
+
+def train_on_ranks(
+    model: Any,
+    texts: Texts,
+    sites: Sequence[QuerySite],
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> QuerySAEs:
+    """Train the sites by all processes of a launch, or by this one if there is no launch.
+
+    Rank r of n trains the sites r, r + n, ... in `<out>.rank<r>of<n>`, which can be stopped and
+    resumed as any run, by as many processes.
+
+    Args:
+        model: this process's copy.
+        texts: the same in every process.
+        sites: all of them, the same in every process.
+        out: the folder of all SAEs, on a disk that every process sees.
+        resume: as in `train_query_saes`.
+        overwrite: as in `train_query_saes`.
+        settings: further arguments of `train_query_saes`.
+
+    Returns:
+        The SAEs of all sites, in every process.
+
+    Raises:
+        FileExistsError: as `train_query_saes`.
+        ValueError: as `train_query_saes`, or there are more processes than sites.
+    """
+    out, sites = Path(out), list(sites)
+    rank, n = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if n > max(1, len(sites)):
+        raise ValueError(f"{n} processes for {len(sites)} layers: start {len(sites)} at most")
+    if n == 1 or (resume and (out / INDEX).is_file()):
+        return train_query_saes(
+            model, texts, sites, out=out, resume=resume, overwrite=overwrite, **settings
+        )
+    check_replaceable(out, overwrite=overwrite, holding=INDEX)
+    parts = [out.with_name(f"{out.name}.rank{r}of{n}") for r in range(n)]
+    train_query_saes(
+        model,
+        texts,
+        sites[rank::n],
+        out=parts[rank],
+        resume=resume,
+        overwrite=overwrite,
+        **settings,
+    )
+    # Weeks may lie between the first and the last to finish.
+    distributed.init_process_group("gloo", timeout=timedelta(weeks=52))
+    try:
+        distributed.barrier()
+        if rank == 0:
+            joined([QuerySAEs.load(part) for part in parts], sites).save(out, overwrite=overwrite)
+            for part in parts:
+                shutil.rmtree(part, ignore_errors=True)
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+    return QuerySAEs.load(out, device=str(model.cfg.device))
+
+
+def joined(parts: Sequence[QuerySAEs], sites: Sequence[QuerySite]) -> QuerySAEs:
+    """Return the SAEs of several processes as one process would have returned them."""
+    names = [site.hook_name for site in sites]
+    saes = {name: part[name] for name in names for part in parts if name in part}
+    metrics = None
+    if all(part.measured for part in parts):
+        tables = [part.metrics for part in parts]
+        order = {site.layer: place for place, site in enumerate(sites)}
+        metrics = pd.concat(tables).sort_values(
+            "layer", key=lambda layer: layer.map(order), kind="stable", ignore_index=True
+        )
+    settings = {**(parts[0].settings or {}), "hook_names": names}
+    return QuerySAEs(saes, metrics, settings)
+
+
+def local_device() -> str | None:
+    """Return the GPU of this process of a launch; None leaves the choice to TransformerLens."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return None
