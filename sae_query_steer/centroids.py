@@ -10,13 +10,15 @@ from torch import Tensor
 
 from sae_query_steer.fingerprint import Fingerprint, check_whole
 from sae_query_steer.safe_reading import FLOATS, inside, tensor_shapes
-from sae_query_steer.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from sae_query_steer.storage import new_folder, read_index, read_tensors, write_json, write_tensors
 
 FORMAT = "sae_query_steer.centroids/1"
 
 _GROUPS = ("mean", "variance", "query", "reconstruction")
 _TENSORS = "centroids.safetensors"
 _SETTINGS = "centroids.json"
+CENTROID_FILES = (_SETTINGS, _TENSORS)
+"""The files of a folder of centroids."""
 
 
 class ClassMoments:
@@ -176,11 +178,7 @@ class CentroidTargets:
             ValueError: a file is damaged, of another format, or its parts do not fit.
         """
         folder = Path(folder)
-        settings = read_json(inside(folder, _SETTINGS))
-        if settings.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder} has format {settings.get('format')!r:.80}: this version reads {FORMAT!r}"
-            )
+        settings = read_index(inside(folder, _SETTINGS), FORMAT)
         path = inside(folder, _TENSORS)
         shapes = tensor_shapes(path)
         try:

@@ -109,13 +109,16 @@ def rows_table(rows: object, *, texts: bool = False) -> pd.DataFrame:
     allowed = int | float | str | None if texts else int | float | None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("its table is no list of rows")
+    kinds = "numbers and texts" if texts else "numbers"
     for row in rows:
         # Of rows with columns of their own pandas makes a cell for each row and each column.
         if row.keys() != rows[0].keys():
             raise ValueError("the rows of its table have different columns")
-        if not all(isinstance(value, allowed) for value in row.values()):
-            kinds = "numbers and texts" if texts else "numbers"
-            raise ValueError(f"its table holds something else than {kinds}")
+        for name, value in row.items():
+            if not isinstance(value, allowed):
+                raise ValueError(
+                    f"the column {name!r:.80} of its table holds {value!r:.80}: allowed are {kinds}"
+                )
     return pd.DataFrame(rows)
 
 
@@ -136,6 +139,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors."""
     # A copy of each: safetensors refuses two names for one piece of memory.
     save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, path)
+
+
+def read_index(path: Path, expected: str) -> dict[str, Any]:
+    """Read the JSON object that says what a folder holds, if it is of a format.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no JSON object, or one of another format.
+    """
+    index = read_json(path)
+    if index.get("format") != expected:
+        raise ValueError(
+            f"{path.parent} has format {index.get('format')!r:.80}: this version reads {expected!r}"
+        )
+    return index
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

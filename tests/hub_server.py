@@ -23,20 +23,22 @@ class Repository:
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, bytes], message: str) -> str:
+    def commit(self, files: dict[str, bytes], message: str, branch: str = "main") -> str:
         self.messages.append(message)
         told = f"{len(self.commits)} {message} {sorted(files)}"
         name = hashlib.sha1(told.encode()).hexdigest()
         self.commits[name] = files
+        self.branches[branch] = name
         return name
 
     @property
     def head(self) -> str:
-        return next(reversed(self.commits))
+        return self.branches["main"]
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        name = self.head if revision == "main" else revision
+        name = self.branches.get(revision, revision)
         return (name, self.commits[name]) if name in self.commits else None
 
 
@@ -147,7 +149,15 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo: str, revision: str | None = None) -> None:
         if (found := self._found(repo, revision or "main")) is not None:
             siblings = [{"rfilename": path} for path in found[1]]
-            self._json({"id": repo, "sha": found[0], "siblings": siblings})
+            private = self.held.repositories[repo].private
+            about = {"id": repo, "sha": found[0], "siblings": siblings, "private": private}
+            self._json(about)
+
+    def branch(self, repo: str, revision: str) -> None:
+        repository = self.held.repositories[repo]
+        status = 409 if revision in repository.branches else 200
+        repository.branches.setdefault(revision, repository.head)
+        self._json({}, status=status)
 
     def preupload(self, repo: str, revision: str) -> None:
         if self._found(repo, revision) is None:
@@ -197,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.held.lfs.add(value["path"])
                 case "deletedFile":
                     del files[value["path"]]
-        name = self.held.repositories[repo].commit(files, message)
+        name = self.held.repositories[repo].commit(files, message, revision)
         url = f"{self.held.url}/{repo}/commit/{name}"
         self._json({"commitUrl": url, "commitOid": name, "success": True})
 
@@ -226,6 +236,7 @@ _ROUTES = (
     (r"POST /api/validate-yaml", _Handler.validate),
     (rf"GET /api/models/{_REPO}/tree/(?P<revision>[\w]+)", _Handler.tree),
     (rf"GET /api/models/{_REPO}(/revision/(?P<revision>\w+))?", _Handler.info),
+    (rf"POST /api/models/{_REPO}/branch/(?P<revision>\w+)", _Handler.branch),
     (rf"POST /api/models/{_REPO}/preupload/(?P<revision>\w+)", _Handler.preupload),
     (rf"POST /api/models/{_REPO}/commit/(?P<revision>\w+)", _Handler.commit),
     (rf"POST /{_REPO}.git/info/lfs/objects/batch", _Handler.batch),

@@ -74,7 +74,7 @@ def test_every_page_of_the_reference_and_every_tutorial_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
     for path in (*PAGES, *(ROOT / "tutorials").glob("*.ipynb"), *(ROOT / "docs").glob("*.md")):
         folder = "" if path.parent.name == "docs" else f"{path.parent.name}/"
-        assert menu.count(f"{folder}{path.name}\n") >= 1, f"add {folder}{path.name} to mkdocs.yml"
+        assert f" {folder}{path.name}\n" in menu, f"add {folder}{path.name} to mkdocs.yml"
 
 
 def docstrings(value: object) -> list[str]:

@@ -44,6 +44,9 @@ for index in range(8):
 sqs.push_to_hub(second, "alice/second")
 sqs.push_to_hub(folder, "alice/second", message="more of it")
 sqs.push_to_hub(second, "alice/second", message="less of it")
+sqs.push_to_hub(folder, "alice/second", revision="v2", message="elsewhere")
+assert sqs.from_pretrained("alice/second").steerer is None
+assert sqs.from_pretrained("alice/second", revision="v2").steerer is not None
 
 def refused(kind, call, *said):
     try:
@@ -58,6 +61,11 @@ refused(ValueError, lambda: sqs.from_pretrained("alice/oversized"),
 refused(ValueError, lambda: sqs.from_pretrained("alice/huge"),
         "bundle.json of alice/huge has 16777217 bytes")
 refused(ValueError, lambda: sqs.from_pretrained("alice/upwards"), "'../up.json' is not allowed")
+refused(FileExistsError, lambda: sqs.push_to_hub(folder, "alice/theirs"),
+        "alice/theirs holds 2 other files, such as heads/their_work.bin, and no bundle")
+refused(ValueError, lambda: sqs.push_to_hub(folder, "alice/second", private=True),
+        "alice/second is there already and public: nothing was sent")
+refused(FileNotFoundError, lambda: sqs.from_pretrained("alice/theirs"), "is no bundle")
 refused(RepositoryNotFoundError, lambda: sqs.from_pretrained("alice/nobody"), "404")
 refused(HfHubHTTPError, lambda: sqs.push_to_hub(folder, "alice/new", token="wrong"), "401")
 print("equal, and the rest refused")
@@ -146,6 +154,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back_equal(folders, tiny_folder, tmp
         hub.repositories |= {
             "alice/oversized": offered(**here | {"steerer.json": here["steerer.json"] + b" " * 99}),
             "alice/huge": offered(**{"bundle.json": b" " * (16 * 2**20 + 1)}),
+            "alice/theirs": offered(**{"heads/their_work.bin": b"1", "steerer.json": b"{}"}),
             "alice/upwards": offered(**{"bundle.json": upwards}),
         }
         arguments = (bundle, folders / "second", tiny_folder)
@@ -163,9 +172,11 @@ def test_a_bundle_goes_to_the_hub_and_comes_back_equal(folders, tiny_folder, tmp
         assert len(there.commits) == 2  # the first, empty one, and one with everything
 
         second = hub.repositories["alice/second"]
-        counts = [len(commit) for commit in second.commits.values()]
-        assert second.messages[2:] == ["more of it", "less of it"]
-        assert counts == [0, counts[1], counts[1] + 3, counts[1]]  # parts that it lacks are deleted
+        n = [len(commit) for commit in second.commits.values()]
+        assert second.messages[2:] == ["more of it", "less of it", "elsewhere"]
+        assert n == [0, n[1], n[1] + 3, n[1], n[1] + 3]  # parts that it lacks are deleted
+        theirs = hub.repositories["alice/theirs"]
+        assert theirs.messages == ["by another"]
         assert "steerer.json" not in second.commits[second.head]
 
         asked = [line for line in hub.asked if line.startswith("GET")]

@@ -116,7 +116,6 @@ def test_the_card_is_a_model_card_that_says_how_to_load_it(folder):
     assert "| 2 | 3 | 3.000 |" in card.text  # a row of the metrics
     assert "| 0 | 0.250 | a\\|b |" in card.text
     assert "create 16" in card.text
-    assert "/tmp" not in card.text
 
 
 def test_saes_alone_make_a_bundle(tiny_models, saes, tmp_path):
@@ -246,6 +245,61 @@ def test_heads_may_be_missing_where_only_layers_are_read(copy):
         sqs.push_to_hub(copy, "alice/bundle", dry_run=True)
 
 
+def test_what_is_read_must_be_on_the_list(copy):
+    _, files = read_index(copy)
+    for name in ("layers/query_saes.json", f"layers/{HOOKS[1]}/cfg.json"):
+        change_index(copy, files={n: entry for n, entry in files.items() if n != name})
+        with pytest.raises(ValueError, match=f"lists no {re.escape(name)}: save the bundle anew"):
+            sqs.load_bundle(copy)
+    change_index(copy, files={n: e for n, e in files.items() if n != "centroids/centroids.json"})
+    with pytest.raises(ValueError, match=r"lists no centroids/centroids\.json"):
+        sqs.load_bundle(copy)
+
+
+def test_a_card_that_leads_elsewhere_is_not_sent(copy, tmp_path):
+    (tmp_path / "private.txt").write_text("a secret")
+    (copy / "README.md").unlink()
+    with pytest.raises(FileNotFoundError, match="no file .*README.md"):
+        sqs.push_to_hub(copy, "alice/bundle", dry_run=True)
+    (copy / "README.md").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(ValueError, match="README.md is a link to"):
+        sqs.push_to_hub(copy, "alice/bundle", dry_run=True)
+
+
+def test_tables_that_would_not_come_back_are_refused_before_anything_is_written(
+    tmp_path, tiny_models, saes
+):
+    model = tiny_models["bridge"]
+    for table, said in (
+        (pd.DataFrame({"a": []}), "evaluation has 0 rows"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "every column a name of its own"),
+        (pd.DataFrame({"a": [[1]]}), r"the column 'a' of its table holds \[1\]"),
+        (pd.DataFrame({"when": [pd.Timestamp("2026-01-01")]}), "the column 'when'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sqs.save_bundle(tmp_path / "b", model, saes, evaluation=table)
+    assert list(tmp_path.iterdir()) == []
+    table = pd.DataFrame({"rate": [0.5]}, index=pd.Index(["SAE"], name="method"))
+    sqs.save_bundle(tmp_path / "b", model, saes, evaluation=table)
+    found = sqs.load_bundle(tmp_path / "b").evaluation
+    assert found.to_dict("records") == [{"method": "SAE", "rate": 0.5}]
+
+
+def test_a_model_of_a_local_folder_is_no_base_model(tmp_path, tiny_models, saes, monkeypatch):
+    model = tiny_models["hooked"]
+    monkeypatch.setattr(model.cfg, "model_name", "../models/tiny")
+    sqs.save_bundle(tmp_path / "b", model, saes)
+    card = ModelCard.load(tmp_path / "b" / "README.md")
+    assert card.data.base_model is None
+    assert "attention queries of tiny" in card.text
+
+
+def test_every_heads_folder_tells_its_hook(folder):
+    for name, path in head_folders(read_index(folder)[1]).items():
+        metadata = json.loads((folder / path / "cfg.json").read_text())["metadata"]
+        assert f"{metadata['hook_name']}.{metadata['hook_head_index']}" == name
+
+
 @pytest.mark.parametrize(
     "name",
     ["../x.json", "/etc/x.json", "a/../../x.json", "a\\x.json", "x.pkl", ".x.json", "a/b/c/d.json"],
@@ -303,6 +357,8 @@ def test_the_registry_block_names_every_head_with_its_metrics(folder, saes):
     assert "neuronpedia" not in block["saes"][0]
     with pytest.raises(ValueError, match="neuronpedia names 'x', which is no SAE of the bundle"):
         sqs.registry_entry(folder, release="r", repo_id="a/b", neuronpedia={"x": "y"})
+    with pytest.raises(ValueError, match="Repo id"):
+        sqs.registry_entry(folder, release="r", repo_id="not a repo!")
     with pytest.raises(ValueError, match="release=' ' is not allowed"):
         sqs.registry_entry(folder, release=" ", repo_id="a/b")
 
@@ -319,8 +375,14 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(folder):
 
 def test_a_folder_stands_for_a_repository(folder, tiny_models, tmp_path):
     assert list(sqs.from_pretrained(folder, model=tiny_models["bridge"]).saes) == HOOKS
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no folder .*those are user/repository"):
         sqs.from_pretrained(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="no folder bundel, and no name on the hub either"):
+        sqs.from_pretrained("bundel")
+    with pytest.raises(FileNotFoundError, match="is no bundle: it has no bundle.json"):
+        sqs.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a folder here, which has no revision 'v2'"):
+        sqs.from_pretrained(folder, revision="v2")
 
 
 def test_the_commands(tmp_path, tiny_folder, saes, targets, steerer, examples, monkeypatch, capsys):

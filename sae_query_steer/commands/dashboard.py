@@ -42,8 +42,9 @@ def dashboard(
     k: Annotated[int, typer.Option(help="Top texts of each latent.")] = 10,
     context: Annotated[int, typer.Option(help="Tokens on either side of a top token.")] = 12,
     attention: Annotated[
-        int, typer.Option(help="Top tokens of each latent whose attention is looked at; 0 is none.")
-    ] = 2,
+        int | None,
+        typer.Option(help="Top tokens of each latent whose attention is looked at; 0 is none."),
+    ] = None,
     keys: Annotated[int, typer.Option(help="Matching keys of each latent; 0 is none.")] = 8,
     tokens: Annotated[int | None, typer.Option(help="Tokens to read; all if unset.")] = None,
     neuronpedia: Annotated[

@@ -92,7 +92,9 @@ def bundle(
 def push(
     folder: Folder,
     repo_id: Annotated[str, typer.Argument(help="USER/REPOSITORY on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make it private; if it is there, it must be.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all, and show what would be sent.")

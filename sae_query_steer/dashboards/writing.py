@@ -34,7 +34,7 @@ def write_dashboards(
     targets: CentroidTargets | None = None,
     k: int = 10,
     context: int = 12,
-    n_attention: int = 2,
+    n_attention: int | None = None,
     n_keys: int = 8,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
@@ -61,7 +61,8 @@ def write_dashboards(
         targets: centroids of classes that were made with these SAEs on this model.
         k: texts of each latent. A page of more than 60 MB shows fewer, and says so.
         context: tokens on either side of a top token.
-        n_attention: top tokens of each latent at which its attention is looked at, 0 to k.
+        n_attention: top tokens of each latent at which its attention is looked at, 0 to k;
+            None means 2, or k where that is less.
         n_keys: tokens with matching keys of each latent; 0 for none.
         layers: which layers; None means all that have an SAE.
         heads: which heads: the same in each layer, or by layer; None means all.
@@ -84,6 +85,7 @@ def write_dashboards(
     Source: our choice, after sae_vis and Neuronpedia; what they show of logits is left out, because
     a query writes none.
     """
+    n_attention = min(2, max(k, 0)) if n_attention is None else n_attention
     if context < 0 or n_keys < 0 or not 0 <= n_attention <= max(k, 0):
         raise ValueError(
             f"context={context}, n_attention={n_attention} and n_keys={n_keys} are not allowed: "

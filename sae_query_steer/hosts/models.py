@@ -78,7 +78,8 @@ def end_tokens(model: Any) -> list[int]:
 def model_name(model: Any) -> str:
     """Return the name under which a model was loaded; the folder's own name for a folder."""
     name = str(getattr(model.cfg, "model_name", "") or "custom")
-    return Path(name).name if Path(name).is_absolute() else name
+    is_folder = Path(name).is_absolute() or name.startswith(".") or Path(name).is_dir()
+    return Path(name).name if is_folder else name
 
 
 @torch.no_grad()

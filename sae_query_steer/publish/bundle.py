@@ -75,7 +75,7 @@ def load_bundle(
     folder: str | Path,
     *,
     model: Any = None,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> Bundle:
     """Read a bundle that `save_bundle` wrote, once every file is what its list says.
 
@@ -85,7 +85,7 @@ def load_bundle(
         folder: the bundle.
         model: a model to check against the fingerprint before anything is returned; None checks
             nothing (a steerer checks it when it is applied).
-        device: where to put the SAEs.
+        device: where to put the SAEs; None means where the model is, or the CPU without one.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -93,6 +93,8 @@ def load_bundle(
             parts do not belong together; or it is another model, with both sides shown.
     """
     folder = Path(folder)
+    if device is None:
+        device = "cpu" if model is None else str(model.cfg.device)
     index, files = read_index(folder)
     check_files(
         folder,
@@ -103,9 +105,12 @@ def load_bundle(
         raise ValueError(f"{folder} lists {index['hook_names']} and holds SAEs at {list(saes)}")
     fingerprint = _read_fingerprint(folder / FINGERPRINT, list(saes), str(index["model"]["dtype"]))
     stored = {name: query.to(device) for name, query in fingerprint.queries.items()}
-    check_reconstructions(
-        fingerprint, reconstructions(saes, stored), tolerance=default_tolerance(fingerprint.dtype)
-    )
+    dtypes = {str(sae.dtype).removeprefix("torch.") for sae in saes.values()}
+    tolerance = default_tolerance(fingerprint.dtype, *dtypes)
+    try:
+        check_reconstructions(fingerprint, reconstructions(saes, stored), tolerance=tolerance)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds SAEs that it was not saved with: {error}") from error
     targets = steerer = evaluation = None
     if any(name.startswith(f"{CENTROIDS}/") for name in files):
         targets = CentroidTargets.load(folder / CENTROIDS)

@@ -1,6 +1,7 @@
 """The model card of a bundle: what it is, how it was made, and how to load it, for a hub's page."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ def model_card(
     about = ModelCardData(
         library_name="saelens",
         tags=list(TAGS),
-        base_model=name if "/" in name else None,
+        base_model=name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None,
         license=license,
     )
     parts = [
@@ -119,11 +120,11 @@ def _load(saes: QuerySAEs, heads: Mapping[str, str], has_steerer: bool) -> str:
 def _training(saes: QuerySAEs, model: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{key} {value}" for key, value in model.items() if key != "name")
     lines = ["## How they were trained", f"Model: {model['name']} ({sizes})."]
-    one = next(iter(saes.values()))
-    lines.append(
-        f"SAE: {one.cfg.architecture()}, {one.n_heads} heads of {one.d_head}, {one.d_latent} "
-        "latents a head."
-    )
+    kinds = {(s.cfg.architecture(), s.n_heads, s.d_head, s.d_latent) for s in saes.values()}
+    lines += [
+        f"SAE: {kind}, {n_heads} heads of {d_head}, {d_latent} latents a head."
+        for kind, n_heads, d_head, d_latent in sorted(kinds)
+    ]
     if saes.settings is not None:
         lines.append(f"```json\n{json.dumps(saes.settings, indent=1)}\n```")
     return "\n\n".join(lines)

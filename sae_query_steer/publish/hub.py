@@ -1,5 +1,6 @@
 """Bundles on Hugging Face's hub: `push_to_hub` and `from_pretrained`."""
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import DryRunError
+from huggingface_hub.errors import DryRunError, EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from sae_query_steer.publish.bundle import Bundle, load_bundle
 from sae_query_steer.publish.card import REPOSITORY
 from sae_query_steer.publish.files import check_files
-from sae_query_steer.publish.layout import BUNDLE, CARD, HEADS, PARTS, read_index
-from sae_query_steer.safe_reading import MAX_JSON
+from sae_query_steer.publish.layout import BUNDLE, CARD, HEADS, read_index
+from sae_query_steer.safe_reading import MAX_JSON, inside, size_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +56,24 @@ def push_to_hub(
 ) -> Upload:
     """Upload a bundle in one commit: every file of its list, its list and its card.
 
-    The bundle is read and checked first. Parts of an earlier bundle in the repository that this
-    one lacks are deleted in the same commit; other files there are left alone. (SAELens's own
+    The bundle is read and checked first. What an earlier bundle in the repository lists and this
+    one lacks is deleted in the same commit; other files there are left alone. (SAELens's own
     `upload_saes_to_huggingface` sends configs, weights and sparsity alone.)
 
     Args:
         folder: the bundle, of `save_bundle`.
         repo_id: "user/repository"; it is made if it is not there.
-        private: make it private, if it is made.
-        revision: branch to commit to; None means main.
+        private: make it private. If it is there already, it must be.
+        revision: branch to commit to, made if it is not there; None means main.
         token: access token; None takes the one that `hf auth login` keeps.
         message: message of the commit.
         dry_run: check everything, and say what would be sent, without any network.
 
     Raises:
+        FileExistsError: the repository holds other files than a card, and no bundle.
         FileNotFoundError: a file of the bundle is missing.
-        ValueError: the folder is no sound bundle, or `repo_id` no name of a repository.
+        ValueError: the folder is no sound bundle, `repo_id` is no name of a repository, or the
+            repository is public and `private` is True.
 
     Source: our choice.
     """
@@ -79,15 +82,21 @@ def push_to_hub(
     load_bundle(folder)
     _, files = read_index(folder)
     check_files(folder, {n: entry for n, entry in files.items() if n.startswith(f"{HEADS}/")})
-    card = (folder / CARD).read_text(encoding="utf-8").replace(REPOSITORY, repo_id).encode()
+    card = _card(folder).replace(REPOSITORY, repo_id).encode()
     sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
     sizes |= {BUNDLE: (folder / BUNDLE).stat().st_size, CARD: len(card)}
     if dry_run:
         return Upload(repo_id=repo_id, files=sizes, url=None)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    there = set(api.list_repo_files(repo_id, revision=revision))
-    gone = [n for n in there - sizes.keys() if n.split("/")[0] in PARTS]
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} is there already and public: nothing was sent; make it private on the hub, "
+            "or give another repository"
+        )
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    gone = _left_over(api, repo_id, revision, sizes)
     operations = [
         *(CommitOperationDelete(path_in_repo=name) for name in sorted(gone)),
         *(
@@ -100,12 +109,39 @@ def push_to_hub(
     return Upload(repo_id=repo_id, files=sizes, url=commit.commit_url)
 
 
+def _card(folder: Path) -> str:
+    path = inside(folder, CARD)
+    if size_of(path) > MAX_JSON:
+        raise ValueError(f"{path} has {size_of(path)} bytes: a card is sent up to {MAX_JSON}")
+    return path.read_text(encoding="utf-8")
+
+
+def _left_over(
+    api: HfApi, repo_id: str, revision: str | None, sizes: Mapping[str, int]
+) -> set[str]:
+    """Return what an earlier bundle in a repository listed and the new one does not.
+
+    Raises:
+        FileExistsError: there are other files in it, and no bundle.
+    """
+    there = set(api.list_repo_files(repo_id, revision=revision))
+    if BUNDLE not in there:
+        if others := sorted(there - {CARD, ".gitattributes"}):
+            raise FileExistsError(
+                f"{repo_id} holds {len(others)} other files, such as {others[0]}, and no bundle: "
+                "nothing was sent; give a repository of its own"
+            )
+        return set()
+    index = api.hf_hub_download(repo_id, BUNDLE, revision=revision)
+    return there & (read_index(Path(index).parent)[1].keys() - sizes.keys())
+
+
 def from_pretrained(
     repo_id: str | Path,
     *,
     model: Any = None,
     revision: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Bundle:
@@ -119,21 +155,37 @@ def from_pretrained(
         repo_id: "user/repository", or the folder of a bundle.
         model: a model to check against the fingerprint.
         revision: branch, tag or commit; None means main.
-        device: where to put the SAEs.
+        device: where to put the SAEs; None means where the model is, or the CPU without one.
         token: access token of a private repository.
         cache_dir: cache of the hub; None means Hugging Face's.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing in it.
-        ValueError: what `load_bundle` refuses; a file on the hub is larger than listed.
+        FileNotFoundError: no such folder, a file is missing in it, or the repository is no bundle.
+        RepositoryNotFoundError: the hub has no such repository, or not for this token.
+        ValueError: what `load_bundle` refuses; a file on the hub is larger than listed; a revision
+            of a folder.
     """
-    if Path(repo_id).is_dir():
-        return load_bundle(repo_id, model=model, device=device)
     name = str(repo_id)
-    if Path(name).is_absolute() or name.startswith((".", "~")):
-        raise FileNotFoundError(f"no folder {name}")
+    if Path(repo_id).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{name} is a folder here, which has no revision {revision!r}: leave revision out, "
+                "or run where there is no such folder to mean the hub's repository"
+            )
+        if not (Path(repo_id) / BUNDLE).is_file():
+            raise FileNotFoundError(f"the folder {name} is no bundle: it has no {BUNDLE}")
+        return load_bundle(repo_id, model=model, device=device)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(
+            f"no folder {name}, and no name on the hub either: those are user/repository"
+        )
     where = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    planned = hf_hub_download(name, BUNDLE, dry_run=True, **where)
+    try:
+        planned = hf_hub_download(name, BUNDLE, dry_run=True, **where)
+    except LocalEntryNotFoundError:  # without a network, and not in the cache: it says so
+        raise
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{name} on the hub is no bundle: it has no {BUNDLE}") from error
     _check_sizes(name, [planned], {BUNDLE: MAX_JSON})
     index = Path(hf_hub_download(name, BUNDLE, **{**where, "revision": planned.commit_hash}))
     _, files = read_index(index.parent)

@@ -1,16 +1,19 @@
 """The entry of a bundle in SAELens's `pretrained_saes.yaml`, for a pull request there."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.utils import validate_repo_id
 
 from sae_query_steer.publish.layout import LAYERS, head_folders, read_index
 from sae_query_steer.sae.collection import INDEX
 from sae_query_steer.safe_reading import inside
 from sae_query_steer.storage import read_json
+
+_LARGEST = 1e9
+"""No number of latents is larger, and NaN is not smaller."""
 
 
 def registry_entry(
@@ -38,9 +41,9 @@ def registry_entry(
     """
     folder = Path(folder)
     index, files = read_index(folder)
-    for what, name in (("release", release), ("repo_id", repo_id)):
-        if not name.strip():
-            raise ValueError(f"{what}={name!r} is not allowed: give its name")
+    validate_repo_id(repo_id)
+    if not release.strip():
+        raise ValueError(f"release={release!r} is not allowed: give its name")
     heads = head_folders(files)
     if not heads:
         raise ValueError(
@@ -61,7 +64,7 @@ def registry_entry(
         row = metrics.get((int(hook_name.split(".")[1]), int(head)), {})
         for ours, theirs in (("l0", "l0"), ("explained_variance", "variance_explained")):
             value = row.get(ours)
-            if isinstance(value, float | int) and math.isfinite(value):
+            if isinstance(value, float | int) and abs(value) < _LARGEST:
                 entry[theirs] = round(float(value), 4)
         if name in known:
             entry["neuronpedia"] = known[name]

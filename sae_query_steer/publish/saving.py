@@ -34,7 +34,7 @@ from sae_query_steer.sae.encoders import encoder_sites
 from sae_query_steer.sae.heads import PLAIN, split_heads
 from sae_query_steer.steering.files import steerer_settings
 from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.storage import json_rows, new_folder, write_json, write_tensors
+from sae_query_steer.storage import json_rows, new_folder, rows_table, write_json, write_tensors
 from sae_query_steer.targets import check_belongs, check_shapes
 
 
@@ -62,7 +62,8 @@ def save_bundle(
         steerer: a steerer over exactly these SAEs and centroids.
         examples: the labelled examples that the centroids were made of: their hash is kept, not
             they.
-        evaluation: a table of scores, such as that of `evaluate_saes` or of a sweep.
+        evaluation: a table of scores, such as that of `evaluate_saes` or of a sweep; numbers and
+            texts, and an index with meaning becomes columns.
         model_name: the model's name on the hub, such as "mistralai/Mistral-7B-Instruct-v0.1"; None
             takes that by which it was loaded. With a slash the card names it as base model.
         license: licence of the bundle by its name on the hub, such as "mit".
@@ -73,7 +74,7 @@ def save_bundle(
         FileExistsError: the folder exists and `overwrite` is False, or it is something else.
         TypeError: SAEs that are not those of all heads, or are still in training.
         ValueError: the SAEs, the centroids or the steerer do not belong together or to the model,
-            or a setting of the steerer is a function of your own.
+            a setting of the steerer is a function of your own, or the table can't be written.
     """
     if steerer is not None and targets is None:
         targets = steerer.targets
@@ -81,12 +82,14 @@ def save_bundle(
     settings = None if steerer is None else steerer_settings(steerer)
     facts = model_facts(model, model_name)
     about = None if examples is None else data_facts(examples)
+    evaluation = None if evaluation is None else _readable(evaluation)
     with new_folder(folder, overwrite=overwrite, holding=BUNDLE) as new:
         saes.save(new / LAYERS)
         for name, sae in saes.items():
             if sae.cfg.architecture() in PLAIN:
                 for head, one in enumerate(split_heads(sae)):
                     one.cfg.metadata.model_name = facts["name"]
+                    one.cfg.metadata.hook_name = name
                     one.save_model(new / HEADS / f"{name}.{head}")
         if targets is not None:
             targets.save(new / CENTROIDS)
@@ -144,6 +147,25 @@ def _check_together(
     if targets is not None:
         check_shapes(targets, saes)
         check_belongs(model, saes, targets)
+
+
+def _readable(evaluation: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of which nothing is lost when it is written and read back."""
+    table = evaluation
+    if not isinstance(table.index, pd.RangeIndex):
+        table = table.reset_index()
+    if not len(table) or not table.columns.is_unique:
+        raise ValueError(
+            f"evaluation has {len(table)} rows and the columns {list(table.columns)}: give one row "
+            "or more, and every column a name of its own"
+        )
+    try:
+        rows_table(json_rows(table), texts=True)
+    except ValueError as error:
+        raise ValueError(
+            f"evaluation can't be saved: {error}; turn such cells into text"
+        ) from error
+    return table
 
 
 def _fingerprint_tensors(fingerprint: Fingerprint) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.reading import read_sae
 from sae_query_steer.safe_reading import inside
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage import json_rows, new_folder, read_json, rows_table, write_json
+from sae_query_steer.storage import json_rows, new_folder, read_index, rows_table, write_json
 
 FORMAT = "sae_query_steer.saes/1"
 
@@ -110,11 +110,7 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
                 query-head SAE.
         """
         folder = Path(folder)
-        index = read_json(inside(folder, INDEX))
-        if index.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder} has format {index.get('format')!r}: this version reads {FORMAT!r}"
-            )
+        index = read_index(inside(folder, INDEX), FORMAT)
         names, rows = index.get("hook_names"), index.get("metrics")
         settings = index.get("settings")
         if not isinstance(names, list) or not isinstance(settings, dict | None):

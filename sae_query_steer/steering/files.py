@@ -53,7 +53,7 @@ from sae_query_steer.scopes.positions import (
     ResponseTokens,
 )
 from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.storage import new_folder, read_json, write_json
+from sae_query_steer.storage import new_folder, read_index, write_json
 
 FORMAT = "sae_query_steer.steerer/1"
 STEERER = "steerer.json"
@@ -143,11 +143,7 @@ def load_steerer(
             to a folder outside and `follow_references` is False.
     """
     folder = Path(folder)
-    index = read_json(inside(folder, STEERER))
-    if index.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder} has format {index.get('format')!r:.80}: this version reads {FORMAT!r}"
-        )
+    index = read_index(inside(folder, STEERER), FORMAT)
     try:
         targets = CentroidTargets.load(_referred(folder, index["targets"], follow_references))
         saes = {}
