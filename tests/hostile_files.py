@@ -205,7 +205,7 @@ def mutate(path: Path, outside: Path, random: Random) -> str:
 
 
 @contextmanager
-def limits(seconds: float = 3.0, memory: int = 2**30) -> Iterator[None]:
+def limits(seconds: float = 30.0, memory: int = 2**30) -> Iterator[None]:
     """Let nothing take so much longer, or so much more memory, in bytes."""
 
     def late(*_: Any) -> None:
