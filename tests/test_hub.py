@@ -63,6 +63,8 @@ refused(ValueError, lambda: sqs.from_pretrained("alice/huge"),
 refused(ValueError, lambda: sqs.from_pretrained("alice/upwards"), "'../up.json' is not allowed")
 refused(FileExistsError, lambda: sqs.push_to_hub(folder, "alice/theirs"),
         "alice/theirs holds 2 other files, such as heads/their_work.bin, and no bundle")
+refused(FileExistsError, lambda: sqs.push_to_hub(folder, "alice/theirs", revision="v2"),
+        "and no bundle")
 refused(ValueError, lambda: sqs.push_to_hub(folder, "alice/second", private=True),
         "alice/second is there already and public: nothing was sent")
 refused(FileNotFoundError, lambda: sqs.from_pretrained("alice/theirs"), "is no bundle")
@@ -177,6 +179,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back_equal(folders, tiny_folder, tmp
         assert n == [0, n[1], n[1] + 3, n[1], n[1] + 3]  # parts that it lacks are deleted
         theirs = hub.repositories["alice/theirs"]
         assert theirs.messages == ["by another"]
+        assert list(theirs.branches) == ["main"]
         assert "steerer.json" not in second.commits[second.head]
 
         asked = [line for line in hub.asked if line.startswith("GET")]

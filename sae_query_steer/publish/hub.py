@@ -15,7 +15,12 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import DryRunError, EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    DryRunError,
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from sae_query_steer.publish.bundle import Bundle, load_bundle
@@ -94,9 +99,11 @@ def push_to_hub(
             f"{repo_id} is there already and public: nothing was sent; make it private on the hub, "
             "or give another repository"
         )
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    gone = _left_over(api, repo_id, revision, sizes)
+    try:
+        gone = _left_over(api, repo_id, revision, sizes)
+    except RevisionNotFoundError:  # a branch that is to be made begins as main is
+        gone = _left_over(api, repo_id, None, sizes)
+        api.create_branch(repo_id, branch=str(revision))
     operations = [
         *(CommitOperationDelete(path_in_repo=name) for name in sorted(gone)),
         *(
