@@ -13,7 +13,7 @@ from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.descent.strength import each
-from sae_query_steer.sae.encoders import QueryEncoder, device_of, on_device
+from sae_query_steer.sae.encoders import QueryEncoder, device_of, in_32_bits, on_device
 from sae_query_steer.scopes.positions import LastPromptToken, Scope
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.intervention import Steerer
@@ -137,7 +137,7 @@ class DecoderRowsSteerer(Steerer):
         record: bool,
     ) -> QueryChange:
         """Return what is added to the queries of the steered heads of a site."""
-        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+        queries = in_32_bits(queries)
         directions = self._directions[hook_name].to(queries)
         delta = added(directions, self.targets.classes, self.target, self.strength, places)
         if not record:

@@ -13,6 +13,7 @@ from sae_query_steer.sae.encoders import (
     IdentityEncoder,
     QueryEncoder,
     device_of,
+    in_32_bits,
 )
 from sae_query_steer.steering.latent_moves import LatentMove
 from sae_query_steer.steering.steerer import LatentGradientSteerer
@@ -158,7 +159,7 @@ def _again(
     heads = steerer.site_heads.get(name, ())
     if record.query is not None and record.places is not None and heads:
         query = record.query.to(device_of(steerer.saes[name]) or record.query.device)
-        query = query.to(torch.promote_types(query.dtype, torch.float32))
+        query = in_32_bits(query)
         if tuple(record.heads.tolist()) == heads:
             move = steerer.descended(name, query, record.places)
             delta = steerer.decoded(name, query, move).detach().cpu()

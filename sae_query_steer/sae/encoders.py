@@ -70,7 +70,7 @@ class IdentityEncoder:
 
     def encode(self, x: Float[Tensor, "*batch head d_head"], /) -> Tensor:
         """Return the queries, in 32 bits where they came in fewer."""
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        return in_32_bits(x)
 
     def decode(self, feature_acts: Float[Tensor, "*batch head d_latent"], /) -> Tensor:
         """Return the latents."""
@@ -85,6 +85,11 @@ def identity_encoders(sites: Iterable[QuerySite]) -> dict[str, IdentityEncoder]:
     directly" (arXiv 2502.18644).
     """
     return {s.hook_name: IdentityEncoder(n_heads=s.n_heads, d_head=s.d_head) for s in sites}
+
+
+def in_32_bits(queries: Tensor) -> Tensor:
+    """Return queries in 32 bits at least: half precision would lose small steps."""
+    return queries.to(torch.promote_types(queries.dtype, torch.float32))
 
 
 def device_of(encoder: QueryEncoder) -> torch.device | None:

@@ -28,6 +28,7 @@ from sae_query_steer.sae.encoders import (
     at_heads,
     decoded_difference,
     encoder_sites,
+    in_32_bits,
     on_device,
 )
 from sae_query_steer.scopes.positions import LastPromptToken, Scope, check_scope
@@ -198,7 +199,7 @@ class LatentGradientSteerer(Steerer):
     ) -> LatentMove:
         """Return where the descent leads the latents of queries; Args as `change`."""
         encoder = self._encoder(hook_name, queries.device)
-        z0 = encoder.encode(self._in_32_bits(queries))
+        z0 = encoder.encode(in_32_bits(queries))
         goal = self._goal(hook_name, places, z0)
         movable = None
         if self.latents is not None:
@@ -227,7 +228,7 @@ class LatentGradientSteerer(Steerer):
         """Return what a move of the latents adds to the queries, within this steerer's limits."""
         encoder = self._encoder(hook_name, queries.device)
         return limited(
-            self._in_32_bits(queries),
+            in_32_bits(queries),
             decoded_difference(encoder, move.after, move.before),
             max_relative_change=self.max_relative_change,
             keep_norm=self.keep_norm,
@@ -294,8 +295,3 @@ class LatentGradientSteerer(Steerer):
         return LatentMove(
             before=before, after=after, goal=goal, loss=loss, temperature=self._temperature
         )
-
-    @staticmethod
-    def _in_32_bits(queries: Tensor) -> Tensor:
-        """Return queries in 32 bits at least: half precision would lose small steps."""
-        return queries.to(torch.promote_types(queries.dtype, torch.float32))
