@@ -19,14 +19,14 @@ import pandas as pd
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation import DESCENTS, Descent, Method, SweepLog, descent_methods
-from sae_query_steer.evaluation.comparison import operating_point, strength_curves
-from sae_query_steer.evaluation.text_scorer import TextScorer
-from sae_query_steer.metrics import wilson_interval
-from sae_query_steer.tasks.splits import Split
-from sae_query_steer.tasks.tutor import TUTOR_FOLDER, DemoSettings, LevelClassifier, TutorCorpus
-from sae_query_steer.tasks.tutor.cases import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
-from sae_query_steer.tasks.tutor.preparation import training_examples
+from sae_query_steer.compare import DESCENTS, Descent, Method, SweepLog, descent_methods
+from sae_query_steer.compare.comparison import operating_point, strength_curves
+from sae_query_steer.compare.text_scorer import TextScorer
+from sae_query_steer.diagnostics.metrics import wilson_interval
+from sae_query_steer.toy.splits import Split
+from sae_query_steer.toy.tutor import TUTOR_FOLDER, DemoSettings, LevelClassifier, TutorCorpus
+from sae_query_steer.toy.tutor.cases import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
+from sae_query_steer.toy.tutor.preparation import training_examples
 
 DISTANCE = replace(
     next(d for d in DESCENTS if d.name == "squared distance"), step_sizes=(0.5, 1.0, 2.0, 4.0)

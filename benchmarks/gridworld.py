@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation import (
+from sae_query_steer.compare import (
     DESCENTS,
     SweepResult,
     TextScorer,
@@ -29,9 +29,9 @@ from sae_query_steer.evaluation import (
     prompt_methods,
     run_sweep,
 )
-from sae_query_steer.markdown import markdown_table
-from sae_query_steer.storage import read_json
-from sae_query_steer.tasks.gridworld import (
+from sae_query_steer.storage.folders import read_json
+from sae_query_steer.storage.markdown import markdown_table
+from sae_query_steer.toy.gridworld import (
     Aim,
     GridCorpus,
     GridTraining,
@@ -40,8 +40,8 @@ from sae_query_steer.tasks.gridworld import (
     walk_judge,
     walk_scores,
 )
-from sae_query_steer.tasks.gridworld.cases import TASKS
-from sae_query_steer.tasks.gridworld.training import MAX_NEW_TOKENS
+from sae_query_steer.toy.gridworld.cases import TASKS
+from sae_query_steer.toy.gridworld.training import MAX_NEW_TOKENS
 
 NULL: dict[str, Any] = {"n_heads": 4, "look_layer": None}
 """Settings of a model that obeys as well, and whose queries choose nothing."""

@@ -20,14 +20,14 @@ import torch
 from tqdm.auto import tqdm
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation import Method, TextScorer
-from sae_query_steer.evaluation.latent_ablation import LatentAblation, Way, latent_ablations
-from sae_query_steer.evaluation.rowwise import RowwiseSteerer
-from sae_query_steer.markdown import markdown_table
-from sae_query_steer.metrics import wilson_interval
-from sae_query_steer.tasks.tutor import TutorCorpus
-from sae_query_steer.tasks.tutor.cases import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
-from sae_query_steer.tasks.tutor.judges import LevelClassifier
+from sae_query_steer.compare import Method, TextScorer
+from sae_query_steer.compare.latent_ablation import LatentAblation, Way, latent_ablations
+from sae_query_steer.compare.rowwise import RowwiseSteerer
+from sae_query_steer.diagnostics.metrics import wilson_interval
+from sae_query_steer.storage.markdown import markdown_table
+from sae_query_steer.toy.tutor import TutorCorpus
+from sae_query_steer.toy.tutor.cases import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
+from sae_query_steer.toy.tutor.judges import LevelClassifier
 
 NAME = "blocks.1.attn.hook_q"
 MS = (1, 2, 4, 8, 16)

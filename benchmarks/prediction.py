@@ -24,17 +24,17 @@ from prediction_report import STRENGTHS, report
 
 import sae_query_steer as sqs
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.checks.achieved import achieved_effect
-from sae_query_steer.checks.separability import ALL_HEADS
-from sae_query_steer.checks.site_verdicts import site_verdicts
-from sae_query_steer.evaluation.cases import SteeringCase
-from sae_query_steer.evaluation.descents import Descent
-from sae_query_steer.evaluation.judges import RuleJudge
-from sae_query_steer.evaluation.sweep import descent_methods, prompt_methods
-from sae_query_steer.evaluation.text_scorer import TextScorer
-from sae_query_steer.storage import read_json, write_json
-from sae_query_steer.tasks import gridworld as grid
-from sae_query_steer.tasks.tutor import TutorCorpus, restated_level, verb_level
+from sae_query_steer.compare.cases import SteeringCase
+from sae_query_steer.compare.descents import Descent
+from sae_query_steer.compare.judges import RuleJudge
+from sae_query_steer.compare.sweep import descent_methods, prompt_methods
+from sae_query_steer.compare.text_scorer import TextScorer
+from sae_query_steer.diagnostics.achieved import achieved_effect
+from sae_query_steer.diagnostics.separability import ALL_HEADS
+from sae_query_steer.diagnostics.site_verdicts import site_verdicts
+from sae_query_steer.storage.folders import read_json, write_json
+from sae_query_steer.toy import gridworld as grid
+from sae_query_steer.toy.tutor import TutorCorpus, restated_level, verb_level
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.express as px
 from scipy.stats import spearmanr
 
-from sae_query_steer.markdown import markdown_table
+from sae_query_steer.storage.markdown import markdown_table
 
 STRENGTHS = (1.0, 2.0)
 """In distances from the latent to the centroid: to it, and as far beyond."""

@@ -28,9 +28,9 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
-from sae_query_steer.capture import take_fingerprint
-from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
+from sae_query_steer.targets.capture import take_fingerprint
+from sae_query_steer.targets.centroids import CentroidTargets
 
 N_LAYERS, N_HEADS, D_HEAD, D_SAE, K = 6, 8, 32, 512, 16
 PROMPT, NEW, QUICK_NEW, SWEEP_NEW, LAYER = 16, 128, 48, 16, 3

@@ -28,11 +28,11 @@ from stories_steering import patched, scopes_of, scorer, steered
 from stories_texts import all_candidates, counted, studies, written
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation import SweepLog, TextScorer
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.compare import SweepLog, TextScorer
+from sae_query_steer.data.token_rows import token_rows
+from sae_query_steer.models.loading import queries_at
 from sae_query_steer.scopes.positions import Span, scope_name
-from sae_query_steer.storage import read_json, write_json
-from sae_query_steer.token_rows import token_rows
+from sae_query_steer.storage.folders import read_json, write_json
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 
 D_SAE, K = 64, 8

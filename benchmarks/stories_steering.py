@@ -10,9 +10,7 @@ from stories_classes import Candidate
 from torch import Tensor
 
 import sae_query_steer as sqs
-from sae_query_steer.capture import capture
-from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.evaluation import (
+from sae_query_steer.compare import (
     Descent,
     Method,
     RuleJudge,
@@ -24,11 +22,13 @@ from sae_query_steer.evaluation import (
     residual_methods,
     run_sweep,
 )
-from sae_query_steer.evaluation.comparison import outcome_row
+from sae_query_steer.compare.comparison import outcome_row
+from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.scopes.positions import Span, scope_name
 from sae_query_steer.steering.intervention import Steerer
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace
-from sae_query_steer.targets import as_tokenized
+from sae_query_steer.targets.builder import as_tokenized
+from sae_query_steer.targets.capture import capture
 
 PATCH = "real queries, all layers"
 LAST, ALL = sqs.LastPromptToken(), sqs.LastPromptToken() | sqs.ResponseTokens()

@@ -23,7 +23,7 @@ from stories_classes import (
 )
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation import continuations
+from sae_query_steer.compare import continuations
 
 SHARES = {"sites": 0.4, "confirm": 0.25, "validation": 0.15, "test": 0.2}
 """Parts: where sites are looked for, looked at again, strengths chosen, and the table."""

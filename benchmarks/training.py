@@ -35,8 +35,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.saelens import HeadwiseTrainer
 from sae_query_steer.sae import QueryHeadTopKTrainingSAE
+from sae_query_steer.training.saelens import HeadwiseTrainer
 
 SAMPLED = "(*)"
 ROWS = ("heads", "forward", "layers")

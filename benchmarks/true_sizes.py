@@ -21,9 +21,9 @@ from sae_lens.config import SAETrainerConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sae_query_steer as sqs
-from sae_query_steer.commands.options import DTYPES, layer_list
-from sae_query_steer.hosts.saelens import HeadwiseTrainer
+from sae_query_steer.cli.options import DTYPES, layer_list
 from sae_query_steer.sae import QueryHeadTopKTrainingSAE
+from sae_query_steer.training.saelens import HeadwiseTrainer
 
 SIZES = {
     "mistral": {

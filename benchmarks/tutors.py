@@ -14,15 +14,15 @@ import pandas as pd
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.storage import read_json
-from sae_query_steer.tasks.tutor import (
+from sae_query_steer.storage.folders import read_json
+from sae_query_steer.toy.tutor import (
     TutorTraining,
     run_demo,
     train_tutor,
     write_report,
 )
-from sae_query_steer.tasks.tutor.report import RESULTS
-from sae_query_steer.tasks.tutor.results import label_of
+from sae_query_steer.toy.tutor.report import RESULTS
+from sae_query_steer.toy.tutor.results import label_of
 
 
 def main() -> None:

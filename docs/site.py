@@ -13,7 +13,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
-from sae_query_steer.cli import app
+from sae_query_steer.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff")

@@ -13,17 +13,18 @@ from sae_query_steer.baselines.simple import (
     mean_difference,
 )
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.centroids import CentroidTargets
-from sae_query_steer.checks.achieved import achieved_effect
-from sae_query_steer.checks.interchange import interchange_effect
-from sae_query_steer.checks.separability import separability
-from sae_query_steer.checks.site_verdicts import site_verdicts
 from sae_query_steer.dashboards.writing import write_dashboards
-from sae_query_steer.data import (
+from sae_query_steer.data.examples import (
     LabelledExample,
     TokenizedExample,
     tokenize_example,
     tokenize_examples,
+)
+from sae_query_steer.data.readers import (
+    examples_from_csv,
+    examples_from_dataset,
+    examples_from_jsonl,
+    texts_from_file,
 )
 from sae_query_steer.descent.goals import Goal
 from sae_query_steer.descent.latent_choice import (
@@ -46,15 +47,16 @@ from sae_query_steer.descent.objectives import (
     SquaredDistance,
 )
 from sae_query_steer.descent.strength import ExponentialDecay, LinearWarmUp
-from sae_query_steer.evaluation.saes import evaluate_saes
-from sae_query_steer.hosts.models import load_model
-from sae_query_steer.latents.attention import latent_attention
-from sae_query_steer.latents.moved import most_moved, moved_latents
-from sae_query_steer.latents.partial import PartialSteerer
-from sae_query_steer.latents.texts import top_activating_texts, top_tokens
-from sae_query_steer.latents.top_tokens import TopTokens
-from sae_query_steer.plots import plot_posterior, plot_sites, plot_trace
-from sae_query_steer.publish import (
+from sae_query_steer.diagnostics.achieved import achieved_effect
+from sae_query_steer.diagnostics.interchange import interchange_effect
+from sae_query_steer.diagnostics.latent_attention import latent_attention
+from sae_query_steer.diagnostics.latent_texts import top_activating_texts, top_tokens
+from sae_query_steer.diagnostics.moved import most_moved, moved_latents
+from sae_query_steer.diagnostics.sae_scores import evaluate_saes
+from sae_query_steer.diagnostics.separability import separability
+from sae_query_steer.diagnostics.site_verdicts import site_verdicts
+from sae_query_steer.diagnostics.top_tokens import TopTokens
+from sae_query_steer.hub import (
     Bundle,
     Upload,
     from_pretrained,
@@ -63,12 +65,8 @@ from sae_query_steer.publish import (
     registry_entry,
     save_bundle,
 )
-from sae_query_steer.readers import (
-    examples_from_csv,
-    examples_from_dataset,
-    examples_from_jsonl,
-    texts_from_file,
-)
+from sae_query_steer.models.loading import load_model
+from sae_query_steer.plots import plot_posterior, plot_sites, plot_trace
 from sae_query_steer.sae import (
     QueryHeadBatchTopKTrainingSAEConfig,
     QueryHeadGatedTrainingSAEConfig,
@@ -104,10 +102,12 @@ from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steering.attach import attached_saes
 from sae_query_steer.steering.files import load_steerer, save_steerer
 from sae_query_steer.steering.joined import JoinedSteerers
+from sae_query_steer.steering.partial import PartialSteerer
 from sae_query_steer.steering.steerer import LatentGradientSteerer
 from sae_query_steer.steering.trace import SteeringTrace
-from sae_query_steer.targets import CentroidTargetBuilder
-from sae_query_steer.tasks.tutor.pretrained import load_tutor
+from sae_query_steer.targets.builder import CentroidTargetBuilder
+from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.toy.tutor.pretrained import load_tutor
 from sae_query_steer.training.distributed import train_on_ranks
 from sae_query_steer.training.train import train_query_saes
 

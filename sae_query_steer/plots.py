@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from sae_query_steer.checks.separability import ALL_HEADS
+from sae_query_steer.diagnostics.separability import ALL_HEADS
 
 _COLORS = qualitative.Plotly
 

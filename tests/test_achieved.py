@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.checks.interchange_pairs import draw_pairs
-from sae_query_steer.evaluation.query_patch import QueryPatch
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.compare.query_patch import QueryPatch
+from sae_query_steer.diagnostics.interchange_pairs import draw_pairs
+from sae_query_steer.models.loading import queries_at
 
 MEASURED = ["kl", "moved", "toward_class", "toward_control", "class_effect", "class_effect_se"]
 

@@ -6,7 +6,7 @@ from sae_lens import HookedSAETransformer
 from transformer_lens import HookedTransformer
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.models.loading import queries_at
 from sae_query_steer.sae.heads import split_heads
 from sae_query_steer.steering.attach import attached_saes
 

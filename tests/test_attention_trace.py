@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.models import pattern_hook
+from sae_query_steer.models.loading import pattern_hook
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]  # with BOS 4, 2 and 6 tokens
 LENGTHS = [4, 2, 6]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.models.loading import queries_at
 
 NAME = "blocks.2.attn.hook_q"
 

@@ -8,13 +8,13 @@ from recipe_models import PUBLISHED, write_tiny
 from transformers import AutoModelForCausalLM
 
 import sae_query_steer as sqs
-from sae_query_steer.data import chat_prompt
-from sae_query_steer.evaluation.comparison import Method
-from sae_query_steer.evaluation.generation import continuations, negative_log_likelihoods
-from sae_query_steer.evaluation.judges import RuleJudge
-from sae_query_steer.evaluation.query_patch import interchange_methods
-from sae_query_steer.evaluation.text_scorer import SteeringCase, TextScorer
-from sae_query_steer.hosts.models import end_tokens, queries_at
+from sae_query_steer.compare.comparison import Method
+from sae_query_steer.compare.generation import continuations, negative_log_likelihoods
+from sae_query_steer.compare.judges import RuleJudge
+from sae_query_steer.compare.query_patch import interchange_methods
+from sae_query_steer.compare.text_scorer import SteeringCase, TextScorer
+from sae_query_steer.data.examples import chat_prompt
+from sae_query_steer.models.loading import end_tokens, queries_at
 
 PROMPTS = ["w1 w2 w3 w4 w9 w12 w7 w8", "w7", "w30 w2 w44"]
 

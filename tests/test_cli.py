@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from wheel_check import chain, make_model, make_texts
 
 from sae_query_steer import QuerySAEs
-from sae_query_steer.cli import app
-from sae_query_steer.commands.options import ARCHITECTURES
+from sae_query_steer.cli.main import app
+from sae_query_steer.cli.options import ARCHITECTURES
 
 # What SAELens and TransformerLens warn of while a model boots is theirs to mend.
 runner = CliRunner()
@@ -129,7 +129,7 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(folder, index, chan
 
 
 def test_the_command_ends_with_one_line_and_status_two(tmp_path):
-    command = [sys.executable, "-c", "from sae_query_steer.cli import main; main()"]
+    command = [sys.executable, "-c", "from sae_query_steer.cli.main import main; main()"]
     result = subprocess.run(
         [*command, "targets", "--model", "/none", "--saes", "x", "--csv", str(tmp_path / "t.csv")]
         + ["--prompt", "q", "--label", "l", "--out", str(tmp_path / "out")],

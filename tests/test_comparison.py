@@ -5,14 +5,14 @@ from collections import Counter
 import pytest
 
 from sae_query_steer import BloomLevel
-from sae_query_steer.evaluation.comparison import (
+from sae_query_steer.compare.comparison import (
     Method,
     Outcome,
     operating_point,
     outcome_row,
     strength_curves,
 )
-from sae_query_steer.tasks.tutor.cases import TASKS, note_judge, tutor_cases
+from sae_query_steer.toy.tutor.cases import TASKS, note_judge, tutor_cases
 
 
 def outcome(strength, target, ratio, *, success=None, grounded=True):

@@ -13,8 +13,8 @@ from sae_query_steer.dashboards.attention_effect import attention_effect
 from sae_query_steer.dashboards.class_shares import class_shares
 from sae_query_steer.dashboards.key_matches import KeyMeans, decoder_directions, key_matches
 from sae_query_steer.dashboards.statistics import read_again
-from sae_query_steer.hosts.attention_parts import queries_and_keys_at
-from sae_query_steer.token_rows import PAD
+from sae_query_steer.data.token_rows import PAD
+from sae_query_steer.models.attention_parts import queries_and_keys_at
 
 LAYER, HEADS = 2, (3, 1)
 NAME = f"blocks.{LAYER}.attn.hook_q"

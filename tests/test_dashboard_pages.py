@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sae_query_steer as sqs
-from sae_query_steer.cli import app
+from sae_query_steer.cli.main import app
 from sae_query_steer.dashboards import page as page_module
 from sae_query_steer.dashboards.attention_effect import attention_effect
 from sae_query_steer.dashboards.neuronpedia import write_batches

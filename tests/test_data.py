@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.data import (
+from sae_query_steer.data.examples import (
     LabelledExample,
     TokenizedExample,
     check_classes,

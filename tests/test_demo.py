@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 import sae_query_steer as sqs
-from sae_query_steer.cli import app
-from sae_query_steer.commands import tutor as commands
-from sae_query_steer.evaluation import SweepLog
-from sae_query_steer.evaluation.sweep_figures import layer_table
-from sae_query_steer.storage import read_json
-from sae_query_steer.tasks.tutor import (
+from sae_query_steer.cli import tutor as commands
+from sae_query_steer.cli.main import app
+from sae_query_steer.compare import SweepLog
+from sae_query_steer.compare.sweep_figures import layer_table
+from sae_query_steer.storage.folders import read_json
+from sae_query_steer.toy.tutor import (
     DemoSettings,
     TutorCorpus,
     TutorTraining,
@@ -24,9 +24,9 @@ from sae_query_steer.tasks.tutor import (
     train_tutor,
     write_report,
 )
-from sae_query_steer.tasks.tutor import demo as demo_module
-from sae_query_steer.tasks.tutor.preparation import chosen_layers
-from sae_query_steer.tasks.tutor.report import display_table, report_html, verdict
+from sae_query_steer.toy.tutor import demo as demo_module
+from sae_query_steer.toy.tutor.preparation import chosen_layers
+from sae_query_steer.toy.tutor.report import display_table, report_html, verdict
 
 ROW = {
     *("task", "method", "objective", "centroids", "span", "scope", "n_steps", "step_size"),

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from wheel_check import make_texts
 
 import sae_query_steer as sqs
-from sae_query_steer.cli import app
+from sae_query_steer.cli.main import app
 from sae_query_steer.training.distributed import joined, local_device, train_on_ranks
 
 

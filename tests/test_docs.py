@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 import sae_query_steer as sqs
-import sae_query_steer.evaluation
+import sae_query_steer.compare
 import sae_query_steer.sae
-import sae_query_steer.tasks.gridworld
-import sae_query_steer.tasks.tutor
+import sae_query_steer.toy.gridworld
+import sae_query_steer.toy.tutor
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))

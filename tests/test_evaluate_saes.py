@@ -8,8 +8,8 @@ import torch
 from conftest import HOSTS
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.replacement import AttentionRun
-from sae_query_steer.evaluation.saes import evaluate_saes, max_decoder_cosine
+from sae_query_steer.diagnostics.replacement import AttentionRun
+from sae_query_steer.diagnostics.sae_scores import evaluate_saes, max_decoder_cosine
 
 LAYER, HEAD = 2, 1
 NAME = f"blocks.{LAYER}.attn.hook_q"

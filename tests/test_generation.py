@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheel_check import WORDS
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.generation import (
+from sae_query_steer.compare.generation import (
     continuations,
     divergences,
     negative_log_likelihoods,

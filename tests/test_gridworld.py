@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_query_steer as sqs
-from sae_query_steer.tasks.gridworld import training
-from sae_query_steer.tasks.gridworld.batches import HIDING_SHARE, ROWS, grid_batch
-from sae_query_steer.tasks.gridworld.corpus import GridCorpus, cell_name, moves_in
-from sae_query_steer.tasks.gridworld.grid import (
+from sae_query_steer.toy.gridworld import training
+from sae_query_steer.toy.gridworld.batches import HIDING_SHARE, ROWS, grid_batch
+from sae_query_steer.toy.gridworld.corpus import GridCorpus, cell_name, moves_in
+from sae_query_steer.toy.gridworld.grid import (
     MOVES,
     Grid,
     Walk,
@@ -25,10 +25,10 @@ from sae_query_steer.tasks.gridworld.grid import (
     shortest_route,
     simulate,
 )
-from sae_query_steer.tasks.gridworld.judge import walk_class, walked
-from sae_query_steer.tasks.gridworld.tokenizer import grid_tokenizer
-from sae_query_steer.tasks.gridworld.training import GridTraining, obedience, train_gridworld
-from sae_query_steer.tasks.gridworld.words import (
+from sae_query_steer.toy.gridworld.judge import walk_class, walked
+from sae_query_steer.toy.gridworld.tokenizer import grid_tokenizer
+from sae_query_steer.toy.gridworld.training import GridTraining, obedience, train_gridworld
+from sae_query_steer.toy.gridworld.words import (
     COLOURS,
     GREETINGS,
     NAMES,
@@ -37,9 +37,9 @@ from sae_query_steer.tasks.gridworld.words import (
     REQUESTS,
     Aim,
 )
-from sae_query_steer.tasks.row_batches import NO_LOSS
-from sae_query_steer.tasks.tiny_llama import feedback_loss, new_llama
-from sae_query_steer.tasks.word_tokens import SPECIAL
+from sae_query_steer.toy.row_batches import NO_LOSS
+from sae_query_steer.toy.tiny_llama import feedback_loss, new_llama
+from sae_query_steer.toy.word_tokens import SPECIAL
 
 SPLITS = ("train", "validation", "test")
 AIMS = list(Aim)

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from sae_query_steer.metrics import wilson_interval
-from sae_query_steer.tasks.gridworld import Aim, grid_cases, walk_judge, walk_scores, walked
+from sae_query_steer.diagnostics.metrics import wilson_interval
+from sae_query_steer.toy.gridworld import Aim, grid_cases, walk_judge, walk_scores, walked
 
 
 @pytest.mark.parametrize("task", ["open", "redirect"])

@@ -14,7 +14,8 @@ from hostile_kinds import HOOKS, KINDS, some_saes, some_targets
 from safetensors.torch import load_file, save_file
 
 import sae_query_steer as sqs
-from sae_query_steer.safe_reading import (
+from sae_query_steer.storage.folders import new_folder, read_json, read_tensors, write_json
+from sae_query_steer.storage.safe_reading import (
     MAX_DEPTH,
     MAX_HEADER,
     MAX_JSON,
@@ -22,7 +23,6 @@ from sae_query_steer.safe_reading import (
     json_of,
     tensor_shapes,
 )
-from sae_query_steer.storage import new_folder, read_json, read_tensors, write_json
 
 CASES = int(os.environ.get("SAE_QUERY_STEER_FUZZ", "60"))
 """Mutated folders of each kind."""

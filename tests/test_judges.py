@@ -13,9 +13,9 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.classifier_judge import ClassifierJudge
-from sae_query_steer.evaluation.endpoint import ChatEndpoint
-from sae_query_steer.evaluation.judges import Judge, LanguageModelJudge, RuleJudge
+from sae_query_steer.compare.classifier_judge import ClassifierJudge
+from sae_query_steer.compare.endpoint import ChatEndpoint
+from sae_query_steer.compare.judges import Judge, LanguageModelJudge, RuleJudge
 
 VERBS = {
     "remember": ["list", "name", "recall", "define"],

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.compare.latent_ablation import latent_ablations
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.evaluation.latent_ablation import latent_ablations
 
 NAME, HEADS = "blocks.2.attn.hook_q", [0, 2]
 LEVELS = ("create", "apply")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.latents import texts as latent_texts
-from sae_query_steer.token_rows import PAD
+from sae_query_steer.data.token_rows import PAD
+from sae_query_steer.diagnostics import texts as latent_texts
+from sae_query_steer.models.loading import queries_at
 
 NAMES = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]
 NAME = NAMES[1]
@@ -162,7 +162,7 @@ def test_a_token_within_a_letter_or_a_word_reads_as_in_its_text():
 
 
 def latent_texts_around(*given):
-    from sae_query_steer.latents.top_tokens import _around
+    from sae_query_steer.diagnostics.top_tokens import _around
 
     return _around(*given)
 

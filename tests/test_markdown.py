@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from sae_query_steer.markdown import markdown_table
+from sae_query_steer.storage.markdown import markdown_table
 
 
 def test_a_table_is_githubs_markdown():

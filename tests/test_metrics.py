@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from sae_query_steer.metrics import (
+from sae_query_steer.diagnostics.metrics import (
     ReconstructionMoments,
     kl_divergence,
     total_variation,

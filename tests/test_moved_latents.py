@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.models.loading import queries_at
 
 NAME, LAYER = "blocks.2.attn.hook_q", 2
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]  # with BOS 4, 2 and 6 tokens

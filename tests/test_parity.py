@@ -11,7 +11,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import temporary_seed
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.saelens import HeadwiseTrainer
+from sae_query_steer.training.saelens import HeadwiseTrainer
 
 every_architecture = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 

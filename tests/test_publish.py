@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from wheel_check import WORDS, word_tokenizer
 
 import sae_query_steer as sqs
-from sae_query_steer.cli import app, main
-from sae_query_steer.publish.layout import head_folders, read_index
+from sae_query_steer.cli.main import app, main
+from sae_query_steer.hub.layout import head_folders, read_index
 from sae_query_steer.steering.files import steerer_settings
 
 HOOKS = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]

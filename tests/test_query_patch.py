@@ -8,9 +8,9 @@ from conftest import greedy_logits
 from torch.nn.utils.rnn import pad_sequence
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation import SteeringCase, interchange_methods
-from sae_query_steer.evaluation.query_patch import QueryPatch
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.compare import SteeringCase, interchange_methods
+from sae_query_steer.compare.query_patch import QueryPatch
+from sae_query_steer.models.loading import queries_at
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 LENGTHS = [4, 2, 6]

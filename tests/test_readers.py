@@ -7,8 +7,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.data import LabelledExample, check_classes, tokenize_examples
-from sae_query_steer.readers import (
+from sae_query_steer.data.examples import LabelledExample, check_classes, tokenize_examples
+from sae_query_steer.data.readers import (
     examples_from_csv,
     examples_from_dataset,
     examples_from_jsonl,

@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.storage import read_json
-from sae_query_steer.tasks.tutor import TUTOR_FOLDER
+from sae_query_steer.storage.folders import read_json
+from sae_query_steer.toy.tutor import TUTOR_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ def test_ci_runs_the_readmes_test_command():
 def test_the_commands_of_the_readme_have_these_options():
     from typer.testing import CliRunner
 
-    from sae_query_steer.cli import app
+    from sae_query_steer.cli.main import app
 
     blocks = re.findall(r"```\n(sae-query-steer train.*?)```", README, re.S)
     assert len(blocks) == 2

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from wheel_check import WORDS
 
 import sae_query_steer as sqs
-from sae_query_steer.cli import app
-from sae_query_steer.evaluation import DESCENTS
-from sae_query_steer.evaluation.added_methods import STRENGTHS
-from sae_query_steer.hosts.shapes import model_shape
+from sae_query_steer.cli.main import app
+from sae_query_steer.compare import DESCENTS
+from sae_query_steer.compare.added_methods import STRENGTHS
+from sae_query_steer.models.shapes import model_shape
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
 RECIPES = re.findall(r"```sh\n(.*?)```.*?```\n(.*?)```", DOCS, re.S)
@@ -85,8 +85,8 @@ def recipe(request, tmp_path_factory):
         patch.chdir(folder)
         # Fewer strengths: which is best is not asked here.
         two = [dataclasses.replace(d, step_sizes=d.step_sizes[:2]) for d in DESCENTS]
-        patch.setattr("sae_query_steer.commands.sweep.DESCENTS", two)
-        patch.setattr("sae_query_steer.evaluation.added_methods.STRENGTHS", STRENGTHS[:2])
+        patch.setattr("sae_query_steer.cli.sweep.DESCENTS", two)
+        patch.setattr("sae_query_steer.compare.added_methods.STRENGTHS", STRENGTHS[:2])
         for arguments in commands(RECIPES[request.param][0]):
             said.append((arguments, run(tiny(arguments, model))))
     return folder, model, said

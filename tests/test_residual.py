@@ -11,7 +11,7 @@ from wheel_check import make_model
 import sae_query_steer as sqs
 from sae_query_steer.baselines.residual import ResidualMeanDifference
 from sae_query_steer.baselines.residual_stream import ResidualMeans, residual_means, residuals_at
-from sae_query_steer.evaluation.generation import continuations
+from sae_query_steer.compare.generation import continuations
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {

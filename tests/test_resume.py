@@ -14,7 +14,7 @@ import torch
 from wheel_check import make_texts
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.saelens import HeadwiseMultiTrainer
+from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
 TOPK = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3)
 NAME = "blocks.2.attn.hook_q"
@@ -106,7 +106,7 @@ def test_a_run_stopped_while_it_is_measured_trains_no_step_again(
         with pytest.raises(Stopped):
             train(model, out=tmp_path / "saes", checkpoint_every=1000)
     with monkeypatch.context() as patch:
-        patch.setattr("sae_query_steer.hosts.saelens.HeadwiseTrainer.step", crash)
+        patch.setattr("sae_query_steer.training.saelens.HeadwiseTrainer.step", crash)
         resumed = train(model, out=tmp_path / "saes", resume=True, checkpoint_every=1000)
     assert_equal(train(model), resumed)
 

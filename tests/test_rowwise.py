@@ -7,10 +7,10 @@ import torch
 from conftest import greedy_logits
 
 import sae_query_steer as sqs
+from sae_query_steer.compare.generation import continuations
+from sae_query_steer.compare.query_patch import QueryPatch
+from sae_query_steer.compare.rowwise import RowwiseSteerer
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.evaluation.generation import continuations
-from sae_query_steer.evaluation.query_patch import QueryPatch
-from sae_query_steer.evaluation.rowwise import RowwiseSteerer
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 NAMES = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]

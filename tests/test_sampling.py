@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from wheel_check import word_tokenizer
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.sampling import seeded_sampling
+from sae_query_steer.compare.sampling import seeded_sampling
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9", "w13 w30"]
 SEEDS = [11, 7, 7, 2**40]

@@ -12,9 +12,9 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.saelens import HeadwiseTrainer
-from sae_query_steer.hosts.scaling import HeadNorms, HeadwiseScaler
 from sae_query_steer.sae import QueryHeadKLSparseTrainingSAEConfig, QueryHeadTopKSAEConfig
+from sae_query_steer.training.saelens import HeadwiseTrainer
+from sae_query_steer.training.scaling import HeadNorms, HeadwiseScaler
 
 NORMALIZE = "expected_average_only_in"
 SIZE = torch.tensor([0.02, 1.0, 30.0])[:, None]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_query_steer.evaluation.axbench import Generation, axbench_table
-from sae_query_steer.evaluation.scores import (
+from sae_query_steer.compare.axbench import Generation, axbench_table
+from sae_query_steer.compare.scores import (
     axbench_score,
     distinct_n,
     paired_difference,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.checks.interchange_pairs import draw_pairs
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.diagnostics.interchange_pairs import draw_pairs
+from sae_query_steer.models.loading import queries_at
 
 
 # A latent that never fires has no deviation: scikit-learn says so.

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import sae_query_steer as sqs
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.models.loading import queries_at
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {

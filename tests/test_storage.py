@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_query_steer.storage import (
+from sae_query_steer.storage.folders import (
     new_folder,
     read_json,
     read_tensors,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.token_rows import PAD, token_rows
+from sae_query_steer.data.token_rows import PAD, token_rows
+from sae_query_steer.models.loading import queries_at
 from sae_query_steer.training.stream import QueryStream
 
 SIZES = [

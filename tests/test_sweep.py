@@ -6,20 +6,20 @@ from collections import Counter
 import pytest
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.cases import SteeringCase, cases_of
-from sae_query_steer.evaluation.comparison import outcome_row
-from sae_query_steer.evaluation.descents import Descent
-from sae_query_steer.evaluation.generation import continuations, divergences
-from sae_query_steer.evaluation.judges import RuleJudge
-from sae_query_steer.evaluation.scores import distinct_n
-from sae_query_steer.evaluation.sweep import (
+from sae_query_steer.compare.cases import SteeringCase, cases_of
+from sae_query_steer.compare.comparison import outcome_row
+from sae_query_steer.compare.descents import Descent
+from sae_query_steer.compare.generation import continuations, divergences
+from sae_query_steer.compare.judges import RuleJudge
+from sae_query_steer.compare.scores import distinct_n
+from sae_query_steer.compare.sweep import (
     descent_methods,
     prompt_methods,
     random_methods,
     run_sweep,
 )
-from sae_query_steer.evaluation.sweep_log import SweepLog
-from sae_query_steer.evaluation.text_scorer import TextScorer
+from sae_query_steer.compare.sweep_log import SweepLog
+from sae_query_steer.compare.text_scorer import TextScorer
 
 CLASSES = ("apply", "create", "remember")
 
@@ -125,7 +125,7 @@ def test_a_sweep_that_goes_on_from_its_log_writes_no_text_again_and_finds_the_sa
         assert getattr(whole, name).equals(getattr(again, name))
     assert path.read_text() == "".join(lines)
     monkeypatch.setattr(
-        "sae_query_steer.evaluation.text_scorer.continuations", lambda *_a, **_k: pytest.fail()
+        "sae_query_steer.compare.text_scorer.continuations", lambda *_a, **_k: pytest.fail()
     )
     assert run_sweep(**scorers(), methods=methods).rows.equals(whole.rows)
 

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from sae_query_steer.cli import app
-from sae_query_steer.commands import sweep as sweep_module
-from sae_query_steer.evaluation.sweep_log import SweepLog
+from sae_query_steer.cli import sweep as sweep_module
+from sae_query_steer.cli.main import app
+from sae_query_steer.compare.sweep_log import SweepLog
 
 FILES = ["curves.csv", "report.html", "sites.csv", "sweep.json", "table.csv", "texts.csv"]
 

@@ -7,7 +7,7 @@ import torch
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.models.loading import queries_at
 
 PROMPTS = ["w1 w20 w33", "w5"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "stop_at_eos": False}

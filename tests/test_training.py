@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 import sae_query_steer as sqs
-from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.hosts.saelens import HeadwiseTrainer
-from sae_query_steer.token_rows import token_rows
+from sae_query_steer.data.token_rows import token_rows
+from sae_query_steer.models.loading import queries_at
+from sae_query_steer.training.saelens import HeadwiseTrainer
 
 TOPK = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3)
 

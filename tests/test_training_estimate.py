@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from wheel_check import word_tokenizer
 
 import sae_query_steer as sqs
-from sae_query_steer.cli import app
-from sae_query_steer.hosts.models import queries_at
-from sae_query_steer.hosts.saelens import HeadwiseTrainer
-from sae_query_steer.hosts.shapes import model_shape
+from sae_query_steer.cli.main import app
+from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.shapes import model_shape
 from sae_query_steer.training.estimate import FORWARD_RATIO, estimate_training
+from sae_query_steer.training.saelens import HeadwiseTrainer
 
 MISTRAL, MISTRAL_3, PHI3 = PUBLISHED
 SAE = {"d_sae_per_head": 1024, "k": 32}

@@ -9,18 +9,18 @@ from conftest import as_hooked_transformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_query_steer as sqs
-from sae_query_steer.evaluation.generation import continuations
-from sae_query_steer.storage import read_json
-from sae_query_steer.tasks.tutor import (
+from sae_query_steer.compare.generation import continuations
+from sae_query_steer.storage.folders import read_json
+from sae_query_steer.toy.tutor import (
     NULL_TUTOR_FOLDER,
     TUTOR_FOLDER,
     LevelClassifier,
     TutorCorpus,
     restated_level,
 )
-from sae_query_steer.tasks.tutor.cases import tutor_cases
-from sae_query_steer.tasks.tutor.obedience import obedience
-from sae_query_steer.tasks.tutor.tokenizer import tutor_tokenizer
+from sae_query_steer.toy.tutor.cases import tutor_cases
+from sae_query_steer.toy.tutor.obedience import obedience
+from sae_query_steer.toy.tutor.tokenizer import tutor_tokenizer
 
 FOLDERS = {True: TUTOR_FOLDER, False: NULL_TUTOR_FOLDER}
 LEVELS = list(sqs.BloomLevel)

@@ -9,10 +9,10 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.tasks.splits import split_of
-from sae_query_steer.tasks.tutor.corpus import SEPARATOR, TutorCorpus
-from sae_query_steer.tasks.tutor.tokenizer import tutor_tokenizer
-from sae_query_steer.tasks.tutor.words import (
+from sae_query_steer.toy.splits import split_of
+from sae_query_steer.toy.tutor.corpus import SEPARATOR, TutorCorpus
+from sae_query_steer.toy.tutor.tokenizer import tutor_tokenizer
+from sae_query_steer.toy.tutor.words import (
     ADJECTIVES,
     CONTINUATIONS,
     NOUNS,
@@ -21,7 +21,7 @@ from sae_query_steer.tasks.tutor.words import (
     REQUESTS,
     THINGS,
 )
-from sae_query_steer.tasks.word_tokens import SPECIAL
+from sae_query_steer.toy.word_tokens import SPECIAL
 
 SPLITS = ("train", "validation", "test")
 LEVELS = list(BloomLevel)

@@ -6,8 +6,8 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.tasks.tutor.corpus import TutorCorpus
-from sae_query_steer.tasks.tutor.judges import (
+from sae_query_steer.toy.tutor.corpus import TutorCorpus
+from sae_query_steer.toy.tutor.judges import (
     LevelClassifier,
     first_sentence,
     restated_level,

@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_query_steer as sqs
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.storage import read_tensors
-from sae_query_steer.tasks.row_batches import NO_LOSS, PERIODS, TaskBatch
-from sae_query_steer.tasks.tutor import training
-from sae_query_steer.tasks.tutor.batches import HIDING_SHARE, ROWS, tutor_batch
-from sae_query_steer.tasks.tutor.corpus import TutorCorpus
-from sae_query_steer.tasks.tutor.obedience import obedience
-from sae_query_steer.tasks.tutor.tokenizer import tutor_tokenizer
-from sae_query_steer.tasks.tutor.training import TutorTraining, train_tutor
-from sae_query_steer.tasks.tutor.words import OPENERS, REQUESTS
-from sae_query_steer.tasks.word_tokens import SPECIAL
+from sae_query_steer.storage.folders import read_tensors
+from sae_query_steer.toy.row_batches import NO_LOSS, PERIODS, TaskBatch
+from sae_query_steer.toy.tutor import training
+from sae_query_steer.toy.tutor.batches import HIDING_SHARE, ROWS, tutor_batch
+from sae_query_steer.toy.tutor.corpus import TutorCorpus
+from sae_query_steer.toy.tutor.obedience import obedience
+from sae_query_steer.toy.tutor.tokenizer import tutor_tokenizer
+from sae_query_steer.toy.tutor.training import TutorTraining, train_tutor
+from sae_query_steer.toy.tutor.words import OPENERS, REQUESTS
+from sae_query_steer.toy.word_tokens import SPECIAL
 
 PAD, BOS, EOS = (SPECIAL.index(token) for token in ("<pad>", "<s>", "</s>"))
 LEVELS = list(BloomLevel)

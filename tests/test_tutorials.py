@@ -198,7 +198,7 @@ def used_names() -> set[str]:
             alias.asname or alias.name
             for node in nodes
             if isinstance(node, ast.ImportFrom)
-            and node.module in ("sae_query_steer", "sae_query_steer.evaluation")
+            and node.module in ("sae_query_steer", "sae_query_steer.compare")
             for alias in node.names
         }
         for node in nodes:

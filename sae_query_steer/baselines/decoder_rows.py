@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.baselines.simple import above_others, added, check_added
-from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.descent.strength import each
@@ -19,6 +18,7 @@ from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.intervention import Steerer
 from sae_query_steer.steering.steerer import LatentGradientSteerer
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.targets.centroids import CentroidTargets
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from sae_query_steer.baselines.residual_stream import ResidualMeans, check_resid
 from sae_query_steer.baselines.simple import above_others, added, check_added
 from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.descent.strength import each
-from sae_query_steer.hosts.models import check_eager
-from sae_query_steer.hosts.tracking import PositionTracker
+from sae_query_steer.models.loading import check_eager
+from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.scopes.positions import (
     LastPromptToken,
     Scope,

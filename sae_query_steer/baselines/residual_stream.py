@@ -9,18 +9,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_query_steer.capture import dtype_name, span_of
-from sae_query_steer.centroids import ClassMoments
-from sae_query_steer.data import (
+from sae_query_steer.data.examples import (
     LabelledExample,
     TokenizedExample,
     check_classes,
     length_sorted_batches,
 )
-from sae_query_steer.fingerprint import default_tolerance, fingerprint_tokens, relative_difference
-from sae_query_steer.hosts.models import check_not_steered, without_hooks
+from sae_query_steer.models.loading import check_not_steered, without_hooks
 from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
-from sae_query_steer.targets import as_tokenized
+from sae_query_steer.targets.builder import as_tokenized
+from sae_query_steer.targets.capture import dtype_name, span_of
+from sae_query_steer.targets.centroids import ClassMoments
+from sae_query_steer.targets.fingerprint import (
+    default_tolerance,
+    fingerprint_tokens,
+    relative_difference,
+)
 
 
 def residual_hook(layer: int) -> str:

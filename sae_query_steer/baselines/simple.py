@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.centroids import CentroidTargets
-from sae_query_steer.data import LabelledExample
+from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.descent.strength import by_row, each
@@ -20,6 +19,7 @@ from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.intervention import Steerer
 from sae_query_steer.steering.steerer import LatentGradientSteerer
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.targets.centroids import CentroidTargets
 
 
 def mean_difference(

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_query_steer.dashboards.key_matches import decoder_directions
-from sae_query_steer.hosts.attention_parts import patterns_with_change
-from sae_query_steer.hosts.models import patterns_at
-from sae_query_steer.latents.top_tokens import TopTokens
+from sae_query_steer.diagnostics.top_tokens import TopTokens
+from sae_query_steer.models.attention_parts import patterns_with_change
+from sae_query_steer.models.loading import patterns_at
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.sites import QuerySite
 

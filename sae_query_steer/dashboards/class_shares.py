@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.centroids import CentroidTargets
+from sae_query_steer.targets.centroids import CentroidTargets
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.hosts.attention_parts import key_head
+from sae_query_steer.data.token_rows import PAD
+from sae_query_steer.models.attention_parts import key_head
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, decoded_difference, device_of
-from sae_query_steer.token_rows import PAD
 
 MIN_SEEN = 3
 """Tokens of an id that a mean key is taken of, at least: of one alone it would be its context's."""

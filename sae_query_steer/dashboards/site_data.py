@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.dashboards.attention_effect import AttentionEffect
 from sae_query_steer.dashboards.class_shares import class_shares
 from sae_query_steer.dashboards.key_matches import KeyMatches
 from sae_query_steer.dashboards.statistics import LatentStatistics
-from sae_query_steer.latents.top_tokens import TopTokens
+from sae_query_steer.data.token_rows import PAD
+from sae_query_steer.diagnostics.top_tokens import TopTokens
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.token_rows import PAD
+from sae_query_steer.targets.centroids import CentroidTargets
 
 FORMAT = "sae_query_steer.dashboard/1"
 

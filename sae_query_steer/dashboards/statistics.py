@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.capture import check_finite
 from sae_query_steer.dashboards.key_matches import KeyMeans
-from sae_query_steer.hosts.attention_parts import queries_and_keys_at
-from sae_query_steer.latents.texts import LATENTS_AT_ONCE, row_batches
-from sae_query_steer.latents.top_tokens import TopTokens
+from sae_query_steer.data.token_rows import PAD
+from sae_query_steer.diagnostics.latent_texts import LATENTS_AT_ONCE, row_batches
+from sae_query_steer.diagnostics.top_tokens import TopTokens
+from sae_query_steer.models.attention_parts import queries_and_keys_at
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
-from sae_query_steer.token_rows import PAD
+from sae_query_steer.targets.capture import check_finite
 
 N_BINS = 24
 """Bins of a histogram."""

@@ -4,22 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.dashboards.attention_effect import attention_effect
 from sae_query_steer.dashboards.key_matches import key_matches
 from sae_query_steer.dashboards.neuronpedia import write_batches
 from sae_query_steer.dashboards.page import dashboard_html, index_html
 from sae_query_steer.dashboards.site_data import SiteDashboard
 from sae_query_steer.dashboards.statistics import read_again
+from sae_query_steer.data.token_rows import Texts
 from sae_query_steer.descent.objectives import CentroidContrast
-from sae_query_steer.hosts.attention_parts import key_hook
-from sae_query_steer.hosts.models import check_eager, model_name, pattern_hook
-from sae_query_steer.latents.texts import top_tokens
+from sae_query_steer.diagnostics.latent_texts import top_tokens
+from sae_query_steer.models.attention_parts import key_hook
+from sae_query_steer.models.loading import check_eager, model_name, pattern_hook
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.steering.intervention import chosen_heads
 from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.storage import check_replaceable, new_folder, write_json
-from sae_query_steer.token_rows import Texts
+from sae_query_steer.storage.folders import check_replaceable, new_folder, write_json
+from sae_query_steer.targets.centroids import CentroidTargets
 
 INDEX = "dashboards.json"
 """The file that every folder of dashboards holds."""

@@ -9,9 +9,15 @@ import torch
 
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.reading import read_sae
-from sae_query_steer.safe_reading import inside
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage import json_rows, new_folder, read_index, rows_table, write_json
+from sae_query_steer.storage.folders import (
+    json_rows,
+    new_folder,
+    read_index,
+    rows_table,
+    write_json,
+)
+from sae_query_steer.storage.safe_reading import inside
 
 FORMAT = "sae_query_steer.saes/1"
 

@@ -13,8 +13,8 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import temporary_seed
 
 from sae_query_steer.sae.core import QueryHeadSAE, QueryHeadSAEConfig
-from sae_query_steer.safe_reading import FLOATS, inside, tensor_shapes
-from sae_query_steer.storage import read_json, read_tensors
+from sae_query_steer.storage.folders import read_json, read_tensors
+from sae_query_steer.storage.safe_reading import FLOATS, inside, tensor_shapes
 
 _SIZES = ("n_heads", "d_head", "d_sae_per_head")
 _PLAIN = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_query_steer.columns import Positions, check_rows, known_tokens
+from sae_query_steer.scopes.columns import Positions, check_rows, known_tokens
 from sae_query_steer.scopes.contradictions import Cuts
 from sae_query_steer.scopes.named import check_whole_number
 from sae_query_steer.scopes.positions import Joinable

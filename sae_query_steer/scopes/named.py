@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_query_steer.columns import Positions, known_prompt_lengths
+from sae_query_steer.scopes.columns import Positions, known_prompt_lengths
 from sae_query_steer.scopes.contradictions import Cuts
 from sae_query_steer.scopes.positions import Joinable
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_query_steer.columns import Positions, Scope, known_prompt_lengths, select
+from sae_query_steer.scopes.columns import Positions, Scope, known_prompt_lengths, select
 from sae_query_steer.scopes.contradictions import Cuts, all_cases
 
 Span: TypeAlias = Scope

@@ -7,7 +7,7 @@ from einops import repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae_query_steer.columns import Positions
+from sae_query_steer.scopes.columns import Positions
 
 PromptLengths = int | Sequence[int] | Tensor
 """Tokens of the prompt (BOS included, padding not): one number for all rows, or one for each."""

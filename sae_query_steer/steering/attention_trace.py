@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.hosts.models import check_not_steered, patterns_at
-from sae_query_steer.hosts.tracking import PositionTracker
+from sae_query_steer.models.loading import check_not_steered, patterns_at
+from sae_query_steer.models.tracking import PositionTracker
 
 KEYS = ["run", "row", "position", "layer", "head"]
 

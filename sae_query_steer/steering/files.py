@@ -14,7 +14,6 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.descent.latent_choice import (
     ActiveLatents,
     ExceptLatents,
@@ -35,7 +34,6 @@ from sae_query_steer.descent.strength import ExponentialDecay, LinearWarmUp
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder
-from sae_query_steer.safe_reading import inside
 from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
 from sae_query_steer.scopes.named import (
     FirstResponseTokens,
@@ -53,7 +51,9 @@ from sae_query_steer.scopes.positions import (
     ResponseTokens,
 )
 from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.storage import new_folder, read_index, write_json
+from sae_query_steer.storage.folders import new_folder, read_index, write_json
+from sae_query_steer.storage.safe_reading import inside
+from sae_query_steer.targets.centroids import CentroidTargets
 
 FORMAT = "sae_query_steer.steerer/1"
 STEERER = "steerer.json"

@@ -17,15 +17,15 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.capture import check_finite
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.hosts.models import check_eager, pattern_hook
-from sae_query_steer.hosts.tracking import PositionTracker
+from sae_query_steer.models.loading import check_eager, pattern_hook
+from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.scopes.positions import Positions, Scope, needs_tokens, select
 from sae_query_steer.scopes.prompt_lengths import PromptLengths, fixed_positions
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.attention_trace import AttentionRecorder
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace, TraceRecord
+from sae_query_steer.targets.capture import check_finite
 
 HookFunction = Callable[..., Tensor | None]
 

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.centroids import CentroidTargets
 from sae_query_steer.descent.goals import Goal, Target, target_name, weights_of
 from sae_query_steer.descent.latent_choice import Gate, LatentChoice, check_posterior, opened
 from sae_query_steer.descent.loop import Bounds, check_strength, descend
@@ -36,7 +35,8 @@ from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.intervention import Steerer, chosen_heads
 from sae_query_steer.steering.latent_moves import LatentMove
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace
-from sae_query_steer.targets import check_belongs, check_shapes
+from sae_query_steer.targets.builder import check_belongs, check_shapes
+from sae_query_steer.targets.centroids import CentroidTargets
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_query_steer.fingerprint import default_tolerance, relative_difference
-from sae_query_steer.hosts.saelens import HeadwiseMultiTrainer, HeadwiseTrainer
-from sae_query_steer.safe_reading import inside
-from sae_query_steer.storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from sae_query_steer.storage.folders import (
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from sae_query_steer.storage.safe_reading import inside
+from sae_query_steer.targets.fingerprint import default_tolerance, relative_difference
+from sae_query_steer.training.saelens import HeadwiseMultiTrainer, HeadwiseTrainer
 
 FORMAT = "sae_query_steer.run/1"
 RUN = "run.json"

@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from torch import distributed
 
+from sae_query_steer.data.token_rows import Texts
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage import check_replaceable
-from sae_query_steer.token_rows import Texts
+from sae_query_steer.storage.folders import check_replaceable
 from sae_query_steer.training.train import train_query_saes
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sae_query_steer.hosts.shapes import ModelShape
+from sae_query_steer.models.shapes import ModelShape
 from sae_query_steer.sae.core import QueryHeadTrainingSAEConfig
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.training.plan import (

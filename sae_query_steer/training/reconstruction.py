@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from sae_query_steer.metrics import ReconstructionMoments
+from sae_query_steer.diagnostics.metrics import ReconstructionMoments
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.training.stream import Queries

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.hosts.models import queries_at
+from sae_query_steer.data.token_rows import PAD
+from sae_query_steer.models.loading import queries_at
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.token_rows import PAD
 
 Queries = dict[str, Float[Tensor, "token d_in"]]
 """Flat queries of the same tokens, by hook name."""

@@ -17,17 +17,15 @@ from sae_lens.util import temporary_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_query_steer.capture import dtype_name
-from sae_query_steer.fingerprint import fingerprint_tokens
-from sae_query_steer.hosts.models import queries_at, without_hooks
-from sae_query_steer.hosts.saelens import HeadwiseMultiTrainer
-from sae_query_steer.hosts.scaling import HeadNorms
+from sae_query_steer.data.token_rows import Texts, token_rows
+from sae_query_steer.models.loading import queries_at, without_hooks
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sae.core import QueryHeadTrainingSAEConfig
 from sae_query_steer.sae.inference import to_inference
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage import check_replaceable
-from sae_query_steer.token_rows import Texts, token_rows
+from sae_query_steer.storage.folders import check_replaceable
+from sae_query_steer.targets.capture import dtype_name
+from sae_query_steer.targets.fingerprint import fingerprint_tokens
 from sae_query_steer.training.checkpoints import Checkpoints, check_same_run
 from sae_query_steer.training.plan import (
     TrainingPlan,
@@ -36,6 +34,8 @@ from sae_query_steer.training.plan import (
     training_settings,
 )
 from sae_query_steer.training.reconstruction import reconstruction_metrics
+from sae_query_steer.training.saelens import HeadwiseMultiTrainer
+from sae_query_steer.training.scaling import HeadNorms
 from sae_query_steer.training.stream import QueryStream
 
 METRIC_TOKENS = 16_384

@@ -1,0 +1,126 @@
+"""`tutor` and `demo`: training a tutor, and the comparison of steering methods on it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import sae_query_steer as sqs
+from sae_query_steer.cli.options import (
+    LOG,
+    Device,
+    Overwrite,
+    Resume,
+    Seed,
+    check_free,
+    show,
+    unfinished_beside,
+)
+from sae_query_steer.storage.folders import read_json
+from sae_query_steer.toy.tutor import (
+    FULL,
+    QUICK,
+    DemoSettings,
+    TutorTraining,
+    run_demo,
+    train_tutor,
+    write_report,
+)
+from sae_query_steer.toy.tutor.pretrained import NULL_TUTOR_FOLDER, TUTOR_FOLDER
+from sae_query_steer.toy.tutor.report import RESULTS, display_sites, display_table, verdict
+from sae_query_steer.toy.tutor.training import CARD
+
+
+def demo(
+    tutor: Annotated[
+        Path | None,
+        typer.Option("--tutor", help="A tutor that `tutor` wrote; the shipped one if unset."),
+    ] = None,
+    null: Annotated[
+        bool, typer.Option("--null", help="The shipped tutor on which a query can change nothing.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for report.html and results.json.")
+    ] = Path("runs/demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look, too small to tell methods apart.")
+    ] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="More prompts, every method, every layer: half an hour at most."
+        ),
+    ] = False,
+    n: Annotated[int | None, typer.Option("--n", help="Test prompts of each row.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Steer the tutor's feedback to each of Bloom's levels, and compare the ways to do it.
+
+    What was written is logged as it comes.
+    """
+    check_free(out, overwrite, RESULTS)
+    unfinished = unfinished_beside(out, resume)
+    if quick and full:
+        raise ValueError("--quick and --full name two sizes: give one of them")
+    settings = dataclasses.replace(QUICK if quick else FULL if full else DemoSettings(), seed=seed)
+    if n is not None:
+        settings = dataclasses.replace(settings, n_test=n)
+    if tutor is None:
+        tutor = NULL_TUTOR_FOLDER if null else TUTOR_FOLDER
+    elif null:
+        raise ValueError("--tutor and --null name two tutors: give one of them")
+    card = tutor_card(tutor)
+    result = run_demo(
+        sqs.load_model(str(tutor), device=device),
+        notes=bool(card["settings"]["notes"]),
+        settings=settings,
+        log=unfinished / LOG,
+    )
+    write_report(result, out, overwrite=overwrite)
+    shutil.rmtree(unfinished)
+    show(display_sites(result.sites))
+    typer.echo("")
+    show(display_table(result))
+    for example in result.examples():
+        typer.echo(f"\n{example['prompt']} ...")
+        for method in ("unsteered", "SAE descent, prototype", "instruction"):
+            typer.echo(f"  {method} (target {example['target']}): {example[method]}")
+    judge = ", ".join(f"{name} {share:.3f}" for name, share in result.judge.items())
+    typer.echo(f"\njudge: {judge}\n\n{verdict(result)}")
+    typer.echo(f"\n{sum(result.seconds.values()):.0f} s; wrote {out / 'report.html'}")
+
+
+def tutor(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
+    seed: Seed = 0,
+    null: Annotated[
+        bool, typer.Option("--null", help="Prompts without notes: nothing for a query to choose.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = TutorTraining().n_steps,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a tutor from nothing; a run that was stopped goes on where it was."""
+    check_free(out, overwrite, CARD)
+    settings = TutorTraining(seed=seed, notes=not null, n_steps=steps)
+    card = train_tutor(out, settings, overwrite=overwrite)
+    note = "" if null else f", right note {card['right_note']:.3f}"
+    typer.echo(
+        f"{card['n_parameters']:,} parameters, seed {seed}, loss {card['loss']:.4f}, obeyed "
+        f"{card['obeyed']:.3f}{note} on {card['n']} held-out prompts; wrote {out}"
+    )
+
+
+def tutor_card(folder: Path) -> dict[str, Any]:
+    """Return the card of a tutor.
+
+    Raises:
+        FileNotFoundError: the folder holds none, so it is no tutor.
+    """
+    if not (folder / CARD).is_file():
+        raise FileNotFoundError(f"--tutor {folder} is no folder that `tutor` wrote: no {CARD}")
+    return read_json(folder / CARD)

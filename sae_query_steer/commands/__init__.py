@@ -1,1 +1,0 @@
-"""The commands of `sae-query-steer`; `cli` puts them together."""

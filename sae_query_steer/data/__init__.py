@@ -1,0 +1,1 @@
+"""Labelled examples and token rows: reading, checking, tokenising."""

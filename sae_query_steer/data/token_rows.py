@@ -1,0 +1,135 @@
+"""Texts to token rows of one length: packed as SAELens packs them, or one whole document a row."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from jaxtyping import Int
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sae_query_steer.data.examples import TokenizedExample
+from sae_query_steer.models.loading import tokenizer_of
+
+PAD = -1
+"""Marks padding in token rows; no token has this id."""
+
+Texts = Dataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
+
+
+def token_rows(
+    model: Any,
+    texts: Texts,
+    *,
+    context_size: int | None = None,
+    concat_sequences: bool = True,
+    prepend_bos: bool = True,
+    text_column: str = "text",
+) -> Int[Tensor, "row pos"]:
+    """Return token rows for training.
+
+    Args:
+        model: gives tokenizer and context length.
+        texts: a `datasets.Dataset` (its `text_column`), strings, token rows [row pos] that are
+            taken as they are, or tokenised examples, which always stay whole.
+        context_size: length of a row, in tokens; None means 128, or the model's context where
+            that is shorter. Token rows keep their own length.
+        concat_sequences: join documents, with BOS between them, and cut rows of `context_size`
+            from the stream, as SAELens does; False keeps every document whole, one a row.
+        prepend_bos: begin every row, and every document, with BOS.
+        text_column: column of a `datasets.Dataset`.
+
+    Returns:
+        Rows of 32-bit ids; where documents stay whole, `PAD` fills them up on the right.
+
+    Raises:
+        ValueError: no text, an empty one, a document longer than `context_size` that must stay
+            whole, a context longer than the model's, or too little text for one row.
+    """
+    n_ctx = int(model.cfg.n_ctx)
+    context_size = min(128, n_ctx) if context_size is None else context_size
+    if not 2 <= context_size <= n_ctx:
+        raise ValueError(f"context_size={context_size} is not allowed: give 2 to n_ctx={n_ctx}")
+    if isinstance(texts, str):
+        raise TypeError("texts is one string: give a list of strings, one for each document")
+    if isinstance(texts, DatasetDict | IterableDatasetDict | IterableDataset):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}: give one split of a data set that is not "
+            "streaming, such as dataset['train'], or an iterable of strings"
+        )
+    if isinstance(texts, Tensor):
+        return _given_rows(texts, n_ctx, int(model.cfg.d_vocab))
+    if isinstance(texts, Dataset):
+        if text_column not in texts.column_names:
+            raise ValueError(
+                f"the data set has no column {text_column!r}: it has {texts.column_names}; "
+                "name the one that holds the text with text_column"
+            )
+        texts = texts[text_column]
+    items = list(texts)
+    if not items:
+        raise ValueError("texts is empty: give at least one document")
+    whole = [item.tokens.tolist() for item in items if isinstance(item, TokenizedExample)]
+    if len(whole) == len(items):
+        return _padded(whole, context_size)
+    tokenizer = tokenizer_of(model)
+    documents = _tokenized(items, tokenizer)
+    bos = _bos(tokenizer) if prepend_bos else None
+    if not concat_sequences:
+        start = [] if bos is None else [bos]
+        return _padded([start + document for document in documents], context_size)
+    rows = concat_and_batch_sequences(
+        tokens_iterator=(torch.tensor(document) for document in documents),
+        context_size=context_size,
+        begin_batch_token_id=bos,
+        sequence_separator_token_id=bos,
+    )
+    packed = [row.int() for row in rows]
+    if not packed:
+        raise ValueError(
+            f"the texts have fewer than context_size={context_size} tokens in all: give more text "
+            "or a smaller context_size"
+        )
+    return torch.stack(packed)
+
+
+def _given_rows(rows: Tensor, n_ctx: int, d_vocab: int) -> Tensor:
+    if rows.ndim != 2 or rows.is_floating_point() or rows.numel() == 0:
+        raise ValueError(
+            f"token rows of shape {list(rows.shape)} and type {rows.dtype} are not allowed: give "
+            "whole numbers [row pos]"
+        )
+    if rows.shape[1] > n_ctx or int(rows.min()) < 0 or int(rows.max()) >= d_vocab:
+        raise ValueError(
+            f"token rows of {rows.shape[1]} ids from {int(rows.min())} to {int(rows.max())} do not "
+            f"fit the model: it reads {n_ctx} tokens with ids 0 to {d_vocab - 1}"
+        )
+    return rows.cpu().int()
+
+
+def _tokenized(items: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]:
+    for index, text in enumerate(items):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text {index} is {text!r}: every document must be a non-empty string")
+        # verbose=False: a document longer than the context is packed, so a warning would mislead.
+        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _padded(documents: Iterable[list[int]], context_size: int) -> Tensor:
+    rows = [torch.tensor(document, dtype=torch.int) for document in documents]
+    for index, row in enumerate(rows):
+        if len(row) > context_size:
+            raise ValueError(
+                f"document {index} has {len(row)} tokens, more than "
+                f"context_size={context_size}: give a larger context_size, shorten it, or join "
+                "documents with concat_sequences=True"
+            )
+    return pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def _bos(tokenizer: Any) -> int:
+    if tokenizer.bos_token_id is None:
+        raise ValueError("the tokenizer has no BOS token: pass prepend_bos=False")
+    return int(tokenizer.bos_token_id)

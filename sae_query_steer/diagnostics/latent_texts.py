@@ -1,0 +1,209 @@
+"""The texts that make latents fire most, of all latents of all heads in one pass."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_query_steer.data.token_rows import PAD, Texts, token_rows
+from sae_query_steer.diagnostics.top_tokens import TopTokens
+from sae_query_steer.models.loading import check_not_steered, queries_at, tokenizer_of
+from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
+from sae_query_steer.steering.intervention import chosen_heads
+from sae_query_steer.targets.capture import check_devices
+
+LATENTS_AT_ONCE = 2**24
+"""Latents of tokens that are looked at together: 64 MiB in 32 bits."""
+
+
+@torch.no_grad()
+def top_tokens(
+    model: Any,
+    saes: Mapping[str, QueryEncoder],
+    texts: Texts,
+    *,
+    k: int = 10,
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
+    n_tokens: int | None = None,
+    ignore_bos: bool = True,
+    context_size: int | None = None,
+    concat_sequences: bool = False,
+    prepend_bos: bool = True,
+    text_column: str = "text",
+    batch_size: int = 16,
+) -> TopTokens:
+    """Return the k tokens at which each latent of each head is most active, in one pass.
+
+    Batch by batch a latent's k best so far are kept, so that memory grows with latents times k and
+    not with the texts (whose ids are kept, 32 bits a token). Of tokens with equal activations the
+    earlier counts as the more active, so that the batches make no difference.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        saes: encoders by hook name; all of their sites are looked at.
+        texts: in any form that `train_query_saes` takes.
+        k: tokens of each latent, 1 or more.
+        heads: which heads: the same in each layer, or by layer; None means all.
+        n_tokens: about how many tokens to read, whole rows; None means all.
+        ignore_bos: pass over BOS: it reads the same at the start of every text, and would take up
+            all k places of the latents that fire there.
+        context_size: tokens of a row; None means as many as the model reads, or 128 where
+            documents are joined.
+        concat_sequences: join documents into full rows, and cut those that are too long; False
+            keeps each whole, so that the rows of the result are the texts that you gave.
+        prepend_bos: begin rows and documents with BOS.
+        text_column: column of a `datasets.Dataset` that holds the text.
+        batch_size: rows of one forward pass.
+
+    Returns:
+        The tokens, on the CPU; `table` shows them with the text around them.
+
+    Raises:
+        ValueError: a number below 1, a site, head or layer that there is not, texts that can't be
+            used, an SAE on another device, or a steer in place.
+
+    Source: our choice.
+    """
+    if k < 1 or batch_size < 1 or (n_tokens is not None and n_tokens < 1):
+        raise ValueError(
+            f"k={k}, batch_size={batch_size} and n_tokens={n_tokens} are not allowed: give 1 or "
+            "more"
+        )
+    sites = encoder_sites(saes)
+    for site in sites.values():
+        site.check(model)
+    picked = chosen_heads(sites, None, heads)
+    check_devices(model, saes)
+    check_not_steered(model)
+    tokenizer = tokenizer_of(model)
+    if context_size is None and not concat_sequences:
+        context_size = int(model.cfg.n_ctx)
+    rows = token_rows(
+        model,
+        texts,
+        context_size=context_size,
+        concat_sequences=concat_sequences,
+        prepend_bos=prepend_bos,
+        text_column=text_column,
+    ).long()
+    if n_tokens is not None:
+        rows = rows[: max(1, n_tokens // rows.shape[1])]
+    found = {name: _TopK(saes[name], some, k) for name, some in picked.items()}
+    n_read = 0
+    bos = tokenizer.bos_token_id if ignore_bos else None
+    for start, tokens, counted in row_batches(rows, batch_size, bos):
+        row, position = counted.nonzero(as_tuple=True)
+        n_read += len(row)
+        places = (start + row) * rows.shape[1] + position
+        for name, queries in queries_at(model, tokens, list(found)).items():
+            here = queries[row.to(queries.device), position.to(queries.device)]
+            found[name].update(here[:, list(picked[name])], places)
+    return TopTokens(
+        rows=rows,
+        heads=picked,
+        activations={name: top.values.cpu() for name, top in found.items()},
+        places={name: top.places.cpu() for name, top in found.items()},
+        n_fired={name: top.n_fired.cpu() for name, top in found.items()},
+        n_tokens=n_read,
+        tokenizer=tokenizer,
+    )
+
+
+def top_activating_texts(
+    model: Any,
+    saes: Mapping[str, QueryEncoder],
+    texts: Texts,
+    hook_name: str,
+    head: int,
+    latents: Sequence[int] | None = None,
+    *,
+    k: int = 10,
+    context: int = 10,
+    **reading: Any,
+) -> pd.DataFrame:
+    """Return the k tokens at which latents of one head are most active, with the text around them.
+
+    For latents of several heads call `top_tokens` once, and its `table` for each.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        saes: encoders by hook name.
+        texts: in any form that `train_query_saes` takes.
+        hook_name: the site.
+        head: the head.
+        latents: which; None means all that fire.
+        k: tokens of each latent.
+        context: tokens of text on either side.
+        reading: how to read the texts, as in `top_tokens`.
+
+    Returns:
+        As `TopTokens.table`.
+
+    Raises:
+        ValueError: as `top_tokens` and `TopTokens.table`.
+    """
+    sites = encoder_sites(saes)
+    if hook_name not in sites:
+        raise ValueError(f"no SAE at {hook_name}: there is one at {sorted(sites)}")
+    found = top_tokens(model, {hook_name: saes[hook_name]}, texts, k=k, heads=[head], **reading)
+    return found.table(hook_name, head, latents, context=context)
+
+
+class _TopK:
+    """The k largest activations above 0 so far of every latent of some heads of a site."""
+
+    def __init__(self, encoder: QueryEncoder, heads: Sequence[int], k: int) -> None:
+        device = device_of(encoder) or torch.device("cpu")
+        self._encoder = at_heads(encoder, heads, device)
+        shape = (len(heads), encoder.d_latent)
+        self.values = torch.zeros(*shape, k, device=device)
+        self.places = torch.full((*shape, k), -1, device=device)
+        self.n_fired = torch.zeros(shape, dtype=torch.long, device=device)
+
+    def update(self, queries: Float[Tensor, "token head d_head"], places: Tensor) -> None:
+        at_once = max(1, LATENTS_AT_ONCE // self.n_fired.numel())
+        device = self.values.device
+        for own, where in zip(queries.split(at_once), places.split(at_once), strict=True):
+            latents = self._encoder.encode(own.to(device)).float()
+            self.n_fired += (latents > 0).sum(0)
+            self._merge(latents.flatten(1), where.to(device))
+
+    def _merge(self, latents: Float[Tensor, "token latent"], places: Tensor) -> None:
+        """Take in what exceeds a latent's last of k: soon that is little."""
+        k = self.values.shape[-1]
+        values, kept = self.values.view(-1, k), self.places.view(-1, k)
+        token, latent = (latents > values[:, -1]).nonzero(as_tuple=True)
+        touched = latent.unique()
+        # The old ones first, and the rest in the order of the texts: the sorts leave equals so.
+        value = torch.cat([values[touched].flatten(), latents[token, latent]])
+        place = torch.cat([kept[touched].flatten(), places[token]])
+        latent = torch.cat([touched.repeat_interleave(k), latent])
+        order = value.argsort(descending=True, stable=True)
+        order = order[latent[order].argsort(stable=True)]
+        value, place, latent = value[order], place[order], latent[order]
+        rank = torch.arange(len(latent), device=latent.device)
+        rank -= torch.searchsorted(latent, latent)
+        best = rank < k
+        values[latent[best], rank[best]] = value[best]
+        kept[latent[best], rank[best]] = place[best]
+
+
+def row_batches(
+    rows: Int[Tensor, "row pos"],
+    batch_size: int,
+    bos: int | None,
+    description: str = "Reading latents",
+) -> Iterator[tuple[int, Tensor, Bool[Tensor, "batch pos"]]]:
+    """Yield the first row's index, the tokens and which of them count, cut after the longest."""
+    with tqdm(total=len(rows), desc=description, unit="row") as bar:
+        for start in range(0, len(rows), batch_size):
+            tokens = rows[start : start + batch_size]
+            real = tokens != PAD
+            width = max(1, int(real.sum(1).max()))
+            counted = real if bos is None else real & (tokens != bos)
+            yield start, tokens[:, :width].clamp(min=0), counted[:, :width]
+            bar.update(len(tokens))

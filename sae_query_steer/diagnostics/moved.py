@@ -1,0 +1,228 @@
+"""Which latents did it: by how much a steer moved each of them, and how much of it each made."""
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_query_steer.sae.core import QueryHeadSAE
+from sae_query_steer.sae.encoders import (
+    IdentityEncoder,
+    QueryEncoder,
+    device_of,
+    in_32_bits,
+)
+from sae_query_steer.steering.latent_moves import LatentMove
+from sae_query_steer.steering.partial import PartialSteerer
+from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.trace import SteeringTrace, TraceRecord
+
+ByHead = dict[str, dict[int, list[int]]]
+"""Latents by hook name and head, as `GivenLatents` and `ExceptLatents` take them."""
+
+
+def moved_latents(
+    steerer: LatentGradientSteerer | PartialSteerer, trace: SteeringTrace
+) -> pd.DataFrame:
+    """Return which latents a steer moved, those that made most of its change first.
+
+    The descents of the trace are run again on the queries that it recorded, so that nothing about
+    single latents has to be kept meanwhile. A position that is computed again, as in every step of
+    `generate` without a KV cache, counts once.
+
+    With dz_i how far latent i of a head moved at a token, w_i its decoder row and
+    dq = sum_i dz_i w_i the change of the query (before `max_relative_change` or `keep_norm`
+    shorten it), summed over tokens t:
+
+        share_i      = sum_t |dz_i| ||w_i|| / sum_t sum_j |dz_j| ||w_j||
+        projection_i = sum_t dz_i <w_i, dq> / sum_t ||dq||^2
+
+    Both sum to 1 over the latents of a head. A share tells how much a latent moved the query, be it
+    with the others or against them; a projection, what of the sum is its work, below 0 where
+    it led back. Where decoder rows overlap the two differ.
+
+    Args:
+        steerer: the one that made the trace.
+        trace: of `with steerer.apply(model, record=True) as trace`.
+
+    Returns:
+        A row for each latent that moved, by site, head and target, with the columns hook_name,
+        layer, head, target; rank (from 1, by share), latent, share, projection; moved (share of
+        the tokens at which it moved), change, before and after (means over the tokens, in units of
+        the latent), centroid (where the target lies; NaN where the target's weights do not sum to
+        more than 0), n_tokens. A head of which nothing moved has none.
+
+    Raises:
+        TypeError: an encoder without decoder rows.
+        ValueError: the trace was not recorded, holds no token, or is that of another steerer.
+
+    Source: our choice.
+    """
+    if not trace.recording or not trace.records:
+        raise ValueError(
+            "the trace holds no steered token: use `with steerer.apply(model, record=True) as "
+            "trace`, and steer some token in it"
+        )
+    names = {site.layer: name for name, site in steerer.sites.items()}
+    sums: dict[tuple[str, str], _Sums] = {}
+    seen: set[tuple[int, int, int, int]] = set()
+    for record in trace.records:
+        name = names.get(record.layer, "")
+        move, rows = _again(steerer, name, record), steerer.site_heads[name]
+        weights = _decoder_rows(steerer.saes[name])[list(rows)]
+        for target, tokens in _new_tokens(trace, record, seen).items():
+            sums.setdefault((name, target), _Sums()).update(move, weights, tokens)
+    parts = [
+        _table(found, target, name, steerer.sites[name].layer, steerer.site_heads[name])
+        for (name, target), found in sums.items()
+    ]
+    keys = ["layer", "head", "target", "rank"]
+    return pd.concat(parts, ignore_index=True).sort_values(keys).reset_index(drop=True)
+
+
+def most_moved(table: pd.DataFrame, m: int, *, target: str | None = None) -> ByHead:
+    """Return the m latents of each head that made most of a steer's change.
+
+    Args:
+        table: of `moved_latents`.
+        m: of each head, 1 or more; a head of which fewer moved gives these.
+        target: whose rows; needed where the table has several.
+
+    Returns:
+        The latents by hook name and head, as `GivenLatents` and `ExceptLatents` take them.
+
+    Raises:
+        ValueError: m below 1, a target that the table does not have, or several and none named.
+    """
+    if m < 1:
+        raise ValueError(f"m={m} is not allowed: give 1 or more latents of each head")
+    there = [str(name) for name in table["target"].unique()]
+    if target is None and len(there) > 1:
+        raise ValueError(f"the table has the targets {there}: name one with target")
+    if target is not None:
+        if str(target) not in there:
+            raise ValueError(f"the table has no target {str(target)!r}: it has {there}")
+        table = table.loc[table["target"] == str(target)]
+    chosen: ByHead = {}
+    top = table.loc[table["rank"] <= m].sort_values("rank")
+    for name, heads in top.groupby("hook_name"):
+        own = heads.groupby("head")["latent"].agg(list)
+        chosen[str(name)] = dict(zip(own.index.tolist(), own.tolist(), strict=True))
+    return chosen
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Sums over the tokens of one site and target, [head d_latent] each."""
+
+    n: int = 0
+    by_name: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def update(
+        self, move: LatentMove, weights: Float[Tensor, "head d_latent d_head"], tokens: Tensor
+    ) -> None:
+        tokens = tokens.to(move.before.device)
+        before, after = move.before[tokens].double(), move.after[tokens].double()
+        weights = weights.to(before)
+        change = after - before
+        whole = torch.einsum("thi,hid->thd", change, weights)
+        led = torch.einsum("thd,hid->thi", whole, weights) * change
+        point = torch.where(move.goal.total > 0, move.goal.point, torch.nan).double()
+        point = point[tokens] if point.ndim == 3 else point.expand_as(before)
+        parts = {
+            "moved": (change != 0).double(),
+            "change": change,
+            "before": before,
+            "after": after,
+            "centroid": point,
+            "length": change.abs() * weights.norm(dim=-1),
+            "led": led,
+            "square": whole.square().sum(-1, keepdim=True),
+        }
+        for name, part in parts.items():
+            part = part.sum(0).cpu()
+            self.by_name[name] = self.by_name[name] + part if name in self.by_name else part
+        self.n += len(before)
+
+
+def _again(
+    steerer: LatentGradientSteerer | PartialSteerer, name: str, record: TraceRecord
+) -> LatentMove:
+    """Return the move of a record.
+
+    Raises:
+        ValueError: this steerer would have made another change.
+    """
+    heads = steerer.site_heads.get(name, ())
+    if record.query is not None and record.places is not None and heads:
+        query = record.query.to(device_of(steerer.saes[name]) or record.query.device)
+        query = in_32_bits(query)
+        if tuple(record.heads.tolist()) == heads:
+            move = steerer.descended(name, query, record.places)
+            delta = steerer.decoded(name, query, move).detach().cpu()
+            recorded = record.change.delta
+            if float((delta - recorded).norm()) <= 1e-3 * float(recorded.norm()):
+                return move
+    raise ValueError(
+        f"the trace is that of another steerer: at layer {record.layer} this one would have "
+        "changed the queries otherwise; give the steerer that was applied"
+    )
+
+
+def _new_tokens(
+    trace: SteeringTrace, record: TraceRecord, seen: set[tuple[int, int, int, int]]
+) -> dict[str, Tensor]:
+    """Return by target the tokens of a record that were not seen before, and note them."""
+    tokens: dict[str, list[int]] = {}
+    pairs = zip(record.row.tolist(), record.position.tolist(), strict=True)
+    for index, (row, position) in enumerate(pairs):
+        key = (record.run, record.layer, row, position)
+        if key not in seen:
+            seen.add(key)
+            target = trace.row_targets[row] if trace.row_targets else trace.target
+            tokens.setdefault(target, []).append(index)
+    return {target: torch.tensor(own) for target, own in tokens.items()}
+
+
+def _decoder_rows(encoder: QueryEncoder) -> Float[Tensor, "head d_latent d_head"]:
+    if isinstance(encoder, QueryHeadSAE):
+        return encoder.W_dec.detach()
+    if isinstance(encoder, IdentityEncoder):
+        return torch.eye(encoder.d_head).expand(encoder.n_heads, -1, -1)
+    raise TypeError(
+        f"the encoder is a {type(encoder).__name__}: only query-head SAEs and IdentityEncoder have "
+        "decoder rows"
+    )
+
+
+def _table(
+    found: _Sums, target: str, name: str, layer: int, heads: tuple[int, ...]
+) -> pd.DataFrame:
+    sums = found.by_name
+    length = sums["length"].sum(-1, keepdim=True)
+    columns = {
+        "share": torch.where(length > 0, sums["length"] / length, 0.0),
+        "projection": torch.where(sums["square"] > 0, sums["led"] / sums["square"], 0.0),
+        **{key: sums[key] / found.n for key in ("moved", "change", "before", "after", "centroid")},
+    }
+    n_heads, d_latent = sums["moved"].shape
+    table = pd.DataFrame(
+        {
+            "hook_name": name,
+            "layer": layer,
+            "head": torch.tensor(heads).repeat_interleave(d_latent).numpy(),
+            "target": str(target),
+            "rank": 0,
+            "latent": torch.arange(d_latent).repeat(n_heads).numpy(),
+            **{key: value.flatten().numpy() for key, value in columns.items()},
+            "n_tokens": found.n,
+        }
+    )
+    table = table.loc[table["moved"] > 0].sort_values(
+        ["head", "share"], ascending=[True, False], kind="stable"
+    )
+    table["rank"] = table.groupby("head").cumcount() + 1
+    return table

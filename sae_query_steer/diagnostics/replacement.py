@@ -1,0 +1,153 @@
+"""What a model loses with some of its queries replaced: next tokens and attention."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_query_steer.diagnostics.metrics import kl_divergence
+
+KINDS = ("sae", "zero", "mean")
+"""What stands in for the query: its reconstruction, zero, or the mean query of the head."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ConstantEncoder:
+    """An encoder that keeps nothing: every query becomes the same."""
+
+    value: Float[Tensor, "head d_head"]
+    """What it becomes."""
+
+    latent_min: ClassVar[float | None] = None
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of the site."""
+        return self.value.shape[0]
+
+    @property
+    def d_head(self) -> int:
+        """Dimension of one head's query."""
+        return self.value.shape[1]
+
+    @property
+    def d_latent(self) -> int:
+        """There are no latents."""
+        return 0
+
+    def encode(self, x: Float[Tensor, "*batch head d_head"], /) -> Tensor:
+        """Return nothing, for every query."""
+        return x[..., :0]
+
+    def decode(self, feature_acts: Float[Tensor, "*batch head zero"], /) -> Tensor:
+        """Return the value, for every query."""
+        return self.value.expand(*feature_acts.shape[:-1], -1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionRun:
+    """What one forward pass says of the next token and of attention."""
+
+    log_probs: Float[Tensor, "batch pos d_vocab"]
+    """Of the next token."""
+
+    patterns: Mapping[int, Float[Tensor, "batch head query key"]]
+    """Attention, by layer."""
+
+    scores: Mapping[int, Float[Tensor, "batch head query key"]]
+    """Attention scores before the softmax, by layer."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, tokens: Tensor, layers: list[int]) -> "AttentionRun":
+        """Run a model on token rows, and keep the attention of some layers."""
+        names = {n: f"blocks.{n}.attn.hook_{{}}" for n in layers}
+        wanted = [
+            name.format(what) for name in names.values() for what in ("pattern", "attn_scores")
+        ]
+        logits, cache = model.run_with_cache(
+            tokens.to(model.cfg.device), names_filter=wanted, prepend_bos=False
+        )
+        return cls(
+            log_probs=logits.float().log_softmax(-1),
+            patterns={n: cache[name.format("pattern")] for n, name in names.items()},
+            scores={n: cache[name.format("attn_scores")] for n, name in names.items()},
+        )
+
+
+@dataclass(eq=False)
+class ReplacementLosses:
+    """Streams what the model loses with some queries replaced."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    """Sums over tokens, and their numbers."""
+
+    def update(
+        self,
+        kind: str,
+        bare: AttentionRun,
+        run: AttentionRun,
+        tokens: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"],
+    ) -> None:
+        """Add what a batch of rows loses with one of `KINDS` in place."""
+        told = real[:, 1:].to(run.log_probs.device)  # a token that has a next one
+        following = tokens[:, 1:, None].to(run.log_probs.device)
+        for name, log_probs in (("clean", bare.log_probs), (kind, run.log_probs)):
+            losses = -log_probs[:, :-1].gather(-1, following)[..., 0]
+            if name != "clean" or kind == KINDS[0]:
+                self._add(f"ce_{name}", losses[told])
+        self._add(f"kl_{kind}", kl_divergence(bare.log_probs, run.log_probs)[:, :-1][told])
+        if kind == KINDS[0]:
+            self._add("n", told.float()[told])
+
+    def update_attention(
+        self,
+        bare: AttentionRun,
+        run: AttentionRun,
+        layer: int,
+        heads: list[int],
+        real: Bool[Tensor, "batch pos"],
+    ) -> None:
+        """Add how far the attention of some heads moved; `run` has the reconstruction in place."""
+        before, after = bare.patterns[layer][:, heads], run.patterns[layer][:, heads]
+        divergence = kl_divergence(
+            before.float().log(), after.float().clamp(min=1e-30).log()
+        ).transpose(1, 2)
+        told = real.to(divergence.device)
+        self._add("pattern_kl", divergence[told].mean(-1))
+        self._add("n_queries", told.float()[told])
+        seen = torch.ones(before.shape[-2:], dtype=torch.bool, device=before.device).tril()
+        mask = seen & told[:, None, :, None]
+        before = _centred(bare.scores[layer][:, heads].float(), seen).where(mask, 0.0)
+        after = _centred(run.scores[layer][:, heads].float(), seen).where(mask, 0.0)
+        self._add("score_error", (after - before).square())
+        self._add("score_norm", before.square())
+
+    def row(self) -> dict[str, float]:
+        """Return the scores."""
+        s = self.sums
+        row = {name: s[name] / s["n"] for name in ("ce_clean", *(f"ce_{k}" for k in KINDS))}
+        row |= {f"kl_{kind}": s[f"kl_{kind}"] / s["n"] for kind in KINDS}
+        for kind in ("zero", "mean"):
+            gap = row[f"ce_{kind}"] - row["ce_clean"]
+            row[f"ce_score_{kind}"] = _share(row[f"ce_{kind}"] - row["ce_sae"], gap)
+            row[f"kl_score_{kind}"] = _share(row[f"kl_{kind}"] - row["kl_sae"], row[f"kl_{kind}"])
+        row["pattern_kl"] = s["pattern_kl"] / s["n_queries"]
+        row["score_error"] = _share(s["score_error"], s["score_norm"])
+        return row | {"n_tokens": int(s["n"])}
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+
+
+def _centred(scores: Tensor, seen: Tensor) -> Tensor:
+    kept = scores.where(seen, 0.0)
+    return kept - kept.sum(-1, keepdim=True) / seen.sum(-1)[:, None]
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 1e-9 else float("nan")

@@ -1,0 +1,244 @@
+"""How good SAEs of queries are: what they keep, and what the model loses with them in place."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
+
+from sae_query_steer.data.token_rows import PAD, Texts, token_rows
+from sae_query_steer.diagnostics.metrics import ReconstructionMoments
+from sae_query_steer.diagnostics.replacement import (
+    AttentionRun,
+    ConstantEncoder,
+    ReplacementLosses,
+)
+from sae_query_steer.diagnostics.separability import ALL_HEADS
+from sae_query_steer.models.loading import check_not_steered, queries_at
+from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.steering.attach import attached_saes
+from sae_query_steer.steering.intervention import chosen_heads
+from sae_query_steer.targets.capture import check_devices
+
+
+def evaluate_saes(
+    model: Any,
+    saes: Mapping[str, QueryEncoder],
+    texts: Texts,
+    *,
+    n_tokens: int = 16_384,
+    per_head: bool = True,
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
+    context_size: int | None = None,
+    concat_sequences: bool = True,
+    prepend_bos: bool = True,
+    text_column: str = "text",
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Return scores of every SAE, head by head and for all heads of a layer together.
+
+    Give texts that the SAEs were not trained on. The model runs over all tokens twice, and three
+    times more for each row of the result: `heads` and `per_head` say which rows are worth it.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        saes: the SAEs by hook name; identity encoders are scored as well.
+        texts: in any form that `train_query_saes` takes.
+        n_tokens: about how many tokens to read: whole rows, as many as there are at most.
+        per_head: also replace the query of every head alone; False leaves the rows "all".
+        heads: give the rows of these heads alone, and none with head "all": the same heads in
+            each layer, or heads by layer, where a layer that is not named gets no row. None gives
+            every head and "all".
+        context_size: tokens of a row; None means 128, or the model's context where that is less.
+        concat_sequences: join documents into full rows; False keeps each whole.
+        prepend_bos: begin rows and documents with BOS.
+        text_column: column of a `datasets.Dataset` that holds the text.
+        batch_size: rows of one forward pass.
+
+    Returns:
+        One row for each layer and head, and one with head "all" unless `heads` are given, with
+        the columns
+
+        - l0, explained_variance, dead_share: as in `QuerySAEs.metrics`, here on these texts; for
+          "all" l0 is that of all heads together;
+        - cosine: mean cosine of query and reconstruction;
+        - max_decoder_cosine: largest cosine between two decoder rows of a head;
+        - position_share: share of the latents' variance that the token's position explains,
+          corrected for chance;
+        - ce_clean and ce_sae, ce_zero, ce_mean: cross entropy of the next token, in nats, bare and
+          with the query replaced; kl_sae, kl_zero, kl_mean: KL(bare || replaced) of its
+          distribution, in nats. A query of zero attends evenly to all it may see;
+        - ce_score_zero, ce_score_mean: (CE_ablated - CE_sae) / (CE_ablated - CE_clean), and
+          kl_score_zero, kl_score_mean: (KL_ablated - KL_sae) / KL_ablated; NaN where the ablation
+          changes nothing that could be recovered;
+        - pattern_kl: KL(bare || reconstructed) of the attention pattern, in nats, mean over queries
+          and the heads in question;
+        - score_error: squared error of the attention scores over their squared norm, both
+          centred over the keys that a query may see, for the softmax sees nothing else;
+        - n_tokens.
+
+    Raises:
+        TypeError: a value of `saes` is no encoder, or `heads` is no list.
+        ValueError: a site that the model does not have, a head or layer that `saes` does not have,
+            no head at all or with `per_head=False`, an SAE on another device, texts that can't be
+            used, or a steer in place; before any work starts.
+
+    Source: SAELens's evals for l0, explained variance, CE and KL scores; the attention scores and
+    the position's share are our choice.
+    """
+    sites = encoder_sites(saes)
+    for site in sites.values():
+        site.check(model)
+    replaced = _replaced(sites, heads, per_head=per_head)
+    check_devices(model, saes)
+    check_not_steered(model)
+    if n_tokens < 1 or batch_size < 1:
+        raise ValueError(
+            f"n_tokens={n_tokens} and batch_size={batch_size} are not allowed: give 1 or more"
+        )
+    rows = token_rows(
+        model,
+        texts,
+        context_size=context_size,
+        concat_sequences=concat_sequences,
+        prepend_bos=prepend_bos,
+        text_column=text_column,
+    ).long()
+    rows = rows[: max(1, n_tokens // rows.shape[1])]
+    kept = {name: _Kept(saes[name], rows.shape[1]) for name in replaced}
+    for tokens, real in _batches(rows, batch_size, "Reading queries", len(rows)):
+        for name, queries in queries_at(model, tokens, list(kept)).items():
+            kept[name].update(queries, real.to(queries.device))
+    lost = {
+        (name, head): ReplacementLosses()
+        for name, rows_of_site in replaced.items()
+        for head in rows_of_site
+    }
+    for tokens, real in _batches(rows, batch_size, "Replacing queries", len(rows)):
+        bare = AttentionRun.of(model, tokens, [sites[name].layer for name in kept])
+        for (name, head), found in lost.items():
+            site = sites[name]
+            chosen = list(range(site.n_heads)) if head == ALL_HEADS else [int(head)]
+            for kind, encoder in (("sae", saes[name]), *kept[name].ablations()):
+                with attached_saes(model, {name: encoder}, heads=chosen):
+                    run = AttentionRun.of(model, tokens, [site.layer])
+                found.update(kind, bare, run, tokens, real)
+                if kind == "sae":
+                    found.update_attention(bare, run, site.layer, chosen, real)
+    return pd.DataFrame(
+        [
+            {"layer": sites[name].layer, "head": head, **kept[name].row(head), **found.row()}
+            for (name, head), found in lost.items()
+        ]
+    )
+
+
+def _replaced(
+    sites: Mapping[str, QuerySite],
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None,
+    *,
+    per_head: bool,
+) -> dict[str, list[int | str]]:
+    """Return what is replaced at each site, one entry for each row of the result."""
+    if heads is None:
+        return {
+            name: [*(range(site.n_heads) if per_head else ()), ALL_HEADS]
+            for name, site in sites.items()
+        }
+    if not per_head:
+        raise ValueError(
+            f"heads={heads!r} with per_head=False is not allowed: heads asks for rows of single "
+            "heads, per_head=False for none; give one of the two"
+        )
+    if isinstance(heads, Sequence | Mapping) and not heads:
+        raise ValueError(
+            f"heads={heads!r} leaves no row: name at least one head, or give per_head=False "
+            f"instead for the rows {ALL_HEADS!r}"
+        )
+    picked = chosen_heads(sites, None, heads)
+    return {name: list(picked[name]) for name in sites if name in picked}
+
+
+class _Kept:
+    """Streams what an SAE keeps of the queries of one site."""
+
+    def __init__(self, encoder: QueryEncoder, n_positions: int) -> None:
+        self.encoder, self.moments = encoder, ReconstructionMoments()
+        self._cosine = torch.zeros(encoder.n_heads, dtype=torch.double)
+        shape = (n_positions, encoder.n_heads, encoder.d_latent)
+        self._sum = torch.zeros(shape, dtype=torch.double)
+        self._square = torch.zeros(shape[1:], dtype=torch.double)
+        self._count = torch.zeros(n_positions, dtype=torch.double)
+        self._query_sum = torch.zeros(encoder.n_heads, encoder.d_head, dtype=torch.double)
+
+    @torch.no_grad()
+    def update(
+        self, queries: Float[Tensor, "batch pos head d_head"], real: Bool[Tensor, "batch pos"]
+    ) -> None:
+        latents = self.encoder.encode(queries)
+        output = self.encoder.decode(latents)
+        self.moments.update(queries[real], output[real], latents[real])
+        similar = cosine_similarity(queries[real].float(), output[real].float(), dim=-1)
+        self._cosine += similar.double().sum(0).cpu()
+        latents = (latents * real[..., None, None]).double()
+        width = slice(queries.shape[1])
+        self._sum[width] += latents.sum(0).cpu()
+        self._square += latents.square().sum((0, 1)).cpu()
+        self._count[width] += real.double().sum(0).cpu()
+        self._query_sum += queries[real].double().sum(0).cpu()
+
+    def ablations(self) -> tuple[tuple[str, QueryEncoder], ...]:
+        """Return the encoders that put zero, and each head's mean query, in place of the query."""
+        mean = (self._query_sum / self.moments.n_tokens).float()
+        return ("zero", ConstantEncoder(value=torch.zeros_like(mean))), (
+            "mean",
+            ConstantEncoder(value=mean),
+        )
+
+    def row(self, head: int | str) -> dict[str, float]:
+        """Return the scores of one head, or of all together."""
+        heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
+        weights = getattr(self.encoder, "W_dec", None)
+        return {
+            "l0": float(self.moments.l0()[heads].sum()),
+            "explained_variance": float(self.moments.explained_variance(pooled=heads)),
+            "dead_share": float(self.moments.dead_share()[heads].mean()),
+            "cosine": float(self._cosine[heads].mean()) / self.moments.n_tokens,
+            "max_decoder_cosine": max_decoder_cosine(weights[heads])
+            if isinstance(weights, Tensor)
+            else float("nan"),
+            "position_share": self._position_share(heads),
+        }
+
+    def _position_share(self, heads: slice) -> float:
+        n, groups = self._count.sum(), int((self._count > 0).sum())
+        here = self._sum[:, heads]
+        by_position = (here.square() / self._count.clamp(min=1)[:, None, None]).sum()
+        total = self._square[heads].sum() - (here.sum(0).square() / n).sum()
+        within = self._square[heads].sum() - by_position
+        # Any grouping explains some variance by chance: compare unbiased estimates.
+        return float(1 - (within / (n - groups).clamp(min=1)) / (total / (n - 1).clamp(min=1)))
+
+
+def max_decoder_cosine(weights: Float[Tensor, "head d_latent d_head"]) -> float:
+    """Return the largest cosine between two decoder rows of the same head."""
+    rows = weights.detach().float()
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    cosines = rows @ rows.mT
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    return float(cosines.max())
+
+
+def _batches(
+    rows: Int[Tensor, "row pos"], batch_size: int, description: str, total: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give token rows, padding read as token 0, with which of them are real."""
+    with tqdm(total=total, desc=description, unit="row") as bar:
+        for batch in rows.split(batch_size):
+            yield batch.clamp(min=0), batch != PAD
+            bar.update(len(batch))

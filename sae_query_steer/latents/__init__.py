@@ -1,1 +1,0 @@
-"""Which latents did it, and what they stand for."""

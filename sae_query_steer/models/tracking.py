@@ -1,0 +1,285 @@
+"""Where the columns of a running forward pass stand: prompt lengths, padding, cache offset.
+
+A hook sees only a tensor [batch pos head d_head]. What its columns mean is known to the block
+around it, which gets attention mask and cache as keyword arguments on both hosts, and to the call
+of `generate` that started it. `PositionTracker` listens to both and leaves nothing behind.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sae_query_steer.models.block_arguments import cache_of, cached_length, own_columns
+from sae_query_steer.models.wrapped import replaced_method
+from sae_query_steer.scopes.columns import Positions
+from sae_query_steer.scopes.prompt_lengths import (
+    PromptLengths,
+    as_lengths,
+    by_position,
+    check_lengths,
+    expand_lengths,
+)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One call of `generate`, or one row that a user's own loop grows."""
+
+    number: int
+    prompt_lengths: Int[Tensor, " batch"] | None
+    prompts_fit: bool = False
+    """Whether the lengths were compared with the rows."""
+    columns: Bool[Tensor, "batch total"] | None = None
+    tokens: Int[Tensor, "batch total"] | None = None
+    from_start: bool = False
+    """Whether the tokens are those of all columns, and not of the last ones alone."""
+    cache: Callable[[], Any] = lambda: None
+    """The cache of a user's own loop, as a weak reference."""
+
+
+@dataclass
+class _State:
+    """What is going on; put back when a call that lies inside another one ends."""
+
+    run: _Run
+    generating: bool = False
+    in_forward: bool = False
+    run_begun: bool = False
+    embedded: Int[Tensor, "batch new"] | None = None
+    positions: Positions | None = None
+
+
+class PositionTracker:
+    """Tells, inside a hook of a steered layer, where each column of its query stands.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        layers: the layers whose hooks will ask.
+        prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward
+            passes that do not come from `generate`; these win over what `generate` shows.
+        keep_tokens: also keep the token ids, for a trace and for scopes that read them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[int],
+        prompt_lengths: PromptLengths | None = None,
+        *,
+        keep_tokens: bool = False,
+    ) -> None:
+        self._model = model
+        self._layers = tuple(layers)
+        self._given = as_lengths(prompt_lengths)
+        self._keep_tokens = keep_tokens
+        self._n_runs = 0
+        self._loops: list[_Run] = []
+        self._now = self._nothing_yet()
+
+    @property
+    def positions(self) -> Positions:
+        """Where the columns of the forward pass that is running stand."""
+        assert self._now.positions is not None, "asked outside a block of a steered layer"
+        return self._now.positions
+
+    @property
+    def columns(self) -> Bool[Tensor, "batch total"]:
+        """Which columns of the rows so far are tokens, and not padding."""
+        assert self._now.run.columns is not None, "asked outside a block of a steered layer"
+        return self._now.run.columns
+
+    @property
+    def run_number(self) -> int:
+        """Counts calls of `generate` and forward passes outside it, from 0."""
+        return self._now.run.number
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch total"] | None:
+        """Token ids of the rows so far, padding included; None if not kept or not known.
+
+        Where a cache was filled before anyone listened they are those of the last columns alone.
+        """
+        return self._now.run.tokens
+
+    def tokens_at(
+        self, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
+    ) -> Int[Tensor, " token"] | None:
+        """Return the token ids at columns of the running forward pass; None where not known."""
+        tokens, width = self.tokens, self.positions.index.shape[1]
+        if tokens is None or tokens.shape[1] < width:
+            return None
+        return tokens[rows, columns + tokens.shape[1] - width].cpu()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Listen to the model for the length of a `with` block."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                handle = self._model.blocks[layer].register_forward_pre_hook(
+                    self._before_block(layer), with_kwargs=True
+                )
+                stack.callback(handle.remove)
+            if self._keep_tokens:
+                handle = self._model.embed.register_forward_pre_hook(self._before_embedding)
+                stack.callback(handle.remove)
+            for name, around in (
+                ("forward", self._around_forward),
+                ("generate", self._around_call),
+                ("generate_stream", self._around_stream),
+            ):
+                stack.enter_context(replaced_method(self._model, name, around))
+            yield
+
+    def _around_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            with self._generating(self._new_run()):
+                return original(*args, **kwargs)
+
+        return generate
+
+    def _around_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._now.in_forward:
+                # A hook of the user's runs the model inside the model: a pass of its own.
+                with self._put_back(self._nothing_yet(in_forward=True)):
+                    return original(*args, **kwargs)
+            now = self._now
+            now.in_forward, now.run_begun = True, False
+            try:
+                return original(*args, **kwargs)
+            finally:
+                now.in_forward, now.positions, now.embedded = False, None, None
+
+        return forward
+
+    def _around_stream(
+        self, original: Callable[..., Generator[Any, None, None]]
+    ) -> Callable[..., Generator[Any, None, None]]:
+        @wraps(original)
+        def generate_stream(*args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+            stream, run = original(*args, **kwargs), self._new_run()
+            try:
+                while True:
+                    # Between two items the caller may use the model for something else.
+                    with self._generating(run):
+                        try:
+                            item = next(stream)
+                        except StopIteration:
+                            return
+                    yield item
+            finally:
+                stream.close()
+
+        return generate_stream
+
+    def _new_run(self) -> _Run:
+        run = _Run(number=self._n_runs, prompt_lengths=self._given)
+        self._n_runs += 1
+        return run
+
+    def _nothing_yet(self, *, in_forward: bool = False) -> _State:
+        return _State(run=_Run(number=-1, prompt_lengths=self._given), in_forward=in_forward)
+
+    def _generating(self, run: _Run) -> AbstractContextManager[None]:
+        return self._put_back(_State(run=run, generating=True))
+
+    @contextmanager
+    def _put_back(self, state: _State) -> Iterator[None]:
+        before, self._now = self._now, state
+        try:
+            yield
+        finally:
+            self._now = before
+
+    def _before_block(self, layer: int) -> Callable[..., None]:
+        block = self._model.blocks[layer]
+        inner = getattr(block, "original_component", block)  # the bridge hides the names
+        names = list(inspect.signature(inner.forward).parameters)
+
+        def listen(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # GPT-2's blocks get mask and cache by position, Llama's by name.
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            hidden, cache = arguments[names[0]], cache_of(arguments)
+            past = cached_length(cache, layer)
+            now = self._now
+            if not now.run_begun:
+                if not now.generating:
+                    now.run = self._run_of_loop(cache, past)
+                self._follow_tokens(len(hidden), past + hidden.shape[1])
+            now.run_begun = now.in_forward
+            now.positions = self._locate(hidden, arguments, past)
+
+        return listen
+
+    def _run_of_loop(self, cache: Any, past: int) -> _Run:
+        """Return the run that a forward pass outside generate goes on with, or a new one."""
+        alive = [run for run in self._loops if run.cache() is not None]
+        run = next((run for run in alive if run.cache() is cache), None) if past else None
+        if run is None:
+            run = self._new_run()
+            if past:  # a cache begun outside, or a copy of one: only the padding may be known
+                run.columns = self._now.run.columns
+            if cache is not None:
+                run.cache = weakref.ref(cache)
+        self._loops = [other for other in alive if other.cache() is not cache]
+        self._loops += [run] if cache is not None else []
+        return run
+
+    def _follow_tokens(self, batch: int, total: int) -> None:
+        """Bring the tokens of the run up to the forward pass that is about to run."""
+        run, new = self._now.run, self._now.embedded
+        self._now.embedded = None
+        if new is None or len(new) != batch or new.shape[1] > total:  # embeddings, not tokens
+            if run.tokens is not None and run.tokens.shape != (batch, total):
+                run.tokens, run.from_start = None, False
+            return
+        before, known = total - new.shape[1], run.tokens
+        if known is not None and run.from_start and len(known) == batch:
+            new = torch.cat([known[:, :before], new.to(known.device)], dim=1)
+        run.tokens, run.from_start = new, new.shape[1] == total
+
+    def _locate(self, hidden: Tensor, arguments: dict[str, Any], past: int) -> Positions:
+        batch, n_pos = hidden.shape[:2]
+        mask = arguments.get("attention_mask")
+        run, generating = self._now.run, self._now.generating
+        valid = own_columns(mask, batch, n_pos, past, hidden.device)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            seen = mask[:, : mask.shape[1] - n_pos].bool().to(hidden.device)
+        elif past == 0:
+            seen = valid[:, :0]
+        elif run.columns is not None and len(run.columns) == batch and run.columns.shape[1] >= past:
+            seen = run.columns[:, :past]
+        else:
+            seen = valid.new_ones(batch, past)  # the cache was begun outside: no padding known
+        run.columns = torch.cat([seen, valid], dim=1)
+        if run.prompt_lengths is None and generating:
+            run.prompt_lengths = run.columns.sum(1)
+        if run.prompt_lengths is not None and not run.prompts_fit:
+            run.prompt_lengths = expand_lengths(run.prompt_lengths, batch).to(valid.device)
+            check_lengths(run.prompt_lengths, run.columns)
+            run.prompts_fit = True  # a row only grows: what fits its beginning fits it later on
+        tokens = None
+        if run.tokens is not None and run.tokens.shape == run.columns.shape:
+            tokens = by_position(run.tokens.to(valid.device), run.columns)
+        return Positions(
+            index=seen.sum(1, keepdim=True) + valid.cumsum(1) - 1,
+            valid=valid,
+            prompt_lengths=run.prompt_lengths,
+            tokens=tokens,
+        )
+
+    def _before_embedding(self, _embed: Any, args: tuple[Any, ...]) -> None:
+        tokens = args[0] if args else None
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+            return
+        self._now.embedded = tokens

@@ -1,0 +1,1 @@
+"""Folders of safetensors and JSON, read under limits."""

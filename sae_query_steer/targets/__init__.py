@@ -1,0 +1,1 @@
+"""Targets of steering: class centroids, their builder, and fingerprints of models."""

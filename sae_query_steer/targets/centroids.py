@@ -1,0 +1,250 @@
+"""Centroids: mean, variance and count of the latents of each class, per site and head."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_query_steer.storage.folders import (
+    new_folder,
+    read_index,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from sae_query_steer.storage.safe_reading import FLOATS, inside, tensor_shapes
+from sae_query_steer.targets.fingerprint import Fingerprint, check_whole
+
+FORMAT = "sae_query_steer.centroids/1"
+
+_GROUPS = ("mean", "variance", "query", "reconstruction")
+_TENSORS = "centroids.safetensors"
+_SETTINGS = "centroids.json"
+CENTROID_FILES = (_SETTINGS, _TENSORS)
+"""The files of a folder of centroids."""
+
+
+class ClassMoments:
+    """Streams mean and sum of squared deviations of each class; two of them merge exactly.
+
+    Memory is that of the result, in float64. Source: the pairwise update of Chan, Golub and
+    LeVeque, stable where sums of squares are not.
+    """
+
+    def __init__(self, n_classes: int, shape: Sequence[int]) -> None:
+        self.count = torch.zeros(n_classes, dtype=torch.int64)
+        self.mean = torch.zeros(n_classes, *shape, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.mean)
+
+    def update(self, values: Float[Tensor, "token *shape"], classes: Int[Tensor, " token"]) -> None:
+        """Add values, each with the index of its class."""
+        values, classes = values.detach().double().cpu(), classes.cpu()
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(self.count):
+            raise ValueError(f"class indices must be 0 to {len(self.count) - 1}")
+        for k in classes.unique().tolist():
+            chosen = values[classes == k]
+            mean = chosen.mean(0)
+            self._add(k, len(chosen), mean, (chosen - mean).square().sum(0))
+
+    def merge(self, other: "ClassMoments") -> None:
+        """Add all that another one has seen; both must have the same shape."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"moments of shape {list(self.mean.shape)} and {list(other.mean.shape)} can't merge"
+            )
+        for k in range(len(self.count)):
+            self._add(k, int(other.count[k]), other.mean[k], other.squares[k])
+
+    def variance(self) -> Float[Tensor, "class *shape"]:
+        """Return the population variance of each class (divided by the count)."""
+        count = self.count.clamp(min=1).reshape(-1, *[1] * (self.mean.ndim - 1))
+        return self.squares / count
+
+    def _add(self, k: int, count: int, mean: Tensor, squares: Tensor) -> None:
+        if count == 0:
+            return
+        before, total = int(self.count[k]), int(self.count[k]) + count
+        difference = mean - self.mean[k]
+        self.mean[k] += difference * (count / total)
+        self.squares[k] += squares + difference.square() * (before * count / total)
+        self.count[k] = total
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CentroidTargets:
+    """Where each class of text lies in the latent space of each site and head."""
+
+    classes: tuple[str, ...]
+    """Names of the classes; their order is the order of every class axis."""
+
+    means: Mapping[str, Float[Tensor, "class head d_latent"]]
+    """The centroids, by hook name."""
+
+    variances: Mapping[str, Float[Tensor, "class head d_latent"]]
+    """Population variance of each latent within its class, by hook name."""
+
+    counts: Int[Tensor, " class"]
+    """Tokens that each centroid is the mean of."""
+
+    span: str
+    """The span in which they were taken, as it prints."""
+
+    fingerprint: Fingerprint
+    """What tells the model and the SAEs that they belong to."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+            raise ValueError(f"classes={self.classes} must be two or more different names")
+        for hook_name, mean in self.means.items():
+            if hook_name not in self.fingerprint.queries.keys() & self.fingerprint.reconstructions:
+                raise ValueError(f"the fingerprint lacks {hook_name}, where there are centroids")
+            variance = self.variances.get(hook_name)
+            if mean.ndim != 3:
+                raise ValueError(f"centroids at {hook_name} have {mean.ndim} axes, not 3")
+            if variance is None or variance.shape != mean.shape or len(mean) != len(self.classes):
+                raise ValueError(
+                    f"centroids at {hook_name} have shape {list(mean.shape)}: expected "
+                    f"{len(self.classes)} classes and variances of the same shape"
+                )
+            if not (bool(mean.isfinite().all()) and bool(variance.isfinite().all())):
+                raise ValueError(f"centroids at {hook_name} hold values that are not finite")
+            if bool((variance < 0).any()):
+                raise ValueError(f"centroids at {hook_name} hold a variance below 0")
+        if self.counts.ndim != 1 or len(self.counts) != len(self.classes):
+            raise ValueError(f"{self.counts.numel()} counts do not fit {len(self.classes)} classes")
+        if self.counts.is_floating_point() or int(self.counts.min()) < 1:
+            raise ValueError(f"counts={self.counts.tolist()} must be whole numbers above 0")
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{c} {int(n)}" for c, n in zip(self.classes, self.counts, strict=True))
+        return f"CentroidTargets({counts}; span {self.span}; sites {list(self.means)})"
+
+    def class_index(self, target: str) -> int:
+        """Return the index of a class.
+
+        Raises:
+            ValueError: no such class; the message lists those there are.
+        """
+        if target not in self.classes:
+            raise ValueError(f"no class {str(target)!r}: the classes are {list(self.classes)}")
+        return self.classes.index(target)
+
+    def class_share_of_variance(self, hook_name: str, *, head: int | None = None) -> float:
+        """Return the share of the latents' variance that the class explains.
+
+        Between classes over total, sum_k n_k |m_k - m|^2 / (that + sum_k n_k var_k): 0 where all
+        centroids are one, 1 where every latent is its class's centroid. Of few tokens it is too
+        high: n tokens of k classes that do not differ give about (k - 1) / (n - 1).
+
+        Args:
+            hook_name: the site.
+            head: of one head; None means over all heads.
+
+        Raises:
+            KeyError: there are no centroids at this site.
+        """
+        heads = slice(None) if head is None else slice(head, head + 1)
+        means = self.means[hook_name][:, heads].double()
+        variances = self.variances[hook_name][:, heads].double()
+        counts = self.counts.double().to(means.device)[:, None, None]
+        centre = (counts * means).sum(0) / counts.sum()
+        between = (counts * (means - centre).square()).sum()
+        total = between + (counts * variances).sum()
+        return float(between / total) if total > 0 else 0.0
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the centroids to a folder (safetensors and JSON), whole or not at all.
+
+        Raises:
+            FileExistsError: the folder exists and `overwrite` is False.
+        """
+        tensors = {"counts": self.counts, "fingerprint.tokens": self.fingerprint.tokens}
+        for prefix, group in self._groups().items():
+            tensors |= {f"{prefix}.{i}": group[name] for i, name in enumerate(self.means)}
+        settings = {
+            "format": FORMAT,
+            "classes": [str(name) for name in self.classes],
+            "span": self.span,
+            "hook_names": list(self.means),
+            "model_dtype": self.fingerprint.dtype,
+        }
+        with new_folder(folder, overwrite=overwrite, holding=_SETTINGS) as new:
+            write_tensors(new / _TENSORS, tensors)
+            write_json(new / _SETTINGS, settings)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "CentroidTargets":
+        """Read centroids that `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, of another format, or its parts do not fit.
+        """
+        folder = Path(folder)
+        settings = read_index(inside(folder, _SETTINGS), FORMAT)
+        path = inside(folder, _TENSORS)
+        shapes = tensor_shapes(path)
+        try:
+            hook_names = _names(settings["hook_names"])
+            wanted = {f"{group}.{i}" for group in _GROUPS for i in range(len(hook_names))}
+            _check_stored(shapes, wanted)
+            tensors = read_tensors(path)
+            group = {
+                prefix: {name: tensors[f"{prefix}.{i}"] for i, name in enumerate(hook_names)}
+                for prefix in _GROUPS
+            }
+            fingerprint = Fingerprint(
+                tokens=tensors["fingerprint.tokens"],
+                queries=group["query"],
+                reconstructions=group["reconstruction"],
+                dtype=_text(settings["model_dtype"]),
+            )
+            check_whole(fingerprint)
+            return cls(
+                classes=tuple(_names(settings["classes"])),
+                means=group["mean"],
+                variances=group["variance"],
+                counts=tensors["counts"],
+                span=_text(settings["span"]),
+                fingerprint=fingerprint,
+            )
+        except KeyError as error:
+            raise ValueError(f"{folder} is incomplete: it has no {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is damaged: {error}") from error
+
+    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
+        return {
+            "mean": self.means,
+            "variance": self.variances,
+            "query": self.fingerprint.queries,
+            "reconstruction": self.fingerprint.reconstructions,
+        }
+
+
+def _names(value: object) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{value!r:.80} is no list of names")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{value!r:.200} has a name twice")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    return value
+
+
+def _check_stored(shapes: Mapping[str, tuple[str, tuple[int, ...]]], groups: set[str]) -> None:
+    whole = {"counts", "fingerprint.tokens"}
+    if missing := sorted((groups | whole) - shapes.keys()):
+        raise KeyError(missing[0])
+    if unknown := sorted(shapes.keys() - groups - whole):
+        raise ValueError(f"it has a tensor {unknown[0]!r:.80}, which belongs to nothing")
+    for name, (dtype, _) in shapes.items():
+        if dtype not in (allowed := {"I64"} if name in whole else FLOATS):
+            raise ValueError(f"{name} is {dtype}: allowed are {sorted(allowed)}")

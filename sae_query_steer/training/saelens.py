@@ -1,0 +1,138 @@
+"""SAELens's trainers, with what query heads need of them.
+
+- The gradient of each head is clipped on its own, as in a solo run: SAELens clips the global norm,
+  which would couple the heads of a layer.
+- The norm of the activations is estimated and folded for each head.
+- Between two steps the state can be saved; the progress bar moves at every step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+from torch.nn import Parameter
+from typing_extensions import override
+
+from sae_query_steer.training.scaling import HeadwiseScaler
+
+CLIP_NORM = 1.0
+"""Largest norm of the gradient of one head; SAELens's value for a whole SAE."""
+
+
+class HeadwiseTrainer(SAETrainer[Any, Any]):
+    """SAELens's trainer, with the gradient of each head clipped on its own.
+
+    The step is SAELens's, line by line, but for the clipping and for `backward`, in which an
+    architecture may come to loss, gradients and firing counts without autograd.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation_scaler = HeadwiseScaler(self.sae.n_heads)
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # the same update in one pass over the memory
+
+    @override
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        return super().step(batch.to(self.sae.dtype))
+
+    @override
+    def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+        sae.train()
+        with self.autocast_if_enabled:
+            loss, fired = sae.backward(
+                TrainStepInput(
+                    sae_in=sae_in,
+                    dead_neuron_mask=self.dead_neurons,
+                    coefficients=self.get_coefficients(),
+                    n_training_steps=self.n_training_steps,
+                    is_logging_step=self._is_logging_step(),
+                )
+            )
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[fired > 0] = 0
+        self.act_freq_scores += fired
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        clip_grad_norm_per_head_(list(sae.parameters()), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        # Nobody reads the tensors of a step, and some of them were never made.
+        nothing = sae_in.new_empty(0)
+        return TrainStepOutput(
+            sae_in=sae_in,
+            sae_out=nothing,
+            feature_acts=nothing,
+            hidden_pre=nothing,
+            loss=loss,
+            losses={"loss": loss},
+        )
+
+
+class HeadwiseMultiTrainer(MultiSAETrainer):
+    """SAELens's trainer of several SAEs over one stream, with `HeadwiseTrainer` for each.
+
+    Args:
+        cfg: SAELens's settings.
+        saes: the SAEs by hook name.
+        checkpoint: called with this trainer before every step and after the last, when all SAEs
+            have done the same number of steps.
+    """
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        saes: Mapping[str, Any],
+        checkpoint: Callable[["HeadwiseMultiTrainer"], None] | None = None,
+    ) -> None:
+        super().__init__(
+            cfg=cfg,
+            saes=dict(saes),
+            hook_names={name: name for name in saes},
+            data_provider=iter(()),
+        )
+        self._checkpoint = checkpoint
+        solo = replace(cfg, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False)
+        self.trainers = {
+            name: HeadwiseTrainer(cfg=solo, sae=sae, data_provider=iter(()))
+            for name, sae in self.saes.items()
+        }
+
+    @override
+    def _maybe_log_sparsity(self, final: bool = False) -> None:
+        super()._maybe_log_sparsity(final=final)
+        if self._checkpoint is not None:
+            self._checkpoint(self)
+
+    @override
+    def _update_pbar(self, step_outputs: Any, pbar: Any, update_interval: int = 100) -> None:
+        # SAELens moves the bar every 100 steps: a short run would stand at 0 % to its end.
+        pbar.update(self.n_training_samples - pbar.n)
+        if self.n_training_steps % update_interval == 0:
+            losses = (f"{name}: {out.loss.item():.4f}" for name, out in step_outputs.items())
+            pbar.set_postfix_str(", ".join(losses))
+
+
+@torch.no_grad()
+def clip_grad_norm_per_head_(parameters: Sequence[Parameter], max_norm: float) -> None:
+    """Scale the gradient of each head so that its norm over all parameters is at most `max_norm`.
+
+    Args:
+        parameters: tensors whose first axis is the head.
+        max_norm: the bound.
+
+    Source: `torch.nn.utils.clip_grad_norm_`, the same rule on the parameters of one head.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad *= scale.reshape(-1, *[1] * (grad.ndim - 1))
