@@ -1,0 +1,229 @@
+from .baselines.decoder_rows import DecoderRowsSteerer as DecoderRowsSteerer
+from .baselines.residual import ResidualMeanDifference as ResidualMeanDifference
+from .baselines.residual_stream import (
+    ResidualMeans as ResidualMeans,
+)
+from .baselines.residual_stream import (
+    residual_means as residual_means,
+)
+from .baselines.simple import (
+    RandomDirectionSteerer as RandomDirectionSteerer,
+)
+from .baselines.simple import (
+    few_shot_prompt as few_shot_prompt,
+)
+from .baselines.simple import (
+    mean_difference as mean_difference,
+)
+from .bloom import BloomLevel as BloomLevel
+from .dashboards.writing import write_dashboards as write_dashboards
+from .data.examples import (
+    LabelledExample as LabelledExample,
+)
+from .data.examples import (
+    TokenizedExample as TokenizedExample,
+)
+from .data.examples import (
+    tokenize_example as tokenize_example,
+)
+from .data.examples import (
+    tokenize_examples as tokenize_examples,
+)
+from .data.readers import (
+    examples_from_csv as examples_from_csv,
+)
+from .data.readers import (
+    examples_from_dataset as examples_from_dataset,
+)
+from .data.readers import (
+    examples_from_jsonl as examples_from_jsonl,
+)
+from .data.readers import (
+    texts_from_file as texts_from_file,
+)
+from .descent.goals import Goal as Goal
+from .descent.latent_choice import (
+    ActiveLatents as ActiveLatents,
+)
+from .descent.latent_choice import (
+    ExceptLatents as ExceptLatents,
+)
+from .descent.latent_choice import (
+    GivenLatents as GivenLatents,
+)
+from .descent.latent_choice import (
+    LatentAbove as LatentAbove,
+)
+from .descent.latent_choice import (
+    PosteriorBelow as PosteriorBelow,
+)
+from .descent.latent_choice import (
+    TopLatents as TopLatents,
+)
+from .descent.loop import Bounds as Bounds
+from .descent.loop import DescentResult as DescentResult
+from .descent.loop import descend as descend
+from .descent.objectives import (
+    AutogradObjective as AutogradObjective,
+)
+from .descent.objectives import (
+    CentroidContrast as CentroidContrast,
+)
+from .descent.objectives import (
+    CosineSimilarity as CosineSimilarity,
+)
+from .descent.objectives import (
+    GaussianLogLikelihood as GaussianLogLikelihood,
+)
+from .descent.objectives import (
+    LinearProbe as LinearProbe,
+)
+from .descent.objectives import (
+    Objective as Objective,
+)
+from .descent.objectives import (
+    PrototypeLogLikelihood as PrototypeLogLikelihood,
+)
+from .descent.objectives import (
+    SquaredDistance as SquaredDistance,
+)
+from .descent.strength import ExponentialDecay as ExponentialDecay
+from .descent.strength import LinearWarmUp as LinearWarmUp
+from .diagnostics.achieved import achieved_effect as achieved_effect
+from .diagnostics.interchange import interchange_effect as interchange_effect
+from .diagnostics.latent_attention import latent_attention as latent_attention
+from .diagnostics.latent_texts import (
+    top_activating_texts as top_activating_texts,
+)
+from .diagnostics.latent_texts import (
+    top_tokens as top_tokens,
+)
+from .diagnostics.moved import most_moved as most_moved
+from .diagnostics.moved import moved_latents as moved_latents
+from .diagnostics.sae_scores import evaluate_saes as evaluate_saes
+from .diagnostics.separability import separability as separability
+from .diagnostics.site_verdicts import site_verdicts as site_verdicts
+from .diagnostics.top_tokens import TopTokens as TopTokens
+from .hub import (
+    Bundle as Bundle,
+)
+from .hub import (
+    Upload as Upload,
+)
+from .hub import (
+    from_pretrained as from_pretrained,
+)
+from .hub import (
+    load_bundle as load_bundle,
+)
+from .hub import (
+    push_to_hub as push_to_hub,
+)
+from .hub import (
+    registry_entry as registry_entry,
+)
+from .hub import (
+    save_bundle as save_bundle,
+)
+from .models.loading import load_model as load_model
+from .plots import (
+    plot_posterior as plot_posterior,
+)
+from .plots import (
+    plot_sites as plot_sites,
+)
+from .plots import (
+    plot_trace as plot_trace,
+)
+from .sae import (
+    QueryHeadBatchTopKTrainingSAEConfig as QueryHeadBatchTopKTrainingSAEConfig,
+)
+from .sae import (
+    QueryHeadGatedTrainingSAEConfig as QueryHeadGatedTrainingSAEConfig,
+)
+from .sae import (
+    QueryHeadJumpReLUTrainingSAEConfig as QueryHeadJumpReLUTrainingSAEConfig,
+)
+from .sae import (
+    QueryHeadKLSparseTrainingSAEConfig as QueryHeadKLSparseTrainingSAEConfig,
+)
+from .sae import (
+    QueryHeadMatryoshkaBatchTopKTrainingSAEConfig as QueryHeadMatryoshkaBatchTopKTrainingSAEConfig,
+)
+from .sae import (
+    QueryHeadSAE as QueryHeadSAE,
+)
+from .sae import (
+    QueryHeadStandardTrainingSAEConfig as QueryHeadStandardTrainingSAEConfig,
+)
+from .sae import (
+    QueryHeadTopKTrainingSAEConfig as QueryHeadTopKTrainingSAEConfig,
+)
+from .sae.collection import QuerySAEs as QuerySAEs
+from .sae.encoders import (
+    IdentityEncoder as IdentityEncoder,
+)
+from .sae.encoders import (
+    QueryEncoder as QueryEncoder,
+)
+from .sae.encoders import (
+    identity_encoders as identity_encoders,
+)
+from .sae.heads import join_heads as join_heads
+from .sae.heads import split_heads as split_heads
+from .scopes.marked import AfterToken as AfterToken
+from .scopes.marked import AtPositions as AtPositions
+from .scopes.marked import RowMask as RowMask
+from .scopes.named import (
+    FirstResponseTokens as FirstResponseTokens,
+)
+from .scopes.named import (
+    LastPromptTokens as LastPromptTokens,
+)
+from .scopes.named import (
+    PromptTokens as PromptTokens,
+)
+from .scopes.named import (
+    Window as Window,
+)
+from .scopes.named import (
+    WindowAroundPromptEnd as WindowAroundPromptEnd,
+)
+from .scopes.positions import (
+    AllOf as AllOf,
+)
+from .scopes.positions import (
+    AnyOf as AnyOf,
+)
+from .scopes.positions import (
+    EveryPosition as EveryPosition,
+)
+from .scopes.positions import (
+    LastPromptToken as LastPromptToken,
+)
+from .scopes.positions import (
+    LastResponseToken as LastResponseToken,
+)
+from .scopes.positions import (
+    Not as Not,
+)
+from .scopes.positions import (
+    Positions as Positions,
+)
+from .scopes.positions import (
+    ResponseTokens as ResponseTokens,
+)
+from .sites import QuerySite as QuerySite
+from .sites import query_sites as query_sites
+from .steering.attach import attached_saes as attached_saes
+from .steering.files import load_steerer as load_steerer
+from .steering.files import save_steerer as save_steerer
+from .steering.joined import JoinedSteerers as JoinedSteerers
+from .steering.partial import PartialSteerer as PartialSteerer
+from .steering.steerer import LatentGradientSteerer as LatentGradientSteerer
+from .steering.trace import SteeringTrace as SteeringTrace
+from .targets.builder import CentroidTargetBuilder as CentroidTargetBuilder
+from .targets.centroids import CentroidTargets as CentroidTargets
+from .toy.tutor.pretrained import load_tutor as load_tutor
+from .training.distributed import train_on_ranks as train_on_ranks
+from .training.train import train_query_saes as train_query_saes
