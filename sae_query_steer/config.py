@@ -1,0 +1,381 @@
+"""Settings of a training run and of every SAE architecture, as plain values.
+
+The command line is made from these classes, SAELens's config objects are built from them, and
+checkpoints store them, so no setting is written twice. This module imports neither torch nor any
+other slow library. Names and defaults are SAELens's; sizes are those of one head.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Settings shared by all architectures of query-head SAEs."""
+
+    name: ClassVar[str]
+    """Name in SAELens's registry."""
+
+    d_sae_per_head: int
+    """Latents of each head; a usual choice is 4 to 32 times d_head."""
+
+    dtype: Literal["float32", "float64"] = "float32"
+    """Number format in training; Adam's steps would be lost in 16 bits."""
+
+    apply_b_dec_to_input: bool = True
+    """Subtract the decoder bias from the query before encoding it."""
+
+    normalize_activations: Literal["none", "expected_average_only_in"] = "none"
+    """Scale the queries of each head to mean norm sqrt(d_head) in training."""
+
+    decoder_init_norm: float | None = 0.1
+    """Norm of the decoder rows at the start; None keeps that of Kaiming's initialisation."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "d_sae_per_head")
+        _check_choice(self, "dtype", "float32", "float64")
+        _check_choice(self, "normalize_activations", "none", "expected_average_only_in")
+        if self.decoder_init_norm is not None:
+            _check_positive(self, "decoder_init_norm")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings with the name of the architecture."""
+        return {"architecture": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standard(Architecture):
+    """ReLU latents with an L1 penalty."""
+
+    name = "query_head_standard"
+
+    l1_coefficient: float = 1.0
+    """Weight of the L1 penalty."""
+
+    l1_warm_up_steps: int = 0
+    """Steps over which the weight grows from 0."""
+
+    lp_norm: float = 1.0
+    """p of the norm over the latents of one head that is penalised."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, 0, "l1_coefficient", "l1_warm_up_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(Architecture):
+    """One half of the encoder decides which latents fire, the other how strongly."""
+
+    name = "query_head_gated"
+
+    l1_coefficient: float = 1.0
+    """Weight of the penalty on open gates."""
+
+    l1_warm_up_steps: int = 0
+    """Steps over which the weight grows from 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, 0, "l1_coefficient", "l1_warm_up_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLU(Architecture):
+    """Latents above a threshold that each of them learns."""
+
+    name = "query_head_jumprelu"
+
+    jumprelu_init_threshold: float = 0.01
+    """Threshold of every latent at the start."""
+
+    jumprelu_bandwidth: float = 0.05
+    """Width around a threshold in which pre-activations move it."""
+
+    jumprelu_sparsity_loss_mode: Literal["step", "tanh", "quadratic"] = "step"
+    """Penalise the number of firing latents of a head (`step`), a smooth bound on it (`tanh`), or
+    its squared distance from `target_l0` (`quadratic`)."""
+
+    l0_coefficient: float = 1.0
+    """Weight of the sparsity loss."""
+
+    l0_warm_up_steps: int = 0
+    """Steps over which the weight grows from 0."""
+
+    pre_act_loss_coefficient: float | None = None
+    """Weight of the loss that draws dead latents up to their threshold; None omits it."""
+
+    jumprelu_tanh_scale: float = 4.0
+    """Steepness of `tanh`."""
+
+    jumprelu_ste_to_input: bool = False
+    """Let the encoder also learn from pre-activations near a threshold."""
+
+    target_l0: float | None = None
+    """Latents of one head that should fire at a token; required by `quadratic` only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice(self, "jumprelu_sparsity_loss_mode", "step", "tanh", "quadratic")
+        _check_positive(self, "jumprelu_bandwidth")
+        _check_at_least(self, 0, "jumprelu_init_threshold", "jumprelu_tanh_scale")
+        _check_at_least(self, 0, "l0_coefficient", "l0_warm_up_steps")
+        if self.pre_act_loss_coefficient is not None:
+            _check_at_least(self, 0, "pre_act_loss_coefficient")
+        if self.jumprelu_sparsity_loss_mode == "quadratic":
+            _check_latents(self, "target_l0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLSparse(Architecture):
+    """Sigmoid latents with a penalty on the distance of each mean from `rho`."""
+
+    name = "query_head_kl_sparse"
+
+    rho: float = 0.05
+    """Mean of a latent over tokens at which the penalty is 0."""
+
+    kl_coefficient: float = 1.0
+    """Weight of the penalty."""
+
+    kl_warm_up_steps: int = 0
+    """Steps over which the weight grows from 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rho < 1:
+            raise ValueError(f"rho must be between 0 and 1, such as 0.05, got {self.rho}")
+        _check_at_least(self, 0, "kl_coefficient", "kl_warm_up_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Architecture):
+    """The k largest pre-activations of each head."""
+
+    name = "query_head_topk"
+
+    k: int = 32
+    """Latents of one head that may fire at a token."""
+
+    aux_loss_coefficient: float = 1.0
+    """Weight of the loss by which dead latents learn from the residual."""
+
+    rescale_acts_by_decoder_norm: bool = True
+    """Choose and count latents as if every decoder row had norm 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.k, int) or not 1 <= self.k <= self.d_sae_per_head:
+            raise ValueError(
+                f"k must be a whole number from 1 to d_sae_per_head={self.d_sae_per_head}, "
+                f"got {self.k}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopK(Architecture):
+    """The largest pre-activations of each head over a batch; saved as JumpReLU."""
+
+    name = "query_head_batchtopk"
+
+    k: float = 32
+    """Latents of one head that fire at a token on average."""
+
+    aux_loss_coefficient: float = 1.0
+    """Weight of the loss by which dead latents learn from the residual."""
+
+    rescale_acts_by_decoder_norm: bool = True
+    """Choose and count latents as if every decoder row had norm 1."""
+
+    topk_threshold_lr: float = 0.01
+    """Share by which a batch moves the running threshold of a head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_latents(self, "k")
+        if not 0 < self.topk_threshold_lr <= 1:
+            raise ValueError(
+                f"topk_threshold_lr must be above 0 and at most 1, got {self.topk_threshold_lr}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaBatchTopK(BatchTopK):
+    """BatchTopK with a loss for each of several nested widths; saved as JumpReLU."""
+
+    name = "query_head_matryoshka_batchtopk"
+
+    matryoshka_widths: tuple[int, ...]
+    """Latents of one head at each level, rising; the last is `d_sae_per_head`."""
+
+    use_matryoshka_aux_loss: bool = False
+    """Let the dead latents of a level learn from the error of that level only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        widths = (0, *self.matryoshka_widths)
+        rising = all(narrow < wide for narrow, wide in pairwise(widths))
+        if len(widths) < 3 or not rising or widths[-1] != self.d_sae_per_head:
+            raise ValueError(
+                "matryoshka_widths must be two or more rising widths that end with "
+                f"d_sae_per_head={self.d_sae_per_head}, got {self.matryoshka_widths}; for one "
+                "width use BatchTopK"
+            )
+
+
+ARCHITECTURES: tuple[type[Architecture], ...] = (
+    TopK,
+    BatchTopK,
+    MatryoshkaBatchTopK,
+    Standard,
+    Gated,
+    JumpReLU,
+    KLSparse,
+)
+"""All architectures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of `train_query_saes`; names are SAELens's.
+
+    For millions of tokens, SAELens's `lr` of 3e-4 with steps of 4096 tokens is a good start; the
+    defaults here suit some hundred thousand.
+    """
+
+    sae: Architecture
+    """Architecture of the SAEs and its settings."""
+
+    training_tokens: int
+    """Tokens to train on."""
+
+    seed: int = 0
+    """Seed of the weights and of the order of the tokens."""
+
+    context_size: int | None = None
+    """Tokens of a row; None means 128, or the context of the model where that is shorter."""
+
+    concat_sequences: bool = True
+    """Join documents into full rows as SAELens does; False keeps one document a row."""
+
+    prepend_bos: bool = True
+    """Begin rows and documents with BOS."""
+
+    lr: float = 1e-3
+    """Learning rate of Adam."""
+
+    lr_warm_up_steps: int = 0
+    """Steps over which the learning rate grows from 0."""
+
+    lr_decay_steps: int = 0
+    """Last steps, over which the learning rate falls to a tenth."""
+
+    train_batch_size_tokens: int = 512
+    """Tokens of one training step."""
+
+    store_batch_size_prompts: int = 16
+    """Rows of one forward pass of the model."""
+
+    n_batches_in_buffer: int = 64
+    """Rows whose tokens are shuffled among each other; memory holds their queries."""
+
+    dead_feature_window: int = 1000
+    """Steps without firing after which a latent counts as dead."""
+
+    n_batches_for_norm_estimate: int = 100
+    """Batches that estimate the mean norm of each head's queries, where `normalize_activations`
+    needs it."""
+
+    autocast: bool = False
+    """Train the SAEs in mixed precision (bfloat16)."""
+
+    autocast_lm: bool = False
+    """Run the model in mixed precision (bfloat16)."""
+
+    act_store_device: str = "with_model"
+    """Device on which queries wait for their step, such as cpu; "with_model" is the model's."""
+
+    prefetch: bool = False
+    """Read the next queries while the SAEs train. It pays where model and SAEs use different
+    devices, and changes no number."""
+
+    metric_tokens: int = 16_384
+    """Tokens of the training stream on which the final metrics are measured; 0 omits them."""
+
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; one takes three times the memory of the weights."""
+
+    _WITHOUT_EFFECT_ON_WEIGHTS: ClassVar = frozenset(
+        {"act_store_device", "prefetch", "metric_tokens", "checkpoint_every"}
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sae, Architecture):
+            names = ", ".join(kind.__name__ for kind in ARCHITECTURES)
+            raise TypeError(
+                f"sae must be the settings of an architecture ({names}), "
+                f"got {type(self.sae).__name__}"
+            )
+        _check_at_least(self, 1, "training_tokens", "train_batch_size_tokens")
+        _check_at_least(self, 1, "store_batch_size_prompts", "n_batches_in_buffer")
+        _check_at_least(self, 1, "n_batches_for_norm_estimate", "checkpoint_every")
+        _check_at_least(self, 0, "seed", "lr_warm_up_steps", "lr_decay_steps")
+        _check_at_least(self, 0, "dead_feature_window", "metric_tokens")
+        _check_positive(self, "lr")
+        if self.context_size is not None:
+            _check_at_least(self, 2, "context_size")
+        if self.n_steps < 1:
+            raise ValueError(
+                f"training_tokens must be at least one step of train_batch_size_tokens="
+                f"{self.train_batch_size_tokens}, got {self.training_tokens}"
+            )
+        if self.lr_warm_up_steps + self.lr_decay_steps > self.n_steps:
+            raise ValueError(
+                f"lr_warm_up_steps and lr_decay_steps must be at most the {self.n_steps} steps of "
+                f"the run together, got {self.lr_warm_up_steps} and {self.lr_decay_steps}"
+            )
+        if self.autocast and self.sae.dtype != "float32":
+            raise ValueError(f"dtype must be 'float32' with autocast, got {self.sae.dtype!r}")
+
+    @property
+    def n_steps(self) -> int:
+        """Training steps."""
+        return self.training_tokens // self.train_batch_size_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings that decide the weights of a run, for checkpoints and SAE folders."""
+        return {
+            name: self.sae.to_json() if name == "sae" else value
+            for name, value in asdict(self).items()
+            if name not in self._WITHOUT_EFFECT_ON_WEIGHTS
+        }
+
+
+def _check_at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number above 0, got {value}")
+
+
+def _check_choice(config: Any, name: str, *allowed: str) -> None:
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}")
+
+
+def _check_latents(config: Architecture, name: str) -> None:
+    value = getattr(config, name)
+    if value is None or not 0 < value <= config.d_sae_per_head:
+        raise ValueError(
+            f"{name} must be above 0 and at most d_sae_per_head={config.d_sae_per_head}, "
+            f"got {value}"
+        )
