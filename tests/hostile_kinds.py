@@ -23,9 +23,9 @@ import sae_query_steer as sqs
 from sae_query_steer import sae
 from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.hub.files import sha256
+from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae import to_inference
 from sae_query_steer.steering.files import steerer_settings
-from sae_query_steer.targets.fingerprint import Fingerprint
 
 HOOKS = ("blocks.2.attn.hook_q", "blocks.10.attn.hook_rot_q")
 CLASSES = ("remember", "apply", "create")

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 
-from sae_query_steer.storage.folders import read_tensors, write_tensors
-from sae_query_steer.targets.centroids import CentroidTargets, ClassMoments
-from sae_query_steer.targets.fingerprint import (
+from sae_query_steer.models.fingerprint import (
     Fingerprint,
     check_queries,
     check_reconstructions,
@@ -18,6 +16,8 @@ from sae_query_steer.targets.fingerprint import (
     fingerprint_tokens,
     relative_difference,
 )
+from sae_query_steer.storage.folders import read_tensors, write_tensors
+from sae_query_steer.targets.centroids import CentroidTargets, ClassMoments
 
 # The later layer stands first, and "10" sorts before "2": orders must survive as they are.
 HOOKS = ("blocks.2.attn.hook_q", "blocks.10.attn.hook_q")

@@ -9,9 +9,9 @@ from conftest import HOSTS
 import sae_query_steer as sqs
 from sae_query_steer.baselines.decoder_rows import DecoderRowsSteerer
 from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.models.loading import queries_at
 from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
-from sae_query_steer.targets.fingerprint import Fingerprint
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]

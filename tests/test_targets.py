@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.models.fingerprint import relative_difference
 from sae_query_steer.models.loading import queries_at
 from sae_query_steer.targets.capture import capture, take_fingerprint
-from sae_query_steer.targets.fingerprint import relative_difference
 
 NAME = "blocks.2.attn.hook_q"
 SPANS = {

@@ -15,16 +15,17 @@ from sae_query_steer.data.examples import (
     check_classes,
     length_sorted_batches,
 )
-from sae_query_steer.models.loading import check_not_steered, without_hooks
-from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
-from sae_query_steer.targets.builder import as_tokenized
-from sae_query_steer.targets.capture import dtype_name, span_of
-from sae_query_steer.targets.centroids import ClassMoments
-from sae_query_steer.targets.fingerprint import (
+from sae_query_steer.models.fingerprint import (
     default_tolerance,
+    dtype_name,
     fingerprint_tokens,
     relative_difference,
 )
+from sae_query_steer.models.loading import check_not_steered, without_hooks
+from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
+from sae_query_steer.targets.builder import as_tokenized
+from sae_query_steer.targets.capture import span_of
+from sae_query_steer.targets.centroids import ClassMoments
 
 
 def residual_hook(layer: int) -> str:

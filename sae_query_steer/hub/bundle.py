@@ -20,6 +20,12 @@ from sae_query_steer.hub.layout import (
     STEERER,
     read_index,
 )
+from sae_query_steer.models.fingerprint import (
+    Fingerprint,
+    check_reconstructions,
+    check_whole,
+    default_tolerance,
+)
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.steering.files import steerer_from_settings
 from sae_query_steer.steering.steerer import LatentGradientSteerer
@@ -27,12 +33,6 @@ from sae_query_steer.storage.folders import read_json, read_tensors, rows_table
 from sae_query_steer.targets.builder import check_shapes
 from sae_query_steer.targets.capture import reconstructions
 from sae_query_steer.targets.centroids import CentroidTargets
-from sae_query_steer.targets.fingerprint import (
-    Fingerprint,
-    check_reconstructions,
-    check_whole,
-    default_tolerance,
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

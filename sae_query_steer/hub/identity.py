@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.models.fingerprint import (
+    Fingerprint,
+    default_tolerance,
+    dtype_name,
+    relative_difference,
+)
 from sae_query_steer.models.loading import model_name, queries_at, without_hooks
-from sae_query_steer.targets.capture import dtype_name
-from sae_query_steer.targets.fingerprint import Fingerprint, default_tolerance, relative_difference
 
 _SIZES = ("n_layers", "n_heads", "d_head", "d_model", "d_vocab")
 

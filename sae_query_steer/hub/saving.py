@@ -25,6 +25,7 @@ from sae_query_steer.hub.layout import (
     STEERER,
     head_folders,
 )
+from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import encoder_sites
@@ -41,7 +42,6 @@ from sae_query_steer.storage.folders import (
 from sae_query_steer.targets.builder import check_belongs, check_shapes
 from sae_query_steer.targets.capture import check_devices, take_fingerprint
 from sae_query_steer.targets.centroids import CentroidTargets
-from sae_query_steer.targets.fingerprint import Fingerprint
 
 
 def save_bundle(

@@ -13,22 +13,22 @@ from sae_query_steer.data.examples import (
     ordered_classes,
     tokenize_examples,
 )
+from sae_query_steer.models.fingerprint import (
+    check_queries,
+    check_reconstructions,
+    default_tolerance,
+    dtype_name,
+)
 from sae_query_steer.models.loading import queries_at, tokenizer_of, without_hooks
 from sae_query_steer.sae.encoders import QueryEncoder, encoded, encoder_sites
 from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
 from sae_query_steer.targets.capture import (
     capture,
     check_devices,
-    dtype_name,
     reconstructions,
     take_fingerprint,
 )
 from sae_query_steer.targets.centroids import CentroidTargets, ClassMoments
-from sae_query_steer.targets.fingerprint import (
-    check_queries,
-    check_reconstructions,
-    default_tolerance,
-)
 
 
 class CentroidTargetBuilder:

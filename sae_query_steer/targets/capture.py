@@ -10,11 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_query_steer.data.examples import TokenBatch, TokenizedExample, length_sorted_batches
+from sae_query_steer.models.fingerprint import Fingerprint, dtype_name, fingerprint_tokens
 from sae_query_steer.models.loading import check_not_steered, queries_at, without_hooks
 from sae_query_steer.sae.encoders import QueryEncoder, device_of, encoded, encoder_sites
 from sae_query_steer.scopes.positions import Positions, Span, select
 from sae_query_steer.scopes.prompt_lengths import by_position
-from sae_query_steer.targets.fingerprint import Fingerprint, fingerprint_tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,11 +142,6 @@ def reconstructions(
         name: encoder.decode(encoded(encoder, queries[name])).float().cpu()
         for name, encoder in encoders.items()
     }
-
-
-def dtype_name(model: Any) -> str:
-    """Return the number format of a model's weights, such as "bfloat16"."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def check_devices(model: Any, encoders: Mapping[str, QueryEncoder]) -> None:

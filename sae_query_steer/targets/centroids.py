@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_query_steer.models.fingerprint import Fingerprint, check_whole
 from sae_query_steer.storage.folders import (
     new_folder,
     read_index,
@@ -16,7 +17,6 @@ from sae_query_steer.storage.folders import (
     write_tensors,
 )
 from sae_query_steer.storage.safe_reading import FLOATS, inside, tensor_shapes
-from sae_query_steer.targets.fingerprint import Fingerprint, check_whole
 
 FORMAT = "sae_query_steer.centroids/1"
 

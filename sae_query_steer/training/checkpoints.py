@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_query_steer.models.fingerprint import default_tolerance, relative_difference
 from sae_query_steer.storage.folders import (
     new_folder,
     read_json,
@@ -24,7 +25,6 @@ from sae_query_steer.storage.folders import (
     write_tensors,
 )
 from sae_query_steer.storage.safe_reading import inside
-from sae_query_steer.targets.fingerprint import default_tolerance, relative_difference
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer, HeadwiseTrainer
 
 FORMAT = "sae_query_steer.run/1"

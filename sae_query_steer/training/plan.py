@@ -13,10 +13,10 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
+from sae_query_steer.models.fingerprint import dtype_name
 from sae_query_steer.models.loading import model_name
 from sae_query_steer.sae.core import QueryHeadTrainingSAEConfig
 from sae_query_steer.sites import QuerySite, check_sites
-from sae_query_steer.targets.capture import dtype_name
 from sae_query_steer.training.resources import check_disk, check_memory
 from sae_query_steer.training.stream import QueryStream
 

@@ -18,14 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_query_steer.data.token_rows import Texts, token_rows
+from sae_query_steer.models.fingerprint import dtype_name, fingerprint_tokens
 from sae_query_steer.models.loading import queries_at, without_hooks
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sae.core import QueryHeadTrainingSAEConfig
 from sae_query_steer.sae.inference import to_inference
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.storage.folders import check_replaceable
-from sae_query_steer.targets.capture import dtype_name
-from sae_query_steer.targets.fingerprint import fingerprint_tokens
 from sae_query_steer.training.checkpoints import Checkpoints, check_same_run
 from sae_query_steer.training.plan import (
     TrainingPlan,

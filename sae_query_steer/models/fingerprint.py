@@ -7,6 +7,7 @@ devices and number formats, and tells another model, or another SAE, at once.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +40,11 @@ class Fingerprint:
 def fingerprint_tokens(d_vocab: int) -> Int[Tensor, "2 6"]:
     """Return the fixed token rows for a vocabulary: two rows of six, spread over its ids."""
     return ((2 * torch.arange(12) + 1) * d_vocab // 24).reshape(2, 6)
+
+
+def dtype_name(model: Any) -> str:
+    """Return the number format of a model's weights, such as "bfloat16"."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def check_whole(stored: Fingerprint) -> None:
