@@ -23,7 +23,7 @@ import pandas as pd
 
 import sae_query_steer as sqs
 from sae_query_steer.dashboards.page import page_data
-from sae_query_steer.toy.tutor import TutorCorpus
+from sae_query_steer.toy import TutorCorpus
 
 
 def main() -> None:

@@ -224,6 +224,6 @@ from .steering.steerer import LatentGradientSteerer as LatentGradientSteerer
 from .steering.trace import SteeringTrace as SteeringTrace
 from .targets.builder import CentroidTargetBuilder as CentroidTargetBuilder
 from .targets.centroids import CentroidTargets as CentroidTargets
-from .toy.tutor.pretrained import load_tutor as load_tutor
+from .toy.pretrained import load_tutor as load_tutor
 from .training.distributed import train_on_ranks as train_on_ranks
 from .training.train import train_query_saes as train_query_saes

@@ -12,7 +12,7 @@ from sae_query_steer.compare.comparison import (
     outcome_row,
     strength_curves,
 )
-from sae_query_steer.toy.tutor.cases import TASKS, note_judge, tutor_cases
+from sae_query_steer.compare.demo_cases import TASKS, note_judge, tutor_cases
 
 
 def outcome(strength, target, ratio, *, success=None, grounded=True):

@@ -7,26 +7,20 @@ from functools import cache
 
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import sae_query_steer as sqs
 from sae_query_steer.cli import tutor as commands
 from sae_query_steer.cli.main import app
-from sae_query_steer.compare import SweepLog
+from sae_query_steer.compare import DemoSettings, SweepLog, demo_cases, run_demo, write_report
+from sae_query_steer.compare import demo as demo_module
+from sae_query_steer.compare.demo_preparation import chosen_layers
+from sae_query_steer.compare.demo_report import display_table, report_html, verdict
 from sae_query_steer.compare.sweep_figures import layer_table
-from sae_query_steer.storage.folders import read_json
-from sae_query_steer.toy.tutor import (
-    DemoSettings,
-    TutorCorpus,
-    TutorTraining,
-    cases,
-    run_demo,
-    train_tutor,
-    write_report,
-)
-from sae_query_steer.toy.tutor import demo as demo_module
-from sae_query_steer.toy.tutor.preparation import chosen_layers
-from sae_query_steer.toy.tutor.report import display_table, report_html, verdict
+from sae_query_steer.storage.folders import read_json, write_json
+from sae_query_steer.toy import TUTOR_FOLDER, TutorCorpus
 
 ROW = {
     *("task", "method", "objective", "centroids", "span", "scope", "n_steps", "step_size"),
@@ -39,15 +33,35 @@ ROW = {
 SMALL = DemoSettings(
     n_train=60, n_validation=6, n_test=12, n_pairs=6, training_tokens=4096, d_sae_per_head=16, k=4
 )
-TINY = {"n_steps": 2, "max_steps": 2, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_mlp": 32}
+
+
+def make_tutor(folder, *, notes=True):
+    """A random model of two layers with the tutor's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(TUTOR_FOLDER)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "tutor.json", {"settings": {"notes": notes}})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
     """Four tokens of each text, which hardly trained tutors never end; one judge for all runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases, "MAX_NEW_TOKENS", 4)
-        patch.setattr(demo_module, "LevelClassifier", cache(demo_module.LevelClassifier))
+        patch.setattr(demo_cases, "MAX_NEW_TOKENS", 4)
+        patch.setattr(demo_module, "level_judge", cache(demo_module.level_judge))
         yield
 
 
@@ -55,7 +69,7 @@ def short():
 def folder(tmp_path_factory):
     """A tutor that has hardly been trained."""
     folder = tmp_path_factory.mktemp("tutor") / "tutor"
-    train_tutor(folder, TutorTraining(**TINY))
+    make_tutor(folder)
     return folder
 
 
@@ -212,7 +226,7 @@ def test_settings_too_small_are_refused():
 def test_the_command_refuses_before_it_works(folder, tmp_path):
     runner = CliRunner()
     for arguments, message in (
-        (["--tutor", str(tmp_path)], "no folder that `tutor` wrote"),
+        (["--tutor", str(tmp_path)], "not the folder of a tutor"),
         (["--tutor", str(folder), "--n", "1"], "n_test=1 is not allowed"),
         (["--quick", "--full"], "--quick and --full name two sizes: give one of them"),
     ):
@@ -223,7 +237,7 @@ def test_the_command_refuses_before_it_works(folder, tmp_path):
 
 def test_the_command_writes_a_report_of_a_null_tutor(tmp_path, monkeypatch):
     null = tmp_path / "null"
-    train_tutor(null, TutorTraining(**TINY, notes=False))
+    make_tutor(null, notes=False)
     monkeypatch.setattr(commands, "QUICK", replace(SMALL, n_test=6))
     opened = TutorCorpus("train", seed=9, notes=False).examples(60, open_share=1.0)
     monkeypatch.setattr(demo_module, "training_examples", lambda *args: (opened, opened))

@@ -14,8 +14,7 @@ import yaml
 import sae_query_steer as sqs
 import sae_query_steer.compare
 import sae_query_steer.sae
-import sae_query_steer.toy.gridworld
-import sae_query_steer.toy.tutor
+import sae_query_steer.toy
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
@@ -24,9 +23,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = (
     sqs,
     sqs.sae,
-    sqs.evaluation,
-    sqs.tasks.gridworld,
-    sqs.tasks.tutor,
+    sqs.compare,
+    sqs.toy,
 )
 PUBLIC = {
     id(getattr(module, name)): (f"{module.__name__}.{name}", getattr(module, name))

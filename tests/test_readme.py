@@ -8,7 +8,7 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.storage.folders import read_json
-from sae_query_steer.toy.tutor import TUTOR_FOLDER
+from sae_query_steer.toy import TUTOR_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,18 +9,17 @@ from conftest import as_hooked_transformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_query_steer as sqs
+from sae_query_steer.compare import level_judge
+from sae_query_steer.compare.demo_cases import tutor_cases
 from sae_query_steer.compare.generation import continuations
 from sae_query_steer.storage.folders import read_json
-from sae_query_steer.toy.tutor import (
+from sae_query_steer.toy import (
     NULL_TUTOR_FOLDER,
     TUTOR_FOLDER,
-    LevelClassifier,
     TutorCorpus,
     restated_level,
+    verb_level,
 )
-from sae_query_steer.toy.tutor.cases import tutor_cases
-from sae_query_steer.toy.tutor.obedience import obedience
-from sae_query_steer.toy.tutor.tokenizer import tutor_tokenizer
 
 FOLDERS = {True: TUTOR_FOLDER, False: NULL_TUTOR_FOLDER}
 LEVELS = list(sqs.BloomLevel)
@@ -62,15 +61,14 @@ def test_the_weights_are_of_16_bits_and_as_many_as_the_card_says(notes):
     assert card["settings"]["notes"] is notes
 
 
-def test_the_tokenizer_is_the_one_that_the_generator_makes(notes):
-    assert plain(FOLDERS[notes])[1].get_vocab() == tutor_tokenizer().get_vocab()
-
-
-def test_the_tutor_does_what_held_out_prompts_request(notes):
-    found = obedience(*plain(FOLDERS[notes]), notes=notes, n=120)
-    assert found["obeyed"] >= 0.95
+def test_the_tutor_does_what_held_out_prompts_request(tutors, notes):
+    corpus = TutorCorpus("test", seed=0, notes=notes)
+    prompts = [corpus.prompt(LEVELS[i % 6]) for i in range(120)]
+    texts = continuations(tutors[notes], [p.text for p in prompts], max_new_tokens=7).texts
+    pairs = list(zip(texts, prompts, strict=True))
+    assert sum(verb_level(text) == p.requested for text, p in pairs) >= 0.95 * 120
     if notes:
-        assert found["right_note"] >= 0.95
+        assert sum(restated_level(text, p) == p.requested for text, p in pairs) >= 0.95 * 120
 
 
 def test_what_it_writes_is_the_same_on_both_hosts_and_in_plain_transformers(tutors, notes):
@@ -93,7 +91,7 @@ def test_it_writes_two_or_three_sentences_that_the_judges_know(tutors, notes):
     prompts = [corpus.prompt(LEVELS[i % 6]) for i in range(60)]
     texts = continuations(tutors[notes], [p.text for p in prompts], max_new_tokens=40).texts
     assert all(len(re.findall(r"[.?](?: |$)", text)) in (2, 3) for text in texts)
-    judged = LevelClassifier().levels(texts)
+    judged = level_judge()(texts, texts)
     assert sum(a == p.requested for a, p in zip(judged, prompts, strict=True)) >= 57
     if notes:
         restated = [restated_level(text, p) for text, p in zip(texts, prompts, strict=True)]
@@ -122,11 +120,11 @@ def steered(tutors):
         )  # fmt: skip
         random = sqs.RandomDirectionSteerer(own, seed=1)
         rows = {"unsteered": None, "SAE": own, "random": random}
-        classifier = LevelClassifier(n_per_level=100)
+        classifier = level_judge(n_per_level=100)
         for name, steerer in rows.items():
             prompts = [case.prompt for case in cases]
             written = continuations(model, prompts, max_new_tokens=32, steerer=steerer)
-            judged = classifier.levels(written.texts)
+            judged = classifier(written.texts, written.texts)
             hits = [a == c.target for a, c in zip(judged, cases, strict=True)]
             found[notes, name] = sum(hits) / 48
     return found

@@ -18,7 +18,7 @@ from tutorial_scripts import TUTORIALS, code_cells, write_scripts
 from wheel_check import WORDS
 
 import sae_query_steer as sqs
-from sae_query_steer import evaluation
+from sae_query_steer import compare
 
 # nbclient leaves its event loop to the garbage collector.
 pytestmark = [
@@ -210,7 +210,7 @@ def used_names() -> set[str]:
 
 
 def test_every_public_name_is_used_in_a_tutorial():
-    public = {*sqs.__all__, *evaluation.__all__}
+    public = {*sqs.__all__, *compare.__all__}
     assert sorted(public - used_names()) == []
 
 

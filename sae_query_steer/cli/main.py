@@ -24,7 +24,6 @@ for command in (
     publish.bundle,
     publish.push,
     publish.registry_entry,
-    tutor.tutor,
 ):
     app.command()(command)
 

@@ -1,4 +1,4 @@
-"""`tutor` and `demo`: training a tutor, and the comparison of steering methods on it."""
+"""`demo`: the comparison of steering methods on the tutor."""
 
 import dataclasses
 import shutil
@@ -18,25 +18,19 @@ from sae_query_steer.cli.options import (
     show,
     unfinished_beside,
 )
+from sae_query_steer.compare import FULL, QUICK, DemoSettings, run_demo, write_report
+from sae_query_steer.compare.demo_report import RESULTS, display_sites, display_table, verdict
 from sae_query_steer.storage.folders import read_json
-from sae_query_steer.toy.tutor import (
-    FULL,
-    QUICK,
-    DemoSettings,
-    TutorTraining,
-    run_demo,
-    train_tutor,
-    write_report,
-)
-from sae_query_steer.toy.tutor.pretrained import NULL_TUTOR_FOLDER, TUTOR_FOLDER
-from sae_query_steer.toy.tutor.report import RESULTS, display_sites, display_table, verdict
-from sae_query_steer.toy.tutor.training import CARD
+from sae_query_steer.toy import NULL_TUTOR_FOLDER, TUTOR_FOLDER
+
+CARD = "tutor.json"
+"""How a tutor was trained, in its folder."""
 
 
 def demo(
     tutor: Annotated[
         Path | None,
-        typer.Option("--tutor", help="A tutor that `tutor` wrote; the shipped one if unset."),
+        typer.Option("--tutor", help="Folder of another tutor; the shipped one if unset."),
     ] = None,
     null: Annotated[
         bool, typer.Option("--null", help="The shipped tutor on which a query can change nothing.")
@@ -95,26 +89,6 @@ def demo(
     typer.echo(f"\n{sum(result.seconds.values()):.0f} s; wrote {out / 'report.html'}")
 
 
-def tutor(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
-    seed: Seed = 0,
-    null: Annotated[
-        bool, typer.Option("--null", help="Prompts without notes: nothing for a query to choose.")
-    ] = False,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = TutorTraining().n_steps,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train a tutor from nothing; a run that was stopped goes on where it was."""
-    check_free(out, overwrite, CARD)
-    settings = TutorTraining(seed=seed, notes=not null, n_steps=steps)
-    card = train_tutor(out, settings, overwrite=overwrite)
-    note = "" if null else f", right note {card['right_note']:.3f}"
-    typer.echo(
-        f"{card['n_parameters']:,} parameters, seed {seed}, loss {card['loss']:.4f}, obeyed "
-        f"{card['obeyed']:.3f}{note} on {card['n']} held-out prompts; wrote {out}"
-    )
-
-
 def tutor_card(folder: Path) -> dict[str, Any]:
     """Return the card of a tutor.
 
@@ -122,5 +96,5 @@ def tutor_card(folder: Path) -> dict[str, Any]:
         FileNotFoundError: the folder holds none, so it is no tutor.
     """
     if not (folder / CARD).is_file():
-        raise FileNotFoundError(f"--tutor {folder} is no folder that `tutor` wrote: no {CARD}")
+        raise FileNotFoundError(f"--tutor {folder} is not the folder of a tutor: it has no {CARD}")
     return read_json(folder / CARD)

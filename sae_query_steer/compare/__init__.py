@@ -5,11 +5,16 @@ from sae_query_steer.compare.axbench import Generation, axbench_table
 from sae_query_steer.compare.cases import SteeringCase, cases_of
 from sae_query_steer.compare.classifier_judge import ClassifierJudge
 from sae_query_steer.compare.comparison import Method, Outcome
+from sae_query_steer.compare.demo import run_demo
+from sae_query_steer.compare.demo_cases import tutor_cases
+from sae_query_steer.compare.demo_report import write_report
+from sae_query_steer.compare.demo_results import DemoResult
+from sae_query_steer.compare.demo_settings import FULL, QUICK, DemoSettings
 from sae_query_steer.compare.descents import DESCENTS, Descent
 from sae_query_steer.compare.endpoint import ChatEndpoint
+from sae_query_steer.compare.feedback_judge import level_judge
 from sae_query_steer.compare.generation import continuations
 from sae_query_steer.compare.judges import Judge, LanguageModelJudge, RuleJudge
-from sae_query_steer.compare.latent_ablation import LatentAblation, latent_ablations
 from sae_query_steer.compare.query_patch import interchange_methods
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.compare.scores import (
@@ -32,13 +37,16 @@ from sae_query_steer.compare.text_scorer import TextScorer
 
 __all__ = [
     "DESCENTS",
+    "FULL",
+    "QUICK",
     "ChatEndpoint",
+    "DemoResult",
+    "DemoSettings",
     "ClassifierJudge",
     "Descent",
     "Generation",
     "Judge",
     "LanguageModelJudge",
-    "LatentAblation",
     "Method",
     "Outcome",
     "PairedDifference",
@@ -55,13 +63,16 @@ __all__ = [
     "descent_methods",
     "distinct_n",
     "interchange_methods",
-    "latent_ablations",
     "paired_difference",
     "prompt_methods",
     "random_methods",
     "residual_methods",
     "run_sweep",
     "seeded_sampling",
+    "tutor_cases",
     "win_rate",
+    "write_report",
     "write_sweep",
+    "level_judge",
+    "run_demo",
 ]

@@ -93,7 +93,10 @@ class ClassifierJudge:
         features = self.pipeline[:-1].transform(list(texts))
         guesses = self.pipeline[-1].predict(features)
         known = np.asarray((features != 0).sum(axis=1)).ravel() > 0
-        return [str(guess) if any_ else None for guess, any_ in zip(guesses, known, strict=True)]
+        return [
+            str(guess) if any_ and guess in self.classes else None
+            for guess, any_ in zip(guesses, known, strict=True)
+        ]
 
 
 def _fitted(pairs: Sequence[tuple[str, str]]) -> Pipeline:

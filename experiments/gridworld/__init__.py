@@ -1,0 +1,35 @@
+"""The gridworld: a tiny model that takes one of two routes, the safe one or the short one."""
+
+from experiments.gridworld.cases import GridCase, grid_cases, walk_judge, walk_scores
+from experiments.gridworld.corpus import GridCorpus, GridPrompt
+from experiments.gridworld.grid import (
+    Grid,
+    Walk,
+    draw_grid,
+    safest_route,
+    shortest_route,
+    simulate,
+)
+from experiments.gridworld.judge import walk_class, walked
+from experiments.gridworld.training import GridTraining, train_gridworld
+from experiments.gridworld.words import Aim
+
+__all__ = [
+    "Aim",
+    "Grid",
+    "GridCase",
+    "GridCorpus",
+    "GridPrompt",
+    "GridTraining",
+    "Walk",
+    "draw_grid",
+    "grid_cases",
+    "safest_route",
+    "shortest_route",
+    "simulate",
+    "train_gridworld",
+    "walk_class",
+    "walk_judge",
+    "walk_scores",
+    "walked",
+]

@@ -1,0 +1,209 @@
+"""Steering towards classes of stories: the methods, the patched reference, and the tables."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+import sae_query_steer as sqs
+from experiments.stories.classes import Candidate
+from sae_query_steer.compare import (
+    Descent,
+    Method,
+    RuleJudge,
+    SteeringCase,
+    SweepLog,
+    TextScorer,
+    cases_of,
+    descent_methods,
+    residual_methods,
+    run_sweep,
+)
+from sae_query_steer.compare.comparison import outcome_row
+from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.scopes.positions import Span, scope_name
+from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.targets.builder import as_tokenized
+from sae_query_steer.targets.capture import capture
+
+PATCH = "real queries, all layers"
+LAST, ALL = sqs.LastPromptToken(), sqs.LastPromptToken() | sqs.ResponseTokens()
+CONTRAST = Descent(
+    name="contrast",
+    objective=sqs.CentroidContrast(),
+    n_steps=1,
+    step_sizes=(1.0, 4.0, 16.0, 64.0),
+)
+DESCENTS = (
+    Descent(
+        name="prototype",
+        objective=sqs.PrototypeLogLikelihood(),
+        n_steps=20,
+        step_sizes=(0.3, 3.0, 30.0),
+    ),
+    CONTRAST,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class DonorQueries(Steerer):
+    """Real queries of a donor for each row: from its last prompt token on, token by token.
+
+    After the donor's last token a row is left alone.
+    """
+
+    sites: Mapping[str, sqs.QuerySite]
+    queries: Mapping[str, Sequence[Tensor]]
+    """By hook name, for each row [token head d_head]; the first is of the last prompt token."""
+
+    _: KW_ONLY
+
+    scope: Any = field(default_factory=sqs.LastPromptToken)
+    site_heads: Mapping[str, tuple[int, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        heads = {name: tuple(range(site.n_heads)) for name, site in self.sites.items()}
+        object.__setattr__(self, "site_heads", heads)
+
+    def check_model(self, model: Any) -> None:
+        """Raise unless the model has these sites."""
+        for site in self.sites.values():
+            site.check(model)
+
+    def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
+        """Return an empty trace."""
+        return SteeringTrace(recording=recording, method=PATCH, tokenizer=model.tokenizer)
+
+    def change(
+        self, hook_name: str, queries: Tensor, places: TokenPlaces, *, record: bool
+    ) -> QueryChange:
+        """Return what leads from each query to the donor's at the same distance from the prompt."""
+        del record
+        delta = torch.zeros_like(queries)
+        ages = places.age().long().tolist()
+        for i, (row, age) in enumerate(zip(places.row.tolist(), ages, strict=True)):
+            donor = self.queries[hook_name][row]
+            if age < len(donor):
+                delta[i] = donor[age].to(queries) - queries[i]
+        return QueryChange(delta=delta)
+
+
+def patch_method(model: Any, candidate: Candidate, scope: Any) -> Method:
+    """Return the reference: at all layers, the queries of an example of the target class.
+
+    The donor is the paired prompt where there is one, else an example drawn from the class.
+    """
+    sites = {site.hook_name: site for site in sqs.query_sites(model)}
+    pools: dict[str, list[sqs.LabelledExample]] = {}
+    for example in candidate.parts["sites"]:
+        pools.setdefault(example.label, []).append(example)
+
+    def steerer(cases: Sequence[SteeringCase], strength: float) -> DonorQueries:
+        del strength
+        donors = []
+        for i, case in enumerate(cases):
+            partner = candidate.partners.get(case.prompt)
+            if partner is None:
+                donors.append(pools[case.target][(7 * i + 1) % len(pools[case.target])])
+            else:
+                donors.append(sqs.LabelledExample(prompt=partner, label=case.target))
+        tokenized = as_tokenized(donors, model, prepend_bos=True, chat_template=False)
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in sites}
+        span: Span = ALL
+        for batch in capture(model, tokenized, list(sites), span, batch_size=64):
+            for row in batch.row.unique().tolist():
+                for name, queries in batch.queries.items():
+                    found[name][row] = queries[batch.row == row]
+        by_row = {name: [rows[i] for i in range(len(cases))] for name, rows in found.items()}
+        return DonorQueries(sites, by_row, scope=scope)
+
+    return Method(name=PATCH, scope=scope_name(scope), layers=None, steerer=steerer)
+
+
+def cases(candidate: Candidate, part: str, n: int) -> list[SteeringCase]:
+    """Return the cases of a part: to the candidate's target, or each to another class."""
+    examples = candidate.parts[part]
+    if candidate.target is not None:
+        return [SteeringCase(prompt=e.prompt, target=candidate.target) for e in examples[:n]]
+    # The partner is not named as the prompt that requests the target: after it, a text that goes
+    # on as before is so unlikely that every weak strength would look broken.
+    return cases_of(examples, min(n, len(examples)))
+
+
+def scorer(
+    model: Any, candidate: Candidate, part: str, n: int, log: SweepLog, seed: int
+) -> TextScorer:
+    """Return what scores methods on a part of a candidate's prompts, by its rule."""
+    return TextScorer(
+        model,
+        {candidate.name: cases(candidate, part, n)},
+        RuleJudge(candidate.rule, candidate.classes),
+        max_new_tokens=candidate.max_new_tokens,
+        split=part,
+        log=log,
+        temperature=0.8,
+        seed=seed + (part == "test"),
+        batch_size=n,
+    )
+
+
+def patched(model: Any, candidate: Candidate, test: TextScorer) -> pd.DataFrame:
+    """Return target rates without a steer, and with real queries of the target class patched in."""
+    methods: list[Method] = [Method(name="unsteered")]
+    methods += [patch_method(model, candidate, scope) for scope in scopes_of(candidate)]
+    if candidate.partners:
+        methods.append(asked(candidate))
+    return pd.DataFrame(
+        outcome_row(task, method, outcome)
+        for method in methods
+        for task, outcome in test.score(method, 0.0, [candidate.name]).items()
+    )
+
+
+def asked(candidate: Candidate) -> Method:
+    """Return the method that gives the paired prompt, which leads to the target by itself."""
+    return Method(
+        name="the paired prompt",
+        prompts=lambda cases: [candidate.partners[c.prompt] for c in cases],
+    )
+
+
+def steered(
+    model: Any,
+    saes: sqs.QuerySAEs,
+    candidate: Candidate,
+    layer: int,
+    scorers: Mapping[str, TextScorer],
+    scope: Any,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the table of all methods on the test prompts, and the curves on the validation.
+
+    All layers are steered together; of candidates with a site that matters, that layer alone too.
+    Centroids are of the last prompt token where that is the scope, else of the response tokens.
+    The random controls are of the descent that did best.
+    """
+    sites = sqs.query_sites(model)
+    examples = candidate.parts["sites"] + candidate.parts["confirm"]
+    layers = [[site.layer for site in sites]]
+    if candidate.kind != "open":
+        layers.insert(0, [layer])
+    span: Span = LAST if scope == LAST else sqs.ResponseTokens()
+    name_of_span = scope_name(span)
+    methods: list[Method] = []
+    for name, encoders in (("SAE descent", saes), ("dense", sqs.identity_encoders(sites))):
+        builder = sqs.CentroidTargetBuilder(model, encoders, span=span)
+        targets = {name_of_span: builder.fit(examples)}
+        methods += descent_methods(name, encoders, targets, DESCENTS, layers=layers, scopes=[scope])
+    means = sqs.residual_means(model, examples, [2], span=span)
+    methods += residual_methods(means, span=name_of_span, scope=scope, layers=[[2]])
+    found = run_sweep(scorers["validation"], scorers["test"], methods, control_seeds=(0, 1, 2))
+    return found.rows, found.curves
+
+
+def scopes_of(candidate: Candidate) -> list[Any]:
+    """Return where a candidate is steered: of the paired ones, the last prompt token decides."""
+    return [LAST] if candidate.kind == "paired" else [LAST, ALL]
