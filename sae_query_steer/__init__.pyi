@@ -41,26 +41,28 @@ from .data.readers import (
 from .data.readers import (
     texts_from_file as texts_from_file,
 )
-from .descent.goals import Goal as Goal
-from .descent.latent_choice import (
+from .descent.control import (
     ActiveLatents as ActiveLatents,
 )
-from .descent.latent_choice import (
+from .descent.control import Bounds as Bounds
+from .descent.control import (
     ExceptLatents as ExceptLatents,
 )
-from .descent.latent_choice import (
+from .descent.control import ExponentialDecay as ExponentialDecay
+from .descent.control import (
     GivenLatents as GivenLatents,
 )
-from .descent.latent_choice import (
+from .descent.control import (
     LatentAbove as LatentAbove,
 )
-from .descent.latent_choice import (
+from .descent.control import LinearWarmUp as LinearWarmUp
+from .descent.control import (
     PosteriorBelow as PosteriorBelow,
 )
-from .descent.latent_choice import (
+from .descent.control import (
     TopLatents as TopLatents,
 )
-from .descent.loop import Bounds as Bounds
+from .descent.goals import Goal as Goal
 from .descent.loop import DescentResult as DescentResult
 from .descent.loop import descend as descend
 from .descent.objectives import (
@@ -87,8 +89,6 @@ from .descent.objectives import (
 from .descent.objectives import (
     SquaredDistance as SquaredDistance,
 )
-from .descent.strength import ExponentialDecay as ExponentialDecay
-from .descent.strength import LinearWarmUp as LinearWarmUp
 from .diagnostics.achieved import achieved_effect as achieved_effect
 from .diagnostics.interchange import interchange_effect as interchange_effect
 from .diagnostics.latent_attention import latent_attention as latent_attention

@@ -102,7 +102,7 @@ def test_steer_says_when_no_position_was_met(folder):
         (1, {"--saes": "none"}, "none"),
         (3, {"--target": "creation"}, "no class 'creation': the classes are"),
         (3, {"--objective": "nearest"}, "--objective 'nearest' is not allowed: choose from"),
-        (3, {"--step-size": "nan"}, "step_size=nan is not allowed"),
+        (3, {"--step-size": "nan"}, "--step-size must be a finite number >= 0, got nan"),
         (3, {"--scope": "last-response-token"}, "LastResponseToken() can't be a scope"),
         (3, {"--model": "/none/such"}, "no model folder"),
         (3, {"--prompt": " "}, "--prompt is blank"),

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.descent.latent_choice import discriminability
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.descent.strength import limited
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w0 w1 w2 w3 w4", "w20 w21", "w40 w3 w7"]
@@ -76,7 +74,7 @@ def test_a_number_of_values_that_is_not_that_of_the_rows_is_refused(model, make)
         steerer = make(**{name: values[:2]})
         with (
             steerer.apply(model),
-            pytest.raises(ValueError, match=f"{name} has 2 entries: the forward pass has 3 rows"),
+            pytest.raises(ValueError, match=f"{name} has 2 entries.* 3 rows"),
         ):
             model.generate(PROMPTS, **GREEDY)
 
@@ -92,8 +90,6 @@ def test_a_schedule_is_the_step_size_of_each_token(model, make):
         plain = change(make(n_steps=1, step_size=0.4 * 2 ** (-age / 2)), queries).delta
         torch.testing.assert_close(scheduled, plain)
     assert table["delta_norm"].max() > 0
-    assert schedule(torch.tensor([0.0, 2.0])).tolist() == [1, 0.5]
-    assert sqs.LinearWarmUp(4)(torch.tensor([0.0, 1.0, 4.0, 9.0])).tolist() == [0, 0.25, 1, 1]
 
 
 def test_a_schedule_agrees_with_the_cache_on_and_off(model, make):
@@ -107,7 +103,7 @@ def test_a_schedule_agrees_with_the_cache_on_and_off(model, make):
     assert (results[0][1] - results[1][1]).abs().max() < 1e-4
 
 
-def test_a_schedule_must_know_the_prompt_and_give_factors(tiny_models, make):
+def test_a_schedule_needs_the_prompt_lengths(tiny_models, make):
     model, schedule = tiny_models["bridge"], sqs.LinearWarmUp(3)
     steerer = make(schedule=schedule, scope=sqs.EveryPosition())
     with (
@@ -115,14 +111,6 @@ def test_a_schedule_must_know_the_prompt_and_give_factors(tiny_models, make):
         pytest.raises(ValueError, match="a schedule must know where the prompt ends"),
     ):
         model(PROMPTS[0])
-    for bad, message in (
-        (lambda age: -age - 1, "gave a factor that is negative or not finite"),
-        (lambda age: 3, "gave int for 5 tokens: it must give a tensor of one factor"),
-        (lambda age: age[:1], r"gave \[1\] for 5 tokens"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            places = {"prompt_lengths": torch.ones(5, dtype=torch.long)}
-            change(make(schedule=bad), queries_of(5), **places)
 
 
 @pytest.mark.parametrize("keep_norm", [False, True])
@@ -142,18 +130,6 @@ def test_a_norm_that_is_kept_is_kept_and_points_where_the_steer_points(make):
     torch.testing.assert_close(norm, queries.norm(dim=-1), rtol=1e-4, atol=1e-5)
     cosine = torch.cosine_similarity(queries + free, queries + turned, dim=-1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-4)
-
-
-def test_limits_leave_what_is_not_changed_exactly_as_it_was():
-    queries, delta = queries_of(4), torch.zeros(4, 4, 8)
-    delta[1] = 0.3
-    for limits in ({"max_relative_change": 0.1}, {"max_relative_change": None}):
-        for keep_norm in (True, False):
-            out = limited(queries, delta, **limits, keep_norm=keep_norm)
-            assert torch.equal(out[[0, 2, 3]], delta[[0, 2, 3]])
-            assert out.isfinite().all()
-    opposite = limited(queries, -3 * queries, max_relative_change=0.5, keep_norm=True)
-    assert (opposite.norm(dim=-1) <= 0.5 * queries.norm(dim=-1) + 1e-5).all()
 
 
 def test_until_steers_as_far_as_asked_and_leaves_alone_what_is_there(make):
@@ -199,9 +175,9 @@ def test_only_chosen_latents_move_and_the_trace_names_them(model, make, targets)
     assert (table["n_latents_moved"] > 0).any()
     top = traced(model, make(latents=sqs.TopLatents(2)))[1]
     goal = sqs.Goal.towards(targets.means[NAME], 2, targets.variances[NAME])
-    best = discriminability(goal).topk(2, dim=-1).indices
+    best = sqs.TopLatents(2)(targets.means[NAME][0], goal, NAME, range(4))
     for head, moved in zip(top["head"], top["latents_moved"], strict=True):
-        assert {latent for latent, _ in moved} <= set(best[head].tolist())
+        assert all(best[head, latent] for latent, _ in moved)
     assert 0 < top["n_latents_moved"].max() <= 2
     active = traced(model, make(latents=sqs.ActiveLatents()))[1]
     assert 0 < active["n_latents_moved"].max() <= 3, "three latents of a head fire at a token"
@@ -277,14 +253,14 @@ def test_a_negative_weight_leads_away(make):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"target": {"create": 0.0}}, ValueError, "wants nothing"),
+        ({"target": {"create": 0.0}}, ValueError, "target .*other than 0"),
         ({"target": ["create", "creation"]}, ValueError, "no class 'creation'"),
-        ({"target": []}, ValueError, r"target=\[\] is not allowed"),
-        ({"n_steps": [3, -1]}, ValueError, "n_steps=-1 is not allowed"),
-        ({"step_size": [0.1, float("nan")]}, ValueError, "step_size=nan is not allowed"),
-        ({"until": 1.5}, ValueError, "until=1.5 is not allowed: give more than 0, at most 1"),
-        ({"trust_radius": 0.0}, ValueError, "trust_radius=0.0 is not allowed: give a finite"),
-        ({"max_relative_change": -1.0}, ValueError, "max_relative_change=-1.0 is not allowed"),
+        ({"target": []}, ValueError, r"target .*got \[\]"),
+        ({"n_steps": [3, -1]}, ValueError, "n_steps .*got -1"),
+        ({"step_size": [0.1, float("nan")]}, ValueError, "step_size .*got nan"),
+        ({"until": 1.5}, ValueError, "until .*<= 1, got 1.5"),
+        ({"trust_radius": 0.0}, ValueError, "trust_radius .*> 0, got 0.0"),
+        ({"max_relative_change": -1.0}, ValueError, "max_relative_change .*got -1.0"),
         ({"schedule": sqs.LinearWarmUp}, TypeError, "schedule=.* can't be called"),
         ({"gate": 3}, TypeError, "gate=3 can't be called"),
     ],
@@ -294,22 +270,6 @@ def test_controls_that_cannot_work_are_refused_before_a_model_is_there(
 ):
     with pytest.raises(error, match=message):
         make(**changes)
-
-
-def test_parts_that_cannot_work_are_refused(make):
-    for made, message in (
-        (lambda: sqs.TopLatents(0), "m=0 is not allowed: give a whole number, 1 or more"),
-        (lambda: sqs.GivenLatents({NAME: {}}), "no latents are named"),
-        (lambda: sqs.PosteriorBelow(0.0), "value=0.0 is not allowed"),
-        (lambda: sqs.ExponentialDecay(half_life=0.0), "half_life=0.0 is not allowed"),
-        (lambda: sqs.LinearWarmUp(-2), "n=-2 is not allowed"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            made()
-    with pytest.raises(ValueError, match="no latent 16 at .* head 0: the latents are 0 to 15"):
-        change(make(latents=sqs.GivenLatents({NAME: {0: [16]}})), queries_of(2))
-    with pytest.raises(TypeError, match="it must give a boolean tensor"):
-        change(make(gate=lambda z, goal: z[..., 0]), queries_of(2))
 
 
 def test_joined_steerers_act_in_their_order_as_nested_ones_do(model, make):

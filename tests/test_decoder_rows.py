@@ -216,7 +216,7 @@ def test_it_moves_to_a_device_and_joins_other_steerers(model, make):
     [
         ({"target": "analyse"}, "no class 'analyse': the classes are ['remember', 'apply', "),
         ({"target": ["apply", "analyse"]}, "no class 'analyse': the classes are"),
-        ({"target": []}, "target=[] is not allowed: give one for all rows, or one for each"),
+        ({"target": []}, "target must be one value for all rows or one for each, got []"),
         ({"m": 0}, "m=0 is not allowed: give a whole number, 1 or more"),
         ({"m": True}, "m=True is not allowed: give a whole number, 1 or more"),
         ({"strength": -0.5}, "strength=-0.5 is not allowed: give a finite number, 0 or more"),

@@ -365,7 +365,7 @@ def test_a_steerer_reads_outside_its_folder_only_if_told_to(folders):
     [
         ({"until": "1"}, "has until='1'"),
         ({"keep_norm": 1}, "has keep_norm=1"),
-        ({"n_steps": 2.0}, "n_steps=2.0 is not allowed"),
+        ({"n_steps": 2.0}, "n_steps must be a whole number"),
         ({"objective": {"tensor": 10**40, "dtype": "float64"}}, " is damaged"),
         ({"latents": {"kind": "GivenLatents", "fields": {"latents": {"mapping": [["x", 1]]}}}}, ""),
     ],

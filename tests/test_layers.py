@@ -18,11 +18,11 @@ LAYERS = (
     {"sae"},
     {"models"},
     {"data", "descent"},
-    {"bloom", "config", "scopes", "sites", "storage"},
+    {"arguments", "bloom", "config", "scopes", "sites", "storage"},
 )
 """From top to bottom. A folder or root module imports from lower layers and from itself only."""
 
-NO_BACKEND = {"data", "descent", "bloom", "config", "scopes", "sites", "storage"}
+NO_BACKEND = {"arguments", "data", "descent", "bloom", "config", "scopes", "sites", "storage"}
 """These import neither TransformerLens nor SAELens."""
 
 

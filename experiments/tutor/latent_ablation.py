@@ -11,7 +11,7 @@ import pandas as pd
 
 from sae_query_steer.compare.comparison import Method
 from sae_query_steer.compare.rowwise import RowwiseSteerer
-from sae_query_steer.descent.latent_choice import ExceptLatents, GivenLatents
+from sae_query_steer.descent.control import ExceptLatents, GivenLatents
 from sae_query_steer.diagnostics.moved import ByHead, most_moved
 from sae_query_steer.steering.intervention import Steerer
 from sae_query_steer.steering.partial import PartialSteerer

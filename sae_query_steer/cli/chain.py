@@ -7,6 +7,7 @@ import pandas as pd
 import typer
 
 import sae_query_steer as sqs
+from sae_query_steer.arguments import check_number
 from sae_query_steer.cli.options import (
     OBJECTIVES,
     SPANS,
@@ -34,7 +35,6 @@ from sae_query_steer.cli.options import (
     named,
     show,
 )
-from sae_query_steer.descent.loop import check_strength
 from sae_query_steer.diagnostics.site_verdicts import closing_sentence
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.storage.folders import new_folder, write_json
@@ -176,7 +176,8 @@ def steer(
         raise ValueError("--prompt is blank: give a text to go on from")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed: give 1 or more")
-    check_strength(steps, step_size)
+    check_number("--steps", steps, whole=True, least=0)
+    check_number("--step-size", step_size, least=0)
     host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
     steerer = sqs.LatentGradientSteerer(

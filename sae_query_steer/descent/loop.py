@@ -1,27 +1,27 @@
-"""K steps of projected gradient descent on any objective, by the fastest way that is exact.
+"""K steps of projected gradient descent on any objective, by the fastest exact method.
 
-The plain loop takes any objective. Where mathematics allows, the same end is reached at once:
+The plain loop takes any objective. Some objectives allow faster methods with the same result:
 
-- squared distance: z_K = p + (1 - s a)^K (z_0 - p), with a = sum_k w_k and the point p = c_w / a
-  that the weights name, as long as no latent would leave its range: s a <= 1, z_0 and p in it;
-- contrast and linear probe: the direction g is constant, so z_K = max(lower, z_0 - K s g);
-- prototype without a lower bound: the whole path lies in the span of the centroids, so K steps need
-  only <z, c_k> and the centroids' inner products, whatever the number of latents;
-- prototype with a lower bound: the same loop, in place, with fewer operations a step.
+- squared distance: z_K = p + (1 - s a)^K (z_0 - p) with a = sum_k w_k and p = c_w / a, if no latent
+  would leave its range, that is s a <= 1 and z_0 and p lie in it;
+- contrast and linear probe: the gradient g is constant, so z_K = max(lower, z_0 - K s g);
+- prototype without a lower bound: the trajectory lies in the span of the centroids, so K steps need
+  only <z, c_k> and the Gram matrix of the centroids, whatever the number of latents;
+- prototype with a lower bound: the same loop in place, with fewer operations per step.
 """
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.descent.fast import fast_descent
+from sae_query_steer.arguments import check_number
+from sae_query_steer.descent.control import Bounds
+from sae_query_steer.descent.fast import fast_descent, max_steps
 from sae_query_steer.descent.goals import Goal, Latents
-from sae_query_steer.descent.objectives import Objective, posterior_of_target
+from sae_query_steer.descent.objectives import Objective, check_result, posterior_of_target
 
 Steps = int | Int[Tensor, "*batch"]
 StepSize = float | Float[Tensor, "*batch"]
@@ -29,33 +29,13 @@ StepSize = float | Float[Tensor, "*batch"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DescentResult:
-    """Where the descent ended, and its loss on the way."""
+    """The final latents, and the loss of every step if recorded."""
 
     z: Latents
     """The latents after the last step."""
 
     loss: Float[Tensor, "steps *batch head"] | None
     """Loss before the first step and after each: `n_steps + 1` rows; None unless recorded."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Bounds:
-    """What a descent may do: which latents move, how far, and when it stops."""
-
-    lower: float | None = 0.0
-    """Least value a latent can take (0 for ReLU and TopK latents); None: no projection."""
-
-    movable: Bool[Tensor, "..."] | None = None
-    """Latents that may move, [*batch head d_latent] or [head d_latent]; None means all."""
-
-    radius: float | None = None
-    """Trust region: largest ||z - z_0|| of a row and head, in units of the latents."""
-
-    until: float | None = None
-    """A row and head stops once `objectives.posterior_of_target` reaches this."""
-
-    temperature: float = 1.0
-    """Of that posterior, softmax_k(-1/2 ||z - c_k||^2 / T)."""
 
 
 def descend(
@@ -70,52 +50,38 @@ def descend(
 ) -> DescentResult:
     """Move latents towards a goal by projected gradient descent: z <- max(lower, z - s g(z)).
 
-    Every row and head moves on its own. Zero steps and a step size of zero return `z` itself,
-    bit for bit. The way is chosen by mathematics, never by approximation: it ends where
-    `plain_descent` ends, up to rounding.
+    Every row and head moves independently. Zero steps or a step size of zero return `z` bitwise.
+    The faster methods are exact: results equal those of `plain_descent` up to rounding.
 
     Args:
-        z: where to start, [*batch head d_latent].
-        goal: the centroids and how much each class is wanted.
+        z: initial latents, [*batch head d_latent].
+        goal: the centroids and the weight of each class.
         objective: what is minimised.
-        n_steps: number of steps, 0 or more; one for all, or one for each row.
+        n_steps: number of steps, 0 or more; one for all rows, or one for each.
         step_size: s, 0 or more, in units of the objective's gradient; likewise.
-        bounds: what it may do; None means latents of 0 or more, and nothing else.
-        record_loss: also return the loss of every step, by the plain loop.
-
-    Returns:
-        The latents at the end and, on request, the loss before and after each step.
+        bounds: constraints; None means latents of 0 or more and no other constraint.
+        record_loss: also return the loss of every step, computed by the plain loop.
 
     Raises:
-        ValueError: `n_steps` or `step_size` is negative or not finite, or loss or gradient of the
-            objective have other shapes than theirs.
+        ValueError: `n_steps` or `step_size` is negative or not finite, or the objective returns a
+            loss or gradient of the wrong shape.
 
     Source: arXiv 2502.18644 for gradient descent in the latent space; the projection onto the
-    SAE's latent range, and the faster ways, are our choice.
+    SAE's latent range and the faster methods are our choice.
     """
     bounds = Bounds() if bounds is None else bounds
     if isinstance(n_steps, int) and isinstance(step_size, int | float):
-        check_strength(n_steps, step_size)
+        check_number("n_steps", n_steps, whole=True, least=0)
+        check_number("step_size", step_size, least=0)
         if (n_steps == 0 or step_size == 0) and not record_loss:
             return DescentResult(z=z, loss=None)
-    fast = None
-    if bounds.radius is None and bounds.until is None:
-        fast = fast_descent(
-            z,
-            goal,
-            objective,
-            _spread(n_steps, z),
-            _spread(step_size, z),
-            lower=bounds.lower,
-            movable=bounds.movable,
-        )
+    fast = fast_descent(z, goal, objective, _spread(n_steps, z), _spread(step_size, z), bounds)
     if fast is not None and not record_loss:
         return DescentResult(z=fast, loss=None)
-    given = {"n_steps": n_steps, "step_size": step_size, "bounds": bounds}
-    slow = plain_descent(z, goal, objective, **given, record_loss=record_loss)
+    slow = plain_descent(z, goal, objective, n_steps, step_size, bounds, record_loss)
     if fast is None or slow.loss is None:
         return slow
-    # What is recorded changes no number: where the fast way ends, it ends.
+    # Recording must not change the result.
     last = _loss(objective, fast, goal)[None]
     return DescentResult(z=fast, loss=torch.cat([slow.loss[:-1], last]))
 
@@ -124,24 +90,21 @@ def plain_descent(
     z: Latents,
     goal: Goal,
     objective: Objective,
-    *,
     n_steps: Steps,
     step_size: StepSize,
     bounds: Bounds,
     record_loss: bool = False,
 ) -> DescentResult:
-    """Do what `descend` does, step by step: the reference for every faster way.
+    """Do the same as `descend` step by step: the reference for the faster methods.
 
-    Args and Returns as `descend`. In each step the latents that may move take it, then the trust
-    region is kept (by shrinking the way from the start), then the lower bound; neither of the two
-    undoes the other, for the start lies in both.
+    In each step the movable latents move, then the way from the start is shortened to the trust
+    region, then the lower bound is applied; the start satisfies both, so neither undoes the other.
     """
-    start, size = z, _per_row(step_size, z)
-    left = _per_row(n_steps, z)
+    start, size, left = z, _spread(step_size, z, tensor=True), _spread(n_steps, z, tensor=True)
     losses = [_loss(objective, z, goal)] if record_loss else []
-    for step in range(int(left.max()) if left.numel() else 0):
+    for step in range(max_steps(left)):
         gradient = objective.gradient(z, goal)
-        _check_shape(gradient, z.shape, objective, "gradient")
+        check_result(gradient, z.shape, f"the gradient of {objective!r}")
         moves = (left > step) & (size > 0)
         if bounds.until is not None:
             posterior = posterior_of_target(z, goal, bounds.temperature)
@@ -161,48 +124,16 @@ def plain_descent(
     return DescentResult(z=z, loss=torch.stack(losses) if record_loss else None)
 
 
-def check_strength(n_steps: int, step_size: float) -> None:
-    """Raise unless a number of steps and a step size can be used.
-
-    Raises:
-        TypeError: `n_steps` is not a whole number, or `step_size` not a number.
-        ValueError: a value is negative or not finite.
-    """
-    if isinstance(n_steps, bool) or not isinstance(n_steps, Integral):
-        raise TypeError(f"n_steps={n_steps!r} is not allowed: give a whole number, 0 or more")
-    if n_steps < 0:
-        raise ValueError(f"n_steps={n_steps} is not allowed: give 0 or more (0 changes nothing)")
-    if isinstance(step_size, bool) or not isinstance(step_size, Real):
-        raise TypeError(f"step_size={step_size!r} is not allowed: give a number, 0 or more")
-    if not math.isfinite(step_size) or step_size < 0:
-        raise ValueError(
-            f"step_size={step_size} is not allowed: give a finite number, 0 or more "
-            "(0 changes nothing)"
-        )
-
-
-def _spread(value: Any, z: Tensor) -> Any:
-    """Return a number as it is, and a value for each row so that it spreads over latents."""
-    return value.to(z.device)[..., None, None] if isinstance(value, Tensor) else value
-
-
-def _per_row(value: int | float | Tensor, z: Tensor) -> Tensor:
-    """Return a number as a tensor that spreads over the latents of each row."""
+def _spread(value: Any, z: Tensor, tensor: bool = False) -> Any:
+    """Return a value for each row as [*batch 1 1]; a number as it is, or as a tensor."""
     if isinstance(value, Tensor):
-        return _spread(value, z)
+        return value.to(z.device)[..., None, None]
+    if not tensor:
+        return value
     return torch.tensor(value, device=z.device, dtype=z.dtype if isinstance(value, float) else None)
 
 
 def _loss(objective: Objective, z: Latents, goal: Goal) -> Tensor:
     loss = objective.loss(z, goal)
-    _check_shape(loss, z.shape[:-1], objective, "loss")
+    check_result(loss, z.shape[:-1], f"the loss of {objective!r}")
     return loss
-
-
-def _check_shape(value: Tensor, shape: torch.Size, objective: Objective, name: str) -> None:
-    """A user's objective of another shape would be broadcast, and steer somewhere else."""
-    if value.shape != shape:
-        raise ValueError(
-            f"the {name} of {objective!r} has shape {list(value.shape)}: it must be {list(shape)}, "
-            "one value for each row and head" + (" and latent" if name == "gradient" else "")
-        )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from sae_query_steer.descent.latent_choice import ExceptLatents, GivenLatents
+from sae_query_steer.descent.control import ExceptLatents, GivenLatents
 from sae_query_steer.steering.partial import PartialSteerer
 from sae_query_steer.steering.steerer import LatentGradientSteerer
 

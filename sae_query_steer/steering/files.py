@@ -14,11 +14,13 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from sae_query_steer.descent.latent_choice import (
+from sae_query_steer.descent.control import (
     ActiveLatents,
     ExceptLatents,
+    ExponentialDecay,
     GivenLatents,
     LatentAbove,
+    LinearWarmUp,
     PosteriorBelow,
     TopLatents,
 )
@@ -30,7 +32,6 @@ from sae_query_steer.descent.objectives import (
     PrototypeLogLikelihood,
     SquaredDistance,
 )
-from sae_query_steer.descent.strength import ExponentialDecay, LinearWarmUp
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.descent.latent_choice import LatentChoice
+from sae_query_steer.descent.control import LatentChoice
 from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.scopes.positions import Scope

@@ -9,19 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_query_steer.arguments import check_number
+from sae_query_steer.descent.control import Bounds, Gate, LatentChoice, Schedule, opened
 from sae_query_steer.descent.goals import Goal, Target, target_name, weights_of
-from sae_query_steer.descent.latent_choice import Gate, LatentChoice, check_posterior, opened
-from sae_query_steer.descent.loop import Bounds, check_strength, descend
+from sae_query_steer.descent.loop import descend
 from sae_query_steer.descent.objectives import Objective
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.descent.strength import (
-    Schedule,
-    by_row,
-    check_limits,
-    each,
-    limited,
-    scheduled,
-)
+from sae_query_steer.descent.strength import by_row, each, limited, scheduled
 from sae_query_steer.sae.encoders import (
     QueryEncoder,
     at_heads,
@@ -117,9 +111,9 @@ class LatentGradientSteerer(Steerer):
 
     def __post_init__(self) -> None:
         for n_steps in each(self.n_steps, "n_steps"):
-            check_strength(n_steps, 0.0)
+            check_number("n_steps", n_steps, whole=True, least=0)
         for step_size in each(self.step_size, "step_size"):
-            check_strength(0, step_size)
+            check_number("step_size", step_size, least=0)
         check_scope(self.scope, name="scope", generating=True)
         if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
             raise TypeError(
@@ -132,8 +126,9 @@ class LatentGradientSteerer(Steerer):
             value = getattr(self, name)
             if isinstance(value, type) or not (value is None or callable(value)):
                 raise TypeError(f"{name}={value!r} can't be called: give a value, or a function")
-        check_limits(trust_radius=self.trust_radius, max_relative_change=self.max_relative_change)
-        check_posterior("until", self.until)
+        for name, most in (("trust_radius", None), ("max_relative_change", None), ("until", 1)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0, most=most)
         sites = encoder_sites(self.saes)
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "site_heads", chosen_heads(sites, self.layers, self.heads))
@@ -289,7 +284,7 @@ class LatentGradientSteerer(Steerer):
             size = torch.tensor(by_row("step_size", size, places), device=z.device, dtype=z.dtype)
         if self.schedule is None:
             return size if isinstance(size, Tensor) else float(size)
-        return scheduled(self.schedule, places).to(z) * size
+        return scheduled(self.schedule, places.age()).to(z) * size
 
     def _move(self, before: Tensor, after: Tensor, goal: Goal, loss: Tensor | None) -> LatentMove:
         return LatentMove(

@@ -1,0 +1,241 @@
+"""Control of a descent: bounds, latents that may move, gates and schedules."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae_query_steer.arguments import check_number
+from sae_query_steer.descent.goals import Goal, Latents
+from sae_query_steer.descent.objectives import check_result, posterior_of_target
+
+Gate: TypeAlias = Callable[[Tensor, Goal], Tensor]
+"""From latents [token head d_latent] and the goal to True where to steer, [token head]."""
+
+Schedule: TypeAlias = Callable[[Tensor], Tensor]
+"""From the age of tokens (0 in the prompt, 1 for the first generated one, ...) to the factors,
+0 or more, by which their step size is multiplied."""
+
+LatentChoice: TypeAlias = Callable[[Tensor, Goal, str, Sequence[int]], Tensor]
+"""From latents [token head d_latent], the goal, the hook name and the steered heads to True where a
+latent may move, [token head d_latent] or [head d_latent]."""
+
+LatentsByHead: TypeAlias = Mapping[str, Mapping[int, Sequence[int]]]
+"""Indices of latents by hook name and head."""
+
+ByHead = Bool[Tensor, "head d_latent"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bounds:
+    """Constraints of a descent."""
+
+    lower: float | None = 0.0
+    """Smallest value of a latent (0 for ReLU and TopK latents); None means no projection."""
+
+    movable: Bool[Tensor, "..."] | None = None
+    """Latents that may move, [*batch head d_latent] or [head d_latent]; None means all."""
+
+    radius: float | None = None
+    """Trust region: largest ||z - z_0|| of a row and head, in units of the latents."""
+
+    until: float | None = None
+    """A row and head stops once `objectives.posterior_of_target` reaches this value."""
+
+    temperature: float = 1.0
+    """T of that posterior, softmax_k(-1/2 ||z - c_k||^2 / T)."""
+
+
+@dataclass(frozen=True)
+class ActiveLatents:
+    """Only latents that are active at the token may move."""
+
+    def __call__(
+        self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]
+    ) -> Bool[Tensor, "*batch head d_latent"]:
+        """Return where `z` is not zero."""
+        del goal, hook_name, heads
+        return z != 0
+
+
+@dataclass(frozen=True)
+class TopLatents:
+    """Only the m latents of each head that discriminate best between the classes may move.
+
+    Ranked by the share of variance explained by the class, var_k(c_k) / (var_k(c_k) + mean_k(v_k)),
+    with equal weight on every class; 0 for a latent that never fires. Source: our choice.
+    """
+
+    m: int
+    """Number of latents of each head, 1 or more; heads with fewer latents use all."""
+
+    def __post_init__(self) -> None:
+        check_number("m", self.m, whole=True, least=1)
+
+    def __call__(self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]) -> ByHead:
+        """Return the best latents of each head.
+
+        Raises:
+            ValueError: the goal has no variances.
+        """
+        del z, hook_name, heads
+        if goal.variances is None:
+            raise ValueError(f"{self!r} needs the class variances: use Goal(variances=...)")
+        between = goal.centroids.var(0, correction=0)
+        total = between + goal.variances.mean(0)
+        share = torch.where(total > 0, between / total, 0.0)
+        best = share.topk(min(self.m, share.shape[-1]), dim=-1).indices
+        return torch.zeros_like(share, dtype=torch.bool).scatter(-1, best, True)
+
+
+@dataclass(frozen=True)
+class GivenLatents:
+    """Only the given latents may move."""
+
+    latents: LatentsByHead
+    """Latents by hook name and head; no latent of any other head moves."""
+
+    def __post_init__(self) -> None:
+        _check_latents(self.latents)
+        if not any(any(len(some) for some in heads.values()) for heads in self.latents.values()):
+            raise ValueError("latents must name at least one latent: {hook name: {head: [0, ...]}}")
+
+    def __call__(self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]) -> ByHead:
+        """Return the given latents.
+
+        Raises:
+            ValueError: a latent that does not exist.
+        """
+        del goal
+        return _given(self.latents, z, hook_name, heads)
+
+
+@dataclass(frozen=True)
+class ExceptLatents:
+    """All latents except the given ones may move; those keep the value they have at the token.
+
+    For ablations. A latent that is held is not switched off, and other latents may compensate:
+    under `PrototypeLogLikelihood` the descent continues along the others until the posterior is
+    reached, and decoder rows overlap. `PartialSteerer` rules out such compensation.
+    """
+
+    latents: LatentsByHead
+    """Latents by hook name and head, as in `GivenLatents`; in any other head all may move."""
+
+    def __post_init__(self) -> None:
+        _check_latents(self.latents)
+
+    def __call__(self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]) -> ByHead:
+        """Return all latents except the given ones.
+
+        Raises:
+            ValueError: a latent that does not exist.
+        """
+        del goal
+        return ~_given(self.latents, z, hook_name, heads)
+
+
+@dataclass(frozen=True)
+class PosteriorBelow:
+    """A gate: steer only where the posterior of the target is below a value."""
+
+    value: float
+    """Above 0, at most 1."""
+
+    temperature: float = 1.0
+    """T of the posterior, softmax_k(-1/2 ||z - c_k||^2 / T)."""
+
+    def __post_init__(self) -> None:
+        check_number("value", self.value, above=0, most=1)
+
+    def __call__(self, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
+        """Return where to steer."""
+        return posterior_of_target(z, goal, self.temperature) < self.value
+
+
+@dataclass(frozen=True)
+class LatentAbove:
+    """A gate: steer only where a latent of the head exceeds a value."""
+
+    latent: int
+    """Its index, the same in every steered head."""
+
+    value: float = 0.0
+    """Threshold, exclusive."""
+
+    def __call__(self, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
+        """Return where to steer."""
+        del goal
+        return z[..., self.latent] > self.value
+
+
+@dataclass(frozen=True)
+class ExponentialDecay:
+    """A schedule: the factor 2^(-age / half_life), 1 up to the end of the prompt."""
+
+    half_life: float
+    """Generated tokens after which the factor is one half, above 0."""
+
+    def __post_init__(self) -> None:
+        check_number("half_life", self.half_life, above=0)
+
+    def __call__(self, age: Float[Tensor, " token"]) -> Float[Tensor, " token"]:
+        """Return the factors."""
+        return torch.exp2(-age / self.half_life)
+
+
+@dataclass(frozen=True)
+class LinearWarmUp:
+    """A schedule: the factor min(1, age / n), 0 in the prompt, 1 from generated token n on."""
+
+    n: int
+    """Generated tokens until the factor is 1, above 0."""
+
+    def __post_init__(self) -> None:
+        check_number("n", self.n, above=0)
+
+    def __call__(self, age: Float[Tensor, " token"]) -> Float[Tensor, " token"]:
+        """Return the factors."""
+        return (age / self.n).clamp(max=1)
+
+
+def opened(gate: Gate, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
+    """Return where a gate allows steering.
+
+    Raises:
+        TypeError: the gate does not return booleans.
+        ValueError: it does not return one for each token and head.
+    """
+    where = gate(z, goal)
+    check_result(where, z.shape[:-1], f"the value of {gate!r}")
+    if where.dtype != torch.bool:
+        raise TypeError(f"the value of {gate!r} must be boolean, got {where.dtype}")
+    return where
+
+
+def _check_latents(latents: Any) -> None:
+    try:
+        for heads in latents.values():
+            for head, indices in heads.items():
+                _ = [operator.index(n) for n in (head, *indices)]
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"latents must be {{hook name: {{head: [latent, ...]}}}}, got {latents!r:.200}"
+        ) from error
+
+
+def _given(latents: LatentsByHead, z: Latents, hook_name: str, heads: Sequence[int]) -> ByHead:
+    chosen = torch.zeros(z.shape[-2:], dtype=torch.bool, device=z.device)
+    for place, head in enumerate(heads):
+        for latent in latents.get(hook_name, {}).get(head, ()):
+            if not 0 <= latent < z.shape[-1]:
+                raise ValueError(
+                    f"no latent {latent} at {hook_name} head {head}: the latents are 0 to "
+                    f"{z.shape[-1] - 1}"
+                )
+            chosen[place, latent] = True
+    return chosen
