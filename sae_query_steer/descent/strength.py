@@ -36,8 +36,8 @@ def by_row(name: str, values: Sequence[Any], places: TokenPlaces) -> list[Any]:
     """
     if len(values) != places.n_rows:
         raise ValueError(
-            f"{name} has {len(values)} entries, but the forward pass has {places.n_rows} rows: "
-            "give one for each prompt, in order, and all prompts in one call"
+            f"{name} has {len(values)} entries: the forward pass has {places.n_rows} rows; give "
+            "one for each prompt, in order, and all prompts in one call"
         )
     return [values[row] for row in places.row.tolist()]
 
