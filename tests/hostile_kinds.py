@@ -22,7 +22,7 @@ from wheel_check import make_model
 import sae_query_steer as sqs
 from sae_query_steer import sae
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.hub.files import sha256
+from sae_query_steer.hub.layout import sha256
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae import to_inference
 from sae_query_steer.steering.files import steerer_settings

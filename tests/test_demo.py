@@ -19,7 +19,7 @@ from sae_query_steer.compare import demo as demo_module
 from sae_query_steer.compare.demo_preparation import chosen_layers
 from sae_query_steer.compare.demo_report import display_table, report_html, verdict
 from sae_query_steer.compare.sweep_figures import layer_table
-from sae_query_steer.storage.folders import read_json, write_json
+from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.toy import TUTOR_FOLDER, TutorCorpus
 
 ROW = {

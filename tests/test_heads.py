@@ -28,7 +28,7 @@ from sae_query_steer.models.loading import queries_at
 from sae_query_steer.sae import heads as module
 from sae_query_steer.sae.heads import join_heads, split_heads
 from sae_query_steer.steering.attach import attached_saes
-from sae_query_steer.storage.folders import write_tensors
+from sae_query_steer.storage.tensors import write_tensors
 
 HOOK = "blocks.1.attn.hook_q"
 SIZES = {"n_heads": 3, "d_head": 6, "d_sae_per_head": 11}

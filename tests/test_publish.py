@@ -88,12 +88,12 @@ def test_everything_comes_back_as_it_was(folder, model, saes, targets, steerer, 
     with bundle.steerer.apply(model):
         assert model.generate(["w1 w20 w3"], **GREEDY) == said
     bundle.check(model, examples[::-1])
-    assert bundle.model["name"] == "alice/tiny-llama"
-    assert bundle.data["n_examples"] == 48
+    assert bundle.model.name == "alice/tiny-llama"
+    assert bundle.data.n_examples == 48
 
 
 def test_plain_saelens_reads_every_head(folder, saes):
-    heads = head_folders(read_index(folder)[1])
+    heads = head_folders(read_index(folder).files)
     assert list(heads) == [f"{name}.{head}" for name in HOOKS for head in range(4)]
     queries = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(1))
     for name, path in heads.items():
@@ -157,21 +157,21 @@ def test_another_model_is_refused_with_both_sides_shown(folder, tiny_models, sae
         with torch.no_grad():
             weight.div_(1.5)
     said = str(caught.value)
-    assert re.search(r"in the bundle: name alice/tiny-llama, n_layers 3, n_heads 4, d_head 8", said)
-    assert re.search(r"here: +name \S*tiny-llama, n_layers 3", said)
+    assert re.search(r"in the bundle: name='alice/tiny-llama' n_layers=3 n_heads=4 d_head=8", said)
+    assert re.search(r"here: +name=\S*tiny-llama' n_layers=3", said)
     assert re.search(r"blocks.0.attn.hook_q the queries differ by 0.5 \(relative\)", said)
     sqs.load_bundle(folder, model=model)
 
 
 def test_a_model_of_another_shape_is_refused_with_both_sides_shown(folder):
-    with pytest.raises(ValueError, match=r"n_layers 3, [^\n]*\n  here: [^\n]*n_layers 4"):
+    with pytest.raises(ValueError, match=r"n_layers=3 [^\n]*\n  here: [^\n]*n_layers=4"):
         sqs.load_bundle(folder, model=sqs.load_tutor())
 
 
 def test_other_examples_are_refused_with_both_sides_shown(folder, tiny_models, examples, untyped):
     bundle = sqs.load_bundle(folder)
     changed = [dataclasses.replace(examples[0], prompt="w1"), *examples[1:]]
-    with pytest.raises(ValueError, match=r'"n_examples": 48(.|\n)*here:(.|\n)*"n_examples": 48'):
+    with pytest.raises(ValueError, match=r"n_examples=48 (.|\n)*here:(.|\n)*n_examples=48 "):
         bundle.check(tiny_models["bridge"], changed)
     with pytest.raises(TypeError, match="must be LabelledExample"):
         bundle.check(tiny_models["bridge"], sqs.tokenize_examples(examples, word_tokenizer()))
@@ -221,7 +221,7 @@ def test_a_changed_file_is_refused(copy):
     ):
         sqs.load_bundle(copy)
     path.write_bytes(bytes(content[:-7]))
-    with pytest.raises(ValueError, match=r"has \d+ bytes, the bundle's list says \d+"):
+    with pytest.raises(ValueError, match=r"has \d+ bytes, the bundle lists \d+"):
         sqs.load_bundle(copy)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="lacks centroids/centroids.safetensors"):
@@ -246,10 +246,10 @@ def test_heads_may_be_missing_where_only_layers_are_read(copy):
 
 
 def test_what_is_read_must_be_on_the_list(copy):
-    _, files = read_index(copy)
+    files = json.loads((copy / "bundle.json").read_text())["files"]
     for name in ("layers/query_saes.json", f"layers/{HOOKS[1]}/cfg.json"):
         change_index(copy, files={n: entry for n, entry in files.items() if n != name})
-        with pytest.raises(ValueError, match=f"lists no {re.escape(name)}: save the bundle anew"):
+        with pytest.raises(ValueError, match=f"lists no {re.escape(name)}: save the bundle again"):
             sqs.load_bundle(copy)
     change_index(copy, files={n: e for n, e in files.items() if n != "centroids/centroids.json"})
     with pytest.raises(ValueError, match=r"lists no centroids/centroids\.json"):
@@ -273,8 +273,8 @@ def test_tables_that_would_not_come_back_are_refused_before_anything_is_written(
     for table, said in (
         (pd.DataFrame({"a": []}), "evaluation has 0 rows"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "every column a name of its own"),
-        (pd.DataFrame({"a": [[1]]}), r"the column 'a' of its table holds \[1\]"),
-        (pd.DataFrame({"when": [pd.Timestamp("2026-01-01")]}), "the column 'when'"),
+        (pd.DataFrame({"a": [[1]]}), r"0\.a\S*: .*, got \[1\]"),
+        (pd.DataFrame({"when": [pd.Timestamp("2026-01-01")]}), r"0\.when\S*: .*, got Timestamp"),
     ):
         with pytest.raises(ValueError, match=said):
             sqs.save_bundle(tmp_path / "b", model, saes, evaluation=table)
@@ -295,7 +295,7 @@ def test_a_model_of_a_local_folder_is_no_base_model(tmp_path, tiny_models, saes,
 
 
 def test_every_heads_folder_tells_its_hook(folder):
-    for name, path in head_folders(read_index(folder)[1]).items():
+    for name, path in head_folders(read_index(folder).files).items():
         metadata = json.loads((folder / path / "cfg.json").read_text())["metadata"]
         assert f"{metadata['hook_name']}.{metadata['hook_head_index']}" == name
 
@@ -305,9 +305,9 @@ def test_every_heads_folder_tells_its_hook(folder):
     ["../x.json", "/etc/x.json", "a/../../x.json", "a\\x.json", "x.pkl", ".x.json", "a/b/c/d.json"],
 )
 def test_names_that_lead_elsewhere_are_refused(copy, name):
-    _, files = read_index(copy)
-    change_index(copy, files=files | {name: {"bytes": 1, "sha256": "0"}})
-    with pytest.raises(ValueError, match=r"bundle.json is refused: the file name .* not allowed"):
+    files = json.loads((copy / "bundle.json").read_text())["files"]
+    change_index(copy, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(ValueError, match=r"bundle.json is damaged .*String should match pattern"):
         sqs.load_bundle(copy)
 
 
@@ -322,16 +322,16 @@ def test_a_link_out_of_the_bundle_is_refused(copy, tmp_path):
 def test_lists_in_another_form_are_refused(copy):
     for files in (None, {}, [], {"a.json": 3}, {"a.json": {"bytes": -1, "sha256": "0"}}):
         change_index(copy, files=files)
-        with pytest.raises(ValueError, match="bundle.json is refused"):
+        with pytest.raises(ValueError, match=r"bundle.json is damaged .*: files"):
             sqs.load_bundle(copy)
-    change_index(copy, files={"a.json": {"bytes": 1, "sha256": "0"}})
+    change_index(copy, files={"a.json": {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(ValueError, match=r"lists no fingerprint\.safetensors"):
         sqs.load_bundle(copy)
     change_index(copy, model=7)
-    with pytest.raises(ValueError, match="it tells no model"):
+    with pytest.raises(ValueError, match=r"bundle.json is damaged .*: model: .*, got 7"):
         sqs.load_bundle(copy)
     change_index(copy, format="sae_query_steer.bundle/2")
-    with pytest.raises(ValueError, match="this version reads 'sae_query_steer.bundle/1'"):
+    with pytest.raises(ValueError, match="got 'sae_query_steer.bundle/2'"):
         sqs.load_bundle(copy)
 
 
@@ -401,7 +401,7 @@ def test_the_commands(tmp_path, tiny_folder, saes, targets, steerer, examples, m
     assert "look at its README.md" in run.output
     bundle = sqs.load_bundle(tmp_path / "bundle")
     assert steerer_settings(bundle.steerer) == steerer_settings(steerer)
-    assert bundle.data["n_examples"] == 48
+    assert bundle.data.n_examples == 48
     pushed = CliRunner().invoke(
         app, ["push", str(tmp_path / "bundle"), "alice/b", "--dry-run"], catch_exceptions=False
     )

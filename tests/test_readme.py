@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.storage.folders import read_json
+from sae_query_steer.storage.records import read_json
 from sae_query_steer.toy import TUTOR_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]

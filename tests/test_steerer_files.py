@@ -115,13 +115,13 @@ def test_damaged_and_hostile_folders_are_refused(make, tmp_path):
             sqs.load_steerer(tmp_path / "steerer")
 
     settings = good["settings"]
-    refused("has format 'other/1'", format="other/1")
+    refused("format: .*, got 'other/1'", format="other/1")
     refused("is damaged", settings={**settings, "objective": {"nothing": 1}})
     refused(
         "there is no value 'Popen': allowed are",
         settings={**settings, "scope": {"kind": "Popen", "fields": {"args": ["true"]}}},
     )
-    refused("is damaged: TypeError", settings={**settings, "colour": "red"})
+    refused("is damaged: .*colour", settings={**settings, "colour": "red"})
     refused("no class 'nobody'", settings={**settings, "target": "nobody"})
     with pytest.raises(FileExistsError, match="exists: give another folder, or overwrite=True"):
         sqs.save_steerer(make(), tmp_path / "steerer")

@@ -6,13 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_query_steer.storage.folders import (
-    new_folder,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import read_json, write_json
+from sae_query_steer.storage.tensors import read_tensors, write_tensors
 
 TENSORS = {
     "half": torch.tensor([[1.5, -2.0, 0.1]], dtype=torch.bfloat16),
@@ -122,8 +118,8 @@ def test_reading_json_names_the_file_that_is_missing(tmp_path):
     ("text", "what"),
     [
         ('{"a": 1', r"is not JSON: .+"),
-        ("[1, 2]", "holds list, where an object is expected"),
-        ('"a"', "holds str, where an object is expected"),
+        ("[1, 2]", "must hold a JSON object, got list"),
+        ('"a"', "must hold a JSON object, got str"),
     ],
 )
 def test_reading_json_says_what_is_wrong_with_the_file(tmp_path, text, what):
@@ -136,7 +132,7 @@ def test_reading_json_says_what_is_wrong_with_the_file(tmp_path, text, what):
 def test_tensors_come_back_bit_for_bit_with_their_types(tmp_path):
     turned = torch.randn(3, 5, generator=torch.Generator().manual_seed(2)).T.requires_grad_()
     write_tensors(tmp_path / "a.safetensors", TENSORS | {"turned": turned})
-    read = read_tensors(tmp_path / "a.safetensors")
+    read = read_tensors(tmp_path, "a.safetensors")
     assert set(read) == {*TENSORS, "turned"}
     for name, tensor in (TENSORS | {"turned": turned.detach()}).items():
         assert read[name].dtype == tensor.dtype
@@ -144,9 +140,10 @@ def test_tensors_come_back_bit_for_bit_with_their_types(tmp_path):
 
 
 def test_a_missing_tensor_file_is_named(tmp_path):
-    for path in (tmp_path / "a.safetensors", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"^no file {re.escape(str(path))}$"):
-            read_tensors(path)
+    (tmp_path / "folder").mkdir()
+    for name in ("a.safetensors", "folder"):
+        with pytest.raises(FileNotFoundError, match=f"^no file {re.escape(str(tmp_path / name))}$"):
+            read_tensors(tmp_path, name)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 40, -1])
@@ -156,7 +153,7 @@ def test_a_truncated_tensor_file_is_refused(tmp_path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     text = f"{path} is not a readable safetensors file: "
     with pytest.raises(ValueError, match=f"^{re.escape(text)}.+"):
-        read_tensors(path)
+        read_tensors(tmp_path, path.name)
 
 
 class Touch:
@@ -173,7 +170,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_run(tmp_path):
     path, trace = tmp_path / "a.safetensors", tmp_path / "was-run"
     path.write_bytes(pickle.dumps(Touch(trace)))
     with pytest.raises(ValueError, match="is not a readable safetensors file: "):
-        read_tensors(path)
+        read_tensors(tmp_path, path.name)
     assert not trace.exists()
     pickle.loads(path.read_bytes())
     assert trace.exists(), "the pickle must be able to act for this to say anything"
@@ -182,7 +179,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_run(tmp_path):
 def test_two_names_for_one_tensor_are_written_as_two(tmp_path):
     tensor = torch.arange(6.0).reshape(2, 3)
     write_tensors(tmp_path / "t.safetensors", {"a": tensor, "b": tensor.mT})
-    loaded = read_tensors(tmp_path / "t.safetensors")
+    loaded = read_tensors(tmp_path, "t.safetensors")
     assert torch.equal(loaded["a"], tensor)
     assert torch.equal(loaded["b"], tensor.mT)
 
@@ -209,7 +206,7 @@ def test_overwrite_replaces_no_folder_or_file_of_another_kind(tmp_path, what):
         path.write_text("years of work")
     before = contents(tmp_path)
     with (
-        pytest.raises(FileExistsError, match="is not replaced: it holds no a.txt"),
+        pytest.raises(FileExistsError, match="is not replaced: it has no a.txt"),
         new_folder(path, overwrite=True, holding="a.txt"),
     ):
         pass

@@ -12,7 +12,7 @@ import sae_query_steer as sqs
 from sae_query_steer.compare import level_judge
 from sae_query_steer.compare.demo_cases import tutor_cases
 from sae_query_steer.compare.generation import continuations
-from sae_query_steer.storage.folders import read_json
+from sae_query_steer.storage.records import read_json
 from sae_query_steer.toy import (
     NULL_TUTOR_FOLDER,
     TUTOR_FOLDER,

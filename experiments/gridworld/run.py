@@ -40,8 +40,8 @@ from sae_query_steer.compare import (
     prompt_methods,
     run_sweep,
 )
-from sae_query_steer.storage.folders import read_json
 from sae_query_steer.storage.markdown import markdown_table
+from sae_query_steer.storage.records import read_json
 
 NULL: dict[str, Any] = {"n_heads": 4, "look_layer": None}
 """Settings of a model that obeys as well, and whose queries choose nothing."""

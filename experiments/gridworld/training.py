@@ -17,7 +17,8 @@ from experiments.gridworld.judge import walk_class
 from experiments.gridworld.tokenizer import grid_tokenizer
 from experiments.gridworld.words import Aim
 from experiments.tiny_llama import check_training, feedback_loss, greedy_texts, new_llama
-from sae_query_steer.storage.folders import new_folder, write_json
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import write_json
 from sae_query_steer.toy.splits import Split
 
 CARD = "gridworld.json"

@@ -20,7 +20,8 @@ import pandas as pd
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.storage.folders import new_folder, write_json
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import write_json
 
 PROMPTS = (
     "Once upon a time, there was a little girl who",

@@ -45,8 +45,9 @@ from torch import Tensor
 import sae_query_steer as sqs
 from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.models.loading import model_name, queries_at
-from sae_query_steer.storage.folders import new_folder, write_json
+from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.markdown import markdown_table
+from sae_query_steer.storage.records import write_json
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 
 HELD_OUT = 5

@@ -32,7 +32,7 @@ from sae_query_steer.compare import SweepLog, TextScorer
 from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.models.loading import queries_at
 from sae_query_steer.scopes.positions import Span, scope_name
-from sae_query_steer.storage.folders import read_json, write_json
+from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 
 D_SAE, K = 64, 8

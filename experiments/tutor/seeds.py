@@ -18,7 +18,7 @@ from experiments.tutor.training import TutorTraining, train_tutor
 from sae_query_steer.compare import run_demo, write_report
 from sae_query_steer.compare.demo_report import RESULTS
 from sae_query_steer.compare.demo_results import label_of
-from sae_query_steer.storage.folders import read_json
+from sae_query_steer.storage.records import read_json
 
 
 def main() -> None:

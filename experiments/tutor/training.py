@@ -19,14 +19,9 @@ from experiments.tiny_llama import check_training, feedback_loss, new_llama
 from experiments.tutor.batches import Kind, tutor_batch
 from experiments.tutor.obedience import obedience
 from experiments.tutor.tokenizer import tutor_tokenizer
-from sae_query_steer.storage.folders import (
-    check_replaceable,
-    new_folder,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from sae_query_steer.storage.folders import check_replaceable, new_folder
+from sae_query_steer.storage.records import read_json, write_json
+from sae_query_steer.storage.tensors import read_tensors, write_tensors
 
 CARD = "tutor.json"
 """How a tutor was trained and how well it does."""
@@ -231,7 +226,7 @@ class _Run:
                 f"{self.folder} holds an unfinished run of other settings: finish that one, or "
                 "remove the folder"
             )
-        tensors = read_tensors(self.folder / "state.safetensors")
+        tensors = read_tensors(self.folder, "state.safetensors")
         for name, p in self.model.named_parameters():
             p.copy_(tensors[f"weight.{name}"])
             self.optimizer.state[p] = {

@@ -37,7 +37,8 @@ from sae_query_steer.cli.options import (
 )
 from sae_query_steer.diagnostics.site_verdicts import closing_sentence
 from sae_query_steer.models.loading import end_tokens
-from sae_query_steer.storage.folders import new_folder, write_json
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import write_json
 
 _ACHIEVED = ("class_effect", "class_effect_se", "moved", "moved_control")
 

@@ -20,7 +20,7 @@ from sae_query_steer.cli.options import (
 )
 from sae_query_steer.compare import FULL, QUICK, DemoSettings, run_demo, write_report
 from sae_query_steer.compare.demo_report import RESULTS, display_sites, display_table, verdict
-from sae_query_steer.storage.folders import read_json
+from sae_query_steer.storage.records import read_json
 from sae_query_steer.toy import NULL_TUTOR_FOLDER, TUTOR_FOLDER
 
 CARD = "tutor.json"

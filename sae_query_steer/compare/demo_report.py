@@ -19,7 +19,8 @@ from sae_query_steer.compare.sweep_figures import (
     matrix_figure,
 )
 from sae_query_steer.diagnostics.site_verdicts import closing_sentence, site_verdicts
-from sae_query_steer.storage.folders import new_folder, write_json
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import write_json
 
 RESULTS = "results.json"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sae_query_steer.storage.safe_reading import size_of
+from sae_query_steer.storage.folders import size_of
 from sae_query_steer.targets.centroids import CentroidTargets
 
 HEAD = "sae_query_steer.sweep/3"

@@ -17,7 +17,8 @@ from sae_query_steer.compare.sweep_figures import (
     layer_table,
     matrix_figure,
 )
-from sae_query_steer.storage.folders import new_folder, write_json
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import write_json
 
 RESULTS = "sweep.json"
 

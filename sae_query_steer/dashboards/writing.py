@@ -18,7 +18,8 @@ from sae_query_steer.models.loading import check_eager, model_name, pattern_hook
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.steering.intervention import chosen_heads
 from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.storage.folders import check_replaceable, new_folder, write_json
+from sae_query_steer.storage.folders import check_replaceable, new_folder
+from sae_query_steer.storage.records import write_json
 from sae_query_steer.targets.centroids import CentroidTargets
 
 INDEX = "dashboards.json"

@@ -1,23 +1,26 @@
-"""`Bundle` and `load_bundle`: what a bundle holds, read back once all of it is checked."""
+"""`Bundle` and `load_bundle`: the parts of a bundle, read back and checked together."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.hub.files import check_files
-from sae_query_steer.hub.identity import check_data, check_model
 from sae_query_steer.hub.layout import (
     CENTROIDS,
     EVALUATION,
     FINGERPRINT,
-    HEADS,
     LAYERS,
     STEERER,
+    DataFacts,
+    Evaluation,
+    ModelFacts,
+    check_files,
     read_index,
 )
 from sae_query_steer.models.fingerprint import (
@@ -25,14 +28,20 @@ from sae_query_steer.models.fingerprint import (
     check_reconstructions,
     check_whole,
     default_tolerance,
+    dtype_name,
+    relative_difference,
 )
+from sae_query_steer.models.loading import model_name, queries_at, without_hooks
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.steering.files import steerer_from_settings
 from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.storage.folders import read_json, read_tensors, rows_table
+from sae_query_steer.storage.records import read_json, read_record
+from sae_query_steer.storage.tensors import FLOATS, INTEGERS, read_tensors
 from sae_query_steer.targets.builder import check_shapes
 from sae_query_steer.targets.capture import reconstructions
 from sae_query_steer.targets.centroids import CentroidTargets
+
+_SIZES = ("n_layers", "n_heads", "d_head", "d_model", "d_vocab")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,41 +60,65 @@ class Bundle:
     evaluation: pd.DataFrame | None
     """The table of scores that it was published with, if any."""
 
-    model: Mapping[str, Any]
+    model: ModelFacts
     """Name, sizes and number format of the model that it was made on."""
 
-    data: Mapping[str, Any] | None
+    data: DataFacts | None
     """Number, classes and hash of the labelled examples, if they were recorded."""
 
     fingerprint: Fingerprint
-    """The model's queries on fixed tokens, and what the SAEs make of them."""
+    """The model's queries on fixed tokens, and the SAEs' reconstructions of them."""
 
     def check(self, model: Any, examples: Iterable[LabelledExample] | None = None) -> None:
-        """Raise unless this is the model, and these the examples, that the bundle was made on.
+        """Raise unless the bundle was made on this model, and with these examples in any order.
+
+        The model's name does not count: it is another on the hub than in a folder.
 
         Raises:
             ValueError: another model, or other examples; the message shows both sides.
         """
-        check_model(self.model, self.fingerprint, model)
-        if examples is not None:
-            check_data(self.data, examples)
+        self._check_model(model)
+        if examples is None:
+            return
+        if self.data is None:
+            raise ValueError("the bundle records no examples: it was saved without examples=")
+        if self.data != (here := data_facts(examples)):
+            raise ValueError(
+                f"other examples than the bundle's:\n  in the bundle: {self.data}"
+                f"\n  here:          {here}\nTake the same texts and labels, or make new centroids"
+            )
+
+    def _check_model(self, model: Any) -> None:
+        here, stored = model_facts(model), self.fingerprint
+        sides = f"\n  in the bundle: {self.model}\n  here:          {here}"
+        remedy = "\nLoad the model that the bundle names, or train SAEs on yours"
+        if any(getattr(self.model, size) != getattr(here, size) for size in _SIZES):
+            raise ValueError(f"another model than the bundle's:{sides}{remedy}")
+        if int(stored.tokens.max()) >= here.d_vocab:
+            raise ValueError(f"the bundle's fingerprint has tokens outside the vocabulary:{sides}")
+        with without_hooks(model):
+            queries = queries_at(model, stored.tokens, list(stored.queries))
+        tolerance = default_tolerance(here.dtype, stored.dtype)
+        lines = [
+            f"\n  at {name} the queries differ by {difference:.3g} (relative), allowed is "
+            f"{tolerance:g}"
+            for name, query in queries.items()
+            if not (difference := relative_difference(query, stored.queries[name])) <= tolerance
+        ]
+        if lines:
+            raise ValueError(f"another model than the bundle's:{sides}{''.join(lines[:3])}{remedy}")
 
 
-def load_bundle(
-    folder: str | Path,
-    *,
-    model: Any = None,
-    device: str | None = None,
-) -> Bundle:
-    """Read a bundle that `save_bundle` wrote, once every file is what its list says.
+def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = None) -> Bundle:
+    """Read a bundle that `save_bundle` wrote, after a check of size and hash of its files.
 
-    The files of single heads are for plain SAELens, and are not read here.
+    The files of single heads are for plain SAELens and are not read.
 
     Args:
         folder: the bundle.
-        model: a model to check against the fingerprint before anything is returned; None checks
-            nothing (a steerer checks it when it is applied).
-        device: where to put the SAEs; None means where the model is, or the CPU without one.
+        model: a model to check against the fingerprint; None skips the check (a steerer checks the
+            model when it is applied).
+        device: where to put the SAEs; None means the model's device, or the CPU without a model.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -95,15 +128,12 @@ def load_bundle(
     folder = Path(folder)
     if device is None:
         device = "cpu" if model is None else str(model.cfg.device)
-    index, files = read_index(folder)
-    check_files(
-        folder,
-        {name: entry for name, entry in files.items() if not name.startswith(f"{HEADS}/")},
-    )
+    index = read_index(folder)
+    check_files(folder, index.shared)
     saes = QuerySAEs.load(folder / LAYERS, device=device)
-    if list(saes) != index["hook_names"]:
-        raise ValueError(f"{folder} lists {index['hook_names']} and holds SAEs at {list(saes)}")
-    fingerprint = _read_fingerprint(folder / FINGERPRINT, list(saes), str(index["model"]["dtype"]))
+    if tuple(saes) != index.hook_names:
+        raise ValueError(f"{folder} lists {index.hook_names} and holds SAEs at {list(saes)}")
+    fingerprint = _read_fingerprint(folder, index.hook_names, index.model.dtype)
     stored = {name: query.to(device) for name, query in fingerprint.queries.items()}
     dtypes = {str(sae.dtype).removeprefix("torch.") for sae in saes.values()}
     tolerance = default_tolerance(fingerprint.dtype, *dtypes)
@@ -112,28 +142,25 @@ def load_bundle(
     except ValueError as error:
         raise ValueError(f"{folder} holds SAEs that it was not saved with: {error}") from error
     targets = steerer = evaluation = None
-    if any(name.startswith(f"{CENTROIDS}/") for name in files):
+    if index.has(CENTROIDS):
         targets = CentroidTargets.load(folder / CENTROIDS)
         check_shapes(targets, saes)
-    if STEERER in files:
+    if STEERER in index.files:
         if targets is None:
-            raise ValueError(f"{folder} holds a steerer and no centroids: fetch it again, whole")
+            raise ValueError(f"{folder} holds a steerer without centroids: fetch it again, whole")
         try:
             steerer = steerer_from_settings(read_json(folder / STEERER), saes, targets)
         except ValueError as error:
             raise ValueError(f"{folder / STEERER}: {error}") from error
-    if EVALUATION in files:
-        try:
-            evaluation = rows_table(read_json(folder / EVALUATION).get("rows"), texts=True)
-        except ValueError as error:
-            raise ValueError(f"{folder / EVALUATION} is damaged: {error}") from error
+    if EVALUATION in index.files:
+        evaluation = read_record(folder, EVALUATION, Evaluation).rows
     bundle = Bundle(
         saes=saes,
         targets=targets,
         steerer=steerer,
         evaluation=evaluation,
-        model=index["model"],
-        data=index["data"],
+        model=index.model,
+        data=index.data,
         fingerprint=fingerprint,
     )
     if model is not None:
@@ -141,21 +168,42 @@ def load_bundle(
     return bundle
 
 
-def _read_fingerprint(path: Path, hook_names: list[str], dtype: str) -> Fingerprint:
-    tensors = read_tensors(path)
-    try:
-        found = Fingerprint(
-            tokens=tensors["tokens"],
-            queries={name: tensors[f"query.{name}"] for name in hook_names},
-            reconstructions={name: tensors[f"reconstruction.{name}"] for name in hook_names},
-            dtype=dtype,
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} is incomplete: it has no {error}") from error
-    if found.tokens.dtype != torch.int64:
-        raise ValueError(f"{path} is damaged: its tokens are {found.tokens.dtype}, not int64")
+def _read_fingerprint(folder: Path, hook_names: tuple[str, ...], dtype: str) -> Fingerprint:
+    expected = {f"{part}.{n}": (FLOATS, None) for n in hook_names for part in _PARTS}
+    tensors = read_tensors(folder, FINGERPRINT, expected | {"tokens": (INTEGERS, None)})
+    queries, made = ({n: tensors[f"{part}.{n}"] for n in hook_names} for part in _PARTS)
+    found = Fingerprint(
+        tokens=tensors["tokens"], queries=queries, reconstructions=made, dtype=dtype
+    )
     try:
         check_whole(found)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{folder / FINGERPRINT} is damaged: {error}") from error
     return found
+
+
+_PARTS = ("query", "reconstruction")
+
+
+def model_facts(model: Any, name: str | None = None) -> ModelFacts:
+    """Return a model's name, sizes and number format."""
+    sizes = {size: int(getattr(model.cfg, size)) for size in _SIZES}
+    return ModelFacts(name=name or model_name(model), dtype=dtype_name(model), **sizes)
+
+
+def data_facts(examples: Iterable[LabelledExample]) -> DataFacts:
+    """Return the number of labelled examples, of each class, and a hash that ignores their order.
+
+    Raises:
+        TypeError: something else than labelled examples.
+    """
+    given = list(examples)
+    if not all(isinstance(example, LabelledExample) for example in given):
+        kinds = sorted({type(example).__name__ for example in given})
+        raise TypeError(f"examples must be LabelledExample (their texts are hashed), got {kinds}")
+    texts = sorted(json.dumps([str(e.label), e.prompt, e.response]) for e in given)
+    return DataFacts(
+        n_examples=len(given),
+        classes=dict(sorted(Counter(str(e.label) for e in given).items())),
+        sha256=hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+    )

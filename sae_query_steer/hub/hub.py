@@ -25,9 +25,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from sae_query_steer.hub.bundle import Bundle, load_bundle
 from sae_query_steer.hub.card import REPOSITORY
-from sae_query_steer.hub.files import check_files
-from sae_query_steer.hub.layout import BUNDLE, CARD, HEADS, read_index
-from sae_query_steer.storage.safe_reading import MAX_JSON, inside, size_of
+from sae_query_steer.hub.layout import BUNDLE, CARD, check_files, read_index
+from sae_query_steer.storage.folders import inside, size_of
+from sae_query_steer.storage.records import MAX_JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,11 @@ def push_to_hub(
     validate_repo_id(repo_id)
     folder = Path(folder)
     load_bundle(folder)
-    _, files = read_index(folder)
-    check_files(folder, {n: entry for n, entry in files.items() if n.startswith(f"{HEADS}/")})
+    index = read_index(folder)
+    files = index.files
+    check_files(folder, {n: files[n] for n in files.keys() - index.shared.keys()})
     card = _card(folder).replace(REPOSITORY, repo_id).encode()
-    sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+    sizes = {name: listed.bytes for name, listed in files.items()}
     sizes |= {BUNDLE: (folder / BUNDLE).stat().st_size, CARD: len(card)}
     if dry_run:
         return Upload(repo_id=repo_id, files=sizes, url=None)
@@ -140,7 +141,7 @@ def _left_over(
             )
         return set()
     index = api.hf_hub_download(repo_id, BUNDLE, revision=revision)
-    return there & (read_index(Path(index).parent)[1].keys() - sizes.keys())
+    return there & (read_index(Path(index).parent).files.keys() - sizes.keys())
 
 
 def from_pretrained(
@@ -195,8 +196,7 @@ def from_pretrained(
         raise FileNotFoundError(f"{name} on the hub is no bundle: it has no {BUNDLE}") from error
     _check_sizes(name, [planned], {BUNDLE: MAX_JSON})
     index = Path(hf_hub_download(name, BUNDLE, **{**where, "revision": planned.commit_hash}))
-    _, files = read_index(index.parent)
-    wanted = {n: int(e["bytes"]) for n, e in files.items() if not n.startswith(f"{HEADS}/")}
+    wanted = {name: listed.bytes for name, listed in read_index(index.parent).shared.items()}
     commit = {**where, "revision": planned.commit_hash, "allow_patterns": [BUNDLE, *wanted]}
     with suppress(DryRunError):  # without a network: nothing will be fetched
         _check_sizes(name, snapshot_download(name, dry_run=True, **commit), wanted)

@@ -1,29 +1,28 @@
-"""Where the parts of a bundle lie, and `bundle.json`, which lists them.
+"""Where the parts of a bundle are, and `bundle.json`, the list of its files by size and hash.
 
-README.md                        the model card, for people
-bundle.json                      model, data, sites; and size and hash of every file below
-fingerprint.safetensors          queries on fixed tokens: is this the model?
+README.md                        the model card
+bundle.json                      model, data, sites, and size and SHA-256 of every file below
+fingerprint.safetensors          queries on fixed tokens, which identify the model
 layers/blocks.L.attn.hook_q/     all heads of a layer: a SAELens folder that needs this package
 heads/blocks.L.attn.hook_q.H/    one head: a SAELens folder that plain SAELens reads
-centroids/                       `CentroidTargets`, where there are some
-steerer.json                     the settings of a `LatentGradientSteerer`, where there is one
-evaluation.json                  a table of scores, where there is one
+centroids/                       `CentroidTargets`, optional
+steerer.json                     settings of a `LatentGradientSteerer`, optional
+evaluation.json                  a table of scores, optional
 """
 
+import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import Field, StringConstraints, model_validator
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from sae_query_steer import storage
-from sae_query_steer.hub.files import read_list
 from sae_query_steer.sae.collection import INDEX
-from sae_query_steer.storage.safe_reading import inside
+from sae_query_steer.storage.folders import inside, size_of
+from sae_query_steer.storage.records import Record, Table, read_record
 from sae_query_steer.targets.centroids import CENTROID_FILES
-
-FORMAT = "sae_query_steer.bundle/1"
 
 BUNDLE = "bundle.json"
 """The file that every bundle holds."""
@@ -32,6 +31,100 @@ CARD = "README.md"
 LAYERS, HEADS, CENTROIDS = "layers", "heads", "centroids"
 STEERER, EVALUATION, FINGERPRINT = "steerer.json", "evaluation.json", "fingerprint.safetensors"
 
+MAX_FILES = 65_536
+"""Most files of a bundle. Source: our choice; 32 layers of 32 heads have 2,112."""
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+FileName = Annotated[
+    str, StringConstraints(pattern=rf"^({_PART}/){{0,2}}{_PART}\.(json|safetensors)$")
+]
+"""Relative path of a JSON or safetensors file, at most two folders deep."""
+
+
+class ListedFile(Record):
+    """What `bundle.json` says of a file."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    """Its size."""
+
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+    """Hash of its content."""
+
+
+class ModelFacts(Record):
+    """Name, sizes and number format of the model that a bundle was made on."""
+
+    name: str
+    n_layers: int
+    n_heads: int
+    d_head: int
+    d_model: int
+    d_vocab: int
+    dtype: str
+
+
+class DataFacts(Record):
+    """The labelled examples that centroids were made of."""
+
+    n_examples: int
+    """Their number."""
+
+    classes: dict[str, int]
+    """Their number by class."""
+
+    sha256: str
+    """Hash of labels and texts; their order does not matter."""
+
+
+class Evaluation(Record):
+    """What `evaluation.json` holds."""
+
+    rows: Table
+    """The scores."""
+
+
+class BundleIndex(Record):
+    """What `bundle.json` holds."""
+
+    format: Literal["sae_query_steer.bundle/1"]
+    sae_query_steer: str
+    """Version of the package that wrote it."""
+
+    model: ModelFacts
+    data: DataFacts | None
+    hook_names: tuple[str, ...]
+    files: Annotated[dict[FileName, ListedFile], Field(min_length=1, max_length=MAX_FILES)]
+
+    @model_validator(mode="after")
+    def _lists_what_is_read(self) -> "BundleIndex":
+        needed = [FINGERPRINT, f"{LAYERS}/{INDEX}"]
+        for name in self.hook_names:
+            needed += (f"{LAYERS}/{name}/{f}" for f in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME))
+        if self.has(CENTROIDS):
+            needed += (f"{CENTROIDS}/{name}" for name in CENTROID_FILES)
+        if missing := [name for name in needed if name not in self.files]:
+            raise ValueError(f"files lists no {missing[0]}: save the bundle again")
+        return self
+
+    def has(self, folder: str) -> bool:
+        """Return whether the bundle has files in a folder."""
+        return any(name.startswith(f"{folder}/") for name in self.files)
+
+    @property
+    def shared(self) -> dict[str, ListedFile]:
+        """The files that this package reads; the rest, single heads, are for plain SAELens."""
+        return {n: file for n, file in self.files.items() if not n.startswith(f"{HEADS}/")}
+
+
+def read_index(folder: str | Path) -> BundleIndex:
+    """Read `bundle.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or of another version, or does not list a file that is needed.
+    """
+    return read_record(folder, BUNDLE, BundleIndex)
+
 
 def head_folders(files: Iterable[str]) -> dict[str, str]:
     """Return the folder of each head's plain SAE, by its id `blocks.L.attn.hook_q.H`."""
@@ -39,42 +132,47 @@ def head_folders(files: Iterable[str]) -> dict[str, str]:
     found = {folder.removeprefix(f"{HEADS}/"): folder for folder in folders}
     for name in found:
         if re.fullmatch(r"blocks\.\d+\.attn\.hook_(rot_)?q\.\d+", name) is None:
-            raise ValueError(f"{HEADS}/{name} is no folder of a query head's SAE")
-    return dict(sorted(found.items(), key=lambda item: _numbers(item[0])))
+            raise ValueError(f"{HEADS}/{name} is not named after a query head's SAE")
+    return dict(sorted(found.items(), key=lambda item: list(map(int, re.findall(r"\d+", item[0])))))
 
 
-def _needed(hook_names: Iterable[str], files: Iterable[str]) -> Iterator[str]:
-    """Yield the files without which a bundle is none: what is read must be on the list."""
-    yield FINGERPRINT
-    yield f"{LAYERS}/{INDEX}"
-    for name in hook_names:
-        yield f"{LAYERS}/{name}/{SAE_CFG_FILENAME}"
-        yield f"{LAYERS}/{name}/{SAE_WEIGHTS_FILENAME}"
-    if any(name.startswith(f"{CENTROIDS}/") for name in files):
-        yield from (f"{CENTROIDS}/{name}" for name in CENTROID_FILES)
+def list_files(folder: Path) -> dict[str, ListedFile]:
+    """Return size and hash of every file below a folder, by its path with forward slashes."""
+    return {
+        path.relative_to(folder).as_posix(): ListedFile(
+            bytes=path.stat().st_size, sha256=sha256(path)
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-def _numbers(name: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", name)]
+def check_files(folder: Path, files: Mapping[str, ListedFile]) -> None:
+    """Raise unless every listed file is there, with its size and hash.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not in the folder (see `inside`), or differs from the list.
+    """
+    for name, listed in files.items():
+        path = inside(folder, name)
+        try:
+            size = size_of(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} lacks {name}: fetch it again, whole") from error
+        if size != listed.bytes:  # before a byte is read
+            raise ValueError(
+                f"{path} has {size} bytes, the bundle lists {listed.bytes}: fetch the bundle "
+                "again, or save it again"
+            )
+        if sha256(path) != listed.sha256:
+            raise ValueError(
+                f"{path} is not the file that the bundle lists (SHA-256 differs): fetch the "
+                "bundle again, or save it again"
+            )
 
 
-def read_index(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return `bundle.json` and its list of files, checked."""
-    index = storage.read_index(inside(folder, BUNDLE), FORMAT)
-    facts, data, names = index.get("model"), index.get("data"), index.get("hook_names")
-    if not (
-        isinstance(facts, dict)
-        and {"name", "dtype"} <= facts.keys()
-        and isinstance(data, dict | None)
-        and isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
-    ):
-        raise ValueError(f"{folder / BUNDLE} is damaged: it tells no model, data and hook names")
-    try:
-        files = read_list(index.get("files"))
-    except ValueError as error:
-        raise ValueError(f"{folder / BUNDLE} is refused: {error}") from error
-    for part in _needed(names, files):
-        if part not in files:
-            raise ValueError(f"{folder / BUNDLE} lists no {part}: save the bundle anew")
-    return index, files
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

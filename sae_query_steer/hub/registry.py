@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from huggingface_hub.utils import validate_repo_id
 
 from sae_query_steer.hub.layout import LAYERS, head_folders, read_index
-from sae_query_steer.sae.collection import INDEX
-from sae_query_steer.storage.folders import read_json
-from sae_query_steer.storage.safe_reading import inside
+from sae_query_steer.sae.collection import INDEX, SAEsIndex
+from sae_query_steer.storage.records import read_record
 
 _LARGEST = 1e9
 """No number of latents is larger, and NaN is not smaller."""
@@ -40,11 +40,11 @@ def registry_entry(
             empty; or a Neuronpedia id is of an SAE that it does not hold.
     """
     folder = Path(folder)
-    index, files = read_index(folder)
+    index = read_index(folder)
     validate_repo_id(repo_id)
     if not release.strip():
         raise ValueError(f"release={release!r} is not allowed: give its name")
-    heads = head_folders(files)
+    heads = head_folders(index.files)
     if not heads:
         raise ValueError(
             f"{folder} holds no SAE of a single head: SAELens has no architecture for these, and "
@@ -56,7 +56,7 @@ def registry_entry(
             f"neuronpedia names {sorted(strangers)[0]!r}, which is no SAE of the bundle: its ids "
             f"are {', '.join(list(heads)[:3])}, ..."
         )
-    metrics = _metrics(read_json(inside(folder, f"{LAYERS}/{INDEX}")).get("metrics"))
+    metrics = _metrics(read_record(folder, f"{LAYERS}/{INDEX}", SAEsIndex).metrics)
     saes = []
     for name, path in heads.items():
         entry: dict[str, Any] = {"id": name, "path": path}
@@ -69,13 +69,13 @@ def registry_entry(
         if name in known:
             entry["neuronpedia"] = known[name]
         saes.append(entry)
-    block = {release: {"repo_id": repo_id, "model": index["model"]["name"], "saes": saes}}
+    block = {release: {"repo_id": repo_id, "model": index.model.name, "saes": saes}}
     return yaml.safe_dump(block, sort_keys=False, allow_unicode=True)
 
 
-def _metrics(rows: object) -> dict[tuple[int, int], dict[str, Any]]:
+def _metrics(table: pd.DataFrame | None) -> dict[tuple[int, int], dict[str, Any]]:
     found = {}
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and type(row.get("head")) is int and type(row.get("layer")) is int:
+    for row in [] if table is None else table.to_dict("records"):
+        if type(row.get("head")) is int and type(row.get("layer")) is int:
             found[row["layer"], row["head"]] = row
     return found

@@ -10,20 +10,21 @@ from sae_lens import TrainingSAE
 from torch import Tensor
 
 from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.hub.bundle import data_facts, model_facts
 from sae_query_steer.hub.card import model_card
-from sae_query_steer.hub.files import list_files
-from sae_query_steer.hub.identity import data_facts, model_facts
 from sae_query_steer.hub.layout import (
     BUNDLE,
     CARD,
     CENTROIDS,
     EVALUATION,
     FINGERPRINT,
-    FORMAT,
     HEADS,
     LAYERS,
     STEERER,
+    BundleIndex,
+    Evaluation,
     head_folders,
+    list_files,
 )
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae.collection import QuerySAEs
@@ -32,13 +33,9 @@ from sae_query_steer.sae.encoders import encoder_sites
 from sae_query_steer.sae.heads import PLAIN, split_heads
 from sae_query_steer.steering.files import steerer_settings
 from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.storage.folders import (
-    json_rows,
-    new_folder,
-    rows_table,
-    write_json,
-    write_tensors,
-)
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import rows_table, table_rows, write_json, write_record
+from sae_query_steer.storage.tensors import write_tensors
 from sae_query_steer.targets.builder import check_belongs, check_shapes
 from sae_query_steer.targets.capture import check_devices, take_fingerprint
 from sae_query_steer.targets.centroids import CentroidTargets
@@ -94,7 +91,7 @@ def save_bundle(
         for name, sae in saes.items():
             if sae.cfg.architecture() in PLAIN:
                 for head, one in enumerate(split_heads(sae)):
-                    one.cfg.metadata.model_name = facts["name"]
+                    one.cfg.metadata.model_name = facts.name
                     one.cfg.metadata.hook_name = name
                     one.save_model(new / HEADS / f"{name}.{head}")
         if targets is not None:
@@ -102,16 +99,17 @@ def save_bundle(
         if settings is not None:
             write_json(new / STEERER, settings)
         if evaluation is not None:
-            write_json(new / EVALUATION, {"rows": json_rows(evaluation)})
+            write_record(new / EVALUATION, Evaluation(rows=evaluation))
         write_tensors(new / FINGERPRINT, _fingerprint_tensors(take_fingerprint(model, saes)))
         files = list_files(new)
-        index = {
-            "format": FORMAT,
-            "sae_query_steer": version("sae-query-steer"),
-            "model": facts,
-            "data": about,
-            "hook_names": list(saes),
-        }
+        index = BundleIndex(
+            format="sae_query_steer.bundle/1",
+            sae_query_steer=version("sae-query-steer"),
+            model=facts,
+            data=about,
+            hook_names=tuple(saes),
+            files=files,
+        )
         card = model_card(
             saes,
             facts,
@@ -124,7 +122,7 @@ def save_bundle(
             note=note,
         )
         (new / CARD).write_text(card, encoding="utf-8")
-        write_json(new / BUNDLE, index | {"files": files})
+        write_record(new / BUNDLE, index)
 
 
 def _check_together(
@@ -166,7 +164,7 @@ def _readable(evaluation: pd.DataFrame) -> pd.DataFrame:
             "or more, and every column a name of its own"
         )
     try:
-        rows_table(json_rows(table), texts=True)
+        rows_table(table_rows(table))
     except ValueError as error:
         raise ValueError(
             f"evaluation can't be saved: {error}; turn such cells into text"

@@ -2,27 +2,36 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
+from pydantic import JsonValue
 
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.reading import read_sae
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage.folders import (
-    json_rows,
-    new_folder,
-    read_index,
-    rows_table,
-    write_json,
-)
-from sae_query_steer.storage.safe_reading import inside
-
-FORMAT = "sae_query_steer.saes/1"
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import Record, Table, read_record, write_record
 
 INDEX = "query_saes.json"
 """The file that every folder of SAEs holds."""
+
+
+class SAEsIndex(Record):
+    """What `query_saes.json` holds."""
+
+    format: Literal["sae_query_steer.saes/1"]
+    """Version of the format."""
+
+    hook_names: tuple[str, ...]
+    """The sites; each has a SAELens folder of that name."""
+
+    metrics: Table | None
+    """See `QuerySAEs.metrics`."""
+
+    settings: dict[str, JsonValue] | None
+    """See `QuerySAEs`."""
 
 
 class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
@@ -101,10 +110,13 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
             for name, sae in self.items():
                 sae.save_model(new / name)
-            # JSON knows no NaN, as of a head that is constant.
-            rows = json_rows(self.metrics) if self.measured else None
-            index = {"format": FORMAT, "hook_names": list(self), "metrics": rows}
-            write_json(new / INDEX, index | {"settings": self.settings})
+            index = SAEsIndex(
+                format="sae_query_steer.saes/1",
+                hook_names=tuple(self),
+                metrics=self._metrics,
+                settings=None if self.settings is None else dict(self.settings),
+            )
+            write_record(new / INDEX, index)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu") -> "QuerySAEs":
@@ -115,22 +127,13 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
             ValueError: the folder is of another format or damaged, or an SAE in it is not a
                 query-head SAE.
         """
-        folder = Path(folder)
-        index = read_index(inside(folder, INDEX), FORMAT)
-        names, rows = index.get("hook_names"), index.get("metrics")
-        settings = index.get("settings")
-        if not isinstance(names, list) or not isinstance(settings, dict | None):
-            raise ValueError(f"{folder / INDEX} is damaged: it lists no SAEs")
+        index = read_record(folder, INDEX, SAEsIndex)
         try:
-            _check_names(names)
-            table = None if rows is None else rows_table(rows)
+            _check_names(index.hook_names)
         except ValueError as error:
-            raise ValueError(f"{folder / INDEX} is damaged: {error}") from error
-        return cls(
-            {name: read_sae(folder, name, device=device) for name in names},
-            table,
-            settings,
-        )
+            raise ValueError(f"{Path(folder) / INDEX} is damaged: {error}") from error
+        saes = {n: read_sae(Path(folder), n, device=device) for n in index.hook_names}
+        return cls(saes, index.metrics, index.settings)
 
 
 def _check_names(names: Iterable[object]) -> None:

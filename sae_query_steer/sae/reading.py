@@ -13,8 +13,9 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import temporary_seed
 
 from sae_query_steer.sae.core import QueryHeadSAE, QueryHeadSAEConfig
-from sae_query_steer.storage.folders import read_json, read_tensors
-from sae_query_steer.storage.safe_reading import FLOATS, inside, tensor_shapes
+from sae_query_steer.storage.folders import inside
+from sae_query_steer.storage.records import read_json
+from sae_query_steer.storage.tensors import FLOATS, read_shapes, read_tensors
 
 _SIZES = ("n_heads", "d_head", "d_sae_per_head")
 _PLAIN = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
@@ -35,14 +36,11 @@ def read_sae(folder: Path, name: str, *, device: str = "cpu") -> QueryHeadSAE[An
     """
     here = inside(folder, name)
     settings = read_json(inside(folder, f"{name}/cfg.json"))
-    weights = inside(folder, f"{name}/sae_weights.safetensors")
+    weights = f"{name}/sae_weights.safetensors"
     told = f"{here} is no SAE that can be read: "
     sae_class, config_class = _classes(settings.get("architecture"), told)
     _check_settings(settings, config_class, told)
-    try:
-        shapes = tensor_shapes(weights)
-    except ValueError as error:
-        raise ValueError(f"{told}{error}") from error
+    shapes = read_shapes(folder, weights)
     encoder = shapes["W_enc"][1] if "W_enc" in shapes else None
     n_heads, d_head, d_latent = (settings[size] for size in _SIZES)
     if encoder != (n_heads, d_head, d_latent):
@@ -56,11 +54,8 @@ def read_sae(folder: Path, name: str, *, device: str = "cpu") -> QueryHeadSAE[An
             sae = sae_class(config_class.from_dict(settings | {"device": "meta"}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{told}{error}") from error
-    wanted = {key: tuple(value.shape) for key, value in sae.state_dict().items()}
-    held = {key: shape if dtype in FLOATS else dtype for key, (dtype, shape) in shapes.items()}
-    if wanted != held:
-        raise ValueError(f"{told}its weights are {held!s:.300}; expected are floats of {wanted}")
-    sae.load_state_dict(read_tensors(weights), assign=True)
+    expected = {key: (FLOATS, tuple(value.shape)) for key, value in sae.state_dict().items()}
+    sae.load_state_dict(read_tensors(folder, weights, expected), assign=True)
     sae = sae.to(device=device, dtype=sae.dtype)
     if not all(bool(value.isfinite().all()) for value in sae.state_dict().values()):
         raise ValueError(f"{here} holds weights that are not finite")

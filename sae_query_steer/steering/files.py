@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from sae_query_steer.descent.control import (
@@ -52,11 +53,10 @@ from sae_query_steer.scopes.positions import (
     ResponseTokens,
 )
 from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.storage.folders import new_folder, read_index, write_json
-from sae_query_steer.storage.safe_reading import inside
+from sae_query_steer.storage.folders import inside, new_folder
+from sae_query_steer.storage.records import Record, read_record, write_record
 from sae_query_steer.targets.centroids import CentroidTargets
 
-FORMAT = "sae_query_steer.steerer/1"
 STEERER = "steerer.json"
 
 VALUES: dict[str, Any] = {
@@ -75,6 +75,14 @@ VALUES: dict[str, Any] = {
 
 _PLAIN = (bool, int, float, NoneType)
 _NOT_SETTINGS = {"saes", "targets", "sites", "site_heads"}
+
+
+class _Index(Record):
+    format: Literal["sae_query_steer.steerer/1"]
+    settings: dict[str, JsonValue]
+    saes: str | None
+    identities: dict[str, dict[str, int]]
+    targets: str
 
 
 def save_steerer(
@@ -114,16 +122,14 @@ def save_steerer(
             QuerySAEs(own).save(new / "saes")
         if targets is None:
             steerer.targets.save(new / "targets")
-        write_json(
-            new / STEERER,
-            {
-                "format": FORMAT,
-                "settings": settings,
-                "saes": (str(saes) if saes is not None else "saes") if own else None,
-                "identities": {n: dataclasses.asdict(e) for n, e in identities.items()},
-                "targets": str(targets) if targets is not None else "targets",
-            },
+        index = _Index(
+            format="sae_query_steer.steerer/1",
+            settings=settings,
+            saes=(str(saes) if saes is not None else "saes") if own else None,
+            identities={n: dataclasses.asdict(e) for n, e in identities.items()},
+            targets=str(targets) if targets is not None else "targets",
         )
+        write_record(new / STEERER, index)
 
 
 def load_steerer(
@@ -144,29 +150,22 @@ def load_steerer(
             to a folder outside and `follow_references` is False.
     """
     folder = Path(folder)
-    index = read_index(inside(folder, STEERER), FORMAT)
-    try:
-        targets = CentroidTargets.load(_referred(folder, index["targets"], follow_references))
-        saes = {}
-        if index["saes"] is not None:
-            place = _referred(folder, index["saes"], follow_references)
-            saes = dict(QuerySAEs.load(place, device=device))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / STEERER} is damaged: {error!r:.500}") from error
+    index = read_record(folder, STEERER, _Index)
+    targets = CentroidTargets.load(_referred(folder, index.targets, follow_references))
+    saes = {}
+    if index.saes is not None:
+        place = _referred(folder, index.saes, follow_references)
+        saes = dict(QuerySAEs.load(place, device=device))
     try:
         encoders: dict[str, QueryEncoder] = {
-            name: IdentityEncoder(**sizes) for name, sizes in index["identities"].items()
+            name: IdentityEncoder(**sizes) for name, sizes in index.identities.items()
         }
-        return steerer_from_settings(index["settings"], encoders | saes, targets)
-    except ValueError as error:
-        raise ValueError(f"{folder / STEERER}: {error}") from error
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder / STEERER} is damaged: {error!r:.500}") from error
+        return steerer_from_settings(index.settings, encoders | saes, targets)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / STEERER} is damaged: {error}") from error
 
 
-def _referred(folder: Path, name: object, follow: bool) -> Path:
-    if not isinstance(name, str):
-        raise TypeError(f"{name!r:.80} is no folder")
+def _referred(folder: Path, name: str, follow: bool) -> Path:
     if follow:
         return folder / name
     try:

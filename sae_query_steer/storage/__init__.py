@@ -1,1 +1,1 @@
-"""Folders of safetensors and JSON, read under limits."""
+"""Folders of safetensors and JSON: written atomically, read back under limits."""

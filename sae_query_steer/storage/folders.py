@@ -1,36 +1,27 @@
-"""Folders of safetensors and JSON, written aside and then renamed, read back without pickle."""
+"""Folders: written atomically, and read without following names or links out of them."""
 
-import json
-import math
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import pandas as pd
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from sae_query_steer.storage.safe_reading import MAX_JSON, json_of, tensor_shapes
+from pathlib import Path, PureWindowsPath
 
 
 @contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False, holding: str) -> Iterator[Path]:
-    """Yield an empty folder that takes the name `path` only once its writer has succeeded.
+    """Yield an empty temporary folder that is renamed to `path` once the block succeeds.
 
-    Until then it lies beside `path` under another name; after an exception it is removed and
-    whatever stood at `path` is as it was.
+    After an exception the temporary folder is removed and `path` is unchanged.
 
     Args:
         path: the folder to make.
-        overwrite: replace what is there, if it is such a folder.
-        holding: a file that every such folder holds; by it, what is there is known as one.
+        overwrite: replace an existing folder of the same kind.
+        holding: name of a file that identifies folders of this kind.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is False, or it is a folder of another kind,
-            or a link.
+        FileExistsError: see `check_replaceable`.
     """
     path = Path(path)
     check_replaceable(path, overwrite=overwrite, holding=holding)
@@ -52,116 +43,84 @@ def new_folder(path: str | Path, *, overwrite: bool = False, holding: str) -> It
 
 
 def check_replaceable(path: Path, *, overwrite: bool, holding: str) -> None:
-    """Raise if a folder may not be made or replaced; see `new_folder`.
+    """Raise if `new_folder` may not make or replace a folder.
 
     Raises:
-        FileExistsError: the message says which of the three it is.
+        FileExistsError: `path` is a link, exists and `overwrite` is False, or is neither empty nor
+            a folder with the file `holding`.
     """
-    if path.is_symlink():  # whose link it is, and what else relies on it, nobody knows
-        raise FileExistsError(f"{path} is a link: give the folder that it leads to, or another")
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a link: give the folder it points to, or another")
     if not path.exists():
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists: give another folder, or overwrite=True")
     if not path.is_dir() or (any(path.iterdir()) and not (path / holding).is_file()):
         raise FileExistsError(
-            f"{path} is not replaced: it holds no {holding}, so it is something else; give "
+            f"{path} is not replaced: it has no {holding}, so something else wrote it; give "
             "another folder"
         )
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON; numbers that JSON does not know (NaN, infinity) are refused.
-
-    Raises:
-        ValueError: such a number, or more than is read back.
-    """
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    if len(text) > MAX_JSON:  # all of it is ASCII
-        raise ValueError(
-            f"{path} would have {len(text)} bytes: JSON is written and read up to {MAX_JSON}; keep "
-            "large tensors in safetensors"
-        )
-    path.write_text(text, encoding="utf-8")
-
-
-def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a table for JSON, in which numbers that are not finite are null."""
-    return [
-        {
-            str(key): None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        for row in table.to_dict(orient="records")
-    ]
-
-
-def rows_table(rows: object, *, texts: bool = False) -> pd.DataFrame:
-    """Return the table of rows that were read from JSON, as `json_rows` made them.
+def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
+    """Return the path of a file by its name relative to a folder, if it stays in the folder.
 
     Args:
-        rows: what was read.
-        texts: whether cells may be text, beside numbers and null.
+        folder: where the name starts.
+        name: relative path with forward slashes; the file need not exist.
+        root: the resolved path must lie in it. None means `folder`; in a snapshot of Hugging
+            Face's cache, whose files are links to blobs beside it, the repository's cache folder.
 
     Raises:
-        ValueError: no list of objects with the same keys, or a cell that is none of these.
+        ValueError: the name is not a plain relative path, or a link points out of `root`.
     """
-    allowed = int | float | str | None if texts else int | float | None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("its table is no list of rows")
-    kinds = "numbers and texts" if texts else "numbers"
-    for row in rows:
-        # Of rows with columns of their own pandas makes a cell for each row and each column.
-        if row.keys() != rows[0].keys():
-            raise ValueError("the rows of its table have different columns")
-        for name, value in row.items():
-            if not isinstance(value, allowed):
-                raise ValueError(
-                    f"the column {name!r:.80} of its table holds {value!r:.80}: allowed are {kinds}"
-                )
-    return pd.DataFrame(rows)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, under the limits of `json_of`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it does not hold a JSON object, or more than allowed.
-    """
-    value = json_of(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, where an object is expected")
-    return value
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors."""
-    # A copy of each: safetensors refuses two names for one piece of memory.
-    save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, path)
-
-
-def read_index(path: Path, expected: str) -> dict[str, Any]:
-    """Read the JSON object that says what a folder holds, if it is of a format.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no JSON object, or one of another format.
-    """
-    index = read_json(path)
-    if index.get("format") != expected:
+    parts = name.split("/") if isinstance(name, str) else [""]
+    windows = PureWindowsPath("/".join(parts))
+    if {"", ".", ".."} & set(parts) or "\\" in name or windows.drive or not name.isprintable():
         raise ValueError(
-            f"{path.parent} has format {index.get('format')!r:.80}: this version reads {expected!r}"
+            f"{folder} refers to {name!r:.80}: names must be relative paths in the folder, without "
+            "'..' and without a leading '/'"
         )
-    return index
+    path = folder / name
+    try:
+        root = (root or _root_of(folder)).resolve()
+        real = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not real.is_relative_to(root):
+        raise ValueError(
+            f"{path} is a link to {real}, outside of {root}: links out of a folder are not "
+            "followed; if you trust that file, replace the link by a copy (cp -L)"
+        )
+    return path
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the named tensors of a safetensors file onto the CPU, once `tensor_shapes` is content.
+def _root_of(folder: Path) -> Path:
+    here = folder.resolve()
+    for snapshot in (here, *here.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and re.match(
+            "(models|datasets|spaces)--", repository.name
+        ):
+            return repository
+    return folder
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a regular file in bytes, without opening it (a pipe would block).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not safetensors, is truncated, or larger than the free memory.
+        ValueError: it is a pipe, a device or a socket, or its status can't be read.
     """
-    tensor_shapes(path)
-    return load_file(path)
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"no file {path}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise FileNotFoundError(f"no file {path}")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is a pipe, a device or a socket: only regular files are read")
+    return found.st_size

@@ -3,28 +3,30 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.models.fingerprint import Fingerprint, check_whole
-from sae_query_steer.storage.folders import (
-    new_folder,
-    read_index,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
-from sae_query_steer.storage.safe_reading import FLOATS, inside, tensor_shapes
-
-FORMAT = "sae_query_steer.centroids/1"
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import Record, read_record, write_record
+from sae_query_steer.storage.tensors import FLOATS, INTEGERS, read_tensors, write_tensors
 
 _GROUPS = ("mean", "variance", "query", "reconstruction")
 _TENSORS = "centroids.safetensors"
 _SETTINGS = "centroids.json"
 CENTROID_FILES = (_SETTINGS, _TENSORS)
 """The files of a folder of centroids."""
+
+
+class _Settings(Record):
+    format: Literal["sae_query_steer.centroids/1"]
+    classes: tuple[str, ...]
+    span: str
+    hook_names: tuple[str, ...]
+    model_dtype: str
 
 
 class ClassMoments:
@@ -164,16 +166,16 @@ class CentroidTargets:
         tensors = {"counts": self.counts, "fingerprint.tokens": self.fingerprint.tokens}
         for prefix, group in self._groups().items():
             tensors |= {f"{prefix}.{i}": group[name] for i, name in enumerate(self.means)}
-        settings = {
-            "format": FORMAT,
-            "classes": [str(name) for name in self.classes],
-            "span": self.span,
-            "hook_names": list(self.means),
-            "model_dtype": self.fingerprint.dtype,
-        }
+        settings = _Settings(
+            format="sae_query_steer.centroids/1",
+            classes=tuple(str(name) for name in self.classes),
+            span=self.span,
+            hook_names=tuple(self.means),
+            model_dtype=self.fingerprint.dtype,
+        )
         with new_folder(folder, overwrite=overwrite, holding=_SETTINGS) as new:
             write_tensors(new / _TENSORS, tensors)
-            write_json(new / _SETTINGS, settings)
+            write_record(new / _SETTINGS, settings)
 
     @classmethod
     def load(cls, folder: str | Path) -> "CentroidTargets":
@@ -183,36 +185,31 @@ class CentroidTargets:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, of another format, or its parts do not fit.
         """
-        folder = Path(folder)
-        settings = read_index(inside(folder, _SETTINGS), FORMAT)
-        path = inside(folder, _TENSORS)
-        shapes = tensor_shapes(path)
+        settings = read_record(folder, _SETTINGS, _Settings)
+        hook_names = settings.hook_names
+        expected = {name: (INTEGERS, None) for name in ("counts", "fingerprint.tokens")}
+        expected |= {f"{g}.{i}": (FLOATS, None) for g in _GROUPS for i in range(len(hook_names))}
+        tensors = read_tensors(folder, _TENSORS, expected)
+        means, variances, queries, reconstructions = (
+            {name: tensors[f"{group}.{i}"] for i, name in enumerate(hook_names)}
+            for group in _GROUPS
+        )
         try:
-            hook_names = _names(settings["hook_names"])
-            wanted = {f"{group}.{i}" for group in _GROUPS for i in range(len(hook_names))}
-            _check_stored(shapes, wanted)
-            tensors = read_tensors(path)
-            group = {
-                prefix: {name: tensors[f"{prefix}.{i}"] for i, name in enumerate(hook_names)}
-                for prefix in _GROUPS
-            }
             fingerprint = Fingerprint(
                 tokens=tensors["fingerprint.tokens"],
-                queries=group["query"],
-                reconstructions=group["reconstruction"],
-                dtype=_text(settings["model_dtype"]),
+                queries=queries,
+                reconstructions=reconstructions,
+                dtype=settings.model_dtype,
             )
             check_whole(fingerprint)
             return cls(
-                classes=tuple(_names(settings["classes"])),
-                means=group["mean"],
-                variances=group["variance"],
+                classes=settings.classes,
+                means=means,
+                variances=variances,
                 counts=tensors["counts"],
-                span=_text(settings["span"]),
+                span=settings.span,
                 fingerprint=fingerprint,
             )
-        except KeyError as error:
-            raise ValueError(f"{folder} is incomplete: it has no {error}") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error
 
@@ -223,28 +220,3 @@ class CentroidTargets:
             "query": self.fingerprint.queries,
             "reconstruction": self.fingerprint.reconstructions,
         }
-
-
-def _names(value: object) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError(f"{value!r:.80} is no list of names")
-    if len(set(value)) < len(value):
-        raise ValueError(f"{value!r:.200} has a name twice")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is no text")
-    return value
-
-
-def _check_stored(shapes: Mapping[str, tuple[str, tuple[int, ...]]], groups: set[str]) -> None:
-    whole = {"counts", "fingerprint.tokens"}
-    if missing := sorted((groups | whole) - shapes.keys()):
-        raise KeyError(missing[0])
-    if unknown := sorted(shapes.keys() - groups - whole):
-        raise ValueError(f"it has a tensor {unknown[0]!r:.80}, which belongs to nothing")
-    for name, (dtype, _) in shapes.items():
-        if dtype not in (allowed := {"I64"} if name in whole else FLOATS):
-            raise ValueError(f"{name} is {dtype}: allowed are {sorted(allowed)}")

@@ -17,14 +17,9 @@ import torch
 from torch import Tensor
 
 from sae_query_steer.models.fingerprint import default_tolerance, relative_difference
-from sae_query_steer.storage.folders import (
-    new_folder,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
-from sae_query_steer.storage.safe_reading import inside
+from sae_query_steer.storage.folders import inside, new_folder
+from sae_query_steer.storage.records import read_json, write_json
+from sae_query_steer.storage.tensors import read_tensors, write_tensors
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer, HeadwiseTrainer
 
 FORMAT = "sae_query_steer.run/1"
@@ -111,7 +106,7 @@ class Checkpoints:
             return
         folder = inside(self.folder, f"step-{max(steps)}")
         facts = read_json(inside(folder, "state.json"))
-        tensors = read_tensors(inside(folder, "state.safetensors"))
+        tensors = read_tensors(folder, "state.safetensors")
         try:
             self._check_model({n: tensors[f"fingerprint/{n}"] for n in self._queries})
             for name, one in trainer.trainers.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import trange
 from typing_extensions import override
 
-from sae_query_steer.storage.folders import read_json
+from sae_query_steer.storage.records import read_json
 
 FlatQueries = Float[Tensor, "*batch d_in"]
 
