@@ -20,15 +20,6 @@ from .dashboards.writing import write_dashboards as write_dashboards
 from .data.examples import (
     LabelledExample as LabelledExample,
 )
-from .data.examples import (
-    TokenizedExample as TokenizedExample,
-)
-from .data.examples import (
-    tokenize_example as tokenize_example,
-)
-from .data.examples import (
-    tokenize_examples as tokenize_examples,
-)
 from .data.readers import (
     examples_from_csv as examples_from_csv,
 )
@@ -40,6 +31,18 @@ from .data.readers import (
 )
 from .data.readers import (
     texts_from_file as texts_from_file,
+)
+from .data.tokenized import (
+    TokenizedExample as TokenizedExample,
+)
+from .data.tokenized import (
+    TokenizedExamples as TokenizedExamples,
+)
+from .data.tokenized import (
+    tokenize_example as tokenize_example,
+)
+from .data.tokenized import (
+    tokenize_examples as tokenize_examples,
 )
 from .descent.control import (
     ActiveLatents as ActiveLatents,

@@ -7,7 +7,7 @@ import torch
 import sae_query_steer as sqs
 from sae_query_steer.compare.query_patch import QueryPatch
 from sae_query_steer.diagnostics.interchange_pairs import draw_pairs
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 
 MEASURED = ["kl", "moved", "toward_class", "toward_control", "class_effect", "class_effect_se"]
 
@@ -48,7 +48,7 @@ def test_it_is_what_the_same_steer_does_in_a_forward_pass(model, saes, targets, 
     for layer, head in ((2, "all"), (0, 1)):
         moved, kl = [], []
         for pair in pairs:
-            tokens = sqs.tokenize_example(examples[pair.receiver], model.tokenizer)
+            tokens = sqs.tokenize_example(model, examples[pair.receiver])
             steerer = sqs.LatentGradientSteerer(
                 saes,
                 targets,
@@ -113,7 +113,7 @@ def test_a_counterpart_gives_its_own_queries_and_is_its_own_aim(model, examples)
         assert pair.other == len(prompts) + pair.receiver
         donor = model.to_tokens(others[pair.receiver].prompt)
         receiver = model.to_tokens(prompts[pair.receiver].prompt)
-        given = queries_at(model, donor, [site.hook_name])[site.hook_name][:, -1]
+        given = read_activations(model, donor, [site.hook_name])[site.hook_name][:, -1]
         steerer = QueryPatch({site.hook_name: site}, {site.hook_name: given})
         aim, clean = (
             model(tokens, prepend_bos=False)[0, -1].detach().log_softmax(-1)

@@ -6,7 +6,7 @@ from sae_lens import HookedSAETransformer
 from transformer_lens import HookedTransformer
 
 import sae_query_steer as sqs
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.sae.heads import split_heads
 from sae_query_steer.steering.attach import attached_saes
 
@@ -80,9 +80,9 @@ def test_chosen_heads_carry_their_reconstruction_and_others_are_bitwise_unchange
 
 def test_chosen_layers_alone_are_touched(model, saes, tokens):
     names = [f"blocks.{layer}.attn.hook_q" for layer in range(3)]
-    plain = queries_at(model, tokens, names)
+    plain = read_activations(model, tokens, names)
     with attached_saes(model, saes, layers=[2]):
-        now = queries_at(model, tokens, names)
+        now = read_activations(model, tokens, names)
     assert torch.equal(now[names[0]], plain[names[0]])
     assert torch.equal(now[names[1]], plain[names[1]])
     assert not torch.equal(now[names[2]], plain[names[2]])
@@ -282,7 +282,7 @@ def test_saelens_itself_rewrites_all_heads_with_the_sae_of_one(
     """What the docstring of `attach` says of `add_sae`; a change in SAELens shows here."""
     model, one = hooked_sae_transformer, split_heads(saes[HOOK])[1]
     assert one.cfg.metadata.hook_head_index == 1
-    q = queries_at(model, tokens, [HOOK])[HOOK]
+    q = read_activations(model, tokens, [HOOK])[HOOK]
     out = f"{HOOK}.hook_sae_output"
     with model.saes(saes=[one]):
         by_one = model.run_with_cache(tokens, names_filter=[out])[1][out]

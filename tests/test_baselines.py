@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 
 NAME = "blocks.2.attn.hook_q"
 
@@ -27,15 +27,15 @@ def change_of(model, steerer, tokens) -> torch.Tensor:
         model.hooks(fwd_hooks=[(NAME, lambda q, hook: seen.append(q.clone()))]),
     ):
         model(tokens)
-    return (seen[0] - queries_at(model, tokens, [NAME])[NAME])[0, -1]
+    return (seen[0] - read_activations(model, tokens, [NAME])[NAME])[0, -1]
 
 
 def test_dense_centroids_are_the_mean_queries_of_the_classes(model, dense, examples):
     _, _, targets = dense
-    tokenized = sqs.tokenize_examples(examples, model.tokenizer)
+    tokenized = sqs.tokenize_examples(model, examples)
     for index, label in enumerate(targets.classes):
         queries = [
-            queries_at(model, e.tokens[None, : e.prompt_length], [NAME])[NAME][0, -1]
+            read_activations(model, e.tokens[None, : e.prompt_length], [NAME])[NAME][0, -1]
             for e in tokenized
             if e.label == label
         ]
@@ -54,7 +54,7 @@ def test_dense_steering_moves_the_query_itself_towards_the_mean(model, dense):
         layers=[2],
     )
     tokens = model.to_tokens("w1 w20 w33")
-    query = queries_at(model, tokens, [NAME])[NAME][0, -1]
+    query = read_activations(model, tokens, [NAME])[NAME][0, -1]
     mean = targets.means[NAME][targets.class_index("create")]
     torch.testing.assert_close(
         change_of(model, steerer, tokens), 0.75 * (mean - query), rtol=1e-4, atol=1e-5

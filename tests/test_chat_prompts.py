@@ -13,8 +13,9 @@ from sae_query_steer.compare.generation import continuations, negative_log_likel
 from sae_query_steer.compare.judges import RuleJudge
 from sae_query_steer.compare.query_patch import interchange_methods
 from sae_query_steer.compare.text_scorer import SteeringCase, TextScorer
-from sae_query_steer.data.examples import chat_prompt
-from sae_query_steer.models.loading import end_tokens, queries_at
+from sae_query_steer.data.tokenized import chat_prompt
+from sae_query_steer.models.activations import read_activations
+from sae_query_steer.models.loading import end_tokens
 
 PROMPTS = ["w1 w2 w3 w4 w9 w12 w7 w8", "w7", "w30 w2 w44"]
 
@@ -29,7 +30,7 @@ def chat(request, tmp_path_factory):
 
 def read(model, prompt):
     example = sqs.LabelledExample(prompt=prompt, label="none")
-    return sqs.tokenize_example(example, model.tokenizer, chat_template=True).tokens
+    return sqs.tokenize_example(model, example, chat_template=True).tokens
 
 
 def written_alone(plain, tokens, n, **changes):
@@ -106,7 +107,7 @@ def test_the_reference_reads_requesting_prompts_in_the_chat_template(chat):
     for row, case in zip(found, cases, strict=True):
         tokens = read(model, case.requesting)[None]
         name = "blocks.1.attn.hook_q"
-        torch.testing.assert_close(row, queries_at(model, tokens, [name])[name][0, -1])
+        torch.testing.assert_close(row, read_activations(model, tokens, [name])[name][0, -1])
 
 
 def test_a_template_that_the_host_reads_otherwise_is_refused(chat, monkeypatch):

@@ -13,8 +13,7 @@ from sae_query_steer.dashboards.attention_effect import attention_effect
 from sae_query_steer.dashboards.class_shares import class_shares
 from sae_query_steer.dashboards.key_matches import KeyMeans, decoder_directions, key_matches
 from sae_query_steer.dashboards.statistics import read_again
-from sae_query_steer.data.token_rows import PAD
-from sae_query_steer.models.attention_parts import queries_and_keys_at
+from sae_query_steer.data.batches import PAD
 
 LAYER, HEADS = 2, (3, 1)
 NAME = f"blocks.{LAYER}.attn.hook_q"
@@ -193,17 +192,6 @@ def test_a_direction_is_what_one_unit_of_a_latent_adds(saes, monkeypatch):
     one[3, 5] = 1
     added = (sae.decode(one) - sae.decode(torch.zeros(4, 16)))[3]
     torch.testing.assert_close(decoder_directions(sae, HEADS)[0, 5], added, rtol=0, atol=1e-6)
-
-
-def test_rotated_queries_go_with_rotated_keys(model, texts):
-    plain, rotated = (sqs.query_sites(model, [1], rotated=r)[0] for r in (False, True))
-    tokens = model.to_tokens(texts[:1])
-    cache = model.run_with_cache(tokens, prepend_bos=False)[1]
-    for site, key in ((plain, "hook_k"), (rotated, "hook_rot_k")):
-        queries, keys = queries_and_keys_at(model, tokens, [site])
-        assert torch.equal(queries[site.hook_name], cache[site.hook_name])
-        assert torch.equal(keys[site.hook_name], cache[f"blocks.1.attn.{key}"])
-        assert keys[site.hook_name].shape[2:] == (2, 8)
 
 
 def test_the_share_of_a_latent_is_between_over_total(saes, targets, examples, tiny_models):

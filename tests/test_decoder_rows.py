@@ -9,8 +9,8 @@ from conftest import HOSTS
 import sae_query_steer as sqs
 from sae_query_steer.baselines.decoder_rows import DecoderRowsSteerer
 from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.fingerprint import Fingerprint
-from sae_query_steer.models.loading import queries_at
 from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
 
 NAME = "blocks.2.attn.hook_q"
@@ -134,7 +134,7 @@ def test_a_strength_of_zero_leaves_the_logits_bitwise_unchanged(model, make):
 def test_only_the_scoped_positions_of_the_chosen_heads_change(model, make):
     tokens = model.to_tokens("w1 w20 w33 w7 w30 w2", prepend_bos=True)
     steerer = make(layers=[2], heads=[1, 3], scope=sqs.LastPromptToken() | sqs.ResponseTokens())
-    before, seen = queries_at(model, tokens, [NAME])[NAME], []
+    before, seen = read_activations(model, tokens, [NAME])[NAME], []
     with (
         steerer.apply(model, prompt_lengths=4),
         model.hooks(fwd_hooks=[(NAME, lambda q, hook: seen.append(q.clone()))]),

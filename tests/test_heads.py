@@ -24,7 +24,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 import sae_query_steer as sqs
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.sae import heads as module
 from sae_query_steer.sae.heads import join_heads, split_heads
 from sae_query_steer.steering.attach import attached_saes
@@ -308,7 +308,7 @@ def test_saelens_scores_one_head_on_the_queries_of_that_head(model, saes):
     # The referee: explained variance, L0 and KL from the same tokens, by hand.
     rows = torch.randint(4, 52, (8, 16), generator=torch.Generator().manual_seed(6))
     ours = saes["blocks.2.attn.hook_q"]
-    queries = queries_at(model, rows, ["blocks.2.attn.hook_q"])["blocks.2.attn.hook_q"]
+    queries = read_activations(model, rows, ["blocks.2.attn.hook_q"])["blocks.2.attn.hook_q"]
     bare = model(rows).log_softmax(-1).detach()
     for head in (0, 3):
         sae = split_heads(ours)[head]

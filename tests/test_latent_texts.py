@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.data.token_rows import PAD
-from sae_query_steer.diagnostics import texts as latent_texts
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.data.batches import PAD
+from sae_query_steer.diagnostics import latent_texts
+from sae_query_steer.models.activations import read_activations
 
 NAMES = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]
 NAME = NAMES[1]
@@ -27,7 +27,7 @@ def everything(model, sae, rows, name=NAME):
     kept = []
     for row, tokens in enumerate(rows):
         own = tokens[tokens != PAD]
-        latents = sae.encode(queries_at(model, own[None], [name])[name][0])
+        latents = sae.encode(read_activations(model, own[None], [name])[name][0])
         kept += [((row, p), latents[p]) for p in range(len(own)) if own[p] != BOS]
     return [place for place, _ in kept], torch.stack([latent for _, latent in kept])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 
 NAME, LAYER = "blocks.2.attn.hook_q", 2
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]  # with BOS 4, 2 and 6 tokens
@@ -66,7 +66,7 @@ def test_a_row_is_what_a_loop_over_the_steered_tokens_finds(model, make, saes, t
     steerer = make(scope=sqs.LastPromptToken(), heads=[1, 3])
     table = sqs.moved_latents(steerer, traced(model, steerer)).set_index(["head", "latent"])
     queries = [
-        queries_at(model, model.to_tokens(prompt), [NAME])[NAME][0, -1] for prompt in PROMPTS
+        read_activations(model, model.to_tokens(prompt), [NAME])[NAME][0, -1] for prompt in PROMPTS
     ]
     before = torch.stack([saes[NAME].encode(query) for query in queries])[:, 3]
     centroid = targets.means[NAME][targets.classes.index("create"), 3]
@@ -219,7 +219,7 @@ def test_attention_of_a_latent_is_that_of_its_own_move(tiny_models, make, saes, 
     assert set(table["head"]) == {1, 3}
     assert table.loc[table["head"] == 3, "change"].abs().max() < 1e-6
     tokens = model.to_tokens(PROMPTS[0])
-    query = queries_at(model, tokens, [NAME])[NAME][0, -1]
+    query = read_activations(model, tokens, [NAME])[NAME][0, -1]
     before = saes[NAME].encode(query)[1, 6]
     centroid = targets.means[NAME][targets.classes.index("create"), 1, 6]
     added = (1 - 0.6**2) * (centroid - before) * saes[NAME].W_dec[1, 6]

@@ -13,7 +13,7 @@ from hostile_kinds import sign
 from huggingface_hub import ModelCard
 from sae_lens import SAE
 from typer.testing import CliRunner
-from wheel_check import WORDS, word_tokenizer
+from wheel_check import WORDS
 
 import sae_query_steer as sqs
 from sae_query_steer.cli.main import app, main
@@ -174,7 +174,7 @@ def test_other_examples_are_refused_with_both_sides_shown(folder, tiny_models, e
     with pytest.raises(ValueError, match=r"n_examples=48 (.|\n)*here:(.|\n)*n_examples=48 "):
         bundle.check(tiny_models["bridge"], changed)
     with pytest.raises(TypeError, match="must be LabelledExample"):
-        bundle.check(tiny_models["bridge"], sqs.tokenize_examples(examples, word_tokenizer()))
+        bundle.check(tiny_models["bridge"], sqs.tokenize_examples(tiny_models["bridge"], examples))
 
 
 def test_what_does_not_belong_together_is_refused_before_anything_is_written(

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 import sae_query_steer as sqs
 from sae_query_steer.compare import SteeringCase, interchange_methods
 from sae_query_steer.compare.query_patch import QueryPatch
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 LENGTHS = [4, 2, 6]
@@ -24,7 +24,7 @@ def rows_of(model) -> torch.Tensor:
 
 def last_queries(model, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """The queries at the last prompt token of each row, [batch head d_head]."""
-    found = queries_at(model, rows, NAMES)
+    found = read_activations(model, rows, NAMES)
     return {name: found[name][range(3), [n - 1 for n in LENGTHS]] for name in NAMES}
 
 
@@ -68,7 +68,7 @@ def test_a_patch_puts_another_rows_queries_at_the_last_prompt_token_and_nowhere_
     rows = rows_of(model)
     own = last_queries(model, rows)
     given = {name: q.roll(1, dims=0) for name, q in own.items()}
-    plain = queries_at(model, rows, [NAMES[0]])[NAMES[0]]
+    plain = read_activations(model, rows, [NAMES[0]])[NAMES[0]]
     with patch_of(model, given).apply(model, prompt_lengths=LENGTHS):
         _, cache = model.run_with_cache(rows, names_filter=NAMES)
     seen = {name: cache[name].reshape(3, 6, 4, 8) for name in NAMES}
@@ -117,7 +117,7 @@ def test_the_reference_patches_in_the_queries_of_each_requesting_prompt(model):
     assert method.layers == (0, 2)
     patch = method.steerer(cases, 0.0)
     rows = pad_sequence([model.to_tokens(p, prepend_bos=True)[0] for p in asking], True)
-    found = queries_at(model, rows, NAMES)
+    found = read_activations(model, rows, NAMES)
     for name in NAMES:
         own = found[name][range(3), [n + 1 for n in LENGTHS]]
         torch.testing.assert_close(patch.queries[name], own, rtol=0, atol=1e-5)

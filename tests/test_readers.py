@@ -2,18 +2,20 @@
 
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.data.examples import LabelledExample, check_classes, tokenize_examples
+from sae_query_steer.data.examples import LabelledExample, check_classes
 from sae_query_steer.data.readers import (
     examples_from_csv,
     examples_from_dataset,
     examples_from_jsonl,
     texts_from_file,
 )
+from sae_query_steer.data.tokenized import tokenize_examples
 
 ROWS = [
     {"q": "Why?", "a": "Because, it is.", "level": "Analysis", "lang": "english"},
@@ -258,7 +260,8 @@ def test_feedback_saf_is_read_and_tokenised_as_a_whole(shared_data, stories_toke
         where={"lang": "english"},
     )
     assert len(examples) == 2112
-    tokens = tokenize_examples(examples[:50], stories_tokenizer)
+    model = SimpleNamespace(tokenizer=stories_tokenizer, cfg=SimpleNamespace(n_ctx=512))
+    tokens = tokenize_examples(model, examples[:50])
     for each, text in zip(tokens, examples, strict=False):
         response = stories_tokenizer.decode(each.tokens[each.prompt_length :])
         assert response == text.response

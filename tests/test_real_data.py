@@ -84,7 +84,7 @@ def test_a_short_training_explains_most_of_the_real_queries(stories_saes):
 
 def test_prompts_are_read_as_the_hosts_read_them(stories, questions):
     for example in questions[::60]:
-        ours = sqs.tokenize_example(example, stories["bridge"].tokenizer)
+        ours = sqs.tokenize_example(stories["bridge"], example)
         for host in HOSTS:
             theirs = stories[host].to_tokens(example.prompt)[0]
             assert torch.equal(ours.tokens[: ours.prompt_length], theirs)
@@ -127,7 +127,7 @@ def test_feedback_is_read_over_its_response_tokens(stories, stories_saes, feedba
     targets = sqs.CentroidTargetBuilder(model, stories_saes, span=sqs.ResponseTokens()).fit(
         feedback
     )
-    tokenized = sqs.tokenize_examples(feedback, model.tokenizer)
+    tokenized = sqs.tokenize_examples(model, feedback)
     assert int(targets.counts.sum()) == sum(e.response_length for e in tokenized)
 
 

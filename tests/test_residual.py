@@ -10,8 +10,9 @@ from wheel_check import make_model
 
 import sae_query_steer as sqs
 from sae_query_steer.baselines.residual import ResidualMeanDifference
-from sae_query_steer.baselines.residual_stream import ResidualMeans, residual_means, residuals_at
+from sae_query_steer.baselines.residual_stream import ResidualMeans, residual_hook, residual_means
 from sae_query_steer.compare.generation import continuations
+from sae_query_steer.models.activations import read_activations
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {
@@ -74,14 +75,15 @@ def test_the_means_are_those_of_a_loop_over_the_examples_one_by_one(model, examp
     means = residual_means(model, some, [2, 0], span=span, batch_size=5)
     assert means.classes == ("remember", "apply", "create")
     assert list(means.means) == [2, 0]
-    tokenized = sqs.tokenize_examples(some, model.tokenizer)
-    alone = [residuals_at(model, e.tokens[None], [0, 2]) for e in tokenized]
+    tokenized = sqs.tokenize_examples(model, some)
+    names = {layer: residual_hook(layer) for layer in (0, 2)}
+    alone = [read_activations(model, e.tokens[None], names.values()) for e in tokenized]
     at = {None: lambda e: [e.prompt_length - 1], sqs.LastResponseToken(): lambda e: [-1]}
     columns = at.get(span, lambda e: list(range(len(e.tokens))))
     for layer in (0, 2):
         for index, label in enumerate(means.classes):
             rows = [
-                residuals[layer][0, columns(e)]
+                residuals[names[layer]][0, columns(e), 0]
                 for e, residuals in zip(tokenized, alone, strict=True)
                 if e.label == label
             ]
@@ -210,7 +212,8 @@ def test_as_many_rows_are_wanted_as_there_are_targets_or_strengths(model, make, 
 
 def test_the_trace_tells_what_was_added(model, make, means):
     steerer = make(target=["apply", "create", "create"], scope=sqs.LastPromptToken(), layers=[0])
-    residuals = residuals_at(model, model.to_tokens(PROMPTS[0], prepend_bos=True), [0])[0]
+    tokens = model.to_tokens(PROMPTS[0], prepend_bos=True)
+    residuals = read_activations(model, tokens, [residual_hook(0)])[residual_hook(0)][:, :, 0]
     with steerer.apply(model, record=True) as trace:
         generate(model, PROMPTS)
     table = trace.to_dataframe()
@@ -286,7 +289,7 @@ def test_a_residual_stream_that_is_not_finite_names_its_hook(model, make, means,
     def broken(residual, hook):
         return residual / 0
 
-    message = r"^the residual stream at blocks\.2\.hook_resid_post is not finite: look for"
+    message = r"at blocks\.2\.hook_resid_post (is|are) not finite: look for"
     with model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", broken)]):
         with pytest.raises(ValueError, match=message):
             residual_means(model, examples, [2])

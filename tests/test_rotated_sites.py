@@ -7,7 +7,7 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "verbose": False, "stop_at_eos": False}
@@ -56,7 +56,7 @@ def test_rotation_keeps_the_norm_of_every_query_and_turns_all_but_those_at_posit
     tokens = torch.tensor([[1, 9, 9, 30, 12]])
     plain, rotated = (sqs.query_sites(model, [1], rotated=value)[0] for value in (False, True))
     assert rotated.hook_name == "blocks.1.attn.hook_rot_q"
-    found = queries_at(model, tokens, [plain.hook_name, rotated.hook_name])
+    found = read_activations(model, tokens, [plain.hook_name, rotated.hook_name])
     before, after = (found[site.hook_name] for site in (plain, rotated))
     torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
     torch.testing.assert_close(after[:, 0], before[:, 0])

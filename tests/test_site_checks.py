@@ -5,7 +5,7 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.diagnostics.interchange_pairs import draw_pairs
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 
 
 # A latent that never fires has no deviation: scikit-learn says so.
@@ -22,11 +22,11 @@ def test_separability_is_the_held_out_balanced_accuracy_of_the_nearest_centroid(
     examples = [e for e in examples if e.label != "apply"] + few
     table = sqs.separability(model, saes, examples, seed=3, test_share=0.4)
     name, head = "blocks.2.attn.hook_q", 1
-    tokenized = sqs.tokenize_examples(examples, model.tokenizer)
+    tokenized = sqs.tokenize_examples(model, examples)
     labels = [e.label for e in tokenized]
     queries = torch.stack(
         [
-            queries_at(model, e.tokens[None, : e.prompt_length], [name])[name][0, -1]
+            read_activations(model, e.tokens[None, : e.prompt_length], [name])[name][0, -1]
             for e in tokenized
         ]
     )
@@ -112,7 +112,7 @@ def test_the_interchange_effect_equals_a_patch_made_by_hand(model, examples):
         heads = slice(None) if head == "all" else [head]
         kl, toward, before = [], [], []
         for receiver, donor in ((a, b), (b, a)):
-            donated = queries_at(model, donor, [name])[name][:, -1]
+            donated = read_activations(model, donor, [name])[name][:, -1]
 
             def patch(q, hook, donated=donated, heads=heads):
                 q = q.clone()
@@ -233,7 +233,7 @@ def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(model, exa
     def log_probs(i, donor=None):
         hooks = []
         if donor is not None:
-            donated = queries_at(model, tokens[donor], [name])[name][:, -1]
+            donated = read_activations(model, tokens[donor], [name])[name][:, -1]
 
             def patch(q, hook):
                 q = q.clone()

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import sae_query_steer as sqs
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {
@@ -203,7 +203,7 @@ def test_a_plain_forward_inside_a_stopped_stream_is_a_run_of_its_own(model, make
 
 def test_run_with_cache_sees_the_steered_query(model, make):
     tokens, name = tokens_of(model, PROMPTS[0]), "blocks.2.attn.hook_q"
-    plain = queries_at(model, tokens, [name])[name]
+    plain = read_activations(model, tokens, [name])[name]
     with make().apply(model):
         _, cache = model.run_with_cache(tokens)
     assert (cache[name].reshape(plain.shape) != plain).any(-1).all()
@@ -402,7 +402,7 @@ def test_the_fingerprint_is_taken_bare_of_a_users_hooks(model, make):
     with model.hooks(fwd_hooks=[("blocks.0.attn.hook_q", lambda q, hook: q * 0)]):
         steerer.check_model(model)
         assert torch.equal(
-            queries_at(model, torch.tensor([[1, 5]]), ["blocks.0.attn.hook_q"])[
+            read_activations(model, torch.tensor([[1, 5]]), ["blocks.0.attn.hook_q"])[
                 "blocks.0.attn.hook_q"
             ],
             torch.zeros(1, 2, 4, 8),
@@ -503,7 +503,7 @@ def test_two_steerers_at_one_layer_act_one_after_the_other(model, make):
         model.hooks(fwd_hooks=[(name, lambda q, hook: seen.append(q.clone()))]),
     ):
         model(tokens)
-    query = queries_at(model, tokens, [name])[name][0, -1:]
+    query = read_activations(model, tokens, [name])[name][0, -1:]
     once = query + first.change(name, query, TokenPlaces.one_a_row(1), record=False).delta
     twice = once + second.change(name, once, TokenPlaces.one_a_row(1), record=False).delta
     torch.testing.assert_close(seen[0][0, -1:], twice, rtol=1e-4, atol=1e-5)

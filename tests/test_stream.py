@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.data.token_rows import PAD, token_rows
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.data.batches import PAD
+from sae_query_steer.data.token_rows import token_rows
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.training.stream import QueryStream
 
 SIZES = [
@@ -80,7 +81,9 @@ def test_every_token_comes_once_in_an_epoch_and_padding_never(
     expected = []
     for row in rows:
         own = row[row != PAD].long()[None]
-        expected.append(queries_at(model, own, ["blocks.2.attn.hook_q"])["blocks.2.attn.hook_q"][0])
+        expected.append(
+            read_activations(model, own, ["blocks.2.attn.hook_q"])["blocks.2.attn.hook_q"][0]
+        )
     expected = torch.cat(expected).flatten(1)
     for epoch in (0, 2):
         served = islice(stream.batches(epoch * len(expected)), len(expected))

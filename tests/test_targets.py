@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.models.activations import read_activations, read_at_span
 from sae_query_steer.models.fingerprint import relative_difference
-from sae_query_steer.models.loading import queries_at
-from sae_query_steer.targets.capture import capture, take_fingerprint
+from sae_query_steer.targets.capture import take_fingerprint
 
 NAME = "blocks.2.attn.hook_q"
 SPANS = {
@@ -23,8 +23,8 @@ def test_centroids_are_mean_and_variance_of_the_latents_in_the_span(
 ):
     targets = sqs.CentroidTargetBuilder(model, saes, span=span, batch_size=5).fit(examples)
     latents: dict[str, list[torch.Tensor]] = {}
-    for example in sqs.tokenize_examples(examples, model.tokenizer):
-        query = queries_at(model, example.tokens[None], [NAME])[NAME][0]
+    for example in sqs.tokenize_examples(model, examples):
+        query = read_activations(model, example.tokens[None], [NAME])[NAME][0]
         latents.setdefault(example.label, []).append(
             saes[NAME].encode(query)[list(positions(example))]
         )
@@ -113,18 +113,16 @@ def test_a_failed_update_leaves_the_builder_as_it_was(model, saes, examples):
 
 
 def test_tokenised_examples_and_texts_give_the_same(model, saes, examples):
-    tokenized = sqs.tokenize_examples(examples, model.tokenizer)
+    tokenized = sqs.tokenize_examples(model, examples)
     one = sqs.CentroidTargetBuilder(model, saes).fit(tokenized)
     other = sqs.CentroidTargetBuilder(model, saes).fit(examples)
     assert torch.equal(one.means[NAME], other.means[NAME])
 
 
 def test_the_model_is_run_once_over_each_text(model, saes, examples):
-    tokenized = sqs.tokenize_examples(examples, model.tokenizer)
+    tokenized = sqs.tokenize_examples(model, examples, batch_size=9)
     seen = [
-        row
-        for batch in capture(model, tokenized, list(saes), sqs.LastPromptToken(), batch_size=9)
-        for row in batch.row.tolist()
+        row for batch in read_at_span(model, tokenized, list(saes)) for row in batch.row.tolist()
     ]
     assert sorted(seen) == list(range(len(examples)))
 
@@ -142,13 +140,13 @@ def test_examples_that_cannot_work_are_refused(model, saes, examples):
     bare = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples]
     with pytest.raises(ValueError, match="has no token in the span"):
         fit(bare, span=sqs.ResponseTokens())
-    with pytest.raises(ValueError, match="there are no examples"):
+    with pytest.raises(ValueError, match="got none"):
         fit([])
-    with pytest.raises(ValueError, match="more than max_length=64"):
+    with pytest.raises(ValueError, match="more than the model's context of 64"):
         fit([*examples, sqs.LabelledExample(prompt="w1 " * 70, label="apply")])
     with pytest.raises(ValueError, match=r"class 'create' has 0 example\(s\)"):
         fit(one_class, classes=["apply", "create"])
-    with pytest.raises(ValueError, match="batch_size=0 is not allowed"):
+    with pytest.raises(ValueError, match="batch_size=0|batch_size must be"):
         fit(examples, batch_size=0)
     with pytest.raises(ValueError, match="no examples were read yet"):
         sqs.CentroidTargetBuilder(model, saes).targets()
@@ -217,7 +215,7 @@ def test_settings_of_the_tokens_reach_the_centroids(model, saes, examples, setti
     template = "w9 {{ messages[0]['content'] }} w8"
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     wanted = sqs.CentroidTargetBuilder(model, saes).fit(
-        sqs.tokenize_examples(examples, model.tokenizer, **settings)
+        sqs.tokenize_examples(model, examples, **settings)
     )
     found = sqs.CentroidTargetBuilder(model, saes, **settings).fit(examples)
     plain = sqs.CentroidTargetBuilder(model, saes).fit(examples)

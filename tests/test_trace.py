@@ -7,7 +7,7 @@ import torch
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 import sae_query_steer as sqs
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 
 PROMPTS = ["w1 w20 w33", "w5"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "stop_at_eos": False}
@@ -64,7 +64,7 @@ def test_a_steer_towards_the_centroid_shortens_the_distance_by_the_closed_form(m
 
 def test_distances_and_norms_are_those_of_the_query(model, steerer, saes, targets):
     tokens, name = model.to_tokens(PROMPTS[0]), "blocks.0.attn.hook_q"
-    query = queries_at(model, tokens, [name])[name][0, -1]
+    query = read_activations(model, tokens, [name])[name][0, -1]
     latent = saes[name].encode(query)[3]
     table = record(model, steerer, PROMPTS[0]).set_index(["position", "layer", "head"])
     row = table.loc[(3, 0, 3)]

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 import sae_query_steer as sqs
 from sae_query_steer.data.token_rows import token_rows
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.training.saelens import HeadwiseTrainer
 
 TOPK = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3)
@@ -134,7 +134,7 @@ def test_saes_save_and_load_with_their_metrics(saes, tmp_path, model):
     loaded = sqs.QuerySAEs.load(tmp_path / "saes")
     assert list(loaded) == list(saes)
     assert loaded.metrics.equals(saes.metrics)
-    queries = queries_at(model, torch.arange(4, 20)[None], list(saes))
+    queries = read_activations(model, torch.arange(4, 20)[None], list(saes))
     for name, sae in saes.items():
         assert torch.equal(loaded[name](queries[name]), sae(queries[name]))
         assert loaded[name].cfg == sae.cfg
@@ -182,7 +182,7 @@ def test_packed_documents_are_joined_with_bos_and_cut_into_full_rows(model):
 
 
 def test_every_form_of_texts_is_accepted(model, texts, examples):
-    tokenized = sqs.tokenize_examples(examples, model.tokenizer)
+    tokenized = sqs.tokenize_examples(model, examples)
     for given in (
         texts,
         (text for text in texts),

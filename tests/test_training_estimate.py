@@ -13,7 +13,7 @@ from wheel_check import word_tokenizer
 
 import sae_query_steer as sqs
 from sae_query_steer.cli.main import app
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.shapes import model_shape
 from sae_query_steer.training.estimate import FORWARD_RATIO, estimate_training
 from sae_query_steer.training.saelens import HeadwiseTrainer
@@ -68,7 +68,7 @@ def test_mistral_at_its_true_size_has_the_query_sites_of_its_shape(tmp_path):
     sites = sqs.query_sites(model, [8, 20])
     assert sites == model_shape(str(folder)).sites([20, 8])
     names = [site.hook_name for site in sites]
-    for query in queries_at(model, torch.ones(2, 6, dtype=torch.long), names).values():
+    for query in read_activations(model, torch.ones(2, 6, dtype=torch.long), names).values():
         assert (query.shape, query.dtype) == ((2, 6, 32, 128), torch.bfloat16)
 
 
@@ -81,7 +81,7 @@ def test_phi3_at_its_true_width_has_the_query_sites_of_its_shape(tmp_path):
     (site,) = sqs.query_sites(model)
     assert (site.n_heads, site.d_head) == (32, 96)
     tokens = torch.tensor([[1, 7, 9, 12]])
-    (query,) = queries_at(model, tokens, [site.hook_name]).values()
+    (query,) = read_activations(model, tokens, [site.hook_name]).values()
     inner = model.original_model.model
     with torch.no_grad():
         block = inner.layers[0]

@@ -145,9 +145,7 @@ def fitting(examples: list[sqs.LabelledExample], model: Any) -> list[sqs.Labelle
     """Keep the examples that the model's context of 512 tokens holds."""
     n_ctx = int(model.cfg.n_ctx)
     return [
-        example
-        for example in examples
-        if len(sqs.tokenize_example(example, model.tokenizer).tokens) <= n_ctx
+        example for example in examples if len(sqs.tokenize_example(model, example).tokens) <= n_ctx
     ]
 
 

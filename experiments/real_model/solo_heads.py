@@ -44,7 +44,8 @@ from torch import Tensor
 
 import sae_query_steer as sqs
 from sae_query_steer.data.token_rows import token_rows
-from sae_query_steer.models.loading import model_name, queries_at
+from sae_query_steer.models.activations import read_activations
+from sae_query_steer.models.loading import model_name
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.markdown import markdown_table
 from sae_query_steer.storage.records import write_json
@@ -254,7 +255,7 @@ def explained_variance(model: Any, saes: sqs.QuerySAEs, rows: Tensor) -> list[fl
     """Return the explained variance of every head, for which the model need run only once."""
     batches = (
         {name: queries.flatten(0, 1).flatten(1) for name, queries in found.items()}
-        for found in (queries_at(model, part.long(), list(saes)) for part in rows.split(16))
+        for found in (read_activations(model, part.long(), list(saes)) for part in rows.split(16))
     )
     found = reconstruction_metrics(saes, batches, n_tokens=rows.numel())
     return found["explained_variance"].tolist()

@@ -30,7 +30,7 @@ from experiments.stories.steering import patched, scopes_of, scorer, steered
 from experiments.stories.texts import all_candidates, counted, studies, written
 from sae_query_steer.compare import SweepLog, TextScorer
 from sae_query_steer.data.token_rows import token_rows
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.positions import Span, scope_name
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.training.reconstruction import reconstruction_metrics
@@ -148,7 +148,7 @@ def trained(
     batches = (
         {name: q.flatten(0, 1).flatten(1) for name, q in queries.items()}
         for part in held_out.split(16)
-        for queries in [queries_at(model, part.long(), list(saes))]
+        for queries in [read_activations(model, part.long(), list(saes))]
     )
     scores = reconstruction_metrics(saes, batches, n_tokens=held_out.numel())
     by_layer = scores.groupby("layer")[["explained_variance", "dead_share"]]

@@ -24,11 +24,10 @@ from sae_query_steer.compare import (
 )
 from sae_query_steer.compare.comparison import outcome_row
 from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.scopes.positions import Span, scope_name
 from sae_query_steer.steering.intervention import Steerer
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace
-from sae_query_steer.targets.builder import as_tokenized
-from sae_query_steer.targets.capture import capture
 
 PATCH = "real queries, all layers"
 LAST, ALL = sqs.LastPromptToken(), sqs.LastPromptToken() | sqs.ResponseTokens()
@@ -111,12 +110,11 @@ def patch_method(model: Any, candidate: Candidate, scope: Any) -> Method:
                 donors.append(pools[case.target][(7 * i + 1) % len(pools[case.target])])
             else:
                 donors.append(sqs.LabelledExample(prompt=partner, label=case.target))
-        tokenized = as_tokenized(donors, model, prepend_bos=True, chat_template=False)
+        tokenized = sqs.tokenize_examples(model, donors, span=ALL, batch_size=64)
         found: dict[str, dict[int, Tensor]] = {name: {} for name in sites}
-        span: Span = ALL
-        for batch in capture(model, tokenized, list(sites), span, batch_size=64):
+        for batch in read_at_span(model, tokenized, list(sites)):
             for row in batch.row.unique().tolist():
-                for name, queries in batch.queries.items():
+                for name, queries in batch.activations.items():
                     found[name][row] = queries[batch.row == row]
         by_row = {name: [rows[i] for i in range(len(cases))] for name, rows in found.items()}
         return DonorQueries(sites, by_row, scope=scope)

@@ -115,7 +115,7 @@ def usable(
             continue
         example = sqs.LabelledExample(prompt=prompt, response=response, label=label)
         try:
-            sqs.tokenize_example(example, model.tokenizer)
+            sqs.tokenize_example(model, example)
         except ValueError:  # a token spans the end of the prompt
             continue
         found.append(example)

@@ -7,47 +7,24 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from sae_query_steer.data.examples import (
-    LabelledExample,
-    TokenizedExample,
-    check_classes,
-    length_sorted_batches,
-)
+from sae_query_steer.data.examples import LabelledExample, check_classes
+from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples
+from sae_query_steer.models.activations import read_activations, read_at_span, without_hooks
 from sae_query_steer.models.fingerprint import (
     default_tolerance,
     dtype_name,
     fingerprint_tokens,
     relative_difference,
 )
-from sae_query_steer.models.loading import check_not_steered, without_hooks
 from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
 from sae_query_steer.targets.builder import as_tokenized
-from sae_query_steer.targets.capture import span_of
 from sae_query_steer.targets.centroids import ClassMoments
 
 
 def residual_hook(layer: int) -> str:
     """Return the hook point of the residual stream after a layer, on both hosts."""
     return f"blocks.{layer}.hook_resid_post"
-
-
-@torch.no_grad()
-def residuals_at(
-    model: Any, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
-) -> dict[int, Float[Tensor, "batch pos d_model"]]:
-    """Return the residual stream after some layers, from a forward pass that stops after them.
-
-    Rows may be padded on the right: attention is causal, so padding changes nothing before it.
-    """
-    cache = model.run_with_cache(
-        tokens.to(model.cfg.device),
-        names_filter=[residual_hook(layer) for layer in layers],
-        stop_at_layer=max(layers) + 1,
-        prepend_bos=False,
-    )[1]
-    return {layer: cache[residual_hook(layer)] for layer in layers}
 
 
 def check_residual(residual: Tensor, layer: int) -> None:
@@ -145,21 +122,15 @@ def residual_means(
     span = LastPromptToken() if span is None else span
     check_scope(span, name="span")
     _check_layers(model, layers)
-    check_not_steered(model)
     tokenized = as_tokenized(examples, model, prepend_bos=prepend_bos, chat_template=chat_template)
     classes = tuple(check_classes(example.label for example in tokenized))
     moments = {layer: ClassMoments(len(classes), (int(model.cfg.d_model),)) for layer in layers}
-    for batch in length_sorted_batches(tokenized, batch_size):
-        span_of(batch, span)  # before the model runs
-    with tqdm(total=len(tokenized), desc="Reading the residual stream", unit="text") as bar:
-        for batch in length_sorted_batches(tokenized, batch_size):
-            rows, columns = span_of(batch, span).nonzero(as_tuple=True)
-            labels = torch.tensor([classes.index(label) for label in batch.labels])[rows]
-            for layer, residual in residuals_at(model, batch.tokens, layers).items():
-                at_span = residual[rows.to(residual.device), columns.to(residual.device)]
-                check_residual(at_span, layer)
-                moments[layer].update(at_span, labels)
-            bar.update(len(batch.labels))
+    labels = torch.tensor([classes.index(example.label) for example in tokenized])
+    read = TokenizedExamples(examples=tokenized, span=span, batch_size=batch_size)
+    for batch in read_at_span(model, read, [residual_hook(layer) for layer in layers]):
+        for layer in layers:
+            residual = batch.activations[residual_hook(layer)][:, 0]
+            moments[layer].update(residual, labels[batch.row])
     return ResidualMeans(
         classes=classes,
         means={layer: moment.mean.float() for layer, moment in moments.items()},
@@ -190,5 +161,5 @@ def _check_layers(model: Any, layers: Sequence[int]) -> None:
 def _fingerprint(model: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     tokens = fingerprint_tokens(int(model.cfg.d_vocab))
     with without_hooks(model):
-        residuals = residuals_at(model, tokens, layers)
-    return {layer: residual.float().cpu() for layer, residual in residuals.items()}
+        found = read_activations(model, tokens, [residual_hook(layer) for layer in layers])
+    return {layer: found[residual_hook(layer)][:, :, 0].float().cpu() for layer in layers}

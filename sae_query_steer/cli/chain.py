@@ -194,8 +194,8 @@ def steer(
 
     # Tokenised as `targets` tokenises, so that the steer meets the prompts it was made for.
     given = sqs.tokenize_example(
+        host,
         sqs.LabelledExample(prompt=prompt, label="none"),
-        host.tokenizer,
         prepend_bos=bos,
         chat_template=chat_template,
     ).tokens

@@ -12,8 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.baselines.residual import ResidualMeanDifference
 from sae_query_steer.compare.sampling import seeded_sampling
-from sae_query_steer.data.examples import LabelledExample, chat_prompt, tokenize_example
-from sae_query_steer.models.loading import end_tokens, next_token_log_probs, tokenizer_of
+from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.tokenized import chat_prompt, tokenize_example, tokenizer_of
+from sae_query_steer.models.activations import next_token_log_probs
+from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.steering.intervention import Steerer
 from sae_query_steer.steering.trace import TraceRecord
 
@@ -205,7 +207,7 @@ def _as_read(model: Any, prompts: Sequence[str], chat_template: bool) -> list[st
     written = [chat_prompt(prompt, tokenizer) for prompt in prompts]
     for prompt, text in zip(prompts, written, strict=True):
         example = LabelledExample(prompt=prompt, label="none")
-        ours = tokenize_example(example, tokenizer, chat_template=True).tokens.tolist()
+        ours = tokenize_example(model, example, chat_template=True).tokens.tolist()
         host = model.to_tokens(text, prepend_bos=False)[0].tolist()
         # Centroids are made of one, texts are written after the other.
         if host != ours:

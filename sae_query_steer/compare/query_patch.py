@@ -14,7 +14,7 @@ from sae_query_steer.compare.comparison import Method
 from sae_query_steer.compare.rowwise import check_rows
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
 from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steering.intervention import Steerer
@@ -112,7 +112,7 @@ def interchange_methods(
                 )
             read = as_tokenized(asking, model, prepend_bos=True, chat_template=chat_template)
             rows = [example.tokens for example in read]
-            queries = queries_at(model, pad_sequence(rows, batch_first=True), list(sites))
+            queries = read_activations(model, pad_sequence(rows, batch_first=True), list(sites))
             last = torch.tensor([len(row) - 1 for row in rows])
             each = torch.arange(len(rows))
             return QueryPatch(sites, {name: found[each, last] for name, found in queries.items()})

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from sae_query_steer.dashboards.key_matches import decoder_directions
 from sae_query_steer.diagnostics.top_tokens import TopTokens
-from sae_query_steer.models.attention_parts import patterns_with_change
-from sae_query_steer.models.loading import patterns_at
+from sae_query_steer.models.activations import pattern_hook, read_activations
+from sae_query_steer.models.loading import check_eager
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.sites import QuerySite
 
@@ -78,6 +78,7 @@ def attention_effect(
     on, off = torch.zeros(shape), torch.zeros(shape)
     jobs = _jobs(places, width)
     batches = _batches(jobs, tops, site.n_heads, batch_size)
+    pattern = pattern_hook(site.layer)
     with tqdm(total=len(jobs.index), desc=f"Attention, layer {site.layer}", unit="latent") as bar:
         for part in batches:
             head, latent, rank = jobs.index[part].unbind(-1)
@@ -92,8 +93,8 @@ def attention_effect(
             change[copy, position, index] = -step
             distinct, of_distinct = rows.unique(return_inverse=True)
             first = torch.zeros_like(distinct).scatter_(0, of_distinct, torch.arange(len(rows)))
-            plain = patterns_at(model, tokens[first], [site.layer])[site.layer]
-            without = patterns_with_change(model, tokens, site, change)
+            plain = read_activations(model, tokens[first], [pattern])[pattern]
+            without = _pattern_with_change(model, tokens, site, change)
             before = _looking(plain, of_distinct[copy], index, position)
             after = _looking(without, copy, index, position)
             n = min(n_sources, before.shape[-1])
@@ -107,6 +108,20 @@ def attention_effect(
             off[(*spot, slice(n))] = after.gather(-1, most.indices) * seen
             bar.update(len(part))
     return AttentionEffect(moved=moved, positions=positions, on=on, off=off)
+
+
+def _pattern_with_change(
+    model: Any, tokens: Tensor, site: QuerySite, change: Float[Tensor, "batch pos head d_head"]
+) -> Float[Tensor, "batch head query key"]:
+    """Return the attention pattern of a site's layer with something added to its queries."""
+    check_eager(model)
+
+    def add(query: Tensor, hook: Any) -> Tensor:
+        del hook  # its name differs between the backends
+        return query + change.to(query).reshape(query.shape)
+
+    name = pattern_hook(site.layer)
+    return read_activations(model, tokens, [name], fwd_hooks=[(site.hook_name, add)])[name]
 
 
 def _looking(

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.data.token_rows import PAD
-from sae_query_steer.models.attention_parts import key_head
+from sae_query_steer.data.batches import PAD
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, decoded_difference, device_of
 
@@ -108,7 +107,7 @@ def key_matches(
     at_once = max(1, SCORES_AT_ONCE // len(keys))
     ids, scores = [], []
     for head, rows in zip(heads, directions, strict=True):
-        own = keys[:, key_head(head, encoder.n_heads, keys.shape[1])]
+        own = keys[:, head // (encoder.n_heads // keys.shape[1])]
         best = [(part @ own.T).topk(n, dim=-1) for part in rows.split(at_once)]
         ids.append(means.ids[torch.cat([part.indices for part in best])])
         scores.append(torch.cat([part.values for part in best]) / encoder.d_head**0.5)

@@ -9,12 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.dashboards.key_matches import KeyMeans
-from sae_query_steer.data.token_rows import PAD
-from sae_query_steer.diagnostics.latent_texts import LATENTS_AT_ONCE, row_batches
+from sae_query_steer.data.batches import row_batches
+from sae_query_steer.diagnostics.latent_texts import LATENTS_AT_ONCE
 from sae_query_steer.diagnostics.top_tokens import TopTokens
-from sae_query_steer.models.attention_parts import queries_and_keys_at
+from sae_query_steer.models.activations import check_finite, key_hook, read_activations
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
-from sae_query_steer.targets.capture import check_finite
 
 N_BINS = 24
 """Bins of a histogram."""
@@ -81,18 +80,21 @@ def read_again(
     }
     means = {site.hook_name: KeyMeans(tops.rows) for site in sites if keys}
     bos = tops.tokenizer.bos_token_id if ignore_bos else None
-    reading = row_batches(tops.rows, batch_size, bos, "Reading histograms")
-    for start, tokens, counted in reading:
+    names = {site.hook_name: key_hook(site) for site in sites}
+    wanted = [*names, *(names.values() if keys else ())]
+    for start, tokens, real in row_batches(tops.rows, batch_size, "Reading histograms"):
+        counted = real if bos is None else real & (tokens != bos)
         row, position = counted.nonzero(as_tuple=True)
         places = (start + row) * tops.rows.shape[1] + position
-        queries, found = queries_and_keys_at(model, tokens, sites, keys=keys)
-        for name, query in queries.items():
+        found = read_activations(model, tokens, wanted)
+        for name in names:
+            query = found[name]
             check_finite(query, name)
             here = query[row.to(query.device), position.to(query.device)]
             readers[name].update(here[:, list(tops.heads[name])], places)
-        real = tops.rows[start : start + len(tokens), : tokens.shape[1]] != PAD
-        for name, key in found.items():
-            means[name].update(key[real.to(key.device)], tokens[real])
+            if keys:
+                key = found[names[name]]
+                means[name].update(key[real.to(key.device)], tokens[real])
     return {name: reader.result(tops.n_tokens) for name, reader in readers.items()}, means
 
 

@@ -13,8 +13,8 @@ from sae_query_steer.dashboards.statistics import read_again
 from sae_query_steer.data.token_rows import Texts
 from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.diagnostics.latent_texts import top_tokens
-from sae_query_steer.models.attention_parts import key_hook
-from sae_query_steer.models.loading import check_eager, model_name, pattern_hook
+from sae_query_steer.models.activations import check_hook_point, key_hook, pattern_hook
+from sae_query_steer.models.loading import check_eager, model_name
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.steering.intervention import chosen_heads
 from sae_query_steer.steering.steerer import LatentGradientSteerer
@@ -101,10 +101,10 @@ def write_dashboards(
     for site in sites.values():
         site.check(model)
         if n_keys:
-            key_hook(model, site)
+            check_hook_point(model, key_hook(site))
         if n_attention:
             check_eager(model)
-            pattern_hook(model, site.layer)
+            check_hook_point(model, pattern_hook(site.layer))
     if targets is not None:
         _check_targets(model, saes, targets)
     tops = top_tokens(

@@ -6,15 +6,11 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from jaxtyping import Int
-from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sae_query_steer.data.examples import TokenizedExample
-from sae_query_steer.models.loading import tokenizer_of
-
-PAD = -1
-"""Marks padding in token rows; no token has this id."""
+from sae_query_steer.data.batches import PAD
+from sae_query_steer.data.tokenized import TokenizedExample, tokenizer_of
 
 Texts = Dataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
 
@@ -80,19 +76,13 @@ def token_rows(
     if not concat_sequences:
         start = [] if bos is None else [bos]
         return _padded([start + document for document in documents], context_size)
-    rows = concat_and_batch_sequences(
-        tokens_iterator=(torch.tensor(document) for document in documents),
-        context_size=context_size,
-        begin_batch_token_id=bos,
-        sequence_separator_token_id=bos,
-    )
-    packed = [row.int() for row in rows]
+    packed = list(_packed(documents, context_size, bos))
     if not packed:
         raise ValueError(
             f"the texts have fewer than context_size={context_size} tokens in all: give more text "
             "or a smaller context_size"
         )
-    return torch.stack(packed)
+    return torch.tensor(packed, dtype=torch.int)
 
 
 def _given_rows(rows: Tensor, n_ctx: int, d_vocab: int) -> Tensor:
@@ -115,6 +105,23 @@ def _tokenized(items: Iterable[Any], tokenizer: Any) -> Iterator[list[int]]:
             raise ValueError(f"text {index} is {text!r}: every document must be a non-empty string")
         # verbose=False: a document longer than the context is packed, so a warning would mislead.
         yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _packed(
+    documents: Iterable[list[int]], context_size: int, bos: int | None
+) -> Iterator[list[int]]:
+    """Yield full rows, with BOS at the start of each row and document, as SAELens packs them."""
+    row: list[int] = []
+    for document in documents:
+        start = 0
+        while start < len(document):
+            if bos is not None and document[start] != bos:
+                row.append(bos)
+            taken = document[start : start + context_size - len(row)]
+            row, start = row + taken, start + len(taken)
+            if len(row) == context_size:
+                yield row
+                row = []
 
 
 def _padded(documents: Iterable[list[int]], context_size: int) -> Tensor:

@@ -7,12 +7,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_query_steer.data.examples import LabelledExample, TokenBatch, TokenizedExample
+from sae_query_steer.data.batches import TokenBatch
+from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.tokenized import TokenizedExample
 from sae_query_steer.descent.objectives import Objective, SquaredDistance
 from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.diagnostics.interchange_pairs import Pair
 from sae_query_steer.diagnostics.query_patches import Patch, prepared
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.scopes.positions import Span
 from sae_query_steer.steering.steerer import LatentGradientSteerer
@@ -103,7 +105,7 @@ def achieved_effect(
         rows, columns = mask.nonzero(as_tuple=True)
         queries = {
             name: q[rows.to(q.device), columns.to(q.device)]
-            for name, q in queries_at(model, batch.tokens, list(saes)).items()
+            for name, q in read_activations(model, batch.tokens, list(saes)).items()
         }
         places = TokenPlaces(
             row=rows,

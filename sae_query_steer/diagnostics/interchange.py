@@ -10,12 +10,14 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from sae_query_steer.data.examples import LabelledExample, TokenBatch, TokenizedExample
+from sae_query_steer.data.batches import TokenBatch
+from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples
 from sae_query_steer.diagnostics.interchange_pairs import Pair
 from sae_query_steer.diagnostics.query_patches import Patch, Trial, prepared
+from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.scopes.positions import Span
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.targets.capture import capture
 
 
 def interchange_effect(
@@ -122,8 +124,11 @@ def _donor_queries(trial: Trial) -> dict[int, dict[str, Tensor]]:
     names = [site.hook_name for site in trial.sites]
     examples = [trial.examples[i] for i in chosen]
     queries: dict[int, dict[str, Tensor]] = {}
-    for batch in capture(trial.model, examples, names, trial.span, batch_size=trial.batch_size):
+    read = TokenizedExamples(examples=examples, span=trial.span, batch_size=trial.batch_size)
+    for batch in read_at_span(trial.model, read, names):
         for row in batch.row.unique().tolist():
             own = batch.row == row
-            queries[chosen[row]] = {name: q[own.to(q.device)] for name, q in batch.queries.items()}
+            queries[chosen[row]] = {
+                name: q[own.to(q.device)] for name, q in batch.activations.items()
+            }
     return queries

@@ -1,17 +1,19 @@
 """The texts that make latents fire most, of all latents of all heads in one pass."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from sae_query_steer.data.token_rows import PAD, Texts, token_rows
+from sae_query_steer.data.batches import row_batches
+from sae_query_steer.data.token_rows import Texts, token_rows
+from sae_query_steer.data.tokenized import tokenizer_of
 from sae_query_steer.diagnostics.top_tokens import TopTokens
-from sae_query_steer.models.loading import check_not_steered, queries_at, tokenizer_of
+from sae_query_steer.models.activations import read_activations
+from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
 from sae_query_steer.steering.intervention import chosen_heads
 from sae_query_steer.targets.capture import check_devices
@@ -95,11 +97,12 @@ def top_tokens(
     found = {name: _TopK(saes[name], some, k) for name, some in picked.items()}
     n_read = 0
     bos = tokenizer.bos_token_id if ignore_bos else None
-    for start, tokens, counted in row_batches(rows, batch_size, bos):
+    for start, tokens, real in row_batches(rows, batch_size, "Reading latents"):
+        counted = real if bos is None else real & (tokens != bos)
         row, position = counted.nonzero(as_tuple=True)
         n_read += len(row)
         places = (start + row) * rows.shape[1] + position
-        for name, queries in queries_at(model, tokens, list(found)).items():
+        for name, queries in read_activations(model, tokens, list(found)).items():
             here = queries[row.to(queries.device), position.to(queries.device)]
             found[name].update(here[:, list(picked[name])], places)
     return TopTokens(
@@ -190,20 +193,3 @@ class _TopK:
         best = rank < k
         values[latent[best], rank[best]] = value[best]
         kept[latent[best], rank[best]] = place[best]
-
-
-def row_batches(
-    rows: Int[Tensor, "row pos"],
-    batch_size: int,
-    bos: int | None,
-    description: str = "Reading latents",
-) -> Iterator[tuple[int, Tensor, Bool[Tensor, "batch pos"]]]:
-    """Yield the first row's index, the tokens and which of them count, cut after the longest."""
-    with tqdm(total=len(rows), desc=description, unit="row") as bar:
-        for start in range(0, len(rows), batch_size):
-            tokens = rows[start : start + batch_size]
-            real = tokens != PAD
-            width = max(1, int(real.sum(1).max()))
-            counted = real if bos is None else real & (tokens != bos)
-            yield start, tokens[:, :width].clamp(min=0), counted[:, :width]
-            bar.update(len(tokens))

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.data.examples import TokenizedExample, length_sorted_batches
+from sae_query_steer.data.batches import example_batches
+from sae_query_steer.data.tokenized import TokenizedExample
 from sae_query_steer.diagnostics.interchange_pairs import Pair
-from sae_query_steer.models.loading import next_token_log_probs
+from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.scopes.positions import Span
-from sae_query_steer.targets.capture import span_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,8 +55,8 @@ def aims_of(
     mean_logs: dict[int, Tensor] = {}
     totals: dict[str, Tensor] = {}
     counts: dict[int, int] = {}
-    for batch in length_sorted_batches(examples, batch_size):
-        rows, columns = span_of(batch, span).nonzero(as_tuple=True)
+    for batch in example_batches(examples, batch_size):
+        rows, columns = batch.mask(span).nonzero(as_tuple=True)
         logs = next_token_log_probs(model, batch.tokens, rows, columns).cpu().double()
         for row, index in enumerate(batch.indices):
             own = logs[rows == row]

@@ -10,22 +10,18 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_query_steer.data.examples import (
-    LabelledExample,
-    TokenBatch,
-    TokenizedExample,
-    check_classes,
-    length_sorted_batches,
-)
+from sae_query_steer.data.batches import TokenBatch, example_batches
+from sae_query_steer.data.examples import LabelledExample, check_classes
+from sae_query_steer.data.tokenized import TokenizedExample
 from sae_query_steer.diagnostics.interchange_pairs import Pair, draw_pairs, paired_error
 from sae_query_steer.diagnostics.metrics import kl_divergence, total_variation
 from sae_query_steer.diagnostics.next_tokens import Aims, aims_of
 from sae_query_steer.diagnostics.separability import ALL_HEADS
-from sae_query_steer.models.loading import check_not_steered, next_token_log_probs
+from sae_query_steer.models.activations import next_token_log_probs
+from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.scopes.positions import LastPromptToken, Span
 from sae_query_steer.sites import QuerySite, check_sites
 from sae_query_steer.targets.builder import as_tokenized
-from sae_query_steer.targets.capture import span_of
 
 _MEASURED = (
     *("kl", "kl_control", "moved", "moved_control", "toward_class", "toward_control"),
@@ -126,7 +122,7 @@ class Trial:
         with tqdm(total=len(self.pairs) * len(self._cases), desc=description, unit="patch") as bar:
             for batch, pairs in self._batches():
                 order += batch.indices
-                mask = span_of(batch, self.span)
+                mask = batch.mask(self.span)
                 for site, head, values in self._moved(batch, pairs, *patches(batch, mask, pairs)):
                     found[site.layer, head].append(values)
                     bar.update(len(pairs))
@@ -162,7 +158,7 @@ class Trial:
 
     def _batches(self) -> Iterator[tuple[TokenBatch, list[Pair]]]:
         receivers = [self.examples[pair.receiver] for pair in self.pairs]
-        for batch in length_sorted_batches(receivers, self.batch_size):
+        for batch in example_batches(receivers, self.batch_size):
             yield batch, [self.pairs[i] for i in batch.indices]
 
     def _moved(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_query_steer.diagnostics.metrics import kl_divergence
+from sae_query_steer.models.activations import LOGITS, read_activations
 
 KINDS = ("sae", "zero", "mean")
 """What stands in for the query: its reconstruction, zero, or the mean query of the head."""
@@ -68,11 +69,9 @@ class AttentionRun:
         wanted = [
             name.format(what) for name in names.values() for what in ("pattern", "attn_scores")
         ]
-        logits, cache = model.run_with_cache(
-            tokens.to(model.cfg.device), names_filter=wanted, prepend_bos=False
-        )
+        cache = read_activations(model, tokens, [LOGITS, *wanted])
         return cls(
-            log_probs=logits.float().log_softmax(-1),
+            log_probs=cache[LOGITS].float().log_softmax(-1),
             patterns={n: cache[name.format("pattern")] for n, name in names.items()},
             scores={n: cache[name.format("attn_scores")] for n, name in names.items()},
         )

@@ -1,16 +1,16 @@
 """How good SAEs of queries are: what they keep, and what the model loses with them in place."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm.auto import tqdm
 
-from sae_query_steer.data.token_rows import PAD, Texts, token_rows
+from sae_query_steer.data.batches import row_batches
+from sae_query_steer.data.token_rows import Texts, token_rows
 from sae_query_steer.diagnostics.metrics import ReconstructionMoments
 from sae_query_steer.diagnostics.replacement import (
     AttentionRun,
@@ -18,7 +18,8 @@ from sae_query_steer.diagnostics.replacement import (
     ReplacementLosses,
 )
 from sae_query_steer.diagnostics.separability import ALL_HEADS
-from sae_query_steer.models.loading import check_not_steered, queries_at
+from sae_query_steer.models.activations import read_activations
+from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.attach import attached_saes
@@ -111,15 +112,15 @@ def evaluate_saes(
     ).long()
     rows = rows[: max(1, n_tokens // rows.shape[1])]
     kept = {name: _Kept(saes[name], rows.shape[1]) for name in replaced}
-    for tokens, real in _batches(rows, batch_size, "Reading queries", len(rows)):
-        for name, queries in queries_at(model, tokens, list(kept)).items():
+    for _, tokens, real in row_batches(rows, batch_size, "Reading queries"):
+        for name, queries in read_activations(model, tokens, list(kept)).items():
             kept[name].update(queries, real.to(queries.device))
     lost = {
         (name, head): ReplacementLosses()
         for name, rows_of_site in replaced.items()
         for head in rows_of_site
     }
-    for tokens, real in _batches(rows, batch_size, "Replacing queries", len(rows)):
+    for _, tokens, real in row_batches(rows, batch_size, "Replacing queries"):
         bare = AttentionRun.of(model, tokens, [sites[name].layer for name in kept])
         for (name, head), found in lost.items():
             site = sites[name]
@@ -232,13 +233,3 @@ def max_decoder_cosine(weights: Float[Tensor, "head d_latent d_head"]) -> float:
     cosines = rows @ rows.mT
     cosines.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
     return float(cosines.max())
-
-
-def _batches(
-    rows: Int[Tensor, "row pos"], batch_size: int, description: str, total: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give token rows, padding read as token 0, with which of them are real."""
-    with tqdm(total=total, desc=description, unit="row") as bar:
-        for batch in rows.split(batch_size):
-            yield batch.clamp(min=0), batch != PAD
-            bar.update(len(batch))

@@ -13,17 +13,13 @@ from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sae_query_steer.data.examples import (
-    LabelledExample,
-    TokenizedExample,
-    check_classes,
-    ordered_classes,
-)
+from sae_query_steer.data.examples import LabelledExample, check_classes, ordered_classes
+from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples
 from sae_query_steer.descent.objectives import class_scores
+from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.sae.encoders import QueryEncoder, encoded, encoder_sites, identity_encoders
 from sae_query_steer.scopes.positions import LastPromptToken, Span
 from sae_query_steer.targets.builder import as_tokenized
-from sae_query_steer.targets.capture import capture
 from sae_query_steer.targets.centroids import ClassMoments
 
 ALL_HEADS = "all"
@@ -180,9 +176,10 @@ def _captured(
 ) -> Iterator[tuple[Mapping[str, Tensor], Int[Tensor, " token"]]]:
     """Yield queries by hook name with the class index of every token, and note the tokens."""
     index = torch.tensor([classes.index(example.label) for example in examples])
-    for batch in capture(model, examples, hook_names, span, batch_size=batch_size):
+    read = TokenizedExamples(examples=examples, span=span, batch_size=batch_size)
+    for batch in read_at_span(model, read, hook_names):
         truth = index[batch.row]
         seen.positions += batch.position.tolist()
         seen.ids += batch.token.tolist()
         seen.classes += truth.tolist()
-        yield batch.queries, truth
+        yield batch.activations, truth

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.data.token_rows import PAD
+from sae_query_steer.data.batches import PAD
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

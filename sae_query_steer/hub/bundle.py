@@ -23,6 +23,7 @@ from sae_query_steer.hub.layout import (
     check_files,
     read_index,
 )
+from sae_query_steer.models.activations import read_activations, without_hooks
 from sae_query_steer.models.fingerprint import (
     Fingerprint,
     check_reconstructions,
@@ -31,7 +32,7 @@ from sae_query_steer.models.fingerprint import (
     dtype_name,
     relative_difference,
 )
-from sae_query_steer.models.loading import model_name, queries_at, without_hooks
+from sae_query_steer.models.loading import model_name
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.steering.files import steerer_from_settings
 from sae_query_steer.steering.steerer import LatentGradientSteerer
@@ -97,7 +98,7 @@ class Bundle:
         if int(stored.tokens.max()) >= here.d_vocab:
             raise ValueError(f"the bundle's fingerprint has tokens outside the vocabulary:{sides}")
         with without_hooks(model):
-            queries = queries_at(model, stored.tokens, list(stored.queries))
+            queries = read_activations(model, stored.tokens, list(stored.queries))
         tolerance = default_tolerance(here.dtype, stored.dtype)
         lines = [
             f"\n  at {name} the queries differ by {difference:.3g} (relative), allowed is "

@@ -1,14 +1,9 @@
 """Models on both hosts: loading, and the few calls whose form differs or is easily got wrong."""
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 from torch._dynamo import OptimizedModule
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -51,17 +46,6 @@ def check_model_folder(name_or_folder: str) -> None:
         raise FileNotFoundError(f"no model folder {path}")
 
 
-def tokenizer_of(model: Any) -> Any:
-    """Return a model's tokenizer.
-
-    Raises:
-        ValueError: the model was made without one.
-    """
-    if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer: give it one, or pass token rows")
-    return model.tokenizer
-
-
 def end_tokens(model: Any) -> list[int]:
     """Return the ids that end a text: the tokenizer's EOS first, then what else the model ends by.
 
@@ -80,88 +64,6 @@ def model_name(model: Any) -> str:
     name = str(getattr(model.cfg, "model_name", "") or "custom")
     is_folder = Path(name).is_absolute() or name.startswith(".") or Path(name).is_dir()
     return Path(name).name if is_folder else name
-
-
-@torch.no_grad()
-def queries_at(
-    model: Any, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]
-) -> dict[str, Float[Tensor, "batch pos head d_head"]]:
-    """Return the queries at several sites from one forward pass that stops after the last of them.
-
-    Rows may be padded on the right: attention is causal, so padding changes nothing before it.
-    """
-    last = max(int(name.split(".")[1]) for name in hook_names)
-    cache = model.run_with_cache(
-        tokens.to(model.cfg.device),
-        names_filter=list(hook_names),
-        stop_at_layer=last + 1,
-        prepend_bos=False,
-    )[1]
-    shape = (int(model.cfg.n_heads), int(model.cfg.d_head))
-    return {name: cache[name].reshape(*tokens.shape, *shape) for name in hook_names}
-
-
-def pattern_hook(model: Any, layer: int) -> str:
-    """Return the hook point of a layer's attention pattern.
-
-    Raises:
-        ValueError: this architecture does not show it.
-    """
-    name = f"blocks.{layer}.attn.hook_pattern"
-    if name not in model.hook_dict:
-        raise ValueError(f"no hook point {name}: this architecture does not expose its attention")
-    return name
-
-
-@torch.no_grad()
-def patterns_at(
-    model: Any, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
-) -> dict[int, Float[Tensor, "batch head query key"]]:
-    """Return the attention patterns of some layers, from a forward pass that stops after them.
-
-    Rows may be padded on the right, as for `queries_at`.
-    """
-    names = {layer: pattern_hook(model, layer) for layer in layers}
-    cache = model.run_with_cache(
-        tokens.to(model.cfg.device),
-        names_filter=list(names.values()),
-        stop_at_layer=max(layers) + 1,
-        prepend_bos=False,
-    )[1]
-    return {layer: cache[name] for layer, name in names.items()}
-
-
-@torch.no_grad()
-def next_token_log_probs(
-    model: Any,
-    tokens: Int[Tensor, "batch pos"],
-    rows: Int[Tensor, " token"],
-    columns: Int[Tensor, " token"],
-    fwd_hooks: Iterable[tuple[str, Any]] = (),
-) -> Float[Tensor, "token d_vocab"]:
-    """Return the log probabilities of the token after each named position, with hooks in place."""
-    logits = model.run_with_hooks(
-        tokens.to(model.cfg.device), fwd_hooks=list(fwd_hooks), prepend_bos=False
-    )
-    return logits[rows.to(logits.device), columns.to(logits.device)].float().log_softmax(-1)
-
-
-@contextmanager
-def without_hooks(model: Any) -> Iterator[None]:
-    """Run a model bare: the hooks on its hook points, blocks and embedding are set aside.
-
-    A fingerprint is taken so, because a user's own hooks, or a steerer already in place, would
-    change the queries that tell which model this is. Afterwards every hook is where it was.
-    """
-    modules = {id(m): m for m in [*model.hook_dict.values(), *model.blocks, model.embed]}.values()
-    aside = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
-    try:
-        for module, _, _ in aside:
-            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-        yield
-    finally:
-        for module, hooks, pre_hooks in aside:
-            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
 
 
 def check_eager(model: Any) -> None:

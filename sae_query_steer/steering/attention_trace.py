@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.models.loading import check_not_steered, patterns_at
+from sae_query_steer.models.activations import pattern_hook, read_activations
+from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.models.tracking import PositionTracker
 
 KEYS = ["run", "row", "position", "layer", "head"]
@@ -48,7 +49,9 @@ class AttentionTrace:
 
     def _unsteered(self, model: Any, run: int) -> dict[int, Tensor]:
         layers = sorted({record.layer for record in self.records if record.run == run})
-        return patterns_at(model, self.texts[run].clamp(min=0), layers)
+        names = {layer: pattern_hook(layer) for layer in layers}
+        found = read_activations(model, self.texts[run], names.values())
+        return {layer: found[name] for layer, name in names.items()}
 
     def _table(
         self, record: AttentionRecord, before: dict[int, Tensor], tokenizer: Any

@@ -18,14 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.models.loading import check_eager, pattern_hook
+from sae_query_steer.models.activations import check_finite, check_hook_point, pattern_hook
+from sae_query_steer.models.loading import check_eager
 from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.scopes.positions import Positions, Scope, needs_tokens, select
 from sae_query_steer.scopes.prompt_lengths import PromptLengths, fixed_positions
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.attention_trace import AttentionRecorder
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace, TraceRecord
-from sae_query_steer.targets.capture import check_finite
 
 HookFunction = Callable[..., Tensor | None]
 
@@ -156,7 +156,9 @@ class Steerer(ABC):
             for name in self.site_heads
         ]
         if attention is not None:
-            hooks += [(pattern_hook(model, layer), attention.hook(layer)) for layer in layers]
+            for layer in layers:
+                check_hook_point(model, pattern_hook(layer))
+                hooks.append((pattern_hook(layer), attention.hook(layer)))
         with tracker.attached(), model.hooks(fwd_hooks=hooks):
             yield trace
 

@@ -6,24 +6,18 @@ from typing import Any
 
 import torch
 
-from sae_query_steer.data.examples import (
-    LabelledExample,
-    TokenizedExample,
-    check_classes,
-    ordered_classes,
-    tokenize_examples,
-)
+from sae_query_steer.data.examples import LabelledExample, check_classes, ordered_classes
+from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples, tokenize_examples
+from sae_query_steer.models.activations import read_activations, read_at_span, without_hooks
 from sae_query_steer.models.fingerprint import (
     check_queries,
     check_reconstructions,
     default_tolerance,
     dtype_name,
 )
-from sae_query_steer.models.loading import queries_at, tokenizer_of, without_hooks
 from sae_query_steer.sae.encoders import QueryEncoder, encoded, encoder_sites
 from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
 from sae_query_steer.targets.capture import (
-    capture,
     check_devices,
     reconstructions,
     take_fingerprint,
@@ -110,10 +104,9 @@ class CentroidTargetBuilder:
         # Read into moments of their own first: what fails half-way leaves nothing half done.
         moments = self._new_moments(classes)
         with torch.no_grad():
-            for batch in capture(
-                self.model, tokenized, list(self.saes), self.span, batch_size=self.batch_size
-            ):
-                for name, queries in batch.queries.items():
+            read = TokenizedExamples(examples=tokenized, span=self.span, batch_size=self.batch_size)
+            for batch in read_at_span(self.model, read, list(self.saes)):
+                for name, queries in batch.activations.items():
                     latents = encoded(self.saes[name], queries)
                     moments[name].update(latents, label_index[batch.row])
         self._classes = classes
@@ -223,12 +216,8 @@ def as_tokenized(
             "examples must all be LabelledExample, or all TokenizedExample; got "
             f"{sorted({type(example).__name__ for example in given})}"
         )
-    return tokenize_examples(
-        texts,
-        tokenizer_of(model),
-        prepend_bos=prepend_bos,
-        chat_template=chat_template,
-        max_length=int(model.cfg.n_ctx),
+    return list(
+        tokenize_examples(model, texts, prepend_bos=prepend_bos, chat_template=chat_template)
     )
 
 
@@ -266,7 +255,7 @@ def check_belongs(model: Any, saes: Mapping[str, QueryEncoder], targets: Centroi
             f"model's vocabulary has {d_vocab}"
         )
     with without_hooks(model):
-        queries = queries_at(model, stored_tokens, list(saes))
+        queries = read_activations(model, stored_tokens, list(saes))
     tolerance = default_tolerance(dtype_name(model), targets.fingerprint.dtype)
     check_queries(targets.fingerprint, queries, tolerance=tolerance)
     device = next(iter(queries.values())).device

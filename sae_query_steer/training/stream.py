@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.data.token_rows import PAD
-from sae_query_steer.models.loading import queries_at
+from sae_query_steer.data.batches import PAD
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.sites import QuerySite
 
 Queries = dict[str, Float[Tensor, "token d_in"]]
@@ -128,7 +128,6 @@ class QueryStream:
         n_tokens = int(real.sum())
         # Where each token goes: written there at once, the chunk is never copied.
         places = torch.from_numpy(self._order(_TOKENS, chunk, n_tokens)).to(self.device)
-        device_type = torch.device(self.model.cfg.device).type
         names = [site.hook_name for site in self.sites]
         queries: dict[str, Tensor] = {}
         at = 0
@@ -137,8 +136,7 @@ class QueryStream:
         ):
             # Padding stands to the right of a causal model's row: whatever it reads as, no real
             # token sees it.
-            with torch.autocast(device_type, torch.bfloat16, enabled=self.autocast):
-                read = queries_at(self.model, tokens.clamp(min=0).long(), names)
+            read = read_activations(self.model, tokens, names, autocast=self.autocast)
             to = places[at : at + int(mask.sum())]
             for name, value in read.items():
                 here = value[mask.to(value.device)].flatten(1).to(self.device)

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_query_steer.data.token_rows import Texts, token_rows
+from sae_query_steer.models.activations import read_activations, without_hooks
 from sae_query_steer.models.fingerprint import dtype_name, fingerprint_tokens
-from sae_query_steer.models.loading import queries_at, without_hooks
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sae.core import QueryHeadTrainingSAEConfig
 from sae_query_steer.sae.inference import to_inference
@@ -187,7 +187,7 @@ def train_query_saes(
     if out is not None:
         with without_hooks(model):
             tokens = fingerprint_tokens(int(model.cfg.d_vocab))
-            queries = queries_at(model, tokens, [site.hook_name for site in sites])
+            queries = read_activations(model, tokens, [site.hook_name for site in sites])
         checkpoints = Checkpoints(
             Path(out).with_name(f"{Path(out).name}.unfinished"),
             settings,

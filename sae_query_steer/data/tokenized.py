@@ -1,0 +1,243 @@
+"""Tokenised examples: an exact boundary between prompt and response, and the span to read."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, overload
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenizedExample:
+    """The tokens of an example; those of the prompt come first, and none is in both parts."""
+
+    tokens: Int[Tensor, " pos"]
+    """Ids of prompt and response, without padding."""
+
+    prompt_length: int
+    """Tokens of the prompt, BOS and chat template included; 1 or more."""
+
+    label: str
+    """Name of the class."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompt_length <= len(self.tokens):
+            raise ValueError(
+                f"prompt_length must be 1 to the example's {len(self.tokens)} tokens, got "
+                f"{self.prompt_length}"
+            )
+
+    @property
+    def response_length(self) -> int:
+        """Tokens of the response; 0 where there is none."""
+        return len(self.tokens) - self.prompt_length
+
+
+def tokenize_example(
+    model: Any,
+    example: LabelledExample,
+    *,
+    prepend_bos: bool = True,
+    chat_template: bool = False,
+) -> TokenizedExample:
+    """Return the tokens of an example, with an exact boundary between prompt and response.
+
+    Prompt and response are tokenised as one text. The boundary is exact if this text begins with
+    the tokens of the prompt alone and none of them reaches into the response: then the prompt has
+    the same tokens as when the model generates from it.
+
+    Args:
+        model: gives the tokenizer.
+        example: the texts.
+        prepend_bos: begin with BOS. No effect with `chat_template`, which adds its own.
+        chat_template: make the prompt the user's turn and the response the model's.
+
+    Raises:
+        ValueError: a token spans the boundary, or the model has no tokenizer, no BOS or no chat
+            template.
+    """
+    tokenizer = tokenizer_of(model)
+    start: list[int] = []
+    prompt = example.prompt
+    if chat_template:
+        prompt = chat_prompt(prompt, tokenizer)
+    elif prepend_bos:
+        if tokenizer.bos_token_id is None:
+            raise ValueError("the tokenizer has no BOS token: pass prepend_bos=False")
+        start = [cast(int, tokenizer.bos_token_id)]
+    prompt_ids, _ = _encode(prompt, tokenizer)
+    ids, ends = _encode(prompt + example.response, tokenizer)
+    n_same = 0
+    while n_same < len(prompt_ids) and ids[n_same : n_same + 1] == [prompt_ids[n_same]]:
+        n_same += 1
+    # Equal ids can still overlap: the unknown token for "foo" is also that for "foobar".
+    if n_same == len(prompt_ids) and ends and max(ends[:n_same], default=0) > len(prompt):
+        n_same -= 1
+    if n_same < len(prompt_ids):
+        alone = tokenizer.convert_ids_to_tokens(prompt_ids[n_same:])
+        merged = tokenizer.convert_ids_to_tokens(ids[n_same : len(prompt_ids)])
+        raise ValueError(
+            f"no exact boundary between the prompt, which ends in {prompt[-12:]!r}, and the "
+            f"response, which starts with {example.response[:12]!r}: the prompt's last tokens "
+            f"{alone} become {merged} when the response follows; move the white space or "
+            "punctuation at the boundary to the other side"
+        )
+    return TokenizedExample(
+        tokens=torch.tensor(start + ids, dtype=torch.long),
+        prompt_length=len(start) + len(prompt_ids),
+        label=example.label,
+    )
+
+
+def chat_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a prompt as the user's turn in the tokenizer's chat template, with special tokens.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template: pass chat_template=False, or set "
+            "tokenizer.chat_template to the one that the model was trained with"
+        )
+    turns = [{"role": "user", "content": prompt}]
+    written = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert isinstance(written, str)
+    return written
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return ids and the character at which each ends; no ends if the tokenizer is a slow one."""
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    # verbose=False: what is too long is the caller's to refuse, not a warning.
+    encoded: Any = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False
+    )
+    return encoded["input_ids"], [end for _, end in encoded.get("offset_mapping", ())]
+
+
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer.
+
+    Raises:
+        ValueError: the model was made without one.
+    """
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer: give it one, or pass token rows")
+    return model.tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenizedExamples(Sequence[TokenizedExample]):
+    """Examples tokenised for a model, and how they are read: an immutable sequence."""
+
+    examples: Sequence[TokenizedExample]
+    """The examples, one or more."""
+
+    span: Span = LastPromptToken()
+    """The positions of each example that are read; each example must have one."""
+
+    prepend_bos: bool = True
+    """Whether the examples begin with BOS."""
+
+    chat_template: bool = False
+    """Whether the prompts are in the tokenizer's chat template."""
+
+    batch_size: int = 32
+    """Examples of one forward pass."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "examples", tuple(self.examples))
+        if not self.examples:
+            raise ValueError("examples must be one or more, got none")
+        for index, example in enumerate(self.examples):
+            if not isinstance(example, TokenizedExample):
+                raise TypeError(
+                    f"examples must be TokenizedExample, got {type(example).__name__} at {index}: "
+                    "use tokenize_examples(model, examples)"
+                )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
+        check_scope(self.span, name="span")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "TokenizedExamples": ...
+    def __getitem__(self, index: int | slice) -> "TokenizedExample | TokenizedExamples":
+        if isinstance(index, slice):
+            return dataclasses.replace(self, examples=self.examples[index])
+        return self.examples[index]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{label} {n}" for label, n in Counter(self.labels).items())
+        return f"TokenizedExamples({counts}; span {scope_name(self.span)})"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The class of each example."""
+        return tuple(example.label for example in self.examples)
+
+    def subset(self, indices: Iterable[int]) -> "TokenizedExamples":
+        """Return the examples with these indices, in this order."""
+        return dataclasses.replace(self, examples=[self.examples[i] for i in indices])
+
+
+def tokenize_examples(
+    model: Any,
+    examples: Iterable[LabelledExample],
+    *,
+    span: Span | None = None,
+    prepend_bos: bool = True,
+    chat_template: bool = False,
+    batch_size: int = 32,
+) -> TokenizedExamples:
+    """Return the tokens of each example, in order; none is truncated.
+
+    Args:
+        model: gives the tokenizer and the largest number of tokens, `n_ctx`.
+        examples: the texts.
+        span: the positions to read; None means the last prompt token.
+        prepend_bos: begin every prompt with BOS, as `generate` does.
+        chat_template: put every prompt into the tokenizer's chat template, as the user's turn.
+        batch_size: examples of one forward pass when they are read.
+
+    Raises:
+        ValueError: no examples, or one that is longer than the model's context or has no exact
+            boundary; the message gives its index.
+    """
+    if isinstance(examples, TokenizedExamples):
+        raise TypeError("examples are tokenised already")
+    n_ctx = int(model.cfg.n_ctx)
+    tokenized = []
+    for index, example in enumerate(examples):
+        try:
+            tokens = tokenize_example(
+                model, example, prepend_bos=prepend_bos, chat_template=chat_template
+            )
+        except ValueError as error:
+            raise ValueError(f"example {index}: {error}") from error
+        if len(tokens.tokens) > n_ctx:
+            raise ValueError(
+                f"example {index} has {len(tokens.tokens)} tokens, more than the model's context "
+                f"of {n_ctx}: shorten it or leave it out"
+            )
+        tokenized.append(tokens)
+    return TokenizedExamples(
+        examples=tokenized,
+        span=LastPromptToken() if span is None else span,
+        prepend_bos=prepend_bos,
+        chat_template=chat_template,
+        batch_size=batch_size,
+    )

@@ -1,0 +1,213 @@
+"""Read the activations of a model: one function for both backends and every hook point."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_query_steer.data.batches import example_batches
+from sae_query_steer.data.tokenized import TokenizedExamples
+from sae_query_steer.models.loading import check_not_steered
+from sae_query_steer.sites import QuerySite
+
+LOGITS = "logits"
+"""Stands among hook names for the model's output."""
+
+
+@torch.no_grad()
+def read_activations(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    hook_names: Iterable[str],
+    *,
+    fwd_hooks: Iterable[tuple[str, Any]] = (),
+    autocast: bool = False,
+) -> dict[str, Tensor]:
+    """Return activations of one forward pass, which stops after the last layer that is needed.
+
+    The model runs in eval mode with autocast off; both are restored afterwards. Hooks that are on
+    the model stay in place.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        tokens: rows of ids, padded on the right or not at all: attention is causal, so the
+            activations before the padding do not depend on it. Negative ids count as padding.
+        hook_names: the hook points; `LOGITS` for the logits.
+        fwd_hooks: hooks placed for this pass, as for `model.run_with_hooks`.
+        autocast: run in bfloat16 autocast instead.
+
+    Returns:
+        By hook name, on the device of the layer: queries, keys, values and z
+        [batch pos head d_head] (keys and values have their own number of heads), the residual
+        stream and other vectors of the model [batch pos 1 d_model], attention patterns and scores
+        [batch head query key], logits [batch pos d_vocab].
+
+    Raises:
+        ValueError: the model has no such hook point.
+    """
+    names = list(dict.fromkeys(hook_names))
+    for name in names:
+        check_hook_point(model, name)
+    layers = [re.match(r"blocks\.(\d+)\.", name) for name in names]
+    stop = None
+    if all(layers):
+        stop = 1 + max(int(layer[1]) for layer in layers if layer)
+    with _eval_mode(model, autocast=autocast), model.hooks(fwd_hooks=list(fwd_hooks)):
+        logits, cache = model.run_with_cache(
+            tokens.clamp(min=0).long().to(model.cfg.device),
+            names_filter=[name for name in names if name != LOGITS],
+            stop_at_layer=stop,
+            prepend_bos=False,
+        )
+    d_head = int(model.cfg.d_head)
+    return {n: logits if n == LOGITS else _by_head(cache[n], n, d_head) for n in names}
+
+
+def _by_head(activation: Tensor, name: str, d_head: int) -> Tensor:
+    if activation.ndim != 3:
+        return activation
+    if re.search(r"\.attn\.hook_(rot_)?[qkvz]$", name):  # some architectures keep the heads flat
+        return activation.unflatten(-1, (-1, d_head))
+    return activation[:, :, None]
+
+
+@contextmanager
+def _eval_mode(model: Any, *, autocast: bool) -> Iterator[None]:
+    """Run a model in eval mode, in or outside autocast; afterwards each module is as it was."""
+    modules = [*model.modules()]
+    if isinstance(original := vars(model).get("original_model"), torch.nn.Module):
+        modules += original.modules()  # the bridge does not register all of them
+    training = [module for module in modules if module.training]
+    device_type = torch.device(model.cfg.device).type
+    try:
+        for module in training:
+            module.training = False
+        with torch.autocast(device_type, torch.bfloat16, enabled=autocast):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_hook_point(model: Any, name: str) -> None:
+    """Raise unless a model has a hook point.
+
+    Raises:
+        ValueError: the message lists the hook points of the same module.
+    """
+    if name != LOGITS and name not in model.hook_dict:
+        prefix = name.rpartition(".")[0] + "."
+        near = sorted(n.removeprefix(prefix) for n in model.hook_dict if n.startswith(prefix))
+        raise ValueError(f"no hook point {name}: this architecture has {near} at {prefix[:-1]}")
+
+
+def pattern_hook(layer: int) -> str:
+    """Return the hook point of a layer's attention pattern."""
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
+def key_hook(site: QuerySite) -> str:
+    """Return the hook point of the keys that a site's queries are compared with."""
+    return f"blocks.{site.layer}.attn.{'hook_rot_k' if site.rotated else 'hook_k'}"
+
+
+def next_token_log_probs(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    rows: Int[Tensor, " token"],
+    columns: Int[Tensor, " token"],
+    fwd_hooks: Iterable[tuple[str, Any]] = (),
+) -> Float[Tensor, "token d_vocab"]:
+    """Return the log probabilities of the token after each given position."""
+    logits = read_activations(model, tokens, [LOGITS], fwd_hooks=fwd_hooks)[LOGITS]
+    return logits[rows.to(logits.device), columns.to(logits.device)].float().log_softmax(-1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SpanActivations:
+    """The activations of one batch of examples at the positions of a span, one row per token."""
+
+    activations: Mapping[str, Float[Tensor, "token head d_head"]]
+    """By hook name."""
+
+    row: Int[Tensor, " token"]
+    """Index of the token's example."""
+
+    position: Int[Tensor, " token"]
+    """Absolute position of the token in its example."""
+
+    token: Int[Tensor, " token"]
+    """Id of the token."""
+
+
+def read_at_span(
+    model: Any,
+    examples: TokenizedExamples,
+    hook_names: Sequence[str],
+    *,
+    description: str = "Reading activations",
+) -> Iterator[SpanActivations]:
+    """Yield the activations at the span of every example, batch by batch, each example once.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        examples: tokenised examples with their span.
+        hook_names: hook points of attention or the residual stream.
+        description: of the progress bar.
+
+    Raises:
+        ValueError: an example has no token in the span, an activation is not finite, or the model
+            is being steered.
+    """
+    check_not_steered(model)
+    for batch in example_batches(examples, examples.batch_size):
+        batch.mask(examples.span)  # an example without a token in the span costs no forward pass
+    for batch in example_batches(examples, examples.batch_size, description):
+        rows, columns = batch.mask(examples.span).nonzero(as_tuple=True)
+        found = {}
+        for name, values in read_activations(model, batch.tokens, hook_names).items():
+            found[name] = values[rows.to(values.device), columns.to(values.device)]
+            check_finite(found[name], name)
+        yield SpanActivations(
+            activations=found,
+            row=torch.tensor(batch.indices)[rows],
+            position=columns,
+            token=batch.tokens[rows, columns],
+        )
+
+
+def check_finite(activations: Tensor, hook_name: str) -> None:
+    """Raise if an activation is NaN or infinite.
+
+    Raises:
+        ValueError: the message names the hook point.
+    """
+    if not bool(activations.isfinite().all()):
+        raise ValueError(
+            f"the activations at {hook_name} are not finite: look for an overflow in or before "
+            "this layer (float16 overflows above 65,504; try bfloat16 or float32)"
+        )
+
+
+@contextmanager
+def without_hooks(model: Any) -> Iterator[None]:
+    """Run a model without the hooks on its hook points, blocks and embedding; then restore them.
+
+    Fingerprints are taken so: a user's own hooks, or a steerer in place, would change the queries
+    that identify the model.
+    """
+    modules = {id(m): m for m in [*model.hook_dict.values(), *model.blocks, model.embed]}.values()
+    aside = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
+    try:
+        for module, _, _ in aside:
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for module, hooks, pre_hooks in aside:
+            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
