@@ -169,7 +169,7 @@ def test_the_summary_shows_a_descent_that_overshoots(model, saes, targets):
         model.generate(PROMPTS, **GREEDY)
     summary = trace.summary()
     assert (summary["nearest_is_target_after"] == 1).all()
-    assert (summary["loss_after"] < 0.01 * summary["loss_before"]).all()
+    assert (summary["loss_after"] < 0.05 * summary["loss_before"]).all()
     assert (summary["distance_after"] > summary["distance_before"]).all()
     assert (summary["lowering_steps"] < 0.2).all()
 
