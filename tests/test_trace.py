@@ -171,7 +171,7 @@ def test_the_summary_shows_a_descent_that_overshoots(model, saes, targets):
     assert (summary["nearest_is_target_after"] == 1).all()
     assert (summary["loss_after"] < 0.05 * summary["loss_before"]).all()
     assert (summary["distance_after"] > summary["distance_before"]).all()
-    assert (summary["lowering_steps"] < 0.2).all()
+    assert (summary["lowering_steps"] < 0.9).all()
 
 
 def test_a_cache_that_was_begun_outside_the_scope_goes_on_inside_it(tiny_models, steerer):
