@@ -1,12 +1,13 @@
 """Names of the working tree, under which settings are written."""
 
+import inspect
 from typing import Any
 
 from sae_lens import SAE
 
+import sae_query_steer as sqs
 from sae_query_steer import *  # noqa: F403
 from sae_query_steer import (
-    CentroidTargetBuilder,
     QueryHeadBatchTopKTrainingSAEConfig,
     QueryHeadGatedTrainingSAEConfig,
     QueryHeadJumpReLUTrainingSAEConfig,
@@ -24,7 +25,6 @@ from sae_query_steer.compare.judges import RuleJudge
 from sae_query_steer.compare.sweep import descent_methods, prompt_methods, run_sweep
 from sae_query_steer.compare.text_scorer import TextScorer
 from sae_query_steer.data.token_rows import token_rows
-from sae_query_steer.models.loading import tokenizer_of
 
 __all__ = ["token_rows"]
 
@@ -49,16 +49,41 @@ def make_saes(given: dict[str, Any]) -> QuerySAEs:
     return QuerySAEs(saes)
 
 
+def tokenized(model: Any, examples: Any, span: Any = None) -> Any:
+    """Return tokenised examples."""
+    return sqs.tokenize_examples(model, examples, span=span)
+
+
+def _takes_span(function: Any) -> bool:
+    return "span" in inspect.signature(function).parameters
+
+
 def centroid_targets(model: Any, saes: Any, examples: Any, span: Any) -> Any:
     """Return centroids of labelled examples."""
-    return CentroidTargetBuilder(model, saes, span=span).fit(examples)
+    if _takes_span(sqs.CentroidTargetBuilder):
+        return sqs.CentroidTargetBuilder(model, saes, span=span).fit(examples)
+    return sqs.CentroidTargetBuilder(model, saes).fit(tokenized(model, examples, span))
 
 
-def tokenized(model: Any, examples: Any) -> Any:
-    """Return tokenised examples."""
-    from sae_query_steer import tokenize_examples
+def _of_tokenized(function: Any, before: int) -> Any:
+    """Return a function that tokenises its argument after `before` others, and counterparts."""
+    if _takes_span(function):
+        return function
 
-    return tokenize_examples(examples, tokenizer_of(model))
+    def called(model: Any, *given: Any, span: Any = None, **options: Any) -> Any:
+        own = [*given]
+        own[before - 1] = tokenized(model, own[before - 1], span)
+        if "counterparts" in options:
+            options["counterparts"] = tokenized(model, options["counterparts"], span)
+        return function(model, *own, **options)
+
+    return called
+
+
+separability = _of_tokenized(sqs.separability, 2)
+interchange_effect = _of_tokenized(sqs.interchange_effect, 2)
+achieved_effect = _of_tokenized(sqs.achieved_effect, 3)
+residual_means = _of_tokenized(sqs.residual_means, 1)
 
 
 def sweep_tables(names: Any) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
+import numpy as np
+from safetensors.numpy import load_file
 from settings import every_setting
 
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ def file_of(name: str) -> str:
     return f"{re.sub(r'[^0-9A-Za-z]+', '-', name).strip('-')[:80]}-{zlib.crc32(name.encode()):08x}"
 
 
-def run_side(side: str, tree: Path, args: list[str]) -> None:
+def run_side(tree: Path, args: list[str]) -> None:
     """Run a script of this folder with the package of a tree."""
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env["TQDM_DISABLE"] = "1"
@@ -60,17 +60,17 @@ def ran_well(report: Path) -> bool:
 
 def difference(old: Any, new: Any) -> float:
     """Return 0 for equal values, else the largest difference; infinite where no number fits."""
-    if isinstance(old, torch.Tensor):
-        if old.shape != new.shape or old.dtype != new.dtype:
+    if isinstance(old, np.ndarray):
+        if new is None or old.shape != new.shape or old.dtype != new.dtype:
             return math.inf
-        if torch.equal(old.view(torch.uint8), new.view(torch.uint8)) if old.ndim else old == new:
+        if old.tobytes() == new.tobytes():
             return 0.0
-        if not old.is_floating_point():
+        if old.dtype.kind != "f":
             return math.inf
-        a, b = old.double(), new.double()
-        same = (a == b) | (a.isnan() & b.isnan())
-        apart = torch.where(same, 0.0, (a - b).abs() / a.abs().clamp(min=1))
-        return float(apart.nan_to_num(math.inf).max())
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(old - new) / np.maximum(1, np.abs(old))
+        apart[(old == new) | (np.isnan(old) & np.isnan(new))] = 0
+        return float(np.nan_to_num(apart, nan=math.inf).max())
     if isinstance(old, dict):
         if not isinstance(new, dict) or set(old) - set(new):
             return math.inf  # columns may be added, not lost
@@ -146,7 +146,7 @@ def main() -> int:
                         source = tree / "sae_query_steer/tasks/tutor/bloom_tutor"
                         subprocess.run(["cp", "-r", str(source), str(tutor)], check=True)
                     script = ["inputs.py", str(inputs), str(tutor), str(given.stories.resolve())]
-                    run_side("old", tree, script)
+                    run_side(tree, script)
                 if todo:
                     run_settings("old", tree, inputs, old, todo)
             finally:
@@ -172,7 +172,7 @@ def run_settings(side: str, tree: Path, inputs: Path, out: Path, names: list[str
     with tempfile.NamedTemporaryFile("w", suffix=".json") as wanted:
         json.dump(names, wanted)
         wanted.flush()
-        run_side(side, tree, ["runner.py", side, str(inputs), str(out), wanted.name])
+        run_side(tree, ["runner.py", side, str(inputs), str(out), wanted.name])
 
 
 if __name__ == "__main__":
