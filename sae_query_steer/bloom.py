@@ -4,10 +4,10 @@ import enum
 
 
 class BloomLevel(enum.StrEnum):
-    """A level of the revised taxonomy; iterate the class to go from the lowest to the highest.
+    """A level of the revised taxonomy; the class iterates from the lowest to the highest level.
 
-    A level is a str, its lower-case verb, so it serves as a class label as it is. Like any str it
-    compares by alphabet: compare `order` where the height of a level is meant.
+    A level is a str, its lower-case verb, and so a valid class label. Comparison is alphabetical,
+    as for any str: compare `order` for the order of the levels.
 
     Source: the six levels are those of Anderson & Krathwohl 2001, a revision of Bloom 1956. The
     wording of the definitions and the choice of verbs are ours.
@@ -17,7 +17,7 @@ class BloomLevel(enum.StrEnum):
     """What a learner does at this level, in one sentence."""
 
     verbs: tuple[str, ...]
-    """Verbs typical of tasks at this level; none stands at two levels."""
+    """Typical verbs of tasks at this level; each verb belongs to one level."""
 
     def __new__(cls, value: str, definition: str, *verbs: str) -> "BloomLevel":
         """Make a member from its value, its definition and its verbs."""
@@ -65,12 +65,12 @@ class BloomLevel(enum.StrEnum):
 
     @property
     def order(self) -> int:
-        """Height of the level: 1 for remember to 6 for create."""
+        """Rank of the level: 1 for remember to 6 for create."""
         return list(BloomLevel).index(self) + 1
 
     @classmethod
     def parse(cls, text: str) -> "BloomLevel":
-        """Return the level that a name means, whatever its case and the space around it.
+        """Return the level with this name; case and surrounding space are ignored.
 
         Args:
             text: a revised name as verb ("analyze"), gerund ("analyzing") or noun ("analysis"),
@@ -78,16 +78,16 @@ class BloomLevel(enum.StrEnum):
                 remember, Comprehension understand, and Synthesis create.
 
         Raises:
-            ValueError: the name means no level.
+            ValueError: no level has this name.
 
         Source: Bloom 1956 for the old names; Anderson & Krathwohl 2001 for what became of them.
         """
         level = _LEVEL_BY_NAME.get(text.strip().casefold())
         if level is None:
             raise ValueError(
-                f"{text!r} names no Bloom level: allowed are {', '.join(cls)}, their gerunds and "
+                f"no Bloom level {text!r}: the names are {', '.join(cls)}, their gerunds and "
                 "nouns, and the names of 1956 (Knowledge, Comprehension, Application, Analysis, "
-                "Synthesis, Evaluation); correct the label, or map it to one of these first"
+                "Synthesis, Evaluation)"
             )
         return level
 

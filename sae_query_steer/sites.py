@@ -24,7 +24,7 @@ class QuerySite:
     """Dimension of one head's query."""
 
     rotated: bool = False
-    """After rotary embedding (`hook_rot_q`), where a query holds its position, not before it."""
+    """After the rotary embedding (`hook_rot_q`) instead of before it (`hook_q`)."""
 
     @property
     def hook_name(self) -> str:
@@ -83,9 +83,8 @@ def query_sites(
     Args:
         model: a HookedTransformer or a TransformerBridge.
         layers: which layers; None means all.
-        rotated: the queries after rotary embedding, as attention compares them with keys. They
-            mix what a head looks for with where it stands; the same latent means another query at
-            every position.
+        rotated: the queries after the rotary embedding, as attention compares them with keys. They
+            depend on the position: the same latent stands for another query at every position.
 
     Returns:
         The sites, each checked against the model.
@@ -96,13 +95,13 @@ def query_sites(
     Source: arXiv 2502.18644 trains its SAEs on the query activations.
     """
     if isinstance(layers, int | float | str):
-        raise TypeError(f"layers={layers!r} is not allowed: give a list, such as [{layers}]")
+        raise TypeError(f"layers must be a list, such as [{layers}], got {layers!r}")
     every = range(int(model.cfg.n_layers))
     chosen = [operator.index(layer) for layer in (every if layers is None else layers)]
     if not chosen:
-        raise ValueError("layers=[] names no site: name at least one layer, or None for all")
+        raise ValueError("layers must have at least one layer, or be None for all, got []")
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers={chosen} names a layer twice: name each once")
+        raise ValueError(f"layers must have each layer once, got {chosen}")
     sites = tuple(
         QuerySite(
             layer=n, n_heads=int(model.cfg.n_heads), d_head=int(model.cfg.d_head), rotated=rotated
@@ -115,11 +114,7 @@ def query_sites(
 
 
 def check_layer(layer: int, n_layers: int) -> None:
-    """Raise unless a model of so many layers has this one.
-
-    Raises:
-        ValueError: the message names the layers that there are.
-    """
+    """Raise ValueError unless a model with `n_layers` layers has this one."""
     if not 0 <= layer < n_layers:
         raise ValueError(
             f"no query site at layer {layer}: the model has {n_layers} layers (0 to {n_layers - 1})"
@@ -127,18 +122,18 @@ def check_layer(layer: int, n_layers: int) -> None:
 
 
 def check_sites(sites: Iterable[QuerySite]) -> None:
-    """Raise unless sites are some, and sites.
+    """Raise unless this is a list of one or more sites.
 
     Raises:
-        TypeError: something else, such as the number of a layer.
-        ValueError: none.
+        TypeError: it has something else, such as the index of a layer.
+        ValueError: it is empty.
     """
     if isinstance(sites, QuerySite) or not all(isinstance(site, QuerySite) for site in sites):
         raise TypeError(
-            f"sites={sites!r} is no list of sites: give query_sites(model, layers=[...])"
+            f"sites must be a list of sites, from query_sites(model, layers=[...]), got {sites!r}"
         )
     if not list(sites):
-        raise ValueError("sites is empty: give at least one, from query_sites(model, layers=[...])")
+        raise ValueError("sites must have at least one site, from query_sites(model), got none")
 
 
 def _attention_hooks(model: Any, layer: int) -> list[str]:

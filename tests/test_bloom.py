@@ -83,12 +83,7 @@ def test_parsing_a_level_returns_it():
 
 @pytest.mark.parametrize("text", ["wisdom", "", "analyzes", "remember understand"])
 def test_an_unknown_name_is_refused_with_what_is_allowed_and_the_remedy(text: str):
-    with pytest.raises(
-        ValueError,
-        match=rf"^'{text}' names no Bloom level: allowed are remember, understand, apply, analyze, "
-        r"evaluate, create, their gerunds and nouns, and the names of 1956 \(Knowledge, .*"
-        r"Evaluation\); correct the label, or map it to one of these first$",
-    ):
+    with pytest.raises(ValueError, match=f"'{text}'.*remember, understand.*Knowledge"):
         BloomLevel.parse(text)
 
 

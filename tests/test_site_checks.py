@@ -215,7 +215,7 @@ def test_a_steered_model_is_not_measured(model, saes, targets, examples):
         ):
             with pytest.raises(ValueError, match="queries are being changed at blocks.0"):
                 measure()
-    with pytest.raises(ValueError, match="sites is empty"):
+    with pytest.raises(ValueError, match="sites must have at least one"):
         sqs.interchange_effect(model, [], examples)
 
 

@@ -9,8 +9,8 @@ from sae_query_steer.sites import QuerySite, query_sites
 # The tiny model has 3 layers, and 4 query heads of 8 over 2 key heads.
 
 
-def refuses(text: str):
-    return pytest.raises(ValueError, match=f"^{re.escape(text)}$")
+def refuses(*parts: object):
+    return pytest.raises(ValueError, match=".*".join(re.escape(str(part)) for part in parts))
 
 
 def test_a_site_has_the_hook_name_of_its_layer_and_the_size_of_all_heads():
@@ -25,11 +25,7 @@ def test_a_site_has_the_hook_name_of_its_layer_and_the_size_of_all_heads():
     ["blocks.1.attn.hook_k", "blocks.1.attn.hook_q.x", "x.blocks.1.attn.hook_q", "blocks.-1.attn."],
 )
 def test_another_hook_name_is_refused(name):
-    text = (
-        f"{name!r} is no query hook point: the names are blocks.L.attn.hook_q and, after rotary "
-        "embedding, blocks.L.attn.hook_rot_q"
-    )
-    with refuses(text):
+    with refuses(repr(name), "hook_q", "hook_rot_q"):
         QuerySite.from_hook_name(name, n_heads=3, d_head=5)
 
 
@@ -56,27 +52,23 @@ def test_sites_come_in_the_order_of_the_layers(model):
 
 @pytest.mark.parametrize("layer", [3, -1])
 def test_a_layer_that_the_model_does_not_have_is_refused(model, layer):
-    with refuses(f"no query site at layer {layer}: the model has 3 layers (0 to 2)"):
+    with refuses(f"layer {layer}", "3 layers", "0 to 2"):
         query_sites(model, [0, layer])
 
 
 def test_naming_no_layer_is_refused(model):
-    with refuses("layers=[] names no site: name at least one layer, or None for all"):
+    with refuses("layers", "at least one", "[]"):
         query_sites(model, [])
 
 
 def test_naming_a_layer_twice_is_refused(model):
-    with refuses("layers=[1, 0, 1] names a layer twice: name each once"):
+    with refuses("layers", "once", [1, 0, 1]):
         query_sites(model, [1, 0, 1])
 
 
 @pytest.mark.parametrize(("n_heads", "d_head"), [(2, 8), (4, 16)])
 def test_a_site_of_another_model_is_refused(model, n_heads, d_head):
-    text = (
-        f"the site at layer 1 has {n_heads} heads of {d_head}: the model has 4 heads of 8; use the "
-        "model that the site belongs to"
-    )
-    with refuses(text):
+    with refuses("layer 1", f"{n_heads} heads of {d_head}", "4 heads of 8"):
         QuerySite(layer=1, n_heads=n_heads, d_head=d_head).check(model)
 
 
@@ -85,9 +77,5 @@ def test_an_architecture_that_does_not_expose_its_queries_is_refused():
     model = SimpleNamespace(
         cfg=SimpleNamespace(n_layers=2, n_heads=3, d_head=5), hook_dict=dict.fromkeys(hooks)
     )
-    text = (
-        "no hook point blocks.1.attn.hook_q: this architecture does not expose its queries; its "
-        "attention has ['hook_in', 'hook_z']"
-    )
-    with refuses(text):
+    with refuses("blocks.1.attn.hook_q", ["hook_in", "hook_z"]):
         query_sites(model, [1])

@@ -242,7 +242,7 @@ def test_sites_and_config_must_fit_the_model(tiny_models, texts):
             texts,
             sae=sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=4, d_sae_per_head=16, k=3),
         )
-    with pytest.raises(ValueError, match="sites is empty"):
+    with pytest.raises(ValueError, match="sites must have at least one"):
         small(model, texts, [])
 
 
@@ -311,7 +311,7 @@ def test_damaged_or_hostile_folders_are_refused(saes, tmp_path):
 
 def test_sites_that_are_no_sites_and_data_sets_that_are_no_split_are_named(tiny_models, untyped):
     model = tiny_models["bridge"]
-    with pytest.raises(TypeError, match=r"sites=\[1, 2\] is no list of sites"):
+    with pytest.raises(TypeError, match=r"sites must be .* \[1, 2\]"):
         small(model, ["w0"], [1, 2])
     with pytest.raises(TypeError, match=r"layers=1 is not allowed: give a list, such as \[1\]"):
         sqs.query_sites(model, 1)
