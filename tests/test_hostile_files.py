@@ -281,25 +281,28 @@ def test_shapes_are_read_from_the_header_alone(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"architecture": "standard"}, "no architecture 'standard': allowed are "),
-        ({"architecture": ["query_head_topk"]}, "no architecture"),
-        ({"d_sae_per_head": 10**9}, "claims 3 heads of 6 and 1000000000 latents, the W_enc of"),
-        ({"n_heads": 10**30}, "claims 1000000000"),
-        ({"n_heads": True}, "n_heads=True is no int"),
-        ({"n_heads": -3, "d_head": -6}, "must be 1 or more"),
-        ({"k": 1e3}, "k=1000.0 is no int"),
-        ({"k": 10**6}, "k=1000000 is not allowed: give 1 to"),
+        ({"architecture": "standard"}, "one of .*query_head_topk.*, got 'standard'"),
+        ({"architecture": ["query_head_topk"]}, r"got \['query_head_topk'\]"),
+        (
+            {"d_sae_per_head": 10**9, "d_sae": 3 * 10**9},
+            r"shape of W_enc, .*, got \[3, 6, 1000000000\]",
+        ),
+        ({"n_heads": 10**30}, "d_in must be .*10000000000"),
+        ({"n_heads": True}, "n_heads: .*got True"),
+        ({"n_heads": -3, "d_head": -6}, "n_heads and d_head must both be 1 or more"),
+        ({"k": 1e3}, "k: .*got 1000.0"),
+        ({"k": 10**6}, "k must be .*got 1000000"),
         ({"dtype": "int8"}, "Invalid dtype: int8"),
-        ({"dtype": ["float32"]}, "dtype=.* is no str"),
-        ({"colour": "red"}, r"unknown settings \['colour'\]"),
-        ({"metadata": []}, r"metadata=\[\] is no dict"),
-        ({"metadata": {"to_dict": 1}}, "metadata can't have the name 'to_dict'"),
-        ({"metadata": {"__class__": 1}}, "metadata can't have the name '__class__'"),
+        ({"dtype": ["float32"]}, r"dtype: .*got \[\'float32\'\]"),
+        ({"colour": "red"}, "colour: "),
+        ({"metadata": []}, "metadata must be an object"),
+        ({"metadata": {"to_dict": 1}}, "metadata must not have the name 'to_dict'"),
+        ({"metadata": {"__class__": 1}}, "metadata must not have the name '__class__'"),
     ],
 )
 def test_a_config_is_checked_before_anything_is_made_of_it(folders, settings, why):
     change(folders / "saes" / HOOKS[0] / "cfg.json", **settings)
-    with pytest.raises(ValueError, match=rf"hook_q is no SAE that can be read: .*{why}"), limits():
+    with pytest.raises(ValueError, match=rf"hook_q/cfg\.json .*{why}"), limits():
         sqs.QuerySAEs.load(folders / "saes")
 
 

@@ -14,6 +14,20 @@ import sae_query_steer as sqs
 from sae_query_steer.training.saelens import HeadwiseTrainer
 
 every_architecture = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+grid = pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        pytest.param(
+            config,
+            dtype,
+            id=f"{name}-{dtype}",
+            # One case is fast: the architecture with the most state.
+            marks=[] if (name, dtype) == ("batchtopk", "float64") else pytest.mark.slow,
+        )
+        for name, config in CONFIGS.items()
+        for dtype in ("float32", "float64")
+    ],
+)
 
 
 @every_architecture
@@ -79,8 +93,7 @@ def test_each_head_infers_as_saelens_inference_sae_alone(config):
         torch.testing.assert_close(ours(x)[..., head, :], theirs(x[..., head, :]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@every_architecture
+@grid
 def test_200_steps_of_each_head_are_a_solo_run_of_saelens(config, dtype):
     config = dataclasses.replace(config, dtype=dtype, **more_latents(config))
     n_steps, batch = 200, 64
@@ -122,8 +135,7 @@ def test_200_steps_of_each_head_are_a_solo_run_of_saelens(config, dtype):
     assert max(n_dead) > 0, "no latent died: the test shows too little"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@every_architecture
+@grid
 def test_a_run_on_scaled_queries_is_a_solo_run_of_saelens_head_by_head(config, dtype):
     normalize = "expected_average_only_in"
     config = dataclasses.replace(config, dtype=dtype, normalize_activations=normalize)

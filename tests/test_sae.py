@@ -7,8 +7,8 @@ import torch
 from sae_cases import CONFIGS, SIZES, randn, step, trained_like
 from sae_lens import SAE, TrainingSAE
 
-import sae_query_steer as sqs
 import sae_query_steer.sae as sqs_sae
+from sae_query_steer.config import ARCHITECTURES, MatryoshkaBatchTopK
 
 every_architecture = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TOPK = CONFIGS["topk"]
@@ -27,7 +27,7 @@ def test_flat_in_gives_flat_and_headed_in_gives_headed(config):
 
 def test_with_one_head_flat_and_headed_are_the_same_numbers_in_the_same_shape():
     sae = trained_like(
-        sqs.QueryHeadTopKTrainingSAEConfig(n_heads=1, d_head=6, d_sae_per_head=11, k=2)
+        sqs_sae.QueryHeadTopKTrainingSAEConfig(n_heads=1, d_head=6, d_sae_per_head=11, k=2)
     )
     x = randn(4, 1, 6)
     assert torch.equal(sae.encode(x), sae.encode(x[:, 0])[:, None])
@@ -36,7 +36,7 @@ def test_with_one_head_flat_and_headed_are_the_same_numbers_in_the_same_shape():
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 5), (4, 17), (3,)])
 def test_a_shape_that_is_neither_layout_raises(shape):
     with pytest.raises(
-        ValueError, match=r"fit neither layout of this SAE: allowed are \[\.\.\., 3"
+        ValueError, match=r"queries must be \[\.\.\., 3, 6\] \(headed\) or \[\.\.\., 18\]"
     ):
         trained_like(TOPK).encode(randn(*shape))
 
@@ -54,7 +54,7 @@ def test_heads_are_independent(config):
 @every_architecture
 def test_inference_gives_what_training_gave_and_loads_back_exactly(config, tmp_path):
     sae, x = trained_like(config), randn(5, 3, 6)
-    inference = sqs.sae.to_inference(sae)
+    inference = sqs_sae.to_inference(sae)
     if inference.cfg.architecture() == config.architecture():
         torch.testing.assert_close(inference(x), sae(x))
     assert not any(parameter.requires_grad for parameter in inference.parameters())
@@ -93,8 +93,8 @@ def test_folding_the_decoder_norms_keeps_the_outputs(config):
 
 
 def test_decoder_rows_start_with_the_norm_that_was_asked_for():
-    sae = sqs.sae.QueryHeadTopKTrainingSAE(
-        sqs.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4, decoder_init_norm=0.25)
+    sae = sqs_sae.QueryHeadTopKTrainingSAE(
+        sqs_sae.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4, decoder_init_norm=0.25)
     )
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((3, 11), 0.25))
     assert torch.equal(sae.W_enc, sae.W_dec.mT)
@@ -103,78 +103,56 @@ def test_decoder_rows_start_with_the_norm_that_was_asked_for():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 12}, "k=12 is not allowed: give 1 to d_sae_per_head=11"),
-        ({"k": 0}, "k=0 is not allowed"),
-        ({"d_sae_per_head": 0}, "d_sae_per_head=0 is not allowed"),
-        ({"n_heads": 0}, "n_heads=0 with d_head=6 is not allowed"),
-        ({"d_in": 17}, "d_in=17 contradicts 3 heads of 6 = 18"),
-        ({"d_sae": 30}, "d_sae=30 contradicts 3 heads of 11 = 33"),
-        (
-            {"normalize_activations": "layer_norm"},
-            r"normalize_activations='layer_norm' is not supported for QueryHeadTopKTrainingSAE"
-            r"Config: allowed are \['none', 'expected_average_only_in'\]; all else would mix the",
-        ),
-        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' is not supported"),
+        ({"n_heads": 0}, "n_heads=0, d_head=6"),
+        ({"d_in": 17}, r"d_in must be the total over heads, 3 \* 6 = 18, .* got 17"),
+        ({"d_sae": 30}, r"d_sae must be the total over heads, 3 \* 11 = 33, .* got 30"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations must be 'none'.*'hook_z'"),
     ],
 )
-def test_a_config_that_cannot_work_is_refused(change, message):
+def test_sizes_that_contradict_the_heads_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        sqs.QueryHeadTopKTrainingSAEConfig(**{**SIZES, "k": 4, **change})
-
-
-def test_an_sae_without_heads_says_where_they_come_from():
-    config = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=11, k=2)
-    with pytest.raises(ValueError, match="n_heads and d_head are not set"):
-        sqs.sae.QueryHeadTopKTrainingSAE(config)
-
-
-JUMPRELU = sqs_sae.QueryHeadJumpReLUTrainingSAEConfig
-BATCHTOPK = sqs_sae.QueryHeadBatchTopKTrainingSAEConfig
-GATED = sqs_sae.QueryHeadGatedTrainingSAEConfig
-MATRYOSHKA = sqs_sae.QueryHeadMatryoshkaBatchTopKTrainingSAEConfig
+        sqs_sae.QueryHeadTopKTrainingSAEConfig(**{**SIZES, "k": 4, **change})
 
 
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        (JUMPRELU, {"jumprelu_sparsity_loss_mode": "l1"}, "='l1' is not allowed: give 'step'"),
+        ("TopKTraining", {"k": 12}, "k must be .*d_sae_per_head=11, got 12"),
+        ("TopK", {"k": 12}, "k must be .*d_sae_per_head=11, got 12"),
+        ("TopK", {"k": 4, "d_sae_per_head": 0}, "d_sae_per_head must be .* 1, got 0"),
+        ("StandardTraining", {"l1_coefficient": -1.0}, "l1_coefficient must be .* got -1.0"),
+        ("GatedTraining", {"l1_warm_up_steps": -5}, "l1_warm_up_steps must be .* got -5"),
+        ("JumpReLUTraining", {"jumprelu_bandwidth": 0.0}, "jumprelu_bandwidth must be .* got 0.0"),
+        ("KLSparseTraining", {"rho": 0.0}, "rho must be .* got 0.0"),
+        ("BatchTopKTraining", {"k": 11.5}, "k must be .* d_sae_per_head=11, got 11.5"),
         (
-            JUMPRELU,
-            {"jumprelu_sparsity_loss_mode": "quadratic"},
-            "target_l0=None is not allowed with 'quadratic': give more than 0, at most d_sae",
+            "MatryoshkaBatchTopKTraining",
+            {"k": 2, "matryoshka_widths": [4, 9]},
+            r"matryoshka_widths must be .* d_sae_per_head=11, got \(4, 9\)",
         ),
-        (
-            JUMPRELU,
-            {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 12.0},
-            "target_l0=12.0 is not allowed with 'quadratic'.*at most d_sae_per_head=11",
-        ),
-        (JUMPRELU, {"jumprelu_bandwidth": 0.0}, "jumprelu_bandwidth=0.0 is not allowed: give a"),
-        (
-            JUMPRELU,
-            {"jumprelu_init_threshold": -0.1},
-            "jumprelu_init_threshold=-0.1 is not allowed",
-        ),
-        (JUMPRELU, {"jumprelu_tanh_scale": float("nan")}, "jumprelu_tanh_scale=nan is not allowed"),
-        (JUMPRELU, {"l0_coefficient": -1.0}, "l0_coefficient=-1.0 is not allowed: give a finite"),
-        (JUMPRELU, {"pre_act_loss_coefficient": -1.0}, "pre_act_loss_coefficient=-1.0 is not"),
-        (JUMPRELU, {"l0_warm_up_steps": -1}, "l0_warm_up_steps=-1 is not allowed: give 0 or more"),
-        (BATCHTOPK, {"k": 11.5}, "k=11.5 is not allowed: give more than 0, at most d_sae_per_head"),
-        (BATCHTOPK, {"k": 0}, "k=0 is not allowed"),
-        (BATCHTOPK, {"k": 2, "topk_threshold_lr": 0.0}, "topk_threshold_lr=0.0 is not allowed"),
-        (GATED, {"l1_coefficient": float("inf")}, "l1_coefficient=inf is not allowed"),
-        (GATED, {"l1_warm_up_steps": -5}, "l1_warm_up_steps=-5 is not allowed"),
-        (MATRYOSHKA, {"k": 2}, r"matryoshka_widths=\[\] is not allowed: give two or more rising"),
-        (MATRYOSHKA, {"k": 2, "matryoshka_widths": [11]}, "for one width use QueryHeadBatchTopK"),
-        (MATRYOSHKA, {"k": 2, "matryoshka_widths": [4, 4, 11]}, "is not allowed: give two or more"),
-        (MATRYOSHKA, {"k": 2, "matryoshka_widths": [0, 11]}, "rising widths of 1 or more"),
-        (MATRYOSHKA, {"k": 2, "matryoshka_widths": [4, 9]}, "the last of them d_sae_per_head=11"),
     ],
 )
-def test_settings_of_an_architecture_that_cannot_work_are_refused(
-    config, settings, message, untyped
-):
+def test_a_config_has_the_checks_of_the_plain_settings(config, settings, message):
     with pytest.raises(ValueError, match=message):
-        config(**SIZES, **settings)
+        getattr(sqs_sae, f"QueryHead{config}SAEConfig")(**{**SIZES, **settings})
+
+
+@pytest.mark.parametrize("settings", ARCHITECTURES)
+def test_saelens_config_of_plain_settings_has_their_values(settings):
+    own = {"d_sae_per_head": 48, "apply_b_dec_to_input": False}
+    if settings is MatryoshkaBatchTopK:
+        own["matryoshka_widths"] = (16, 48)
+    values = settings(**own)
+    config = sqs_sae.training_config(values, n_heads=3, d_head=6)
+    assert (config.d_in, config.d_sae, config.architecture()) == (18, 144, settings.name)
+    for name, value in dataclasses.asdict(values).items():
+        assert getattr(config, name) == value
+
+
+def test_an_sae_without_heads_says_where_they_come_from():
+    config = sqs_sae.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=11, k=2)
+    with pytest.raises(ValueError, match="n_heads and d_head must be set"):
+        sqs_sae.QueryHeadTopKTrainingSAE(config)
 
 
 def test_thresholds_learn_from_batches_of_any_number_of_axes():

@@ -283,8 +283,8 @@ def test_damaged_or_hostile_folders_are_refused(saes, tmp_path):
 
     for number, (changes, message) in enumerate(
         (
-            ({"format": "other/9"}, "has format 'other/9'"),
-            ({"hook_names": None}, "is damaged: it lists no SAEs"),
+            ({"format": "other/9"}, "format: .*'other/9'"),
+            ({"hook_names": None}, "is damaged.*hook_names"),
             ({"metrics": 3}, "is damaged"),
             ({"hook_names": [".."]}, "'..' is no query hook point"),
             ({"hook_names": ["../secret"]}, "is no query hook point"),
@@ -296,16 +296,16 @@ def test_damaged_or_hostile_folders_are_refused(saes, tmp_path):
             sqs.QuerySAEs.load(folder)
     weights = made("truncated") / name / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(ValueError, match="is no SAE that can be read"):
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
         sqs.QuerySAEs.load(tmp_path / "truncated")
     weights = made("nan") / name / "sae_weights.safetensors"
     tensors = load_file(weights)
     save_file(tensors | {"b_enc": tensors["b_enc"] * torch.nan}, weights)
-    with pytest.raises(ValueError, match="holds weights that are not finite"):
+    with pytest.raises(ValueError, match="the weights in .* must be finite"):
         sqs.QuerySAEs.load(tmp_path / "nan")
     config = made("architecture") / name / "cfg.json"
     config.write_text(config.read_text().replace("query_head_topk", "nope"))
-    with pytest.raises(ValueError, match="is no SAE that can be read"):
+    with pytest.raises(ValueError, match="architecture in .* must be one of .*nope"):
         sqs.QuerySAEs.load(tmp_path / "architecture")
 
 

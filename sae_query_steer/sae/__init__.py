@@ -1,56 +1,43 @@
-"""SAEs of query heads: all heads of one layer in one SAELens object.
+"""SAEs of query heads: all heads of a layer in one SAELens object.
 
-Importing this package registers its architectures with SAELens, so that `SAE.load_from_disk`
-and SAELens's runners know them.
+Importing this package registers its architectures with SAELens.
 """
 
-from sae_query_steer.sae.batchtopk import (
-    QueryHeadBatchTopKTrainingSAE,
+import sae_lens  # noqa: F401  (first: its import hook imports this package, never half of it)
+
+from sae_query_steer.sae.batchtopk import QueryHeadBatchTopKTrainingSAE
+from sae_query_steer.sae.collection import QuerySAEs
+from sae_query_steer.sae.configs import (
     QueryHeadBatchTopKTrainingSAEConfig,
-)
-from sae_query_steer.sae.core import (
-    QueryHeadSAE,
-    QueryHeadSAEConfig,
-    QueryHeadTrainingSAE,
-    QueryHeadTrainingSAEConfig,
-)
-from sae_query_steer.sae.gated import (
-    QueryHeadGatedSAE,
     QueryHeadGatedSAEConfig,
-    QueryHeadGatedTrainingSAE,
     QueryHeadGatedTrainingSAEConfig,
-)
-from sae_query_steer.sae.inference import to_inference
-from sae_query_steer.sae.jumprelu import (
-    QueryHeadJumpReLUSAE,
     QueryHeadJumpReLUSAEConfig,
-    QueryHeadJumpReLUTrainingSAE,
     QueryHeadJumpReLUTrainingSAEConfig,
-)
-from sae_query_steer.sae.kl_sparse import (
-    QueryHeadKLSparseSAE,
     QueryHeadKLSparseSAEConfig,
-    QueryHeadKLSparseTrainingSAE,
     QueryHeadKLSparseTrainingSAEConfig,
-)
-from sae_query_steer.sae.matryoshka import (
-    QueryHeadMatryoshkaBatchTopKTrainingSAE,
     QueryHeadMatryoshkaBatchTopKTrainingSAEConfig,
-)
-from sae_query_steer.sae.standard import (
-    QueryHeadStandardSAE,
+    QueryHeadSAEConfig,
     QueryHeadStandardSAEConfig,
-    QueryHeadStandardTrainingSAE,
     QueryHeadStandardTrainingSAEConfig,
-)
-from sae_query_steer.sae.topk import (
-    QueryHeadTopKSAE,
     QueryHeadTopKSAEConfig,
-    QueryHeadTopKTrainingSAE,
     QueryHeadTopKTrainingSAEConfig,
+    QueryHeadTrainingSAEConfig,
+    training_config,
 )
+from sae_query_steer.sae.core import QueryHeadSAE, QueryHeadTrainingSAE
+from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder, identity_encoders
+from sae_query_steer.sae.gated import QueryHeadGatedSAE, QueryHeadGatedTrainingSAE
+from sae_query_steer.sae.heads import join_heads, split_heads
+from sae_query_steer.sae.inference import to_inference
+from sae_query_steer.sae.jumprelu import QueryHeadJumpReLUSAE, QueryHeadJumpReLUTrainingSAE
+from sae_query_steer.sae.kl_sparse import QueryHeadKLSparseSAE, QueryHeadKLSparseTrainingSAE
+from sae_query_steer.sae.matryoshka import QueryHeadMatryoshkaBatchTopKTrainingSAE
+from sae_query_steer.sae.standard import QueryHeadStandardSAE, QueryHeadStandardTrainingSAE
+from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKTrainingSAE
 
 __all__ = [
+    "IdentityEncoder",
+    "QueryEncoder",
     "QueryHeadBatchTopKTrainingSAE",
     "QueryHeadBatchTopKTrainingSAEConfig",
     "QueryHeadGatedSAE",
@@ -79,5 +66,10 @@ __all__ = [
     "QueryHeadTopKTrainingSAEConfig",
     "QueryHeadTrainingSAE",
     "QueryHeadTrainingSAEConfig",
+    "QuerySAEs",
+    "identity_encoders",
+    "join_heads",
+    "split_heads",
     "to_inference",
+    "training_config",
 ]

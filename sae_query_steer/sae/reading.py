@@ -1,92 +1,79 @@
-"""One SAE from a folder that someone else may have made.
+"""One SAE from a folder that may come from elsewhere.
 
-SAELens's own loader makes what `cfg.json` claims and then looks at the weights. Here the claims are
-compared with the header of the weights first, so that nothing is made that is not in the file;
-what comes out is the same, weight for weight.
+SAELens's loader makes the tensors that `cfg.json` claims and then reads the weights. Here the
+claims are first compared with the header of the weights, so that nothing larger than the file is
+allocated; the result is the same.
 """
 
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.util import temporary_seed
 
-from sae_query_steer.sae.core import QueryHeadSAE, QueryHeadSAEConfig
+from sae_query_steer.sae.core import QueryHeadSAE
+from sae_query_steer.sae.inference import with_weights
 from sae_query_steer.storage.folders import inside
-from sae_query_steer.storage.records import read_json
+from sae_query_steer.storage.records import read_json, read_record
 from sae_query_steer.storage.tensors import FLOATS, read_shapes, read_tensors
-
-_SIZES = ("n_heads", "d_head", "d_sae_per_head")
-_PLAIN = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
 
 
 def read_sae(folder: Path, name: str, *, device: str = "cpu") -> QueryHeadSAE[Any]:
-    """Return an SAE for inference that SAELens's `save_model` wrote.
+    """Return an inference SAE that SAELens's `save_model` wrote.
 
     Args:
         folder: the folder that holds it.
-        name: its own folder, within.
-        device: where to put it; what its config says does not count.
+        name: its own folder in it.
+        device: device of the SAE, whatever its config says.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: it is no query-head SAE, its config is not what its weights are, or a file of it
-            is damaged or leads out of the folder.
+        ValueError: not a query-head SAE, its config does not fit its weights, or a file of it is
+            damaged or outside of the folder.
     """
-    here = inside(folder, name)
-    settings = read_json(inside(folder, f"{name}/cfg.json"))
-    weights = f"{name}/sae_weights.safetensors"
-    told = f"{here} is no SAE that can be read: "
-    sae_class, config_class = _classes(settings.get("architecture"), told)
-    _check_settings(settings, config_class, told)
-    shapes = read_shapes(folder, weights)
-    encoder = shapes["W_enc"][1] if "W_enc" in shapes else None
-    n_heads, d_head, d_latent = (settings[size] for size in _SIZES)
-    if encoder != (n_heads, d_head, d_latent):
-        raise ValueError(
-            f"{told}cfg.json claims {n_heads} heads of {d_head} and {d_latent} latents, the W_enc "
-            f"of its weights is {encoder}"
-        )
-    try:
-        # On "meta" nothing is allocated. A new SAE draws weights, which are replaced at once.
-        with temporary_seed(0):
-            sae = sae_class(config_class.from_dict(settings | {"device": "meta"}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{told}{error}") from error
-    expected = {key: (FLOATS, tuple(value.shape)) for key, value in sae.state_dict().items()}
-    sae.load_state_dict(read_tensors(folder, weights, expected), assign=True)
-    sae = sae.to(device=device, dtype=sae.dtype)
-    if not all(bool(value.isfinite().all()) for value in sae.state_dict().values()):
-        raise ValueError(f"{here} holds weights that are not finite")
-    return sae.requires_grad_(False).eval()
-
-
-def _classes(
-    architecture: object, told: str
-) -> tuple[type[QueryHeadSAE[Any]], type[QueryHeadSAEConfig]]:
+    config_file, weights = f"{name}/cfg.json", f"{name}/sae_weights.safetensors"
+    path = inside(folder, config_file)
+    architecture = read_json(path).get("architecture")
     known = {
-        name: (sae, config)
-        for name, (sae, config) in SAE_CLASS_REGISTRY.items()
-        if issubclass(sae, QueryHeadSAE) and issubclass(config, QueryHeadSAEConfig)
+        n: kinds for n, kinds in SAE_CLASS_REGISTRY.items() if issubclass(kinds[0], QueryHeadSAE)
     }
     if not isinstance(architecture, str) or architecture not in known:
-        raise ValueError(f"{told}no architecture {architecture!r:.80}: allowed are {sorted(known)}")
-    return known[architecture]
+        raise ValueError(
+            f"architecture in {path} must be one of {sorted(known)}, got {architecture!r:.80}"
+        )
+    sae_class, config_class = known[architecture]
+    kind: Any = Annotated[config_class, BeforeValidator(_settings)]
+    config = read_record(folder, config_file, kind)
+    sizes = (config.n_heads, config.d_head, config.d_sae_per_head)
+    shape = read_shapes(folder, weights).get("W_enc", ("", ()))[1]
+    if shape != sizes or min(sizes) < 1:
+        raise ValueError(
+            f"n_heads, d_head and d_sae_per_head in {path} must be the shape of W_enc, "
+            f"{list(shape)}, got {list(sizes)}"
+        )
+    config.device = "meta"  # nothing is allocated
+    try:
+        empty = sae_class(config).state_dict()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    expected = {key: (FLOATS, tuple(value.shape)) for key, value in empty.items()}
+    tensors = read_tensors(folder, weights, expected)
+    sae = with_weights(sae_class, config, tensors, device)
+    if not all(bool(value.isfinite().all()) for value in sae.state_dict().values()):
+        raise ValueError(f"the weights in {path.parent} must be finite, got NaN or infinity")
+    assert isinstance(sae, QueryHeadSAE)
+    return sae
 
 
-def _check_settings(settings: dict[str, Any], config: type[QueryHeadSAEConfig], told: str) -> None:
-    hints = {**get_type_hints(config), "architecture": str, "metadata": dict}
-    if not set(_SIZES) <= settings.keys() <= hints.keys():
-        odd = sorted({*_SIZES} - settings.keys()), sorted(settings.keys() - hints.keys())
-        raise ValueError(f"{told}cfg.json lacks {odd[0]} and has unknown settings {odd[1]!s:.200}")
-    for name, value in settings.items():
-        allowed = _PLAIN.get(hints[name], (hints[name],) if name == "metadata" else None)
-        if allowed is not None and type(value) not in allowed:
-            raise ValueError(f"{told}{name}={value!r:.80} is no {hints[name].__name__}")
-    if min(settings[size] for size in _SIZES) < 1:
-        raise ValueError(f"{told}{', '.join(_SIZES)} must be 1 or more")
-    for key in settings.get("metadata", {}):
-        # SAELens makes attributes of them, which may not stand before its methods.
+def _settings(config: Any) -> Any:
+    """Return the fields of a config in JSON, after checking its metadata."""
+    if not isinstance(config, dict):
+        raise ValueError("must be an object")
+    metadata = config.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError("metadata must be an object")
+    for key in metadata:  # they become attributes, which must not hide SAELens's methods
         if not key.isidentifier() or hasattr(SAEMetadata, key) or key == "self":
-            raise ValueError(f"{told}metadata can't have the name {key!r:.80}")
+            raise ValueError(f"metadata must not have the name {key!r:.80}")
+    return {name: value for name, value in config.items() if name != "architecture"}
