@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+ALL_HEADS = "all"
+"""Value of the column `head` of a table for all heads of a layer together."""
+
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class QuerySite:

@@ -1,20 +1,19 @@
 """Fixtures shared by the tests: real data where it is at hand, tiny models on both hosts."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jaxtyping
 import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
 from wheel_check import WORDS, make_model
 
 import sae_query_steer as sqs
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 # The models are tiny: two threads that wait for each other on a busy machine cost 20 x more.
 torch.set_num_threads(1)
@@ -24,6 +23,9 @@ HOSTS = ("hooked", "bridge")
 
 def as_hooked_transformer(hf, tokenizer) -> HookedTransformer:
     """A HookedTransformer with the weights of a Hugging Face Llama, nothing folded or centred."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+
     c = hf.config
     config = HookedTransformerConfig(
         d_model=c.hidden_size,
@@ -76,6 +78,9 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_models(tiny_folder):
     """The tiny model on both hosts, by name."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     hf = AutoModelForCausalLM.from_pretrained(tiny_folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     return {
@@ -143,12 +148,17 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def stories_tokenizer(shared_data: Path):
     """The tokenizer of the pretrained model stories260K (vocabulary of 512)."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(shared_data / "stories260K")
 
 
 @pytest.fixture(scope="session")
 def stories(shared_data: Path, stories_tokenizer):
     """The pretrained model stories260K on both hosts, by name."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
     folder = shared_data / "stories260K"
     hf = AutoModelForCausalLM.from_pretrained(folder)
     return {

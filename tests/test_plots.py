@@ -36,7 +36,7 @@ def test_a_value_without_error_or_sign_is_drawn_plainly(table):
 
 
 def test_a_column_that_is_absent_is_refused_with_those_there_are(table):
-    with pytest.raises(ValueError, match=r"no column 'effect' by layer and head: it has \['layer'"):
+    with pytest.raises(ValueError, match=r"no column 'effect' .*\['layer'"):
         sqs.plot_sites(table, "effect")
     with pytest.raises(ValueError, match="nothing to draw: the trace has 0 rows"):
         sqs.plot_trace(table[:0], "kl")
@@ -113,15 +113,12 @@ def test_rows_with_targets_of_their_own_are_drawn_for_these(steered):
 
 
 def test_a_posterior_that_is_absent_is_refused_with_those_there_are(steered):
-    remedy = (
-        r"the classes are \['apply', 'create'\]; choose one of them, as in "
-        r"plot_posterior\(table, target='apply'\)"
-    )
-    with pytest.raises(ValueError, match=f"no posterior of 'crate': {remedy}"):
+    remedy = r"\['apply', 'create'\]"
+    with pytest.raises(ValueError, match=f"'crate'.*{remedy}"):
         sqs.plot_posterior(steered, target="crate")
-    with pytest.raises(ValueError, match=rf"no posterior of '\+1 create -1 apply': {remedy}"):
+    with pytest.raises(ValueError, match=rf"'\+1 create -1 apply'.*{remedy}"):
         sqs.plot_posterior(steered.assign(target="+1 create -1 apply"))
-    with pytest.raises(ValueError, match=r"the trace has 8 rows .* such as LatentGradientSteerer"):
+    with pytest.raises(ValueError, match="8 rows .* centroids"):
         sqs.plot_posterior(steered.loc[:, "run":"text"])
     with pytest.raises(ValueError, match="nothing to draw: the trace has 0 rows"):
         sqs.plot_posterior(steered[:0])

@@ -1,5 +1,7 @@
 """The trace: what a steer did, per token, layer and head."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -100,7 +102,7 @@ def test_every_call_is_a_run_of_its_own(model, steerer):
     assert table.query("run == 2")["token"].tolist() == [37] * 3
 
 
-def test_an_unrecorded_steer_keeps_nothing_and_says_how_to_record(model, steerer):
+def test_an_unrecorded_steer_keeps_nothing(model, steerer):
     with steerer.apply(model) as trace:
         model.generate(PROMPTS, **GREEDY)
     assert trace.records == []
@@ -108,7 +110,7 @@ def test_an_unrecorded_steer_keeps_nothing_and_says_how_to_record(model, steerer
         trace.to_dataframe()
 
 
-def test_a_recorded_steer_that_met_no_position_gives_an_empty_table(model, saes, targets):
+def test_a_recorded_steer_without_a_scoped_position_gives_an_empty_table(model, saes, targets):
     nowhere = sqs.LatentGradientSteerer(
         saes,
         targets,
@@ -120,6 +122,8 @@ def test_a_recorded_steer_that_met_no_position_gives_an_empty_table(model, saes,
     )
     table = record(model, nowhere)
     assert len(table) == 0
+    with nowhere.apply(model, record=True) as trace:
+        assert len(trace.summary()) == 0
     assert {"run", "row", "position", "layer", "head", "relative_change"} <= set(table.columns)
 
 
@@ -133,7 +137,7 @@ def test_a_plain_forward_after_a_generation_is_a_run_of_its_own(model, steerer):
     assert table.groupby("run")["position"].nunique().tolist() == [4, 1, 4]
 
 
-def test_the_summary_says_by_layer_whether_the_descent_reached_the_class(model, steerer):
+def test_the_summary_has_means_by_layer(model, steerer):
     with steerer.apply(model, record=True) as trace:
         model.generate(PROMPTS, **GREEDY)
     table, summary = trace.to_dataframe(), trace.summary()
@@ -141,8 +145,33 @@ def test_the_summary_says_by_layer_whether_the_descent_reached_the_class(model, 
     assert summary["n_tokens"].tolist() == [8, 8]
     for _, row in summary.iterrows():
         own = table[table["layer"] == row["layer"]]
-        assert row["loss_after"] == pytest.approx(own["loss_after"].mean())
+        for name in ("loss_after", "lowering_steps", "relative_change"):
+            assert row[name] == pytest.approx(own[name].mean())
+        assert row["distance_after"] == pytest.approx(own["distance_after.create"].mean())
         assert row["nearest_is_target_after"] == (own["nearest_after"] == "create").mean()
+
+
+def test_the_summary_of_rows_with_targets_of_their_own_has_the_distances_to_these(model, steerer):
+    with replace(steerer, target=["apply", {"create": 1, "apply": -1}]).apply(
+        model, record=True
+    ) as trace:
+        model.generate(PROMPTS, **GREEDY)
+    summary, table = trace.summary(), trace.to_dataframe().query("row == 0 and layer == 2")
+    distance = table["distance_before.apply"].mean()  # a mixture has no distance
+    assert summary["distance_before"].iloc[1] == pytest.approx(distance)
+
+
+def test_the_summary_shows_a_descent_that_overshoots(model, saes, targets):
+    given = {"target": "create", "objective": sqs.PrototypeLogLikelihood(), "n_steps": 20}
+    with sqs.LatentGradientSteerer(saes, targets, **given, step_size=40.0).apply(
+        model, record=True
+    ) as trace:
+        model.generate(PROMPTS, **GREEDY)
+    summary = trace.summary()
+    assert (summary["nearest_is_target_after"] == 1).all()
+    assert (summary["loss_after"] < 0.05 * summary["loss_before"]).all()
+    assert (summary["distance_after"] > summary["distance_before"]).all()
+    assert (summary["lowering_steps"] < 0.9).all()
 
 
 def test_a_cache_that_was_begun_outside_the_scope_goes_on_inside_it(tiny_models, steerer):

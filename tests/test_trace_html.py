@@ -34,6 +34,10 @@ class Page(HTMLParser):
             self.spans[-1][2] = self.spans[-1][2] or data
 
     @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+    @property
     def tokens(self) -> list[str]:
         return [text for _, _, text in self.spans]
 
@@ -68,7 +72,7 @@ def test_the_opacity_is_the_share_of_the_largest_mean_over_layers_and_heads():
     page = Page(text_html(table.assign(position=[0, 0, 1, 1, 2], head=[0, 1, 0, 1, 0])))
     assert page.tokens == ["a", "b", "c"]
     assert page.opacities == pytest.approx([0.15, 0.6, 0.0])
-    assert "relative_change, mean over layers and heads: 0  0.8 (largest)" in page.text
+    assert "relative_change, mean over layers and heads: 0 0.8 (largest)" in page.words
 
 
 def test_values_below_zero_have_a_colour_of_their_own():
@@ -77,7 +81,7 @@ def test_values_below_zero_have_a_colour_of_their_own():
     assert page.opacities == pytest.approx([0.6, 0.3, 0.0])
     colors = [re.search(r"rgba\((\d+),", style)[1] for _, style, _ in page.spans]
     assert colors[0] != colors[1]
-    assert "heads: -2  2 (largest)" in page.text
+    assert "heads: -2 2 (largest)" in page.words
     assert "loss_after -2" in page.spans[0][0]
 
 
@@ -85,7 +89,7 @@ def test_no_change_at_all_colours_nothing():
     assert Page(text_html(table_of(["a"], [0.0]))).opacities == [0.0]
 
 
-def test_pointing_at_a_token_tells_where_it_is_and_what_happened():
+def test_the_tooltip_of_a_token_has_its_position_change_and_nearest_classes():
     table = table_of(
         ["a"] * 3,
         [0.1, 0.2, 0.3],
@@ -128,7 +132,7 @@ def test_runs_and_rows_stand_apart_with_their_targets():
 
 
 def test_tokens_without_text_are_shown_by_position():
-    said = "The text of the tokens is not known: positions are shown instead."
+    said = "The text of the tokens is unknown"
     for table in (table_of([None] * 2, [1.0] * 2), table_of("", [1.0] * 2).drop(columns="text")):
         page = Page(text_html(table))
         assert page.tokens == ["[0]", "[1]"]
@@ -141,12 +145,12 @@ def test_a_column_that_is_absent_or_no_number_is_refused_with_those_there_are():
     for name in ("change", "text", "position"):
         with pytest.raises(
             ValueError,
-            match=f"no column '{name}' of numbers: it has \\['layer', 'head', 'relative_change'\\]",
+            match=rf"\['layer', 'head', 'relative_change'\], got '{name}'",
         ):
             text_html(table, name)
 
 
-def test_a_trace_without_records_says_so():
+def test_a_trace_without_records_shows_a_message():
     unrecorded = SteeringTrace(recording=False)
     with pytest.raises(ValueError, match="use `with steerer.apply"):
         unrecorded.to_html()

@@ -50,7 +50,7 @@ from sae_query_steer.compare import (
 from sae_query_steer.compare.sweep_log import digest_of
 from sae_query_steer.compare.sweep_report import RESULTS, display_rows, sweep_verdict
 from sae_query_steer.compare.text_scorer import check_writing
-from sae_query_steer.diagnostics.separability import ALL_HEADS
+from sae_query_steer.sites import ALL_HEADS
 
 
 def sweep(

@@ -11,11 +11,11 @@ from sae_query_steer.compare.demo_settings import DemoSettings
 from sae_query_steer.compare.generation import continuations
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.diagnostics.interchange import interchange_effect
-from sae_query_steer.diagnostics.separability import ALL_HEADS, separability
+from sae_query_steer.diagnostics.separability import separability
 from sae_query_steer.diagnostics.site_verdicts import site_verdicts
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import identity_encoders
-from sae_query_steer.sites import QuerySite
+from sae_query_steer.sites import ALL_HEADS, QuerySite
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 from sae_query_steer.toy.corpus import TutorCorpus
 from sae_query_steer.toy.judges import restated_level

@@ -16,11 +16,10 @@ from sae_query_steer.data.tokenized import TokenizedExample
 from sae_query_steer.diagnostics.interchange_pairs import Pair, draw_pairs, paired_error
 from sae_query_steer.diagnostics.metrics import kl_divergence, total_variation
 from sae_query_steer.diagnostics.next_tokens import Aims, aims_of
-from sae_query_steer.diagnostics.separability import ALL_HEADS
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.scopes.positions import LastPromptToken, Span
-from sae_query_steer.sites import QuerySite, check_sites
+from sae_query_steer.sites import ALL_HEADS, QuerySite, check_sites
 from sae_query_steer.targets.builder import as_tokenized
 
 _MEASURED = (

@@ -17,11 +17,10 @@ from sae_query_steer.diagnostics.replacement import (
     ConstantEncoder,
     ReplacementLosses,
 )
-from sae_query_steer.diagnostics.separability import ALL_HEADS
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
-from sae_query_steer.sites import QuerySite
+from sae_query_steer.sites import ALL_HEADS, QuerySite
 from sae_query_steer.steering.attach import attached_saes
 from sae_query_steer.steering.intervention import chosen_heads
 from sae_query_steer.targets.capture import check_devices

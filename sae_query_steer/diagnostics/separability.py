@@ -19,11 +19,9 @@ from sae_query_steer.descent.objectives import class_scores
 from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.sae.encoders import QueryEncoder, encoded, encoder_sites, identity_encoders
 from sae_query_steer.scopes.positions import LastPromptToken, Span
+from sae_query_steer.sites import ALL_HEADS
 from sae_query_steer.targets.builder import as_tokenized
 from sae_query_steer.targets.centroids import ClassMoments
-
-ALL_HEADS = "all"
-"""Stands in the column `head` for all heads of a layer together."""
 
 
 def separability(

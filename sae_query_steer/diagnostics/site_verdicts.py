@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import norm
 
-from sae_query_steer.diagnostics.separability import ALL_HEADS
+from sae_query_steer.sites import ALL_HEADS
 
 MIN_MOVED = 0.05
 """Least share of the next token's probability that queries of another class must shift, beyond

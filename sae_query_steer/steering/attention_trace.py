@@ -1,4 +1,4 @@
-"""The attention that steered tokens paid, and would have paid without the steer."""
+"""Attention of the steered tokens, with and without steering."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,19 +27,19 @@ class AttentionRecord:
     row: Int[Tensor, " token"]
     position: Int[Tensor, " token"]
     pattern: Float[Tensor, "token head source"]
-    """By the absolute position of the token that is looked at, padding left out."""
+    """By absolute position of the source token, without padding."""
 
 
 @dataclass(eq=False)
 class AttentionTrace:
-    """Attention under the steer, forward pass by forward pass, and the texts that were read."""
+    """Attention of every steered forward pass, and the texts that were read."""
 
     records: list[AttentionRecord] = field(default_factory=list)
     texts: dict[int, Int[Tensor, "row pos"]] = field(default_factory=dict)
-    """By run the token ids of its rows, by absolute position, -1 beyond a row's end."""
+    """Token ids of the rows of each run, by absolute position; -1 after the end of a row."""
 
     def change(self, model: Any, tokenizer: Any) -> pd.DataFrame:
-        """Return where attention went; see `SteeringTrace.attention_change`."""
+        """Return the change of attention; see `SteeringTrace.attention_change`."""
         check_not_steered(model)
         before = {run: self._unsteered(model, run) for run in self.texts}
         tables = [self._table(record, before[record.run], tokenizer) for record in self.records]
@@ -57,15 +57,11 @@ class AttentionTrace:
         self, record: AttentionRecord, before: dict[int, Tensor], tokenizer: Any
     ) -> pd.DataFrame:
         n_tokens, n_heads, n_sources = record.pattern.shape
-        # A token looks at itself and at what stands before it.
         seen = torch.arange(n_sources) <= record.position[:, None]
-        token, source = seen.nonzero(as_tuple=True)
-        index = token.repeat_interleave(n_heads), torch.arange(n_heads).repeat(len(token))
-        source = source.repeat_interleave(n_heads)
-        row, position = record.row[index[0]], record.position[index[0]]
-        head = torch.tensor(record.heads)[index[1]]
-        ids = self.texts[record.run][row, source]
-        after = record.pattern[index[0], index[1], source].double()
+        token, source, place = seen[..., None].expand(-1, -1, n_heads).nonzero(as_tuple=True)
+        row, position = record.row[token], record.position[token]
+        head, ids = torch.tensor(record.heads)[place], self.texts[record.run][row, source]
+        after = record.pattern[token, place, source].double()
         pattern = before[record.layer].cpu()
         columns: dict[str, Any] = {
             "run": record.run,
@@ -87,11 +83,11 @@ class AttentionTrace:
 
 
 class AttentionRecorder:
-    """Listens to the attention patterns of steered layers.
+    """Records the attention patterns of steered layers.
 
     Args:
-        trace: where to keep them.
-        tracker: knows padding and texts; it must keep tokens.
+        trace: where to store them.
+        tracker: tracks padding and texts; must keep tokens.
     """
 
     def __init__(self, trace: AttentionTrace, tracker: PositionTracker) -> None:
@@ -99,14 +95,14 @@ class AttentionRecorder:
         self._steered: dict[int, tuple[Tensor, Tensor, Sequence[int]]] = {}
 
     def steered(self, layer: int, rows: Tensor, columns: Tensor, heads: Sequence[int]) -> None:
-        """Remember which queries of the running forward pass were changed at a layer."""
+        """Note which queries of the running forward pass were changed at a layer."""
         self._steered[layer] = (rows, columns, heads)
 
     def hook(self, layer: int) -> Callable[..., None]:
         """Return the hook for the attention pattern of a layer."""
 
         def keep(pattern: Float[Tensor, "batch head query key"], hook: Any) -> None:
-            del hook  # its name differs between the hosts
+            del hook  # its name differs between the backends
             if layer in self._steered:
                 self._keep(layer, pattern.detach())
 
@@ -116,16 +112,18 @@ class AttentionRecorder:
         rows, columns, heads = self._steered.pop(layer)
         positions, texts = self._tracker.positions, self._tracker.positions.tokens
         if texts is None:
-            return  # embeddings went in, not tokens: nobody could say at what a token looked
+            return  # the input is embeddings: the source tokens are unknown
         run = self._tracker.run_number
         self._trace.texts[run] = texts.cpu()
-        # A sliding cache holds the last keys alone.
+        # A sliding cache has only the last keys.
         real = self._tracker.columns[rows].to(pattern.device)
         source = real.long().cumsum(1) - 1
         n_keys = pattern.shape[-1]
         real, source = real[:, -n_keys:], source[:, -n_keys:]
         n_sources = self._tracker.columns.shape[1]
-        source = torch.where(real, source, n_sources)  # padding: beyond the end, and cut off
+        source = torch.where(
+            real, source, n_sources
+        )  # padding goes to an extra position, dropped below
         at = pattern[rows[:, None], torch.tensor(heads, device=rows.device), columns[:, None]]
         by_position = at.new_zeros(*at.shape[:2], n_sources + 1)
         by_position.scatter_(2, source[:, None].expand_as(at), at)

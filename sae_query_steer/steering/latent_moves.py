@@ -1,4 +1,4 @@
-"""Where a steer leads the latents of some tokens."""
+"""How a descent moves the latents of some tokens."""
 
 from dataclasses import dataclass
 
@@ -11,31 +11,31 @@ from sae_query_steer.descent.objectives import squared_distances
 from sae_query_steer.steering.trace import QueryChange
 
 N_MOVED = 5
-"""Latents that a trace names for each token and head."""
+"""Number of latents that a trace lists for each token and head."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatentMove:
-    """The latents of the steered heads of a site before and after a steer."""
+    """The latents of the steered heads of a site before and after a descent."""
 
     before: Float[Tensor, "token head d_latent"]
-    """Of the queries as they came."""
+    """Latents of the queries before the change."""
 
     after: Float[Tensor, "token head d_latent"]
-    """Where the steer leads them."""
+    """Latents at the end of the descent."""
 
     goal: Goal
-    """Where they were to go."""
+    """Goal of the descent."""
 
     loss: Float[Tensor, "steps token head"] | None = None
     """Loss before the first step and after each; None unless recorded."""
 
     temperature: float = 1.0
-    """Of the posterior."""
+    """T of the posterior."""
 
     @torch.no_grad()
     def described(self, delta: Float[Tensor, "token head d_head"]) -> QueryChange:
-        """Return a change of the queries, with what this move says of it."""
+        """Return the change of the queries, with distances, loss and most moved latents."""
         moved = self.after - self.before
         most = moved.abs().topk(min(N_MOVED, moved.shape[-1]), dim=-1).indices
         return QueryChange(

@@ -1,4 +1,4 @@
-"""What a steer did: per token, layer and head."""
+"""Traces: what an intervention changed, per token, layer and head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -10,13 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.steering.attention_trace import AttentionTrace
+from sae_query_steer.steering.attention_trace import KEYS, AttentionTrace
 from sae_query_steer.steering.trace_html import note_html, text_html
+
+_MEANS = (
+    "relative_change",
+    *("loss_before", "loss_after", "lowering_steps"),
+    *("distance_before", "distance_after"),
+    *("nearest_is_target_before", "nearest_is_target_after"),
+)
+"""Columns of a summary that are means."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QueryChange:
-    """A change of the queries of some tokens at one site, and on request how it came about."""
+    """A change of the queries of some tokens at one site, with what the descent did if recorded."""
 
     delta: Float[Tensor, "token head d_head"]
     """What is added to the queries."""
@@ -25,22 +33,22 @@ class QueryChange:
     """Euclidean distance of the latent to every centroid before the change."""
 
     distance_after: Float[Tensor, "token head class"] | None = None
-    """The same afterwards."""
+    """The same after the change."""
 
     loss: Float[Tensor, "steps token head"] | None = None
     """Loss before the first step and after each."""
 
     moved_latents: Int[Tensor, "token head moved"] | None = None
-    """The latents that moved most, furthest first."""
+    """The latents that moved most, in descending order of the change."""
 
     moved_by: Float[Tensor, "token head moved"] | None = None
-    """By how much they rose or fell."""
+    """Their changes, signed."""
 
     n_moved: Int[Tensor, "token head"] | None = None
-    """How many latents moved at all."""
+    """Number of latents that moved."""
 
     temperature: float = 1.0
-    """Of the posterior that the distances give."""
+    """T of the posterior, softmax of -distance^2 / 2T."""
 
     def cpu(self) -> "QueryChange":
         """Return a copy without gradients on the CPU."""
@@ -54,7 +62,7 @@ class QueryChange:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceRecord:
-    """One change, with where it happened."""
+    """One change and the tokens, layer and heads that it was applied to."""
 
     run: int
     layer: int
@@ -65,15 +73,15 @@ class TraceRecord:
     query_norm: Float[Tensor, "token head"]
     change: QueryChange
     query: Float[Tensor, "token head d_head"] | None = None
-    """The queries before; None where it is no query that was changed."""
+    """The queries before the change; None if another activation was changed."""
 
     places: TokenPlaces | None = None
-    """Where the tokens stand, as the steerer was told."""
+    """The positions that the edit was given."""
 
 
 @dataclass(eq=False)
 class SteeringTrace:
-    """Records of what a steer did; empty unless it was applied with `record=True`."""
+    """Records of every change of an intervention; empty unless applied with `record=True`."""
 
     recording: bool
     classes: Sequence[str] = ()
@@ -91,108 +99,110 @@ class SteeringTrace:
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row for every steered token, layer and head.
 
-        A position that is computed again, as in every step of `generate` without a KV cache,
-        counts once.
+        A position that is computed again, as in every step of `generate` without a KV cache, is
+        counted once.
 
         Returns:
             A table with the columns
 
-            - run: which call of `generate`, or forward pass outside it, from 0
-            - row, position: row of the batch; position in the row, absolute and without padding
-            - token, text: id and text of the token at that position, where known
+            - run: the call of `generate`, or the forward pass outside it, from 0
+            - row, position: row of the batch; absolute position in the row, without padding
+            - token, text: id and text of the token at that position, if known
             - layer, head, method, target
             - delta_norm, query_norm, relative_change: norm of the change, of the query, their ratio
-            - loss_before, loss_after, lowering_steps: the objective's loss; share of the steps
-              that lowered it (missing where the steerer has no objective)
+            - loss_before, loss_after, lowering_steps: the loss of the objective; share of the steps
+              that lowered it (absent if the method has no objective)
             - distance_before.C, distance_after.C: Euclidean distance to the centroid of class C
             - posterior_before.C, posterior_after.C: softmax over the classes of -distance^2 / 2T
-            - nearest_before, nearest_after: the class whose centroid is nearest
-            - n_latents_moved, latents_moved: how many latents moved, and those that moved most, as
-              a tuple of (latent, change), furthest first
+            - nearest_before, nearest_after: class of the nearest centroid
+            - n_latents_moved, latents_moved: number of latents that moved, and those that moved
+              most, as a tuple of (latent, change) in descending order of the change
 
         Raises:
-            ValueError: the steer was applied without `record=True`.
+            ValueError: the intervention was applied without `record=True`.
         """
         if not self.recording:
             raise ValueError(
-                "this steer was not recorded: use `with steerer.apply(model, record=True) as trace`"
+                "nothing was recorded: use `with steerer.apply(model, record=True) as trace`"
             )
         if not self.records:
-            return pd.DataFrame(columns=[*_KEYS, "target", "delta_norm", "relative_change"])
+            return pd.DataFrame(columns=[*KEYS, "target", "delta_norm", "relative_change"])
         table = pd.concat([self._table(record) for record in self.records], ignore_index=True)
-        table = table.drop_duplicates(_KEYS, keep="first")
-        return table.sort_values(_KEYS).reset_index(drop=True)
+        table = table.drop_duplicates(KEYS, keep="first")
+        return table.sort_values(KEYS).reset_index(drop=True)
 
     def summary(self) -> pd.DataFrame:
-        """Return what the steer did layer by layer: one row for each layer, means over the rest.
+        """Return one row for each layer, with means over its tokens and heads.
+
+        Shows whether the descent reached the target and whether it overshot: `lowering_steps` far
+        below 1, or `distance_after` above `distance_before`, means that `step_size` or `n_steps` is
+        too large, even if the loss is 0 and the target's centroid is the nearest. None of these
+        columns measures the effect on the text.
 
         Returns:
             A table with the columns layer, n_tokens (steered tokens), relative_change, loss_before,
-            loss_after, and nearest_is_target_before and nearest_is_target_after (share of tokens
-            and heads whose nearest centroid is the target's). A loss that fell says that the
-            descent worked; whether the text follows is up to the site.
+            loss_after, lowering_steps (share of the steps that lowered the loss), distance_before
+            and distance_after (Euclidean distance to the target's centroid; absent for mixtures),
+            nearest_is_target_before and nearest_is_target_after (share of tokens and heads whose
+            nearest centroid is the target's).
 
         Raises:
-            ValueError: the steer was applied without `record=True`.
+            ValueError: the intervention was applied without `record=True`.
         """
         table = self.to_dataframe()
-        wanted = {
-            "n_tokens": (
-                "position",
-                lambda p: len(table.loc[p.index, _KEYS[:3]].drop_duplicates()),
-            ),
-            "relative_change": ("relative_change", "mean"),
-            "loss_before": ("loss_before", "mean"),
-            "loss_after": ("loss_after", "mean"),
-            "nearest_is_target_before": ("is_target_before", "mean"),
-            "nearest_is_target_after": ("is_target_after", "mean"),
-        }
+        single = [name for name in map(str, self.classes) if name in set(table["target"])]
         for when in ("before", "after"):
-            if f"nearest_{when}" in table.columns:
-                table[f"is_target_{when}"] = table[f"nearest_{when}"] == table["target"]
-        there = {name: how for name, how in wanted.items() if how[0] in table.columns}
-        return table.groupby("layer", as_index=False).agg(**there)
+            if f"nearest_{when}" in table:
+                table[f"nearest_is_target_{when}"] = table[f"nearest_{when}"] == table["target"]
+                for name in single:
+                    here = table["target"] == name
+                    distance = table.loc[here, f"distance_{when}.{name}"]
+                    table.loc[here, f"distance_{when}"] = distance
+        means = table.groupby("layer")[[name for name in _MEANS if name in table]].mean()
+        tokens = table.drop_duplicates(["layer", *KEYS[:3]]).groupby("layer").size()
+        means.insert(0, "n_tokens", tokens)
+        return means.reset_index()
 
     def attention_change(self, model: Any) -> pd.DataFrame:
-        """Return how much attention each token got from the steered ones, with and without it.
+        """Return the attention of the steered tokens to every token, with and without steering.
 
-        The texts are read once more without the steerer: `attention_before` is what the same head
-        paid to the same token there. Where one layer is steered, that is the attention of the
-        query as it was; where several are, all of them are as they were.
+        The texts are read again without steering: `attention_before` is the attention of the same
+        head to the same token in that pass. If several layers are steered, none of them is in it.
 
         Args:
             model: the model that was steered, outside the `with` block.
 
         Returns:
-            A row for each steered token, layer, head and token that it can look at, with run,
-            row, position, layer, head, source_position, source_token, source_text (where there is a
-            tokenizer), attention_before, attention_after, change. Of a head's changes the sum is 0.
+            A row for each steered token, layer, head and token that it can attend to, with run,
+            row, position, layer, head, source_position, source_token, source_text (if there is a
+            tokenizer), attention_before, attention_after, change. The changes of a head sum to 0.
 
         Raises:
-            ValueError: the steer was applied without `record_attention=True`, nothing was steered,
-                or the model is steered still.
+            ValueError: the intervention was applied without `record_attention=True`, no token was
+                steered, or the model is still steered.
         """
         if not self.attention.records:
             raise ValueError(
                 "no attention was recorded: use `with steerer.apply(model, record_attention=True) "
-                "as trace`, and steer some token of a text in it"
+                "as trace`, and steer at least one token in the block"
             )
         return self.attention.change(model, self.tokenizer)
 
     def to_html(self, value: str = "relative_change") -> str:
-        """Return the steered text, each token coloured by how much it was steered.
+        """Return the steered text, each token coloured by a value.
 
-        A notebook shows it by itself where the trace is the last expression of a cell. Pointing at
-        a token tells its position, its relative change, and the nearest class before and after.
+        Notebooks display it if the trace is the last expression of a cell. Tooltips show the
+        position, the relative change, and the nearest class before and after.
 
         Args:
-            value: the column of `to_dataframe` that colours: its mean over layers and heads.
+            value: the column of `to_dataframe` that sets the colour, as mean over layers and heads.
 
         Returns:
-            HTML without scripts, in ASCII, that stands alone.
+            Self-contained HTML without scripts, in ASCII.
 
         Raises:
-            ValueError: the steer was applied without `record=True`, or there is no such column.
+            ValueError: the intervention was applied without `record=True`, or `value` is not a
+                numeric column.
         """
         return text_html(self.to_dataframe(), value)
 
@@ -202,58 +212,51 @@ class SteeringTrace:
         except ValueError as error:
             return note_html(str(error))
 
-    def _target_of(self, rows: np.ndarray) -> Any:
-        """Return the target, that of each row where the rows have their own."""
-        return np.array(self.row_targets, dtype=object)[rows] if self.row_targets else self.target
-
     def _table(self, record: TraceRecord) -> pd.DataFrame:
         n_tokens, n_heads = record.query_norm.shape
         change = record.change
-        delta_norm = change.delta.double().norm(dim=-1).cpu()
-        query_norm = record.query_norm.double().cpu()
 
-        def per_token(values: Tensor) -> np.ndarray:
-            return np.repeat(values.cpu().numpy(), n_heads)
+        def per_token(values: Any) -> np.ndarray:
+            return np.repeat(np.asarray(values), n_heads)
+
+        def flat(values: Tensor) -> np.ndarray:
+            return values.double().cpu().flatten().numpy()
 
         columns: dict[str, Any] = {
             "run": record.run,
-            "row": per_token(record.row),
-            "position": per_token(record.position),
+            "row": per_token(record.row.cpu()),
+            "position": per_token(record.position.cpu()),
             "layer": record.layer,
             "head": np.tile(record.heads.cpu().numpy(), n_tokens),
             "method": self.method,
-            "target": self._target_of(per_token(record.row)),
+            "target": self.target,
         }
+        if self.row_targets:
+            columns["target"] = np.array(self.row_targets, dtype=object)[columns["row"]]
         if record.token is not None:
-            columns["token"] = per_token(record.token)
+            columns["token"] = per_token(record.token.cpu())
             if self.tokenizer is not None:
                 texts = [self.tokenizer.decode([int(t)]) for t in record.token]
-                columns["text"] = np.repeat(np.array(texts, dtype=object), n_heads)
-        columns |= {
-            "delta_norm": delta_norm.flatten().numpy(),
-            "query_norm": query_norm.flatten().numpy(),
-            "relative_change": (delta_norm / query_norm.clamp(min=1e-30)).flatten().numpy(),
-        }
+                columns["text"] = per_token(np.array(texts, dtype=object))
+        columns["delta_norm"] = flat(change.delta.double().norm(dim=-1))
+        columns["query_norm"] = flat(record.query_norm)
+        columns["relative_change"] = columns["delta_norm"] / columns["query_norm"].clip(min=1e-30)
         if change.loss is not None:
-            loss = change.loss.double().cpu()
-            columns["loss_before"] = loss[0].flatten().numpy()
-            columns["loss_after"] = loss[-1].flatten().numpy()
-            if len(loss) > 1:
-                lowered = (loss.diff(dim=0) < 0).double().mean(0)
-                columns["lowering_steps"] = lowered.flatten().numpy()
-        for when, distance in (
-            ("before", change.distance_before),
-            ("after", change.distance_after),
-        ):
+            columns |= {"loss_before": flat(change.loss[0]), "loss_after": flat(change.loss[-1])}
+            if len(change.loss) > 1:
+                lowered = change.loss.double().diff(dim=0) < 0
+                columns["lowering_steps"] = flat(lowered.double().mean(0))
+        distances = {"before": change.distance_before, "after": change.distance_after}
+        names = np.array(list(map(str, self.classes)), dtype=object)
+        for when, distance in distances.items():
             if distance is not None:
                 distance = distance.double().cpu().flatten(0, 1)
-                for name, values in zip(self.classes, distance.T, strict=True):
-                    columns[f"distance_{when}.{name}"] = values.numpy()
-                names = np.array([str(name) for name in self.classes], dtype=object)
-                columns[f"nearest_{when}"] = names[distance.argmin(1).numpy()]
                 posterior = (-distance.square() / (2 * change.temperature)).softmax(1)
-                for name, values in zip(self.classes, posterior.T, strict=True):
-                    columns[f"posterior_{when}.{name}"] = values.numpy()
+                for name, values in zip(names, distance.T.numpy(), strict=True):
+                    columns[f"distance_{when}.{name}"] = values
+                columns[f"nearest_{when}"] = names[distance.argmin(1).numpy()]
+                for name, values in zip(names, posterior.T.numpy(), strict=True):
+                    columns[f"posterior_{when}.{name}"] = values
         if change.n_moved is not None:
             columns["n_latents_moved"] = change.n_moved.flatten().numpy()
         if change.moved_latents is not None and change.moved_by is not None:
@@ -262,12 +265,9 @@ class SteeringTrace:
 
 
 def _moved(latents: Tensor, by: Tensor) -> np.ndarray:
-    """Return, for each token and head, the latents that moved with what they moved by."""
-    pairs = zip(latents.flatten(0, 1).tolist(), by.flatten(0, 1).tolist(), strict=True)
+    """Return (latent, change) of the latents that moved, for each token and head."""
     cells = np.empty(latents.shape[0] * latents.shape[1], dtype=object)
-    for place, (indices, changes) in enumerate(pairs):
-        cells[place] = tuple((i, x) for i, x in zip(indices, changes, strict=True) if x != 0)
+    pairs = zip(latents.flatten(0, 1).tolist(), by.flatten(0, 1).tolist(), strict=True)
+    for place, moves in enumerate(pairs):
+        cells[place] = tuple((i, x) for i, x in zip(*moves, strict=True) if x != 0)
     return cells
-
-
-_KEYS = ["run", "row", "position", "layer", "head"]
