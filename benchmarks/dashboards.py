@@ -45,7 +45,7 @@ def main() -> None:
         sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=given.d_sae, k=given.k),
         training_tokens=given.training_tokens,
     )
-    targets = sqs.CentroidTargetBuilder(model, saes).fit(examples)
+    targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
     with tempfile.TemporaryDirectory() as folder:
         out = given.out or Path(folder) / "pages"
         began = time.perf_counter()

@@ -29,8 +29,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
 from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
-from sae_query_steer.targets.capture import take_fingerprint
 from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.fingerprint import take_fingerprint
 
 N_LAYERS, N_HEADS, D_HEAD, D_SAE, K = 6, 8, 32, 512, 16
 PROMPT, NEW, QUICK_NEW, SWEEP_NEW, LAYER = 16, 128, 48, 16, 3

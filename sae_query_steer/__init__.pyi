@@ -92,7 +92,7 @@ from .descent.objectives import (
 from .descent.objectives import (
     SquaredDistance as SquaredDistance,
 )
-from .diagnostics.achieved import achieved_effect as achieved_effect
+from .diagnostics.interchange import achieved_effect as achieved_effect
 from .diagnostics.interchange import interchange_effect as interchange_effect
 from .diagnostics.latent_attention import latent_attention as latent_attention
 from .diagnostics.latent_texts import (

@@ -133,7 +133,9 @@ def saes(tiny_models) -> sqs.QuerySAEs:
 @pytest.fixture(scope="session")
 def targets(tiny_models, saes, examples) -> sqs.CentroidTargets:
     """Centroids of the three classes at the last prompt token."""
-    return sqs.CentroidTargetBuilder(tiny_models["bridge"], saes).fit(examples)
+    return sqs.CentroidTargetBuilder(tiny_models["bridge"], saes).fit(
+        sqs.tokenize_examples(tiny_models["bridge"], examples)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def bundle_folder() -> Path:
     ]
     steerer = sqs.LatentGradientSteerer(
         saes,
-        sqs.CentroidTargetBuilder(model, saes).fit(examples),
+        sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples)),
         target=CLASSES[0],
         objective=sqs.SquaredDistance(),
         n_steps=1,

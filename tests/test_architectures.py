@@ -58,7 +58,9 @@ def architecture(request, tmp_path_factory):
         sqs.LabelledExample(prompt=f"w{i} w{i + 1} w{2 * i}", label="ab"[i % 2]) for i in range(20)
     ]
     sites = sqs.query_sites(model)
-    targets = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(examples)
+    targets = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(
+        sqs.tokenize_examples(model, examples)
+    )
     return model, sites, targets
 
 

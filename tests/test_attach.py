@@ -246,7 +246,7 @@ def test_a_model_in_bfloat16_stays_in_bfloat16(tiny_folder, saes, tokens):
 def test_measuring_queries_with_saes_attached_is_refused(model, saes, examples):
     builder = sqs.CentroidTargetBuilder(model, saes)
     with attached_saes(model, saes), pytest.raises(ValueError, match="leave the `with"):
-        builder.fit(examples)
+        builder.fit(sqs.tokenize_examples(model, examples))
 
 
 @pytest.mark.parametrize(

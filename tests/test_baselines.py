@@ -15,7 +15,9 @@ def dense(tiny_models, examples):
     """Identity encoders of layers 0 and 2 and the centroids of raw queries."""
     sites = sqs.query_sites(tiny_models["bridge"], [0, 2])
     encoders = sqs.identity_encoders(sites)
-    targets = sqs.CentroidTargetBuilder(tiny_models["bridge"], encoders).fit(examples)
+    targets = sqs.CentroidTargetBuilder(tiny_models["bridge"], encoders).fit(
+        sqs.tokenize_examples(tiny_models["bridge"], examples)
+    )
     return sites, encoders, targets
 
 

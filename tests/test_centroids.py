@@ -17,7 +17,8 @@ from sae_query_steer.models.fingerprint import (
     relative_difference,
 )
 from sae_query_steer.storage.tensors import read_tensors, write_tensors
-from sae_query_steer.targets.centroids import CentroidTargets, ClassMoments
+from sae_query_steer.targets.builder import ClassMoments
+from sae_query_steer.targets.centroids import CentroidTargets
 
 # The later layer stands first, and "10" sorts before "2": orders must survive as they are.
 HOOKS = ("blocks.2.attn.hook_q", "blocks.10.attn.hook_q")
@@ -294,7 +295,7 @@ def test_another_model_is_refused_with_the_site_and_the_distance():
     stored = some_fingerprint()
     queries = {HOOKS[0]: stored.queries[HOOKS[0]], HOOKS[1]: stored.queries[HOOKS[1]] * 1.002}
     with refuses(
-        f"another model: at {HOOKS[1]} the queries differ from the fingerprint by 0.002 "
+        f"another model: at {HOOKS[1]} the activations differ from the fingerprint by 0.002 "
         "(relative), more than 0.001; shape here [2, 6, 2, 5], in the fingerprint [2, 6, 2, 5]. "
         "Load the model that these centroids were made on, or make them anew with "
         "CentroidTargetBuilder"
@@ -305,9 +306,9 @@ def test_another_model_is_refused_with_the_site_and_the_distance():
 def test_a_model_of_another_shape_is_refused_with_both_shapes():
     stored = some_fingerprint()
     with refuses(
-        f"another model: at {HOOKS[1]} the queries differ from the fingerprint by inf (relative), "
-        "more than 0.001; shape here [2, 6, 4, 5], in the fingerprint [2, 6, 2, 5]. Load the "
-        "model that these centroids were made on, or make them anew with CentroidTargetBuilder"
+        f"another model: at {HOOKS[1]} the activations differ from the fingerprint by inf "
+        "(relative), more than 0.001; shape here [2, 6, 4, 5], in the fingerprint [2, 6, 2, 5]. Load "
+        "the model that these centroids were made on, or make them anew with CentroidTargetBuilder"
     ):
         check_queries(stored, {HOOKS[1]: torch.ones(2, 6, 4, D_HEAD)}, tolerance=1e-3)
 
@@ -325,9 +326,9 @@ def test_another_sae_is_refused_with_the_site_and_the_distance():
     stored = some_fingerprint()
     made = {HOOKS[1]: stored.reconstructions[HOOKS[1]] * 1.25}
     with refuses(
-        f"another SAE: at {HOOKS[1]} it reconstructs the fingerprint's queries differently by 0.25 "
-        "(relative), more than 0.1. Load the SAEs that these centroids were made with, or make the "
-        "centroids anew with CentroidTargetBuilder"
+        f"another SAE: at {HOOKS[1]} its reconstructions of the fingerprint's queries differ by "
+        "0.25 (relative), more than 0.1. Load the SAEs that these centroids were made with, or make "
+        "the centroids anew with CentroidTargetBuilder"
     ):
         check_reconstructions(stored, made, tolerance=0.1)
 

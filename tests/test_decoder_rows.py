@@ -116,7 +116,7 @@ def test_with_all_latents_of_an_identity_encoder_it_is_the_rising_part_of_the_me
     model = tiny_models["bridge"]
     sites = sqs.query_sites(model, [2])
     encoders = sqs.identity_encoders(sites)
-    targets = sqs.CentroidTargetBuilder(model, encoders).fit(examples)
+    targets = sqs.CentroidTargetBuilder(model, encoders).fit(sqs.tokenize_examples(model, examples))
     steerer = DecoderRowsSteerer(encoders, targets, target="apply", strength=1.0, m=8)
     means, own = targets.means[NAME], targets.class_index("apply")
     others = (means.sum(0) - means[own]) / 2

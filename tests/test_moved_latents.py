@@ -120,7 +120,7 @@ def test_targets_by_row_have_their_own_rows(tiny_models, make):
 def test_dense_steerers_have_coordinates_for_latents(tiny_models, make, examples):
     model = tiny_models["bridge"]
     dense = sqs.identity_encoders(sqs.query_sites(model, [LAYER]))
-    centroids = sqs.CentroidTargetBuilder(model, dense).fit(examples)
+    centroids = sqs.CentroidTargetBuilder(model, dense).fit(sqs.tokenize_examples(model, examples))
     steerer = replace(make(), saes=dense, targets=centroids)
     table = sqs.moved_latents(steerer, traced(model, steerer))
     assert table.groupby("head")["latent"].apply(sorted).tolist() == [list(range(8))] * 4

@@ -182,7 +182,9 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
 ):
     model, out = tiny_models["bridge"], tmp_path / "b"
     few = sqs.QuerySAEs({HOOKS[0]: saes[HOOKS[0]]})
-    other = sqs.CentroidTargetBuilder(model, saes, span=sqs.PromptTokens()).fit(examples)
+    other = sqs.CentroidTargetBuilder(model, saes).fit(
+        sqs.tokenize_examples(model, examples, span=sqs.PromptTokens())
+    )
     own = dataclasses.replace(steerer, gate=None, scope=lambda at: at.absolute >= 0)
     for refused, changes in (
         ("the steerer's SAEs are at", {"saes": few, "steerer": steerer}),

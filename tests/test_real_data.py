@@ -55,7 +55,9 @@ def stories_saes(stories, questions, feedback) -> sqs.QuerySAEs:
 
 @pytest.fixture(scope="module")
 def bloom_targets(stories, stories_saes, questions) -> sqs.CentroidTargets:
-    return sqs.CentroidTargetBuilder(stories["bridge"], stories_saes).fit(questions)
+    return sqs.CentroidTargetBuilder(stories["bridge"], stories_saes).fit(
+        sqs.tokenize_examples(stories["bridge"], questions)
+    )
 
 
 def steerer(saes, targets, scope) -> sqs.LatentGradientSteerer:
@@ -113,9 +115,10 @@ def test_bloom_levels_of_real_questions_are_six_classes_with_checks_by_site(
     model = stories["bridge"]
     assert bloom_targets.classes == tuple(level.value for level in sqs.BloomLevel)
     assert bloom_targets.counts.tolist() == [100] * 6
-    apart = sqs.separability(model, stories_saes, questions)
+    tokenized = sqs.tokenize_examples(model, questions)
+    apart = sqs.separability(model, stories_saes, tokenized)
     moved = sqs.interchange_effect(
-        model, sqs.query_sites(model, [1, 3]), questions, n_pairs=12, per_head=False
+        model, sqs.query_sites(model, [1, 3]), tokenized, n_pairs=12, per_head=False
     )
     assert apart["chance"].tolist() == pytest.approx([1 / 6] * len(apart))
     assert (apart["n_test"] == 300).all()
@@ -124,10 +127,8 @@ def test_bloom_levels_of_real_questions_are_six_classes_with_checks_by_site(
 
 def test_feedback_is_read_over_its_response_tokens(stories, stories_saes, feedback):
     model = stories["bridge"]
-    targets = sqs.CentroidTargetBuilder(model, stories_saes, span=sqs.ResponseTokens()).fit(
-        feedback
-    )
-    tokenized = sqs.tokenize_examples(model, feedback)
+    tokenized = sqs.tokenize_examples(model, feedback, span=sqs.ResponseTokens())
+    targets = sqs.CentroidTargetBuilder(model, stories_saes).fit(tokenized)
     assert int(targets.counts.sum()) == sum(e.response_length for e in tokenized)
 
 

@@ -28,7 +28,9 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "stop_at_eo
 
 @pytest.fixture(scope="module")
 def means(tiny_models, examples) -> ResidualMeans:
-    return residual_means(tiny_models["bridge"], examples, [0, 2])
+    return residual_means(
+        tiny_models["bridge"], sqs.tokenize_examples(tiny_models["bridge"], examples), [0, 2]
+    )
 
 
 @pytest.fixture
@@ -72,10 +74,10 @@ def direction(means: ResidualMeans, layer: int, target: str) -> torch.Tensor:
 @pytest.mark.parametrize("span", [None, sqs.EveryPosition(), sqs.LastResponseToken()])
 def test_the_means_are_those_of_a_loop_over_the_examples_one_by_one(model, examples, span):
     some = examples[:12]
-    means = residual_means(model, some, [2, 0], span=span, batch_size=5)
+    tokenized = sqs.tokenize_examples(model, some, span=span, batch_size=5)
+    means = residual_means(model, tokenized, [2, 0])
     assert means.classes == ("remember", "apply", "create")
     assert list(means.means) == [2, 0]
-    tokenized = sqs.tokenize_examples(model, some)
     names = {layer: residual_hook(layer) for layer in (0, 2)}
     alone = [read_activations(model, e.tokens[None], names.values()) for e in tokenized]
     at = {None: lambda e: [e.prompt_length - 1], sqs.LastResponseToken(): lambda e: [-1]}
@@ -94,7 +96,10 @@ def test_the_means_are_those_of_a_loop_over_the_examples_one_by_one(model, examp
 
 
 def test_both_hosts_give_equal_means(tiny_models, examples):
-    one, other = (residual_means(tiny_models[host], examples, [1]) for host in HOSTS)
+    one, other = (
+        residual_means(tiny_models[host], sqs.tokenize_examples(tiny_models[host], examples), [1])
+        for host in HOSTS
+    )
     torch.testing.assert_close(one.means[1], other.means[1], rtol=1e-4, atol=1e-4)
     one.check(tiny_models["bridge"], [1])
     other.check(tiny_models["hooked"], [1])
@@ -262,7 +267,7 @@ def test_a_steered_model_is_not_measured(model, make, examples):
         make().apply(model),
         pytest.raises(ValueError, match=r"are being changed at blocks\.0\.hook_"),
     ):
-        residual_means(model, examples, [0])
+        residual_means(model, sqs.tokenize_examples(model, examples), [0])
 
 
 def test_another_model_is_refused(tiny_folder, make, tmp_path):
@@ -292,7 +297,7 @@ def test_a_residual_stream_that_is_not_finite_names_its_hook(model, make, means,
     message = r"at blocks\.2\.hook_resid_post (is|are) not finite: look for"
     with model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", broken)]):
         with pytest.raises(ValueError, match=message):
-            residual_means(model, examples, [2])
+            residual_means(model, sqs.tokenize_examples(model, examples), [2])
         with make().apply(model), pytest.raises(ValueError, match=message):
             generate(model, PROMPTS)
     with make(strength=1e38).apply(model), pytest.raises(ValueError, match="a strength too large"):
@@ -328,20 +333,22 @@ def test_settings_that_cannot_work_are_refused_at_construction(make, changes, er
 )
 def test_layers_that_there_are_not_are_refused(model, examples, layers, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        residual_means(model, examples, layers)
+        residual_means(model, sqs.tokenize_examples(model, examples), layers)
 
 
 def test_a_model_without_such_a_hook_is_refused(tiny_models, examples, monkeypatch):
     model = tiny_models["hooked"]
     monkeypatch.delitem(model.hook_dict, "blocks.1.hook_resid_post")
     with pytest.raises(ValueError, match=r"^no hook point blocks\.1\.hook_resid_post: this arch"):
-        residual_means(model, examples, [1])
+        residual_means(model, sqs.tokenize_examples(model, examples), [1])
 
 
 def test_classes_that_cannot_be_told_apart_are_refused(model, examples):
     one = [example for example in examples if example.label == "apply"]
     with pytest.raises(ValueError, match="a target needs at least two to tell apart"):
-        residual_means(model, one, [0])
+        residual_means(model, sqs.tokenize_examples(model, one), [0])
     with pytest.raises(ValueError, match="has no token in the span"):
         no_response = [dataclasses.replace(example, response="") for example in examples]
-        residual_means(model, no_response, [0], span=sqs.ResponseTokens())
+        residual_means(
+            model, sqs.tokenize_examples(model, no_response, span=sqs.ResponseTokens()), [0]
+        )

@@ -37,7 +37,9 @@ def saes(tiny_models) -> sqs.QuerySAEs:
 
 @pytest.fixture(scope="module")
 def make(tiny_models, saes, examples):
-    targets = sqs.CentroidTargetBuilder(tiny_models["bridge"], saes).fit(examples)
+    targets = sqs.CentroidTargetBuilder(tiny_models["bridge"], saes).fit(
+        sqs.tokenize_examples(tiny_models["bridge"], examples)
+    )
 
     def make(**changes):
         settings = {

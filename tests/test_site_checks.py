@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.diagnostics.interchange_pairs import draw_pairs
+from sae_query_steer.diagnostics.patches import draw_pairs
 from sae_query_steer.models.activations import read_activations
 
 
@@ -20,9 +20,9 @@ def test_separability_is_the_held_out_balanced_accuracy_of_the_nearest_centroid(
     # Classes of unequal size: 16, 16 and 6.
     few = [e for e in examples if e.label == "apply"][:6]
     examples = [e for e in examples if e.label != "apply"] + few
-    table = sqs.separability(model, saes, examples, seed=3, test_share=0.4)
-    name, head = "blocks.2.attn.hook_q", 1
     tokenized = sqs.tokenize_examples(model, examples)
+    table = sqs.separability(model, saes, tokenized, seed=3, test_share=0.4)
+    name, head = "blocks.2.attn.hook_q", 1
     labels = [e.label for e in tokenized]
     queries = torch.stack(
         [
@@ -48,6 +48,10 @@ def test_separability_is_the_held_out_balanced_accuracy_of_the_nearest_centroid(
     assert len(table) == 2 * 5
 
 
+def tokens(model, examples, **settings):
+    return sqs.tokenize_examples(model, examples, **settings)
+
+
 def test_labels_without_meaning_score_at_chance_however_unequal_the_classes(tiny_models, saes):
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(48, (160, 4), generator=generator)
@@ -57,7 +61,8 @@ def test_labels_without_meaning_score_at_chance_however_unequal_the_classes(tiny
         )
         for i, row in enumerate(words)
     ]
-    table = sqs.separability(tiny_models["bridge"], saes, examples)
+    model = tiny_models["bridge"]
+    table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
     for column in ("accuracy_latents", "accuracy_query", "accuracy_position", "accuracy_token"):
         assert table[column].mean() == pytest.approx(0.5, abs=0.12), column
     assert (table["chance"] == 0.5).all()
@@ -71,7 +76,8 @@ def test_classes_that_differ_by_their_last_token_alone_are_told_apart_by_the_tok
         for last in ("w40", "w41")
         for i in range(12)
     ]
-    table = sqs.separability(tiny_models["bridge"], saes, examples)
+    model = tiny_models["bridge"]
+    table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
     assert (table["accuracy_token"] == 1).all()
     assert (table["accuracy_position"] == 0.5).all()
 
@@ -82,25 +88,29 @@ def test_classes_that_differ_by_length_alone_are_told_apart_by_position(tiny_mod
         for label, n in (("short", 3), ("long", 9))
         for _ in range(12)
     ]
-    table = sqs.separability(tiny_models["bridge"], saes, examples)
+    model = tiny_models["bridge"]
+    table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
     assert (table["accuracy_position"] == 1).all()
 
 
 def test_separability_refuses_what_it_cannot_split(tiny_models, saes, examples):
-    with pytest.raises(ValueError, match="test_share=1.0 is not allowed"):
-        sqs.separability(tiny_models["bridge"], saes, examples, test_share=1.0)
+    model = tiny_models["bridge"]
+    with pytest.raises(ValueError, match="test_share must be between 0 and 1, got 1.0"):
+        sqs.separability(model, saes, sqs.tokenize_examples(model, examples), test_share=1.0)
     few = [e for e in examples if e.label != "apply"][:20] + [
         sqs.LabelledExample(prompt=f"w{i}", label="apply") for i in range(3)
     ]
     with pytest.raises(ValueError, match="class 'apply' has 3 example"):
-        sqs.separability(tiny_models["bridge"], saes, few)
+        sqs.separability(model, saes, sqs.tokenize_examples(model, few))
 
 
 def test_the_interchange_effect_equals_a_patch_made_by_hand(model, examples):
     # Two examples of two classes: every pair is known.
     chosen = [next(e for e in examples if e.label == k) for k in ("apply", "create")]
     pair = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in chosen for _ in (0, 1)]
-    table = sqs.interchange_effect(model, sqs.query_sites(model, [1]), pair, n_pairs=2)
+    table = sqs.interchange_effect(
+        model, sqs.query_sites(model, [1]), tokens(model, pair), n_pairs=2
+    )
     name = "blocks.1.attn.hook_q"
     a, b = (model.to_tokens(e.prompt) for e in chosen)
 
@@ -143,7 +153,7 @@ def test_a_site_whose_output_is_cut_off_has_no_effect(tiny_folder, examples):
     with torch.no_grad():
         model.blocks[1].attn.o.original_component.weight.zero_()
     table = sqs.interchange_effect(
-        model, sqs.query_sites(model), examples, n_pairs=6, per_head=False
+        model, sqs.query_sites(model), tokens(model, examples), n_pairs=6, per_head=False
     ).set_index("layer")
     assert table.loc[1, "kl"] == pytest.approx(0, abs=1e-6)
     assert table.loc[0, "kl"] > 1e-3
@@ -154,19 +164,18 @@ def test_spans_of_unequal_length_are_patched_as_far_as_both_go(model, examples):
     table = sqs.interchange_effect(
         model,
         sqs.query_sites(model, [0]),
-        examples,
-        span=sqs.ResponseTokens(),
+        tokens(model, examples, span=sqs.ResponseTokens(), batch_size=4),
         n_pairs=6,
         per_head=False,
-        batch_size=4,
     )
     assert table["kl"].iloc[0] > 1e-3
 
 
 def test_equal_seeds_give_equal_tables_and_leave_no_hook(model, examples):
+    tokenized = tokens(model, examples)
     tables = [
         sqs.interchange_effect(
-            model, sqs.query_sites(model, [2]), examples, n_pairs=5, seed=seed, per_head=False
+            model, sqs.query_sites(model, [2]), tokenized, n_pairs=5, seed=seed, per_head=False
         )
         for seed in (1, 1, 2)
     ]
@@ -174,22 +183,22 @@ def test_equal_seeds_give_equal_tables_and_leave_no_hook(model, examples):
     assert not tables[0].equals(tables[2])
     points = {id(point): point for point in model.hook_dict.values()}.values()
     assert not any(point._forward_hooks for point in points)
-    with pytest.raises(ValueError, match="n_pairs=0 is not allowed"):
-        sqs.interchange_effect(model, sqs.query_sites(model), examples, n_pairs=0)
+    with pytest.raises(ValueError, match="n_pairs must be 1 or more, got 0"):
+        sqs.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=0)
 
 
 def test_the_error_counts_examples_and_not_pairs(model, examples):
     # Six examples make two hundred pairs no more certain than they are.
     few = [e for k in ("apply", "create", "remember") for e in examples if e.label == k][::8]
     errors = [
-        sqs.interchange_effect(model, sqs.query_sites(model, [0]), few, n_pairs=n, per_head=False)[
-            "class_effect_se"
-        ].iloc[0]
+        sqs.interchange_effect(
+            model, sqs.query_sites(model, [0]), tokens(model, few), n_pairs=n, per_head=False
+        )["class_effect_se"].iloc[0]
         for n in (12, 192)
     ]
     assert errors[1] > errors[0] / 2
     alone = sqs.interchange_effect(
-        model, sqs.query_sites(model, [0]), examples, n_pairs=1, per_head=False
+        model, sqs.query_sites(model, [0]), tokens(model, examples), n_pairs=1, per_head=False
     )
     assert alone["class_effect_se"].isna().all()
 
@@ -197,26 +206,27 @@ def test_the_error_counts_examples_and_not_pairs(model, examples):
 def test_every_example_is_a_receiver_once_before_one_is_so_twice():
     labels = ["a", "b", "c"] * 5
     pairs = draw_pairs(labels, 15, seed=0)
-    assert sorted(pair.receiver for pair in pairs) == list(range(15))
+    assert sorted(pair.base for pair in pairs) == list(range(15))
     for pair in pairs:
-        assert labels[pair.other] != labels[pair.receiver] == labels[pair.control]
-        assert pair.control != pair.receiver
+        assert labels[pair.source] != labels[pair.base] == labels[pair.control]
+        assert pair.control != pair.base
 
 
 def test_a_steered_model_is_not_measured(model, saes, targets, examples):
     steerer = sqs.LatentGradientSteerer(
         saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0
     )
+    tokenized = tokens(model, examples)
     with steerer.apply(model):
         for measure in (
-            lambda: sqs.CentroidTargetBuilder(model, saes).fit(examples),
-            lambda: sqs.separability(model, saes, examples),
-            lambda: sqs.interchange_effect(model, sqs.query_sites(model), examples),
+            lambda: sqs.CentroidTargetBuilder(model, saes).fit(tokenized),
+            lambda: sqs.separability(model, saes, tokenized),
+            lambda: sqs.interchange_effect(model, sqs.query_sites(model), tokenized),
         ):
             with pytest.raises(ValueError, match="queries are being changed at blocks.0"):
                 measure()
     with pytest.raises(ValueError, match="sites must have at least one"):
-        sqs.interchange_effect(model, [], examples)
+        sqs.interchange_effect(model, [], tokenized)
 
 
 def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(model, examples):
@@ -225,15 +235,15 @@ def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(model, exa
     labels = [e.label for e in chosen]
     assert sorted(labels) == ["apply", "apply", "create", "create"]
     table = sqs.interchange_effect(
-        model, sqs.query_sites(model, [1]), chosen, n_pairs=4, seed=2, per_head=False
+        model, sqs.query_sites(model, [1]), tokens(model, chosen), n_pairs=4, seed=2, per_head=False
     )
     name = "blocks.1.attn.hook_q"
-    tokens = [model.to_tokens(e.prompt) for e in chosen]
+    rows = [model.to_tokens(e.prompt) for e in chosen]
 
     def log_probs(i, donor=None):
         hooks = []
         if donor is not None:
-            donated = read_activations(model, tokens[donor], [name])[name][:, -1]
+            donated = read_activations(model, rows[donor], [name])[name][:, -1]
 
             def patch(q, hook):
                 q = q.clone()
@@ -241,15 +251,15 @@ def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(model, exa
                 return q
 
             hooks.append((name, patch))
-        logits = model.run_with_hooks(tokens[i], fwd_hooks=hooks).detach()
+        logits = model.run_with_hooks(rows[i], fwd_hooks=hooks).detach()
         return logits[0, -1].log_softmax(-1)
 
     expected: dict[str, list[float]] = {"kl": [], "kl_control": [], "toward_control": []}
     for pair in draw_pairs(labels, 4, seed=2):
-        own_class = [i for i in range(4) if labels[i] == labels[pair.other]]
+        own_class = [i for i in range(4) if labels[i] == labels[pair.source]]
         aim = torch.stack([log_probs(i).exp() for i in own_class]).mean(0)
-        clean = log_probs(pair.receiver)
-        other, control = (log_probs(pair.receiver, d) for d in (pair.other, pair.control))
+        clean = log_probs(pair.base)
+        other, control = (log_probs(pair.base, d) for d in (pair.source, pair.control))
         expected["kl"].append(float((clean.exp() * (clean - other)).sum()))
         expected["kl_control"].append(float((clean.exp() * (clean - control)).sum()))
         expected["toward_control"].append(float((aim * (control - clean)).sum()))

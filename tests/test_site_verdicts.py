@@ -1,4 +1,4 @@
-"""From a table of sites to a word: what it takes, and what is said."""
+"""Verdicts of sites: each threshold, and the text."""
 
 import pandas as pd
 import pytest
@@ -22,8 +22,7 @@ def test_a_class_effect_of_weight_that_the_latents_see_is_worth_a_steer():
     row = judged()
     assert bool(row["steer_here"])
     assert row["verdict"] == (
-        "steer here: class effect 0.700 ± 0.100 nats, 60.0% of the next token's probability "
-        "changes hands, 10.0% with queries of the own class"
+        "steer here: class effect 0.700 ± 0.100 nats, total variation 60.0%, control 10.0%"
     )
 
 
@@ -32,15 +31,15 @@ def test_a_class_effect_of_weight_that_the_latents_see_is_worth_a_steer():
     [
         (
             {"class_effect": 0.22},
-            "nothing to steer here: class effect 0.220 ± 0.100 nats, not above 2.2 errors",
+            "nothing to steer here: class effect 0.220 ± 0.100 nats, not above 2.2 standard errors",
         ),
-        ({"class_effect": -0.7}, "not above 2.2 errors"),
+        ({"class_effect": -0.7}, "not above 2.2 standard errors"),
         ({"class_effect": float("nan")}, "class effect nan"),
-        ({"class_effect_se": float("nan")}, "too few examples for an error; give more"),
-        ({"moved": 0.14}, "is there, but a trace: 14.0% of the next token's probability changes"),
+        ({"class_effect_se": float("nan")}, "too few examples for a standard error"),
+        ({"moved": 0.14}, "total variation 14.0%, control 10.0%, which differ by less than 5%"),
         (
             {"accuracy_latents": 0.6},
-            "but the latents do not tell the classes apart (0.60, chance 0.50); train other SAEs",
+            "do not separate the classes (accuracy 0.60, chance 0.50): train other SAEs",
         ),
     ],
 )
@@ -94,17 +93,17 @@ def test_one_sentence_closes_the_table():
     assert closing_sentence(table).startswith("Steer here: layer 1 (50%); layer 1, head 3 (10%). ")
     nothing = sqs.site_verdicts(table.assign(class_effect=[0.15, 0.1, -1.0]))
     assert closing_sentence(nothing) == (
-        "Nothing to steer at any of these 3 sites. Most is moved at layer 1, and there: class "
-        "effect 0.100 ± 0.100 nats, not above 2.1 errors."
+        "Nothing to steer at any of these 3 sites. Largest total variation at layer 1: class "
+        "effect 0.100 ± 0.100 nats, not above 2.1 standard errors."
     )
     unknown = sqs.site_verdicts(pd.DataFrame([GOOD | {"class_effect_se": float("nan")}]))
     assert closing_sentence(unknown).startswith("Nothing to steer at this site")
 
 
 def test_a_table_of_something_else_is_refused():
-    with pytest.raises(ValueError, match=r"the table has no columns \['class_effect_se', 'moved'"):
+    with pytest.raises(ValueError, match=r"\['class_effect_se', 'moved'\] are missing"):
         sqs.site_verdicts(pd.DataFrame([{"class_effect": 1.0, "moved_control": 0.0}]))
-    with pytest.raises(ValueError, match="n_sites=0 is not allowed"):
+    with pytest.raises(ValueError, match="n_sites must be 1 or more, got 0"):
         sqs.site_verdicts(pd.DataFrame([GOOD])[:0])
 
 
@@ -113,8 +112,9 @@ def test_of_a_model_whose_queries_decide_nothing_it_says_so(tiny_folder, example
     with torch.no_grad():
         for block in model.blocks:
             block.attn.o.original_component.weight.zero_()
+    tokenized = sqs.tokenize_examples(model, examples)
     table = sqs.site_verdicts(
-        sqs.interchange_effect(model, sqs.query_sites(model), examples, n_pairs=24)
+        sqs.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=24)
     )
     assert not table["steer_here"].any()
     assert closing_sentence(table).startswith("Nothing to steer at any of these 15 sites")

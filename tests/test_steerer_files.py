@@ -67,7 +67,7 @@ def test_what_comes_back_steers_alike(tiny_models, make, tmp_path, kind):
 def test_dense_steerers_come_back_too(tiny_models, make, tmp_path, examples):
     model = tiny_models["bridge"]
     dense = sqs.identity_encoders(sqs.query_sites(model, [2]))
-    centroids = sqs.CentroidTargetBuilder(model, dense).fit(examples)
+    centroids = sqs.CentroidTargetBuilder(model, dense).fit(sqs.tokenize_examples(model, examples))
     steerer = make(dense, centroids)
     sqs.save_steerer(steerer, tmp_path / "dense")
     loaded = sqs.load_steerer(tmp_path / "dense")

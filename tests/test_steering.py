@@ -512,7 +512,9 @@ def test_two_steerers_at_one_layer_act_one_after_the_other(model, make):
 def test_a_descent_that_diverges_is_not_written_into_the_model(tiny_models, targets, examples):
     model = tiny_models["bridge"]
     sites = sqs.query_sites(model, [0, 2])
-    dense = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(examples)
+    dense = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(
+        sqs.tokenize_examples(model, examples)
+    )
     steerer = sqs.LatentGradientSteerer(
         sqs.identity_encoders(sites),
         dense,
@@ -560,7 +562,9 @@ def test_centroids_of_a_short_float_model_fit_it_in_32_bits_and_back(tiny_folder
     half = sqs.load_model(str(tiny_folder), device="cpu", dtype=torch.bfloat16)
     full = sqs.load_model(str(tiny_folder), device="cpu")
     for made_on, used_on in ((half, full), (full, half)):
-        targets = sqs.CentroidTargetBuilder(made_on, saes).fit(examples)
+        targets = sqs.CentroidTargetBuilder(made_on, saes).fit(
+            sqs.tokenize_examples(made_on, examples)
+        )
         sqs.LatentGradientSteerer(
             saes,
             targets,

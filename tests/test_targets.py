@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.models.activations import read_activations, read_at_span
+from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.fingerprint import relative_difference
-from sae_query_steer.targets.capture import take_fingerprint
+from sae_query_steer.targets.fingerprint import check_belongs, take_fingerprint
 
 NAME = "blocks.2.attn.hook_q"
 SPANS = {
@@ -21,9 +21,10 @@ SPANS = {
 def test_centroids_are_mean_and_variance_of_the_latents_in_the_span(
     model, saes, examples, span, positions
 ):
-    targets = sqs.CentroidTargetBuilder(model, saes, span=span, batch_size=5).fit(examples)
+    tokenized = sqs.tokenize_examples(model, examples, span=span, batch_size=5)
+    targets = sqs.CentroidTargetBuilder(model, saes).fit(tokenized)
     latents: dict[str, list[torch.Tensor]] = {}
-    for example in sqs.tokenize_examples(model, examples):
+    for example in tokenized:
         query = read_activations(model, example.tokens[None], [NAME])[NAME][0]
         latents.setdefault(example.label, []).append(
             saes[NAME].encode(query)[list(positions(example))]
@@ -38,35 +39,41 @@ def test_centroids_are_mean_and_variance_of_the_latents_in_the_span(
         )
 
 
-def test_two_builders_merged_equal_one(model, saes, examples):
+def test_merged_and_stepwise_builders_equal_one_whatever_the_batches(model, saes, examples):
     classes = ["apply", "create", "remember"]
-    one = sqs.CentroidTargetBuilder(model, saes, classes=classes).fit(examples)
-    parts = [
-        sqs.CentroidTargetBuilder(model, saes, classes=classes).update(part)
-        for part in (examples[:11], examples[11:])
-    ]
-    merged = parts[0].merge(parts[1]).targets()
-    stepwise = sqs.CentroidTargetBuilder(model, saes, classes=classes)
-    twice = stepwise.update(examples[:30]).update(examples[30:]).targets()
+    tokenized = sqs.tokenize_examples(model, examples, batch_size=7)
+    one = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples[::-1]))
+    first, second, stepwise = (
+        sqs.CentroidTargetBuilder(model, saes, classes=classes) for _ in range(3)
+    )
+    merged = first.partial_fit(tokenized[:11]).merge(second.partial_fit(tokenized[11:])).targets_
+    twice = stepwise.partial_fit(tokenized[:30]).partial_fit(tokenized[30:]).targets_
     for other in (merged, twice):
         assert torch.equal(other.counts, one.counts)
         for name in saes:
-            torch.testing.assert_close(other.means[name], one.means[name], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(other.means[name], one.means[name], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(
                 other.variances[name], one.variances[name], rtol=1e-5, atol=1e-6
             )
 
 
-def test_the_order_and_batching_of_the_texts_do_not_matter(model, saes, examples):
-    one = sqs.CentroidTargetBuilder(model, saes, batch_size=64).fit(examples)
-    other = sqs.CentroidTargetBuilder(model, saes, batch_size=7).fit(examples[::-1])
-    for name in saes:
-        torch.testing.assert_close(one.means[name], other.means[name], rtol=1e-5, atol=1e-6)
+def test_fit_starts_afresh_and_partial_fit_continues(model, saes, examples):
+    tokenized = sqs.tokenize_examples(model, examples)
+    builder = sqs.CentroidTargetBuilder(model, saes)
+    once = builder.fit(tokenized)
+    again = builder.fit(tokenized)
+    assert torch.equal(again.counts, once.counts)
+    assert torch.equal(again.means[NAME], once.means[NAME])
+    assert torch.equal(builder.partial_fit(tokenized).targets_.counts, 2 * once.counts)
+    other = builder.fit(sqs.tokenize_examples(model, examples, span=sqs.ResponseTokens()))
+    assert int(other.counts.sum()) == sum(e.response_length for e in tokenized)
 
 
 def test_both_hosts_give_one_fingerprint_and_equal_centroids(tiny_models, saes, examples):
     hooked, bridge = (
-        sqs.CentroidTargetBuilder(tiny_models[host], saes).fit(examples)
+        sqs.CentroidTargetBuilder(tiny_models[host], saes).fit(
+            sqs.tokenize_examples(tiny_models[host], examples)
+        )
         for host in ("hooked", "bridge")
     )
     for name in saes:
@@ -99,37 +106,32 @@ def test_saved_centroids_steer_as_before_on_the_other_host(tiny_models, saes, ta
 
 def test_any_label_set_works_and_bloom_levels_keep_their_order(model, saes, examples):
     renamed = [sqs.LabelledExample(prompt=e.prompt, label=f"style {e.label[0]}") for e in examples]
-    targets = sqs.CentroidTargetBuilder(model, saes).fit(renamed)
+    targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, renamed))
     assert targets.classes == ("style a", "style c", "style r")
 
 
-def test_a_failed_update_leaves_the_builder_as_it_was(model, saes, examples):
+def test_a_failed_call_leaves_the_builder_as_it_was(model, saes, examples):
     builder = sqs.CentroidTargetBuilder(model, saes)
-    before = builder.fit(examples)
+    before = builder.fit(sqs.tokenize_examples(model, examples))
     bad = sqs.LabelledExample(prompt="w1", label="analyze")
-    with pytest.raises(ValueError, match="example 1 has the label 'analyze', which is no class"):
-        builder.update([examples[0], bad])
-    assert torch.equal(builder.targets().means[NAME], before.means[NAME])
+    with pytest.raises(ValueError, match="example 1 has the label 'analyze', which is not a class"):
+        builder.partial_fit(sqs.tokenize_examples(model, [examples[0], bad]))
+    for settings, name in (
+        ({"span": sqs.PromptTokens()}, "span"),
+        ({"prepend_bos": False}, "prepend_bos"),
+    ):
+        with pytest.raises(ValueError, match=f"different {name} cannot be combined"):
+            builder.partial_fit(sqs.tokenize_examples(model, examples, **settings))
+    with pytest.raises(ValueError, match="the labels name 1 class"):
+        builder.fit(sqs.tokenize_examples(model, examples[:1]))
+    assert torch.equal(builder.targets_.means[NAME], before.means[NAME])
+    assert torch.equal(builder.targets_.counts, before.counts)
 
 
-def test_tokenised_examples_and_texts_give_the_same(model, saes, examples):
-    tokenized = sqs.tokenize_examples(model, examples)
-    one = sqs.CentroidTargetBuilder(model, saes).fit(tokenized)
-    other = sqs.CentroidTargetBuilder(model, saes).fit(examples)
-    assert torch.equal(one.means[NAME], other.means[NAME])
-
-
-def test_the_model_is_run_once_over_each_text(model, saes, examples):
-    tokenized = sqs.tokenize_examples(model, examples, batch_size=9)
-    seen = [
-        row for batch in read_at_span(model, tokenized, list(saes)) for row in batch.row.tolist()
-    ]
-    assert sorted(seen) == list(range(len(examples)))
-
-
-def test_examples_that_cannot_work_are_refused(model, saes, examples):
-    def fit(given, **settings):
-        return sqs.CentroidTargetBuilder(model, saes, **settings).fit(given)
+def test_examples_that_cannot_work_are_refused(model, saes, examples, untyped):
+    def fit(given, classes=None, **settings):
+        tokenized = sqs.tokenize_examples(model, given, **settings)
+        return sqs.CentroidTargetBuilder(model, saes, classes=classes).fit(tokenized)
 
     one_class = [e for e in examples if e.label == "apply"]
     with pytest.raises(ValueError, match="the labels name 1 class"):
@@ -140,48 +142,39 @@ def test_examples_that_cannot_work_are_refused(model, saes, examples):
     bare = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples]
     with pytest.raises(ValueError, match="has no token in the span"):
         fit(bare, span=sqs.ResponseTokens())
-    with pytest.raises(ValueError, match="got none"):
-        fit([])
-    with pytest.raises(ValueError, match="more than the model's context of 64"):
-        fit([*examples, sqs.LabelledExample(prompt="w1 " * 70, label="apply")])
     with pytest.raises(ValueError, match=r"class 'create' has 0 example\(s\)"):
         fit(one_class, classes=["apply", "create"])
-    with pytest.raises(ValueError, match="batch_size=0|batch_size must be"):
-        fit(examples, batch_size=0)
-    with pytest.raises(ValueError, match="no examples were read yet"):
-        sqs.CentroidTargetBuilder(model, saes).targets()
+    with pytest.raises(ValueError, match="no examples were read"):
+        _ = sqs.CentroidTargetBuilder(model, saes).targets_
+    with pytest.raises(TypeError, match="got list: use tokenize_examples"):
+        sqs.CentroidTargetBuilder(model, saes).fit(examples)
 
 
 def test_builders_that_measure_different_things_do_not_merge(model, saes, examples):
-    one = sqs.CentroidTargetBuilder(model, saes).update(examples)
-    for other, message in (
-        (sqs.CentroidTargetBuilder(model, saes, span=sqs.ResponseTokens()), "different span"),
-        (sqs.CentroidTargetBuilder(model, {NAME: saes[NAME]}), "different sites"),
+    tokenized = sqs.tokenize_examples(model, examples)
+    part = {NAME: saes[NAME]}
+    one = sqs.CentroidTargetBuilder(model, part).partial_fit(tokenized)
+    untrained = sqs.sae.QueryHeadTopKTrainingSAE(
+        sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
+    )
+    for own, settings, message in (
+        (saes, {}, "different sites"),
+        (part, {"span": sqs.ResponseTokens()}, "different span"),
+        (part, {"prepend_bos": False}, "different prepend_bos"),
+        ({NAME: sqs.sae.to_inference(untrained)}, {}, "another SAE"),
     ):
+        other = sqs.CentroidTargetBuilder(model, own)
+        other.partial_fit(sqs.tokenize_examples(model, examples, **settings))
         with pytest.raises(ValueError, match=message):
-            one.merge(other.update(examples))
+            one.merge(other)
     with pytest.raises(ValueError, match="must have read examples"):
-        one.merge(sqs.CentroidTargetBuilder(model, saes))
+        one.merge(sqs.CentroidTargetBuilder(model, part))
 
 
 def test_a_site_that_the_model_does_not_have_is_refused(tiny_models, untyped):
     site = sqs.QuerySite(layer=1, n_heads=2, d_head=16)
     with pytest.raises(ValueError, match="the site at layer 1 has 2 heads of 16"):
         sqs.CentroidTargetBuilder(tiny_models["bridge"], sqs.identity_encoders([site]))
-    with pytest.raises(TypeError, match="span='response' is no scope"):
-        sqs.CentroidTargetBuilder(
-            tiny_models["bridge"],
-            sqs.identity_encoders(sqs.query_sites(tiny_models["bridge"])),
-            span="response",
-        )
-
-
-def test_queries_that_are_not_finite_are_refused(model, saes, examples):
-    with (
-        model.hooks(fwd_hooks=[(NAME, lambda q, hook: q / 0)]),
-        pytest.raises(ValueError, match="are not finite"),
-    ):
-        sqs.CentroidTargetBuilder(model, saes).fit(examples)
 
 
 def test_a_fingerprint_does_not_see_a_users_hooks(model, saes):
@@ -194,7 +187,7 @@ def test_a_fingerprint_does_not_see_a_users_hooks(model, saes):
 
 def test_dense_centroids_save_and_load(model, examples, tmp_path):
     encoders = sqs.identity_encoders(sqs.query_sites(model, [2]))
-    targets = sqs.CentroidTargetBuilder(model, encoders).fit(examples)
+    targets = sqs.CentroidTargetBuilder(model, encoders).fit(sqs.tokenize_examples(model, examples))
     targets.save(tmp_path / "dense")
     assert torch.equal(
         sqs.CentroidTargets.load(tmp_path / "dense").means[NAME], targets.means[NAME]
@@ -205,35 +198,23 @@ def test_the_span_is_kept_as_it_prints_and_a_function_by_its_name(model, saes, e
     def second(positions):
         return positions.index == 1
 
-    targets = sqs.CentroidTargetBuilder(model, saes, span=second).fit(examples)
+    tokenized = sqs.tokenize_examples(model, examples, span=second)
+    targets = sqs.CentroidTargetBuilder(model, saes).fit(tokenized)
     assert targets.span.endswith("second")
     assert "0x" not in targets.span
 
 
-@pytest.mark.parametrize("settings", [{"prepend_bos": False}, {"chat_template": True}])
-def test_settings_of_the_tokens_reach_the_centroids(model, saes, examples, settings, monkeypatch):
-    template = "w9 {{ messages[0]['content'] }} w8"
-    monkeypatch.setattr(model.tokenizer, "chat_template", template)
-    wanted = sqs.CentroidTargetBuilder(model, saes).fit(
-        sqs.tokenize_examples(model, examples, **settings)
-    )
-    found = sqs.CentroidTargetBuilder(model, saes, **settings).fit(examples)
-    plain = sqs.CentroidTargetBuilder(model, saes).fit(examples)
-    assert torch.equal(found.means[NAME], wanted.means[NAME])
-    assert not torch.equal(found.means[NAME], plain.means[NAME])
-
-
-def test_builders_with_other_saes_or_tokens_do_not_merge(model, saes, examples):
-    name = "blocks.0.attn.hook_q"
-    one = sqs.CentroidTargetBuilder(model, {name: saes[name]}).update(examples)
-    other = sqs.sae.QueryHeadTopKTrainingSAE(
-        sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
-    )
-    stranger = sqs.CentroidTargetBuilder(model, {name: sqs.sae.to_inference(other)}).update(
-        examples
-    )
-    with pytest.raises(ValueError, match="another SAE"):
-        one.merge(stranger)
-    bare = sqs.CentroidTargetBuilder(model, {name: saes[name]}, prepend_bos=False)
-    with pytest.raises(ValueError, match="different prepend_bos"):
-        one.merge(bare.update(examples))
+def test_a_chat_template_changes_the_centroids_and_autocast_does_not(
+    model, saes, examples, monkeypatch
+):
+    monkeypatch.setattr(model.tokenizer, "chat_template", "w9 {{ messages[0]['content'] }} w8")
+    plain = sqs.tokenize_examples(model, examples)
+    chat = sqs.tokenize_examples(model, examples, chat_template=True)
+    builder = sqs.CentroidTargetBuilder(model, saes)
+    one, other = builder.fit(plain), builder.fit(chat)
+    assert not torch.equal(one.means[NAME], other.means[NAME])
+    with torch.autocast("cpu", torch.bfloat16):
+        again = builder.fit(plain)
+        check_belongs(model, saes, one)
+    assert torch.equal(again.means[NAME], one.means[NAME])
+    assert torch.equal(again.fingerprint.queries[NAME], one.fingerprint.queries[NAME])

@@ -112,7 +112,7 @@ def steered(tutors):
             sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=64, k=8),
             training_tokens=100_000,
         )
-        targets = sqs.CentroidTargetBuilder(model, saes).fit(examples)
+        targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
         cases = tutor_cases("open", "test", 48, seed=5, notes=notes)
         own = sqs.LatentGradientSteerer(
             saes, targets, target=[case.target for case in cases],
@@ -144,7 +144,8 @@ def test_on_the_null_the_same_steer_does_nothing(steered):
 def test_the_interchange_effect_tells_the_null_beforehand(tutors):
     effect = {}
     for notes, model in tutors.items():
-        examples = TutorCorpus("validation", seed=0, notes=notes).examples(120)
+        texts = TutorCorpus("validation", seed=0, notes=notes).examples(120)
+        examples = sqs.tokenize_examples(model, texts)
         table = sqs.interchange_effect(
             model, sqs.query_sites(model), examples, n_pairs=90, per_head=False
         )

@@ -69,7 +69,7 @@ def test_a_compiled_model_is_refused_before_anything_is_placed(tiny_folder, make
 
     for compiled in (whole, in_place, function):
         model, part = compiled(sqs.load_model(str(tiny_folder), device="cpu"))
-        text = f"{part} is compiled by torch.compile, which may pass hooks by: use the model as"
+        text = f"{part} is compiled by torch.compile, which may skip hooks"
         with pytest.raises(ValueError, match=re.escape(text)), make().apply(model):
             pass
         with pytest.raises(ValueError, match=re.escape(text)):
@@ -80,7 +80,7 @@ def test_a_compiled_model_is_refused_before_anything_is_placed(tiny_folder, make
 def test_a_quantised_model_is_steered_by_what_was_made_on_it(tiny_folder, saes, make, examples):
     model = quantized(tiny_folder)
     assert any(p.dtype == torch.int8 for p in model.parameters())
-    own = sqs.CentroidTargetBuilder(model, saes).fit(examples)
+    own = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
     bare = model.generate(PROMPTS, return_type="tokens", **GREEDY)
     with make(targets=own).apply(model, record=True) as trace:
         steered = model.generate(PROMPTS, return_type="tokens", **GREEDY)

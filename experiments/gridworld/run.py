@@ -91,7 +91,8 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     dense = sqs.identity_encoders(sites)
-    validation = GridCorpus("validation", seed=args.seed).examples(240)
+    texts = GridCorpus("validation", seed=args.seed).examples(240)
+    validation = sqs.tokenize_examples(model, texts)
     effect = sqs.interchange_effect(
         model, sites, validation, n_pairs=240, per_head=False, seed=args.seed
     )
@@ -116,7 +117,9 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         ("dense descent", dense, ("squared distance",)),
         ("SAE descent", saes, ("prototype", "squared distance")),
     ):
-        found = sqs.CentroidTargetBuilder(model, encoders).fit(examples)
+        found = sqs.CentroidTargetBuilder(model, encoders).fit(
+            sqs.tokenize_examples(model, examples)
+        )
         descents = [descent for descent in DESCENTS if descent.name in objectives]
         methods += descent_methods(
             name, encoders, {"last prompt token": found}, descents, layers=[[best]]

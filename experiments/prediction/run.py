@@ -30,7 +30,7 @@ from sae_query_steer.compare.descents import Descent
 from sae_query_steer.compare.judges import RuleJudge
 from sae_query_steer.compare.sweep import descent_methods, prompt_methods
 from sae_query_steer.compare.text_scorer import TextScorer
-from sae_query_steer.diagnostics.achieved import achieved_effect
+from sae_query_steer.diagnostics.interchange import achieved_effect
 from sae_query_steer.diagnostics.site_verdicts import site_verdicts
 from sae_query_steer.sites import ALL_HEADS
 from sae_query_steer.storage.records import read_json, write_json
@@ -131,17 +131,29 @@ def measured(model: Any, task: Task, pairs: int) -> list[dict[str, Any]]:
         sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=64, k=8),
         training_tokens=60_000,
     )
-    centroids = sqs.CentroidTargetBuilder(model, saes).fit(task.training)
-    queries = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(task.training)
+    training, looked_at, counterparts = (
+        sqs.tokenize_examples(model, some)
+        for some in (task.training, task.looked_at, task.counterparts)
+    )
+    centroids = sqs.CentroidTargetBuilder(model, saes).fit(training)
+    queries = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(training)
+    steerer = sqs.LatentGradientSteerer(
+        saes,
+        centroids,
+        target=centroids.classes[0],
+        objective=sqs.SquaredDistance(),
+        n_steps=1,
+        step_size=1.0,
+    )
     given: dict[str, Any] = {"n_pairs": pairs}
     # Paired prompts hold the content still, so a third of the pairs tells as much.
-    paired = {"n_pairs": math.ceil(pairs / 3), "counterparts": task.counterparts}
+    paired = {"n_pairs": math.ceil(pairs / 3), "counterparts": counterparts}
     key = ["layer", "head"]
-    table = sqs.interchange_effect(model, sites, task.looked_at, **given)
-    table = site_verdicts(table.merge(sqs.separability(model, saes, task.looked_at), on=key))
+    table = sqs.interchange_effect(model, sites, looked_at, **given)
+    table = site_verdicts(table.merge(sqs.separability(model, saes, looked_at), on=key))
     for name, found in (
-        ("paired", sqs.interchange_effect(model, sites, task.looked_at, **paired)),
-        ("achieved", achieved_effect(model, saes, centroids, task.looked_at, **paired)),
+        ("paired", sqs.interchange_effect(model, sites, looked_at, **paired)),
+        ("achieved", achieved_effect(model, steerer, looked_at, **paired)),
     ):
         columns = ["class_effect", "class_effect_se", "class_share", "moved", "moved_control"]
         renamed = pd.DataFrame(found[[*key, *columns]]).rename(

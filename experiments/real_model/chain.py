@@ -84,17 +84,17 @@ def main() -> None:
         "feedback verdicts, response tokens": (feedback, sqs.ResponseTokens()),
     }
     targets = {}
-    for name, (examples, span) in tasks.items():
+    for name, (labelled, span) in tasks.items():
+        examples = sqs.tokenize_examples(model, labelled, span=span)
         with timed(f"centroids: {name}", seconds):
-            targets[name] = sqs.CentroidTargetBuilder(model, saes, span=span).fit(examples)
+            targets[name] = sqs.CentroidTargetBuilder(model, saes).fit(examples)
         with timed(f"separability: {name}", seconds):
-            apart = sqs.separability(model, saes, examples, span=span, seed=args.seed)
+            apart = sqs.separability(model, saes, examples, seed=args.seed)
         with timed(f"interchange effect: {name}", seconds):
             moved = sqs.interchange_effect(
                 model,
                 sites,
                 examples,
-                span=span,
                 n_pairs=args.pairs,
                 # Over whole responses a patch costs a long forward pass: layers only.
                 per_head=isinstance(span, sqs.LastPromptToken),

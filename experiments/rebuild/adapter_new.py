@@ -82,7 +82,32 @@ def _of_tokenized(function: Any, before: int) -> Any:
 
 separability = _of_tokenized(sqs.separability, 2)
 interchange_effect = _of_tokenized(sqs.interchange_effect, 2)
-achieved_effect = _of_tokenized(sqs.achieved_effect, 3)
+_achieved_effect = _of_tokenized(sqs.achieved_effect, 2)
+
+
+def achieved_effect(
+    model: Any,
+    saes: Any,
+    targets: Any,
+    examples: Any,
+    *,
+    objective: Any = None,
+    n_steps: int = 1,
+    step_size: float = 1.0,
+    **options: Any,
+) -> Any:
+    """Return the achieved effect of a descent."""
+    steerer = sqs.LatentGradientSteerer(
+        saes,
+        targets,
+        target=targets.classes[0],
+        objective=sqs.SquaredDistance() if objective is None else objective,
+        n_steps=n_steps,
+        step_size=step_size,
+    )
+    return _achieved_effect(model, steerer, examples, **options)
+
+
 residual_means = _of_tokenized(sqs.residual_means, 1)
 
 

@@ -160,14 +160,13 @@ def sites_table(
     model: Any, saes: sqs.QuerySAEs, candidate: Candidate, args: argparse.Namespace
 ) -> pd.DataFrame:
     """Return interchange effect and separability by layer, and by head of the best layer."""
-    examples = candidate.parts["sites"]
     spans: dict[str, Span] = {"last prompt token": sqs.LastPromptToken()}
     if candidate.target is not None:  # several times as many tokens: of dialogue alone
         spans["response tokens"] = sqs.ResponseTokens()
     rows = []
     for name, span in spans.items():
-        told: dict[str, Any] = {"span": span, "seed": args.seed}
-        paired = told | {"n_pairs": args.pairs}
+        examples = sqs.tokenize_examples(model, candidate.parts["sites"], span=span)
+        paired = {"seed": args.seed, "n_pairs": args.pairs}
         sites = sqs.query_sites(model)
         moved = sqs.interchange_effect(model, sites, examples, per_head=False, **paired)
         if name == "last prompt token":
@@ -175,7 +174,7 @@ def sites_table(
             best = int(moved["layer"].iloc[int(z.argmax())])
             alone = sqs.interchange_effect(model, [sites[best]], examples, **paired)
             moved = pd.concat([moved, alone[alone["head"] != "all"]])
-        apart = sqs.separability(model, saes, examples, **told)
+        apart = sqs.separability(model, saes, examples, seed=args.seed)
         rows.append(moved.merge(apart, on=["layer", "head"]).assign(span=name))
     table = pd.concat(rows)
     table.insert(0, "candidate", candidate.name)
@@ -199,7 +198,7 @@ def confirmed(
         again = sqs.interchange_effect(
             model,
             sqs.query_sites(model, [layer]),
-            candidate.parts["confirm"],
+            sqs.tokenize_examples(model, candidate.parts["confirm"]),
             n_pairs=args.pairs,
             per_head=False,
             seed=args.seed + 1,
@@ -264,7 +263,9 @@ def study(
         ("last prompt token", sqs.LastPromptToken(), examples),
         ("all tokens of the text", sqs.ResponseTokens(), answered),
     ):
-        apart = sqs.separability(model, saes, some, span=span, seed=args.seed)
+        apart = sqs.separability(
+            model, saes, sqs.tokenize_examples(model, some, span=span), seed=args.seed
+        )
         by_head = apart.query("head != 'all'").sort_values("accuracy_latents", ascending=False)
         best = by_head.groupby("layer").first()
         found = apart.query("head == 'all'").set_index("layer", drop=False)

@@ -191,12 +191,12 @@ def steered(
         layers.insert(0, [layer])
     span: Span = LAST if scope == LAST else sqs.ResponseTokens()
     name_of_span = scope_name(span)
+    tokenized = sqs.tokenize_examples(model, examples, span=span)
     methods: list[Method] = []
     for name, encoders in (("SAE descent", saes), ("dense", sqs.identity_encoders(sites))):
-        builder = sqs.CentroidTargetBuilder(model, encoders, span=span)
-        targets = {name_of_span: builder.fit(examples)}
+        targets = {name_of_span: sqs.CentroidTargetBuilder(model, encoders).fit(tokenized)}
         methods += descent_methods(name, encoders, targets, DESCENTS, layers=layers, scopes=[scope])
-    means = sqs.residual_means(model, examples, [2], span=span)
+    means = sqs.residual_means(model, tokenized, [2])
     methods += residual_methods(means, span=name_of_span, scope=scope, layers=[[2]])
     found = run_sweep(scorers["validation"], scorers["test"], methods, control_seeds=(0, 1, 2))
     return found.rows, found.curves

@@ -106,7 +106,9 @@ class Ablations:
     ) -> Method:
         """Return the demo's steer with something changed; the name says what."""
         chosen = self.requested if examples is None else examples
-        targets = sqs.CentroidTargetBuilder(self.model, saes, span=SPANS[span]).fit(chosen)
+        targets = sqs.CentroidTargetBuilder(self.model, saes).fit(
+            sqs.tokenize_examples(self.model, chosen, span=SPANS[span])
+        )
         (method,) = descent_methods(
             name, saes, {span: targets}, [descent], layers=[[self.layer]], heads=[heads]
         )

@@ -68,7 +68,7 @@ def main() -> None:
         training_tokens=args.tokens,
         seed=args.seed,
     )
-    targets = sqs.CentroidTargetBuilder(model, saes).fit(examples)
+    targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
     told = TutorCorpus("validation", seed=args.seed)
     texts = told.examples(240)
     tops = sqs.top_tokens(model, saes, [e.prompt + e.response for e in texts], k=10)

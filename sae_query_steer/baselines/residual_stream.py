@@ -8,18 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.data.examples import LabelledExample, check_classes
-from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples
-from sae_query_steer.models.activations import read_activations, read_at_span, without_hooks
+from sae_query_steer.data.examples import check_classes
+from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
+from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.models.fingerprint import (
     default_tolerance,
     dtype_name,
-    fingerprint_tokens,
+    read_fingerprint,
     relative_difference,
 )
-from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
-from sae_query_steer.targets.builder import as_tokenized
-from sae_query_steer.targets.centroids import ClassMoments
+from sae_query_steer.scopes.positions import scope_name
+from sae_query_steer.targets.builder import ClassMoments
 
 
 def residual_hook(layer: int) -> str:
@@ -95,39 +94,27 @@ class ResidualMeans:
 
 def residual_means(
     model: Any,
-    examples: Iterable[LabelledExample | TokenizedExample],
+    examples: TokenizedExamples,
     layers: Sequence[int],
-    *,
-    span: Span | None = None,
-    prepend_bos: bool = True,
-    chat_template: bool = False,
-    batch_size: int = 32,
 ) -> ResidualMeans:
     """Return the mean residual stream of each class of labelled texts.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
-        examples: labelled texts.
+        examples: tokenised examples, with the span to read.
         layers: after which layers.
-        span: which positions of an example count, each alike; None means the last prompt token.
-        prepend_bos: begin every prompt with BOS, as `generate` does.
-        chat_template: put every prompt into the tokenizer's chat template, as the user's turn.
-        batch_size: rows of one forward pass.
 
     Raises:
         ValueError: a layer that there is not, fewer than two classes or two examples of a class, a
-            text that can't be tokenised exactly or has no token in the span, a residual stream
-            that is not finite, or a model that is being steered.
+            text without a token in the span, a residual stream that is not finite, or a model
+            that is being steered.
     """
-    span = LastPromptToken() if span is None else span
-    check_scope(span, name="span")
+    check_tokenized(examples)
     _check_layers(model, layers)
-    tokenized = as_tokenized(examples, model, prepend_bos=prepend_bos, chat_template=chat_template)
-    classes = tuple(check_classes(example.label for example in tokenized))
+    classes = tuple(check_classes(examples.labels))
     moments = {layer: ClassMoments(len(classes), (int(model.cfg.d_model),)) for layer in layers}
-    labels = torch.tensor([classes.index(example.label) for example in tokenized])
-    read = TokenizedExamples(examples=tokenized, span=span, batch_size=batch_size)
-    for batch in read_at_span(model, read, [residual_hook(layer) for layer in layers]):
+    labels = torch.tensor([classes.index(label) for label in examples.labels])
+    for batch in read_at_span(model, examples, [residual_hook(layer) for layer in layers]):
         for layer in layers:
             residual = batch.activations[residual_hook(layer)][:, 0]
             moments[layer].update(residual, labels[batch.row])
@@ -135,7 +122,7 @@ def residual_means(
         classes=classes,
         means={layer: moment.mean.float() for layer, moment in moments.items()},
         counts=moments[layers[0]].count.clone(),
-        span=scope_name(span),
+        span=scope_name(examples.span),
         n_layers=int(model.cfg.n_layers),
         fingerprint=_fingerprint(model, layers),
         dtype=dtype_name(model),
@@ -159,7 +146,5 @@ def _check_layers(model: Any, layers: Sequence[int]) -> None:
 
 
 def _fingerprint(model: Any, layers: Sequence[int]) -> dict[int, Tensor]:
-    tokens = fingerprint_tokens(int(model.cfg.d_vocab))
-    with without_hooks(model):
-        found = read_activations(model, tokens, [residual_hook(layer) for layer in layers])
+    found = read_fingerprint(model, [residual_hook(layer) for layer in layers])
     return {layer: found[residual_hook(layer)][:, :, 0].float().cpu() for layer in layers}

@@ -72,9 +72,10 @@ def targets(
     chosen = named(SPANS, span, "--span")()
     host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
-    found = sqs.CentroidTargetBuilder(
-        host, encoders, span=chosen, prepend_bos=bos, chat_template=chat_template
-    ).fit(examples)
+    tokenized = sqs.tokenize_examples(
+        host, examples, span=chosen, prepend_bos=bos, chat_template=chat_template
+    )
+    found = sqs.CentroidTargetBuilder(host, encoders).fit(tokenized)
     found.save(out, overwrite=overwrite)
     show(pd.DataFrame({"class": map(str, found.classes), "tokens": found.counts.tolist()}))
     typer.echo(f"wrote {out}")
@@ -115,24 +116,29 @@ def sites(
     chosen = named(SPANS, span, "--span")()
     host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
-    shared: dict[str, Any] = {
-        "span": chosen,
-        "seed": seed,
-        "prepend_bos": bos,
-        "chat_template": chat_template,
-    }
-    patched = shared | {"n_pairs": pairs, "per_head": per_head}
-    apart = sqs.separability(host, encoders, examples, **shared)
+    tokenized = sqs.tokenize_examples(
+        host, examples, span=chosen, prepend_bos=bos, chat_template=chat_template
+    )
+    patched: dict[str, Any] = {"n_pairs": pairs, "per_head": per_head, "seed": seed}
+    apart = sqs.separability(host, encoders, tokenized, seed=seed)
     layers = [int(layer) for layer in apart["layer"].unique()]
     moved = sqs.interchange_effect(
         host,
         sqs.query_sites(host, layers),
-        examples,
+        tokenized,
         **patched,
     )
     table = moved.merge(apart, on=["layer", "head"], how="left")
     if centroids is not None:
-        steered = sqs.achieved_effect(host, encoders, centroids, examples, **patched)
+        steerer = sqs.LatentGradientSteerer(
+            encoders,
+            centroids,
+            target=centroids.classes[0],
+            objective=sqs.SquaredDistance(),
+            n_steps=1,
+            step_size=1.0,
+        )
+        steered = sqs.achieved_effect(host, steerer, tokenized, **patched)
         names = {name: f"achieved_{name.removeprefix('class_')}" for name in _ACHIEVED}
         table = table.merge(
             pd.DataFrame(steered[["layer", "head", *_ACHIEVED]]).rename(columns=names),

@@ -124,17 +124,19 @@ def sweep(
         **{"chat_template": chat_template, "dtype": dtype},
     }
     read: dict[str, Any] = {"span": where, "chat_template": chat_template}
-    apart = sqs.separability(host, chosen, validation, seed=seed, **read)
-    moved = sqs.interchange_effect(host, sites, validation, per_head=False, seed=seed, **read)
+    looked_at = sqs.tokenize_examples(host, validation, **read)
+    apart = sqs.separability(host, chosen, looked_at, seed=seed)
+    moved = sqs.interchange_effect(host, sites, looked_at, per_head=False, seed=seed)
     table = sqs.site_verdicts(
         moved.merge(apart[apart["head"] == ALL_HEADS], on=["layer", "head"]).drop(columns="head")
     )
     methods = prompt_methods(steering, seed=seed)
     methods = [m for m in methods if m.name != "instruction"]  # no prompt requests a class here
     alone = [[site.layer] for site in sites]
+    tokenized = sqs.tokenize_examples(host, steering, **read)
     made = []
     for name, own in (("dense descent", sqs.identity_encoders(sites)), ("SAE descent", chosen)):
-        centroids = sqs.CentroidTargetBuilder(host, own, **read).fit(steering)
+        centroids = sqs.CentroidTargetBuilder(host, own).fit(tokenized)
         made.append(centroids)
         methods += descent_methods(
             name,
@@ -146,7 +148,7 @@ def sweep(
         )
         if own is chosen:
             methods += decoder_rows_methods(own, centroids, span=span, scope=at, layers=alone)
-    means = sqs.residual_means(host, steering, [site.layer for site in sites], **read)
+    means = sqs.residual_means(host, tokenized, [site.layer for site in sites])
     methods += residual_methods(means, span=span, scope=at, layers=alone)
     # What was logged holds for these texts, this model and these SAEs, wherever they lie.
     contents = digest_of(made, csv.read_bytes())

@@ -23,6 +23,7 @@ from sae_query_steer.compare.feedback_judge import level_judge
 from sae_query_steer.compare.sweep import SweepResult, run_sweep
 from sae_query_steer.compare.sweep_log import SweepLog, digest_of
 from sae_query_steer.compare.text_scorer import TextScorer
+from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.sae.topk import QueryHeadTopKTrainingSAEConfig
 from sae_query_steer.sites import query_sites
@@ -85,8 +86,8 @@ def run_demo(
             kind: (
                 own,
                 {
-                    (prompts, span): CentroidTargetBuilder(model, own, span=SPANS[span]).fit(
-                        examples[prompts]
+                    (prompts, span): CentroidTargetBuilder(model, own).fit(
+                        tokenize_examples(model, examples[prompts], span=SPANS[span])
                     )
                     for prompts, span in (MAIN, *OTHERS)
                 },
@@ -98,7 +99,9 @@ def run_demo(
         if settings.every_method:
             every = [site.layer for site in sites]
             means = {
-                span: residual_means(model, requested, every, span=SPANS[span])
+                span: residual_means(
+                    model, tokenize_examples(model, requested, span=SPANS[span]), every
+                )
                 for prompts, span in (MAIN, *OTHERS)
                 if prompts == "requested"
             }

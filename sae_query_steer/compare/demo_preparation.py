@@ -10,6 +10,7 @@ from sae_query_steer.compare.demo_cases import MAX_NEW_TOKENS
 from sae_query_steer.compare.demo_settings import DemoSettings
 from sae_query_steer.compare.generation import continuations
 from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.diagnostics.interchange import interchange_effect
 from sae_query_steer.diagnostics.separability import separability
 from sae_query_steer.diagnostics.site_verdicts import site_verdicts
@@ -65,12 +66,15 @@ def site_table(
     Interchange effect and separability are measured on validation prompts that request a level,
     at the last prompt token; the label's share of the query's variance on the training prompts.
     """
-    validation = TutorCorpus("validation", seed=settings.seed, notes=notes).examples(240)
+    texts = TutorCorpus("validation", seed=settings.seed, notes=notes).examples(240)
+    validation = tokenize_examples(model, texts)
     moved = interchange_effect(
         model, sites, validation, n_pairs=settings.n_pairs, per_head=False, seed=settings.seed
     )
     apart = separability(model, saes, validation, seed=settings.seed)
-    queries = CentroidTargetBuilder(model, identity_encoders(sites)).fit(requested)
+    queries = CentroidTargetBuilder(model, identity_encoders(sites)).fit(
+        tokenize_examples(model, requested)
+    )
     shares = {site.layer: queries.class_share_of_variance(site.hook_name) for site in sites}
     table = moved.merge(apart[apart["head"] == ALL_HEADS], on=["layer", "head"])
     return table.assign(label_share=[shares[int(layer)] for layer in table["layer"]]).drop(

@@ -13,13 +13,13 @@ from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.compare.comparison import Method
 from sae_query_steer.compare.rowwise import check_rows
 from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
 from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steering.intervention import Steerer
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace
-from sae_query_steer.targets.builder import as_tokenized
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def interchange_methods(
                     f"{len(cases) - len(asking)} of {len(cases)} cases have no requesting prompt: "
                     "there are no queries to patch in; leave interchange_methods out"
                 )
-            read = as_tokenized(asking, model, prepend_bos=True, chat_template=chat_template)
+            read = tokenize_examples(model, asking, chat_template=chat_template)
             rows = [example.tokens for example in read]
             queries = read_activations(model, pad_sequence(rows, batch_first=True), list(sites))
             last = torch.tensor([len(row) - 1 for row in rows])

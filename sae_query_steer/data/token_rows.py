@@ -47,7 +47,7 @@ def token_rows(
     n_ctx = int(model.cfg.n_ctx)
     context_size = min(128, n_ctx) if context_size is None else context_size
     if not 2 <= context_size <= n_ctx:
-        raise ValueError(f"context_size={context_size} is not allowed: give 2 to n_ctx={n_ctx}")
+        raise ValueError(f"context_size must be 2 to n_ctx={n_ctx}, got {context_size}")
     if isinstance(texts, str):
         raise TypeError("texts is one string: give a list of strings, one for each document")
     if isinstance(texts, DatasetDict | IterableDatasetDict | IterableDataset):
@@ -88,8 +88,8 @@ def token_rows(
 def _given_rows(rows: Tensor, n_ctx: int, d_vocab: int) -> Tensor:
     if rows.ndim != 2 or rows.is_floating_point() or rows.numel() == 0:
         raise ValueError(
-            f"token rows of shape {list(rows.shape)} and type {rows.dtype} are not allowed: give "
-            "whole numbers [row pos]"
+            f"token rows must be whole numbers [row pos], got shape {list(rows.shape)} and type "
+            f"{rows.dtype}"
         )
     if rows.shape[1] > n_ctx or int(rows.min()) < 0 or int(rows.max()) >= d_vocab:
         raise ValueError(

@@ -189,9 +189,26 @@ class TokenizedExamples(Sequence[TokenizedExample]):
         """The class of each example."""
         return tuple(example.label for example in self.examples)
 
+    def joined(self, others: "TokenizedExamples") -> "TokenizedExamples":
+        """Return these examples and others after them, to be read as these are."""
+        return dataclasses.replace(self, examples=[*self.examples, *others.examples])
+
     def subset(self, indices: Iterable[int]) -> "TokenizedExamples":
         """Return the examples with these indices, in this order."""
         return dataclasses.replace(self, examples=[self.examples[i] for i in indices])
+
+
+def check_tokenized(examples: object, *, name: str = "examples") -> None:
+    """Raise unless a value is tokenised examples.
+
+    Raises:
+        TypeError: the message says how to tokenise.
+    """
+    if not isinstance(examples, TokenizedExamples):
+        raise TypeError(
+            f"{name} must be TokenizedExamples, got {type(examples).__name__}: use "
+            "tokenize_examples(model, examples)"
+        )
 
 
 def tokenize_examples(
@@ -217,8 +234,6 @@ def tokenize_examples(
         ValueError: no examples, or one that is longer than the model's context or has no exact
             boundary; the message gives its index.
     """
-    if isinstance(examples, TokenizedExamples):
-        raise TypeError("examples are tokenised already")
     n_ctx = int(model.cfg.n_ctx)
     tokenized = []
     for index, example in enumerate(examples):

@@ -1,134 +1,181 @@
-"""The interchange effect: does a site's query decide anything that steering could change?
+"""Effects on the next token: of real queries patched in (interchange), and of a steerer."""
 
-Real queries of another class are patched in, and the next token is looked at. It is an
-on-distribution reference, not a bound: a steer can overshoot it.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from sae_query_steer.data.batches import TokenBatch
-from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples
-from sae_query_steer.diagnostics.interchange_pairs import Pair
-from sae_query_steer.diagnostics.query_patches import Patch, Trial, prepared
-from sae_query_steer.models.activations import read_at_span
-from sae_query_steer.scopes.positions import Span
-from sae_query_steer.sites import QuerySite
+from sae_query_steer.data.tokenized import TokenizedExamples
+from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.diagnostics.patches import Pair, Patch, Trial
+from sae_query_steer.models.activations import read_activations, read_at_span
+from sae_query_steer.sites import QuerySite, check_sites
+from sae_query_steer.steering.steerer import LatentGradientSteerer
 
 
 def interchange_effect(
     model: Any,
     sites: Sequence[QuerySite],
-    examples: Sequence[LabelledExample | TokenizedExample],
+    examples: TokenizedExamples,
     *,
-    counterparts: Sequence[LabelledExample | TokenizedExample] | None = None,
-    span: Span | None = None,
+    counterparts: TokenizedExamples | None = None,
     n_pairs: int = 64,
     per_head: bool = True,
     seed: int = 0,
-    prepend_bos: bool = True,
-    chat_template: bool = False,
-    batch_size: int = 32,
 ) -> pd.DataFrame:
     """Return how far real queries of another class move the next token, at each site and head.
 
-    For each pair the queries of the donor's span are patched into the receiver's, token by token
-    from the start of the span, and the distribution of the next token is read at the patched
-    positions. The control patches queries of another example of the receiver's own class: what it
-    moves is content, not class.
+    For each pair the queries at the source's span are patched into the base's, token by token from
+    the start of the span, and the next-token distribution is read at the patched positions. The
+    negative control patches queries of another example of the base's own class. It is an
+    on-distribution reference, not a bound: a steerer can overshoot it.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         sites: where, from `query_sites`.
-        examples: labelled examples, two or more of each class.
+        examples: two or more of each class, with the span to patch.
         counterparts: for each example the same text made for another class, such as the prompt
-            with another request, where there are such. The donor is then the counterpart, and c
-            below its own next-token distribution: content is equal on both sides, so the class
-            stands out more.
-        span: which positions are patched; None means the last prompt token.
-        n_pairs: pairs, drawn evenly from the classes; every example is a receiver once before one
-            is so twice.
+            with another request. It is then the source, and c below is its own next-token
+            distribution: the content is equal on both sides, so the class stands out more.
+        n_pairs: pairs, drawn evenly from the classes; every example is a base once before one is
+            so twice.
         per_head: also patch every head alone, not only all heads of a layer.
         seed: of the pairs.
-        prepend_bos: begin every prompt with BOS.
-        chat_template: put every prompt into the tokenizer's chat template.
-        batch_size: rows of one forward pass.
 
     Returns:
         A row for each layer, with head "all", and with `per_head` for each of its heads, with
-        the columns
 
-        - kl: mean KL(unpatched || patched) of the next token, in nats, donor of another class
-        - kl_control: the same, donor of the receiver's own class
-        - moved: mean total variation between unpatched and patched: the share of the next token's
-          probability that changes hands, donor of another class
-        - moved_control: the same, donor of the receiver's own class
+        - kl, kl_control: mean KL(unpatched || patched) of the next token in nats, with a source of
+          another class and of the base's own
+        - moved, moved_control: mean total variation between unpatched and patched
         - toward_class: by how many nats the patch lowers KL(c || next token), where c is the mean
-          next-token distribution of the donor's class at its own span
-        - toward_share: that, as a share of KL(c || unpatched): 1 would be all the way
-        - toward_control: the same as toward_class, towards the same c, but with the queries of the
-          donor of the receiver's own class: what any patch does
-        - class_effect: toward_class minus toward_control. Where it is within two standard errors of
-          0, nothing says that the queries of this site carry the class into the next token.
-        - class_effect_se: its standard error, the larger of two that count receivers, or donors,
-          and not pairs as independent; NaN with fewer than two of either. Two standard errors are
-          meant for one site: of forty, about one is beyond them, above, by luck. With fewer than
-          some twenty examples a class it is too small.
-        - class_share: class_effect as a share of class_gap: how far of the way from the receiver's
-          class to the donor's, where 1 is as near as a real prompt of the donor's class. NaN where
-          there is no gap.
-        - class_gap: KL(c || next token of the receiver) minus KL(c || next token of the donor),
-          both unpatched, the donor left out of c: what the class changes in the next token at all
-        - class_gap_se: its standard error
+          next-token distribution of the source's class at its own span
+        - toward_share: toward_class as a share of KL(c || unpatched)
+        - toward_control: as toward_class, towards the same c, with queries of the own class
+        - class_effect: toward_class minus toward_control
+        - class_effect_se: its standard error, the larger of those clustered by bases and by
+          sources; NaN with fewer than two of either, too small with fewer than some 20 examples a
+          class
+        - class_gap: KL(c || next token of the base) minus KL(c || next token of the source), both
+          unpatched, the source left out of c
+        - class_share: class_effect as a share of class_gap: 1 is as near as a real prompt of the
+          source's class. NaN without a gap.
+        - class_gap_se: the standard error of class_gap
         - n_pairs
 
-        `site_verdicts` reads it.
+        `site_verdicts` interprets it.
 
     Raises:
-        ValueError: too few examples of a class, or counterparts that do not fit.
+        ValueError: too few examples of a class, counterparts that do not fit, or a model that is
+            being steered.
 
-    Source: our choice; interchange interventions as in causal abstraction.
+    Source: interchange interventions as in causal abstraction.
     """
-    trial = prepared(
-        model,
-        sites,
-        examples,
-        counterparts,
-        span=span,
-        n_pairs=n_pairs,
-        per_head=per_head,
-        seed=seed,
-        prepend_bos=prepend_bos,
-        chat_template=chat_template,
-        batch_size=batch_size,
-    )
-    donors = _donor_queries(trial)
+    check_sites(sites)
+    for site in sites:
+        site.check(model)
+    trial = Trial(model, examples, counterparts, n_pairs=n_pairs, seed=seed)
+    queries = _source_queries(trial, [site.hook_name for site in sites])
 
-    def patches(batch: TokenBatch, mask: Tensor, pairs: Sequence[Pair]) -> tuple[Patch, Patch]:
-        del batch
+    def patches(batch: TokenBatch, pairs: Sequence[Pair]) -> tuple[Patch, Patch]:
+        mask = batch.mask(trial.examples.span)
         return (
-            Patch.between(mask, [donors[pair.other] for pair in pairs]),
-            Patch.between(mask, [donors[pair.control] for pair in pairs]),
+            _laid_over(mask, [queries[pair.source] for pair in pairs]),
+            _laid_over(mask, [queries[pair.control] for pair in pairs]),
         )
 
-    return trial.table(patches, "Patching queries")
+    heads = {site: range(site.n_heads) for site in sites}
+    return trial.table(heads, patches, per_head=per_head, description="Patching queries")
 
 
-def _donor_queries(trial: Trial) -> dict[int, dict[str, Tensor]]:
-    """Return the queries at the span of every donor, [token head d_head] by hook name."""
-    chosen = sorted({i for pair in trial.pairs for i in (pair.other, pair.control)})
-    names = [site.hook_name for site in trial.sites]
-    examples = [trial.examples[i] for i in chosen]
+def achieved_effect(
+    model: Any,
+    steerer: LatentGradientSteerer,
+    examples: TokenizedExamples,
+    *,
+    counterparts: TokenizedExamples | None = None,
+    n_pairs: int = 64,
+    per_head: bool = True,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return how far a steerer moves the next token towards another class, at each site and head.
+
+    The same metric as `interchange_effect`, with the same pairs for equal examples and seed, for
+    the steering intervention: the base's own queries are steered towards the source's class and,
+    for the negative control, towards the class that the base has already. Nothing is generated.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        steerer: gives encoders, centroids (best of other texts than the examples), objective and
+            strength; its sites are steered one at a time, at the span of the examples and not at
+            its scope, and its target is replaced.
+        examples: as in `interchange_effect`, like the other arguments.
+        counterparts: as there.
+        n_pairs: as there.
+        per_head: as there, for the heads of the steerer.
+        seed: as there.
+
+    Returns:
+        The columns of `interchange_effect`.
+
+    Raises:
+        ValueError: too few examples of a class, a class without a centroid, or a steerer of another
+            model.
+    """
+    steerer.check_model(model)
+    trial = Trial(model, examples, counterparts, n_pairs=n_pairs, seed=seed)
+    sites = {name: steerer.sites[name] for name in steerer.site_heads}
+
+    def patches(batch: TokenBatch, pairs: Sequence[Pair]) -> tuple[Patch, Patch]:
+        rows, columns = batch.mask(trial.examples.span).nonzero(as_tuple=True)
+        tokens = TokenPlaces(
+            row=rows,
+            position=columns,
+            n_rows=len(pairs),
+            prompt_lengths=batch.prompt_lengths,
+        )
+        read = read_activations(model, batch.tokens, list(sites))
+        queries = {n: q[rows.to(q.device), columns.to(q.device)] for n, q in read.items()}
+        made = []
+        for sources in ([p.source for p in pairs], [p.base for p in pairs]):
+            towards = replace(steerer, target=[trial.examples[i].label for i in sources])
+            steered = {name: query.clone() for name, query in queries.items()}
+            for name, heads in steerer.site_heads.items():
+                own = queries[name][:, list(heads)]
+                change = towards.change(name, own, tokens, record=False)
+                steered[name][:, list(heads)] += change.delta.to(own)
+            made.append(Patch(rows, columns, steered))
+        return made[0], made[1]
+
+    chosen = {site: steerer.site_heads[name] for name, site in sites.items()}
+    return trial.table(chosen, patches, per_head=per_head, description="Steering queries")
+
+
+def _source_queries(trial: Trial, hook_names: list[str]) -> dict[int, dict[str, Tensor]]:
+    """Return the queries at the span of every source, [token head d_head] by hook name."""
+    chosen = sorted({i for pair in trial.pairs for i in (pair.source, pair.control)})
     queries: dict[int, dict[str, Tensor]] = {}
-    read = TokenizedExamples(examples=examples, span=trial.span, batch_size=trial.batch_size)
-    for batch in read_at_span(trial.model, read, names):
+    for batch in read_at_span(trial.model, trial.examples.subset(chosen), hook_names):
         for row in batch.row.unique().tolist():
             own = batch.row == row
-            queries[chosen[row]] = {
-                name: q[own.to(q.device)] for name, q in batch.activations.items()
-            }
+            queries[chosen[row]] = {n: q[own.to(q.device)] for n, q in batch.activations.items()}
     return queries
+
+
+def _laid_over(mask: Tensor, sources: Sequence[Mapping[str, Tensor]]) -> Patch:
+    """Lay each source over the span of its row, token by token; the longer span is cut."""
+    rows, columns = [], []
+    parts: dict[str, list[Tensor]] = {name: [] for name in sources[0]}
+    for row, source in enumerate(sources):
+        own = mask[row].nonzero()[:, 0]
+        n = min(len(own), len(next(iter(source.values()))))
+        rows.append(torch.full((n,), row))
+        columns.append(own[:n])
+        for name, queries in source.items():
+            parts[name].append(queries[:n])
+    queries = {name: torch.cat(part) for name, part in parts.items()}
+    return Patch(torch.cat(rows), torch.cat(columns), queries)

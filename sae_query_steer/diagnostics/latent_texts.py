@@ -1,4 +1,4 @@
-"""The texts that make latents fire most, of all latents of all heads in one pass."""
+"""Find the tokens at which latents are most active, for all latents in one pass."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
 from sae_query_steer.steering.intervention import chosen_heads
-from sae_query_steer.targets.capture import check_devices
+from sae_query_steer.targets.fingerprint import check_devices
 
 LATENTS_AT_ONCE = 2**24
-"""Latents of tokens that are looked at together: 64 MiB in 32 bits."""
+"""Activations encoded together: 64 MiB in 32 bits."""
 
 
 @torch.no_grad()
@@ -32,48 +32,36 @@ def top_tokens(
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     n_tokens: int | None = None,
     ignore_bos: bool = True,
-    context_size: int | None = None,
-    concat_sequences: bool = False,
-    prepend_bos: bool = True,
-    text_column: str = "text",
     batch_size: int = 16,
+    **reading: Any,
 ) -> TopTokens:
     """Return the k tokens at which each latent of each head is most active, in one pass.
 
-    Batch by batch a latent's k best so far are kept, so that memory grows with latents times k and
-    not with the texts (whose ids are kept, 32 bits a token). Of tokens with equal activations the
-    earlier counts as the more active, so that the batches make no difference.
+    Memory grows with latents times k, not with the texts (whose ids are kept, 32 bits a token). Of
+    tokens with equal activations the earlier counts as the more active.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
-        saes: encoders by hook name; all of their sites are looked at.
-        texts: in any form that `train_query_saes` takes.
+        saes: encoders by hook name.
+        texts: in any form that `token_rows` takes.
         k: tokens of each latent, 1 or more.
         heads: which heads: the same in each layer, or by layer; None means all.
-        n_tokens: about how many tokens to read, whole rows; None means all.
-        ignore_bos: pass over BOS: it reads the same at the start of every text, and would take up
-            all k places of the latents that fire there.
-        context_size: tokens of a row; None means as many as the model reads, or 128 where
-            documents are joined.
-        concat_sequences: join documents into full rows, and cut those that are too long; False
-            keeps each whole, so that the rows of the result are the texts that you gave.
-        prepend_bos: begin rows and documents with BOS.
-        text_column: column of a `datasets.Dataset` that holds the text.
+        n_tokens: about how many tokens to read, in whole rows; None means all.
+        ignore_bos: leave out BOS, which has the same activations at the start of every text.
         batch_size: rows of one forward pass.
+        reading: options of `token_rows`; by default every text stays whole.
 
     Returns:
         The tokens, on the CPU; `table` shows them with the text around them.
 
     Raises:
-        ValueError: a number below 1, a site, head or layer that there is not, texts that can't be
-            used, an SAE on another device, or a steer in place.
-
-    Source: our choice.
+        ValueError: a number below 1, a site, head or layer that does not exist, unusable texts, an
+            SAE on another device, or a model that is being steered.
     """
     if k < 1 or batch_size < 1 or (n_tokens is not None and n_tokens < 1):
         raise ValueError(
-            f"k={k}, batch_size={batch_size} and n_tokens={n_tokens} are not allowed: give 1 or "
-            "more"
+            f"k, batch_size and n_tokens must be 1 or more, got k={k}, batch_size={batch_size} and "
+            f"n_tokens={n_tokens}"
         )
     sites = encoder_sites(saes)
     for site in sites.values():
@@ -82,23 +70,16 @@ def top_tokens(
     check_devices(model, saes)
     check_not_steered(model)
     tokenizer = tokenizer_of(model)
-    if context_size is None and not concat_sequences:
-        context_size = int(model.cfg.n_ctx)
-    rows = token_rows(
-        model,
-        texts,
-        context_size=context_size,
-        concat_sequences=concat_sequences,
-        prepend_bos=prepend_bos,
-        text_column=text_column,
-    ).long()
+    reading.setdefault("concat_sequences", False)
+    if not reading["concat_sequences"] and reading.get("context_size") is None:
+        reading["context_size"] = int(model.cfg.n_ctx)
+    rows = token_rows(model, texts, **reading).long()
     if n_tokens is not None:
         rows = rows[: max(1, n_tokens // rows.shape[1])]
     found = {name: _TopK(saes[name], some, k) for name, some in picked.items()}
     n_read = 0
-    bos = tokenizer.bos_token_id if ignore_bos else None
     for start, tokens, real in row_batches(rows, batch_size, "Reading latents"):
-        counted = real if bos is None else real & (tokens != bos)
+        counted = real & (tokens != tokenizer.bos_token_id) if ignore_bos else real
         row, position = counted.nonzero(as_tuple=True)
         n_read += len(row)
         places = (start + row) * rows.shape[1] + position
@@ -128,30 +109,26 @@ def top_activating_texts(
     context: int = 10,
     **reading: Any,
 ) -> pd.DataFrame:
-    """Return the k tokens at which latents of one head are most active, with the text around them.
+    """Return `TopTokens.table` for latents of one head.
 
     For latents of several heads call `top_tokens` once, and its `table` for each.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         saes: encoders by hook name.
-        texts: in any form that `train_query_saes` takes.
+        texts: in any form that `token_rows` takes.
         hook_name: the site.
         head: the head.
         latents: which; None means all that fire.
         k: tokens of each latent.
         context: tokens of text on either side.
-        reading: how to read the texts, as in `top_tokens`.
-
-    Returns:
-        As `TopTokens.table`.
+        reading: further options of `top_tokens`.
 
     Raises:
         ValueError: as `top_tokens` and `TopTokens.table`.
     """
-    sites = encoder_sites(saes)
-    if hook_name not in sites:
-        raise ValueError(f"no SAE at {hook_name}: there is one at {sorted(sites)}")
+    if hook_name not in saes:
+        raise ValueError(f"no SAE at {hook_name}: there is one at {sorted(saes)}")
     found = top_tokens(model, {hook_name: saes[hook_name]}, texts, k=k, heads=[head], **reading)
     return found.table(hook_name, head, latents, context=context)
 
@@ -176,12 +153,12 @@ class _TopK:
             self._merge(latents.flatten(1), where.to(device))
 
     def _merge(self, latents: Float[Tensor, "token latent"], places: Tensor) -> None:
-        """Take in what exceeds a latent's last of k: soon that is little."""
+        """Merge the activations that exceed the last of a latent's k."""
         k = self.values.shape[-1]
         values, kept = self.values.view(-1, k), self.places.view(-1, k)
         token, latent = (latents > values[:, -1]).nonzero(as_tuple=True)
         touched = latent.unique()
-        # The old ones first, and the rest in the order of the texts: the sorts leave equals so.
+        # Old ones first, then in the order of the texts: stable sorts keep equals so.
         value = torch.cat([values[touched].flatten(), latents[token, latent]])
         place = torch.cat([kept[touched].flatten(), places[token]])
         latent = torch.cat([touched.repeat_interleave(k), latent])

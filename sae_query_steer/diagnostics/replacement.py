@@ -1,4 +1,4 @@
-"""What a model loses with some of its queries replaced: next tokens and attention."""
+"""The effect of replacing queries on next tokens and attention."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ from sae_query_steer.diagnostics.metrics import kl_divergence
 from sae_query_steer.models.activations import LOGITS, read_activations
 
 KINDS = ("sae", "zero", "mean")
-"""What stands in for the query: its reconstruction, zero, or the mean query of the head."""
+"""Replacements of the query: its reconstruction, zero, or the mean query of the head."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConstantEncoder:
-    """An encoder that keeps nothing: every query becomes the same."""
+    """An encoder without latents that decodes every query to one value."""
 
     value: Float[Tensor, "head d_head"]
-    """What it becomes."""
+    """The value."""
 
     latent_min: ClassVar[float | None] = None
 
@@ -36,21 +36,21 @@ class ConstantEncoder:
 
     @property
     def d_latent(self) -> int:
-        """There are no latents."""
+        """0."""
         return 0
 
     def encode(self, x: Float[Tensor, "*batch head d_head"], /) -> Tensor:
-        """Return nothing, for every query."""
+        """Return no latents."""
         return x[..., :0]
 
     def decode(self, feature_acts: Float[Tensor, "*batch head zero"], /) -> Tensor:
-        """Return the value, for every query."""
+        """Return the value for every query."""
         return self.value.expand(*feature_acts.shape[:-1], -1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionRun:
-    """What one forward pass says of the next token and of attention."""
+    """Next-token distribution and attention of one forward pass."""
 
     log_probs: Float[Tensor, "batch pos d_vocab"]
     """Of the next token."""
@@ -64,7 +64,7 @@ class AttentionRun:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, tokens: Tensor, layers: list[int]) -> "AttentionRun":
-        """Run a model on token rows, and keep the attention of some layers."""
+        """Run a model on token rows and keep the attention of some layers."""
         names = {n: f"blocks.{n}.attn.hook_{{}}" for n in layers}
         wanted = [
             name.format(what) for name in names.values() for what in ("pattern", "attn_scores")
@@ -79,7 +79,7 @@ class AttentionRun:
 
 @dataclass(eq=False)
 class ReplacementLosses:
-    """Streams what the model loses with some queries replaced."""
+    """Streams the losses with some queries replaced."""
 
     sums: dict[str, float] = field(default_factory=dict)
     """Sums over tokens, and their numbers."""
@@ -92,16 +92,16 @@ class ReplacementLosses:
         tokens: Int[Tensor, "batch pos"],
         real: Bool[Tensor, "batch pos"],
     ) -> None:
-        """Add what a batch of rows loses with one of `KINDS` in place."""
-        told = real[:, 1:].to(run.log_probs.device)  # a token that has a next one
+        """Add the losses of a batch of rows with one of `KINDS` in place."""
+        counted = real[:, 1:].to(run.log_probs.device)  # a token that has a next one
         following = tokens[:, 1:, None].to(run.log_probs.device)
         for name, log_probs in (("clean", bare.log_probs), (kind, run.log_probs)):
             losses = -log_probs[:, :-1].gather(-1, following)[..., 0]
             if name != "clean" or kind == KINDS[0]:
-                self._add(f"ce_{name}", losses[told])
-        self._add(f"kl_{kind}", kl_divergence(bare.log_probs, run.log_probs)[:, :-1][told])
+                self._add(f"ce_{name}", losses[counted])
+        self._add(f"kl_{kind}", kl_divergence(bare.log_probs, run.log_probs)[:, :-1][counted])
         if kind == KINDS[0]:
-            self._add("n", told.float()[told])
+            self._add("n", counted.float()[counted])
 
     def update_attention(
         self,
@@ -111,16 +111,16 @@ class ReplacementLosses:
         heads: list[int],
         real: Bool[Tensor, "batch pos"],
     ) -> None:
-        """Add how far the attention of some heads moved; `run` has the reconstruction in place."""
+        """Add the change of attention of some heads; `run` has the reconstruction in place."""
         before, after = bare.patterns[layer][:, heads], run.patterns[layer][:, heads]
         divergence = kl_divergence(
             before.float().log(), after.float().clamp(min=1e-30).log()
         ).transpose(1, 2)
-        told = real.to(divergence.device)
-        self._add("pattern_kl", divergence[told].mean(-1))
-        self._add("n_queries", told.float()[told])
+        counted = real.to(divergence.device)
+        self._add("pattern_kl", divergence[counted].mean(-1))
+        self._add("n_queries", counted.float()[counted])
         seen = torch.ones(before.shape[-2:], dtype=torch.bool, device=before.device).tril()
-        mask = seen & told[:, None, :, None]
+        mask = seen & counted[:, None, :, None]
         before = _centred(bare.scores[layer][:, heads].float(), seen).where(mask, 0.0)
         after = _centred(run.scores[layer][:, heads].float(), seen).where(mask, 0.0)
         self._add("score_error", (after - before).square())

@@ -1,4 +1,4 @@
-"""How good SAEs of queries are: what they keep, and what the model loses with them in place."""
+"""Scores of query SAEs: reconstruction, and the effect of replacing queries on the model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 from sae_query_steer.steering.attach import attached_saes
 from sae_query_steer.steering.intervention import chosen_heads
-from sae_query_steer.targets.capture import check_devices
+from sae_query_steer.targets.fingerprint import check_devices
 
 
 def evaluate_saes(
@@ -34,62 +34,52 @@ def evaluate_saes(
     n_tokens: int = 16_384,
     per_head: bool = True,
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
-    context_size: int | None = None,
-    concat_sequences: bool = True,
-    prepend_bos: bool = True,
-    text_column: str = "text",
     batch_size: int = 16,
+    **reading: Any,
 ) -> pd.DataFrame:
     """Return scores of every SAE, head by head and for all heads of a layer together.
 
     Give texts that the SAEs were not trained on. The model runs over all tokens twice, and three
-    times more for each row of the result: `heads` and `per_head` say which rows are worth it.
+    times more for each row of the result: `heads` and `per_head` limit the rows.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         saes: the SAEs by hook name; identity encoders are scored as well.
-        texts: in any form that `train_query_saes` takes.
-        n_tokens: about how many tokens to read: whole rows, as many as there are at most.
+        texts: in any form that `token_rows` takes.
+        n_tokens: about how many tokens to read, in whole rows.
         per_head: also replace the query of every head alone; False leaves the rows "all".
-        heads: give the rows of these heads alone, and none with head "all": the same heads in
-            each layer, or heads by layer, where a layer that is not named gets no row. None gives
-            every head and "all".
-        context_size: tokens of a row; None means 128, or the model's context where that is less.
-        concat_sequences: join documents into full rows; False keeps each whole.
-        prepend_bos: begin rows and documents with BOS.
-        text_column: column of a `datasets.Dataset` that holds the text.
+        heads: only these heads and no "all": the same heads in each layer, or heads by layer;
+            None means every head and "all".
         batch_size: rows of one forward pass.
+        reading: options of `token_rows`; by default texts are packed into full rows.
 
     Returns:
         One row for each layer and head, and one with head "all" unless `heads` are given, with
-        the columns
 
-        - l0, explained_variance, dead_share: as in `QuerySAEs.metrics`, here on these texts; for
-          "all" l0 is that of all heads together;
-        - cosine: mean cosine of query and reconstruction;
-        - max_decoder_cosine: largest cosine between two decoder rows of a head;
+        - l0, explained_variance, dead_share: as in `QuerySAEs.metrics`, on these texts; for "all"
+          l0 is that of all heads together
+        - cosine: mean cosine of query and reconstruction
+        - max_decoder_cosine: largest cosine between two decoder rows of a head
         - position_share: share of the latents' variance that the token's position explains,
-          corrected for chance;
-        - ce_clean and ce_sae, ce_zero, ce_mean: cross entropy of the next token, in nats, bare and
-          with the query replaced; kl_sae, kl_zero, kl_mean: KL(bare || replaced) of its
-          distribution, in nats. A query of zero attends evenly to all it may see;
+          corrected for chance
+        - ce_clean, ce_sae, ce_zero, ce_mean: cross entropy of the next token in nats, unmodified
+          and with the query replaced; kl_sae, kl_zero, kl_mean: KL(clean || replaced) in nats. A
+          zero query attends evenly.
         - ce_score_zero, ce_score_mean: (CE_ablated - CE_sae) / (CE_ablated - CE_clean), and
-          kl_score_zero, kl_score_mean: (KL_ablated - KL_sae) / KL_ablated; NaN where the ablation
-          changes nothing that could be recovered;
-        - pattern_kl: KL(bare || reconstructed) of the attention pattern, in nats, mean over queries
-          and the heads in question;
-        - score_error: squared error of the attention scores over their squared norm, both
-          centred over the keys that a query may see, for the softmax sees nothing else;
-        - n_tokens.
+          kl_score_zero, kl_score_mean: (KL_ablated - KL_sae) / KL_ablated; NaN if the ablation
+          has no effect
+        - pattern_kl: KL(clean || reconstructed) of the attention pattern in nats, mean over queries
+          and heads
+        - score_error: squared error of the attention scores over their squared norm, both centred
+          over the visible keys, because the softmax ignores their mean
+        - n_tokens
 
     Raises:
-        TypeError: a value of `saes` is no encoder, or `heads` is no list.
-        ValueError: a site that the model does not have, a head or layer that `saes` does not have,
-            no head at all or with `per_head=False`, an SAE on another device, texts that can't be
-            used, or a steer in place; before any work starts.
+        TypeError: a value of `saes` is not an encoder, or `heads` is not a list.
+        ValueError: a site, head or layer that does not exist, no row left, an SAE on another
+            device, unusable texts, or a model that is being steered; before any work starts.
 
-    Source: SAELens's evals for l0, explained variance, CE and KL scores; the attention scores and
-    the position's share are our choice.
+    Source: SAELens's evals for l0, explained variance, CE and KL scores.
     """
     sites = encoder_sites(saes)
     for site in sites.values():
@@ -99,16 +89,9 @@ def evaluate_saes(
     check_not_steered(model)
     if n_tokens < 1 or batch_size < 1:
         raise ValueError(
-            f"n_tokens={n_tokens} and batch_size={batch_size} are not allowed: give 1 or more"
+            f"n_tokens and batch_size must be 1 or more, got {n_tokens} and {batch_size}"
         )
-    rows = token_rows(
-        model,
-        texts,
-        context_size=context_size,
-        concat_sequences=concat_sequences,
-        prepend_bos=prepend_bos,
-        text_column=text_column,
-    ).long()
+    rows = token_rows(model, texts, **reading).long()
     rows = rows[: max(1, n_tokens // rows.shape[1])]
     kept = {name: _Kept(saes[name], rows.shape[1]) for name in replaced}
     for _, tokens, real in row_batches(rows, batch_size, "Reading queries"):
@@ -144,7 +127,7 @@ def _replaced(
     *,
     per_head: bool,
 ) -> dict[str, list[int | str]]:
-    """Return what is replaced at each site, one entry for each row of the result."""
+    """Return the heads that are replaced at each site, one entry for each row of the result."""
     if heads is None:
         return {
             name: [*(range(site.n_heads) if per_head else ()), ALL_HEADS]
@@ -152,20 +135,19 @@ def _replaced(
         }
     if not per_head:
         raise ValueError(
-            f"heads={heads!r} with per_head=False is not allowed: heads asks for rows of single "
-            "heads, per_head=False for none; give one of the two"
+            f"heads must be None with per_head=False, got {heads!r}: it asks for single heads"
         )
     if isinstance(heads, Sequence | Mapping) and not heads:
         raise ValueError(
-            f"heads={heads!r} leaves no row: name at least one head, or give per_head=False "
-            f"instead for the rows {ALL_HEADS!r}"
+            f"heads must name at least one head, got {heads!r}; per_head=False gives the rows "
+            f"{ALL_HEADS!r}"
         )
     picked = chosen_heads(sites, None, heads)
     return {name: list(picked[name]) for name in sites if name in picked}
 
 
 class _Kept:
-    """Streams what an SAE keeps of the queries of one site."""
+    """Streams the reconstruction scores of one site."""
 
     def __init__(self, encoder: QueryEncoder, n_positions: int) -> None:
         self.encoder, self.moments = encoder, ReconstructionMoments()
@@ -193,7 +175,7 @@ class _Kept:
         self._query_sum += queries[real].double().sum(0).cpu()
 
     def ablations(self) -> tuple[tuple[str, QueryEncoder], ...]:
-        """Return the encoders that put zero, and each head's mean query, in place of the query."""
+        """Return the encoders of the zero and mean ablation."""
         mean = (self._query_sum / self.moments.n_tokens).float()
         return ("zero", ConstantEncoder(value=torch.zeros_like(mean))), (
             "mean",

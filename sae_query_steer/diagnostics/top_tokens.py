@@ -1,4 +1,4 @@
-"""`TopTokens`: where each latent is most active, and the texts around these tokens."""
+"""`TopTokens`: the tokens at which each latent is most active, with the text around them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,30 +53,29 @@ class TopTokens:
             hook_name: the site.
             head: the head.
             latents: which, in this order; None means all that fire.
-            k: tokens of each latent; None means as many as are kept.
-            context: tokens of text on either side, as far as the row has them; its BOS is left out.
+            k: tokens of each latent; None means all that are kept.
+            context: tokens of text on either side, without the row's BOS.
 
         Returns:
             A row for each latent and token, the most active first, with hook_name, head, latent,
             rank (from 1), activation, frequency (share of all tokens at which the latent fires),
             row and position of the token (absolute; BOS counts), token (its id), left, text,
-            right. left + text + right is the text as it stands there. A latent that never fires
-            has none.
+            right. left + text + right is the text as it is there. A latent that never fires has
+            no rows.
 
         Raises:
-            ValueError: a site, head or latent that was not looked at, or a number below its least.
+            ValueError: a site, head or latent that was not read, or a number out of range.
         """
         if hook_name not in self.heads or head not in self.heads[hook_name]:
             raise ValueError(
-                f"head {head} at {hook_name} was not looked at: there are "
+                f"head {head} at {hook_name} was not read: there are "
                 f"{ {name: list(heads) for name, heads in self.heads.items()} }"
             )
         kept = self.activations[hook_name].shape[-1]
         k = kept if k is None else k
         if not 1 <= k <= kept or context < 0:
             raise ValueError(
-                f"k={k} and context={context} are not allowed: k goes from 1 to the {kept} tokens "
-                "that are kept, context is 0 or more"
+                f"k must be 1 to {kept} and context 0 or more, got k={k} and context={context}"
             )
         place = self.heads[hook_name].index(head)
         activations = self.activations[hook_name][place, :, :k]
@@ -118,8 +117,8 @@ class TopTokens:
 def _around(tokenizer: Any, row: Tensor, at: int, context: int) -> tuple[str, str, str]:
     """Return the text before a token, its own and the text after it.
 
-    A token alone may read otherwise than in its text: its leading space is lost, or it is a part
-    of a letter. So longer and longer pieces are decoded, and what each adds is taken.
+    A token decoded alone can differ from its part of the text: its leading space is lost, or it is
+    part of a character. So the pieces are differences of longer and longer decoded texts.
     """
     ids = row[row != PAD].tolist()
     begins = 1 if ids[0] == tokenizer.bos_token_id and at > 0 else 0

@@ -23,13 +23,12 @@ from sae_query_steer.hub.layout import (
     check_files,
     read_index,
 )
-from sae_query_steer.models.activations import read_activations, without_hooks
 from sae_query_steer.models.fingerprint import (
     Fingerprint,
     check_reconstructions,
-    check_whole,
     default_tolerance,
     dtype_name,
+    read_fingerprint,
     relative_difference,
 )
 from sae_query_steer.models.loading import model_name
@@ -38,9 +37,8 @@ from sae_query_steer.steering.files import steerer_from_settings
 from sae_query_steer.steering.steerer import LatentGradientSteerer
 from sae_query_steer.storage.records import read_json, read_record
 from sae_query_steer.storage.tensors import FLOATS, INTEGERS, read_tensors
-from sae_query_steer.targets.builder import check_shapes
-from sae_query_steer.targets.capture import reconstructions
 from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.fingerprint import check_shapes, reconstructions
 
 _SIZES = ("n_layers", "n_heads", "d_head", "d_model", "d_vocab")
 
@@ -97,8 +95,7 @@ class Bundle:
             raise ValueError(f"another model than the bundle's:{sides}{remedy}")
         if int(stored.tokens.max()) >= here.d_vocab:
             raise ValueError(f"the bundle's fingerprint has tokens outside the vocabulary:{sides}")
-        with without_hooks(model):
-            queries = read_activations(model, stored.tokens, list(stored.queries))
+        queries = read_fingerprint(model, stored.queries, stored.tokens)
         tolerance = default_tolerance(here.dtype, stored.dtype)
         lines = [
             f"\n  at {name} the queries differ by {difference:.3g} (relative), allowed is "
@@ -173,14 +170,12 @@ def _read_fingerprint(folder: Path, hook_names: tuple[str, ...], dtype: str) -> 
     expected = {f"{part}.{n}": (FLOATS, None) for n in hook_names for part in _PARTS}
     tensors = read_tensors(folder, FINGERPRINT, expected | {"tokens": (INTEGERS, None)})
     queries, made = ({n: tensors[f"{part}.{n}"] for n in hook_names} for part in _PARTS)
-    found = Fingerprint(
-        tokens=tensors["tokens"], queries=queries, reconstructions=made, dtype=dtype
-    )
     try:
-        check_whole(found)
+        return Fingerprint(
+            tokens=tensors["tokens"], queries=queries, reconstructions=made, dtype=dtype
+        )
     except ValueError as error:
         raise ValueError(f"{folder / FINGERPRINT} is damaged: {error}") from error
-    return found
 
 
 _PARTS = ("query", "reconstruction")

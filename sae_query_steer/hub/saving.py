@@ -36,9 +36,13 @@ from sae_query_steer.steering.steerer import LatentGradientSteerer
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import rows_table, table_rows, write_json, write_record
 from sae_query_steer.storage.tensors import write_tensors
-from sae_query_steer.targets.builder import check_belongs, check_shapes
-from sae_query_steer.targets.capture import check_devices, take_fingerprint
 from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.fingerprint import (
+    check_belongs,
+    check_devices,
+    check_shapes,
+    take_fingerprint,
+)
 
 
 def save_bundle(

@@ -1,11 +1,11 @@
-"""Is this the model and the SAE that these files belong to?
+"""Fingerprints identify a model and the encoders of its activations.
 
-A fingerprint holds the queries of a model at each site on a few fixed token rows, and what each
-SAE makes of exactly those queries. It is compared within a tolerance, so it holds across hosts,
-devices and number formats, and tells another model, or another SAE, at once.
+A fingerprint holds the activations of a model on fixed token rows and each encoder's
+reconstruction of them. It is compared within a tolerance, so that it holds across backends, devices
+and number formats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,28 +13,51 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_query_steer.models.activations import read_activations, without_hooks
+
 MAX_TOKENS = 1024
-"""Tokens of a fingerprint at most: a model runs on all of them to tell whether it is the one.
-Source: our choice; ours have 12."""
+"""Largest number of tokens of a fingerprint that is read from a file; ours have 12."""
 
 Queries = Float[Tensor, "row pos head d_head"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fingerprint:
-    """Queries on fixed token rows, and the encoder's reconstruction of them, by hook name."""
+    """Activations on fixed token rows and the encoders' reconstructions, by hook name."""
 
     tokens: Int[Tensor, "row pos"]
     """The token rows; see `fingerprint_tokens`."""
 
     queries: Mapping[str, Queries]
-    """The model's queries at each site on these rows."""
+    """The model's activations at each site on these rows."""
 
     reconstructions: Mapping[str, Queries]
     """decode(encode(queries)) of the encoder at each site."""
 
     dtype: str = "float32"
-    """Number format of the model that it was taken on."""
+    """Number format of the model."""
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens
+        if tokens.ndim != 2 or not 1 <= tokens.numel() <= MAX_TOKENS or int(tokens.min()) < 0:
+            raise ValueError(
+                f"the fingerprint's tokens must be 1 to {MAX_TOKENS} in rows, none negative, got "
+                f"shape {list(tokens.shape)}"
+            )
+        for name, query in self.queries.items():
+            if (reconstruction := self.reconstructions.get(name)) is None:
+                raise ValueError(f"the fingerprint lacks the reconstructions at {name}")
+            if (
+                query.shape[:2] != tokens.shape
+                or query.ndim != 4
+                or query.shape != reconstruction.shape
+            ):
+                raise ValueError(
+                    f"the fingerprint at {name} has queries {list(query.shape)} and "
+                    f"reconstructions {list(reconstruction.shape)} of tokens {list(tokens.shape)}"
+                )
+            if not bool(query.isfinite().all() & reconstruction.isfinite().all()):
+                raise ValueError(f"the fingerprint at {name} holds values that are not finite")
 
 
 def fingerprint_tokens(d_vocab: int) -> Int[Tensor, "2 6"]:
@@ -42,41 +65,37 @@ def fingerprint_tokens(d_vocab: int) -> Int[Tensor, "2 6"]:
     return ((2 * torch.arange(12) + 1) * d_vocab // 24).reshape(2, 6)
 
 
+def read_fingerprint(
+    model: Any, hook_names: Iterable[str], tokens: Int[Tensor, "row pos"] | None = None
+) -> dict[str, Queries]:
+    """Return a model's activations on the rows of a fingerprint, read without any hooks.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        hook_names: the sites.
+        tokens: the rows of a stored fingerprint; None means `fingerprint_tokens`.
+
+    Raises:
+        ValueError: the tokens are outside the model's vocabulary.
+    """
+    d_vocab = int(model.cfg.d_vocab)
+    tokens = fingerprint_tokens(d_vocab) if tokens is None else tokens
+    if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
+        raise ValueError(
+            f"another model: the fingerprint's tokens go up to {int(tokens.max())}, the model's "
+            f"vocabulary has {d_vocab}"
+        )
+    with without_hooks(model):
+        return read_activations(model, tokens, hook_names)
+
+
 def dtype_name(model: Any) -> str:
     """Return the number format of a model's weights, such as "bfloat16"."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def check_whole(stored: Fingerprint) -> None:
-    """Raise unless a fingerprint that was read from a file can be compared with a model.
-
-    Raises:
-        ValueError: more tokens than any fingerprint has, queries that are not those of its tokens,
-            or values that are not finite.
-    """
-    tokens = stored.tokens
-    if tokens.ndim != 2 or not 1 <= tokens.numel() <= MAX_TOKENS or int(tokens.min()) < 0:
-        raise ValueError(
-            f"the fingerprint has tokens of shape {list(tokens.shape)}: allowed are up to "
-            f"{MAX_TOKENS} of them in rows, none negative"
-        )
-    for name, query in stored.queries.items():
-        reconstruction = stored.reconstructions[name]
-        if (
-            query.shape[:2] != tokens.shape
-            or query.ndim != 4
-            or query.shape != reconstruction.shape
-        ):
-            raise ValueError(
-                f"the fingerprint at {name} has queries {list(query.shape)} and reconstructions "
-                f"{list(reconstruction.shape)} of tokens {list(tokens.shape)}"
-            )
-        if not bool(query.isfinite().all() & reconstruction.isfinite().all()):
-            raise ValueError(f"the fingerprint at {name} holds values that are not finite")
-
-
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Return ||a - b|| / ||b||, infinite where the shapes differ."""
+    """Return ||a - b|| / ||b||, infinite if the shapes differ."""
     if a.shape != b.shape:
         return float("inf")
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
@@ -84,12 +103,10 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def default_tolerance(*dtypes: str) -> float:
-    """Return how far fingerprints of models in these number formats may differ, relatively.
+    """Return the relative difference up to which fingerprints in these number formats are equal.
 
-    1e-3 where all have 32 or 64 bits, 0.1 where one has fewer.
-
-    Another model of the same shape differs by about 1.4 (two unrelated directions). Source: our
-    choice.
+    1e-3 for 32 and 64 bits, 0.1 if one has fewer. Another model of the same shape differs by about
+    1.4 (two unrelated directions).
     """
     return 1e-3 if set(dtypes) <= {"float32", "float64"} else 0.1
 
@@ -99,18 +116,17 @@ def check_queries(stored: Fingerprint, queries: Mapping[str, Queries], *, tolera
 
     Args:
         stored: the fingerprint that was saved.
-        queries: what the model at hand gives on `stored.tokens`, for the sites to check.
+        queries: the model's activations on `stored.tokens`, at the sites to check.
         tolerance: largest relative difference that counts as equal.
 
     Raises:
-        ValueError: another model; the message names the site and both sides' sizes or distance.
+        ValueError: another model; the message names the site, the difference and both shapes.
     """
-    for hook_name, query in queries.items():
-        expected = _stored(stored.queries, hook_name)
-        difference = relative_difference(query, expected)
+    for name, query in queries.items():
+        expected, difference = _compared(stored.queries, name, query)
         if not difference <= tolerance:  # NaN too
             raise ValueError(
-                f"another model: at {hook_name} the queries differ from the fingerprint by "
+                f"another model: at {name} the activations differ from the fingerprint by "
                 f"{difference:.3g} (relative), more than {tolerance:g}; shape here "
                 f"{list(query.shape)}, in the fingerprint {list(expected.shape)}. Load the model "
                 "that these centroids were made on, or make them anew with CentroidTargetBuilder"
@@ -124,25 +140,24 @@ def check_reconstructions(
 
     Args:
         stored: the fingerprint that was saved.
-        reconstructions: what the encoder at hand makes of `stored.queries`.
+        reconstructions: the encoder's reconstructions of `stored.queries`.
         tolerance: largest relative difference that counts as equal.
 
     Raises:
-        ValueError: another SAE; the message names the site and the distance.
+        ValueError: another SAE; the message names the site and the difference.
     """
-    for hook_name, reconstruction in reconstructions.items():
-        expected = _stored(stored.reconstructions, hook_name)
-        difference = relative_difference(reconstruction, expected)
+    for name, reconstruction in reconstructions.items():
+        _, difference = _compared(stored.reconstructions, name, reconstruction)
         if not difference <= tolerance:  # NaN too
             raise ValueError(
-                f"another SAE: at {hook_name} it reconstructs the fingerprint's queries "
-                f"differently by {difference:.3g} (relative), more than {tolerance:g}. Load the "
-                "SAEs that these centroids were made with, or make the centroids anew with "
+                f"another SAE: at {name} its reconstructions of the fingerprint's queries differ "
+                f"by {difference:.3g} (relative), more than {tolerance:g}. Load the SAEs that "
+                "these centroids were made with, or make the centroids anew with "
                 "CentroidTargetBuilder"
             )
 
 
-def _stored(queries: Mapping[str, Queries], hook_name: str) -> Queries:
-    if hook_name not in queries:
-        raise ValueError(f"no fingerprint for {hook_name}: there is one for {sorted(queries)}")
-    return queries[hook_name]
+def _compared(stored: Mapping[str, Queries], name: str, found: Queries) -> tuple[Queries, float]:
+    if name not in stored:
+        raise ValueError(f"no fingerprint for {name}: there is one for {sorted(stored)}")
+    return stored[name], relative_difference(found, stored[name])

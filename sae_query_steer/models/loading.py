@@ -1,4 +1,4 @@
-"""Models on both hosts: loading, and the few calls whose form differs or is easily got wrong."""
+"""Load models, and check that a model can be read and steered."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ def load_model(
     """Return a model booted on TransformerBridge from a local folder or a hub name.
 
     Args:
-        name_or_folder: a Hugging Face folder (config, safetensors, tokenizer), or a name that
-            Hugging Face's hub, or its cache on this machine, knows.
+        name_or_folder: a Hugging Face folder (config, safetensors, tokenizer), or a name on the
+            hub or in its cache.
         device: where to put it; None lets TransformerLens choose.
         dtype: number format of the weights.
 
@@ -47,10 +47,10 @@ def check_model_folder(name_or_folder: str) -> None:
 
 
 def end_tokens(model: Any) -> list[int]:
-    """Return the ids that end a text: the tokenizer's EOS first, then what else the model ends by.
+    """Return the ids that end a text: the tokenizer's EOS, then those of the generation config.
 
-    A chat model may end its turn by a token of its own, which only its generation config names
-    (Phi-3: <|end|>); the hosts stop at one EOS alone.
+    Some chat models end their turn with a token that only the generation config names (Phi-3:
+    <|end|>); the backends stop at one EOS alone.
     """
     config = getattr(getattr(model, "original_model", None), "generation_config", None)
     also = getattr(config, "eos_token_id", None)
@@ -67,7 +67,7 @@ def model_name(model: Any) -> str:
 
 
 def check_eager(model: Any) -> None:
-    """Raise if a model, or a part of it, is compiled: its code may never come to a new hook.
+    """Raise if a model, or a part of it, is compiled: compiled code may skip hooks.
 
     Raises:
         ValueError: the message names the part.
@@ -79,13 +79,13 @@ def check_eager(model: Any) -> None:
             or hasattr(module.forward, "_torchdynamo_orig_callable")
         ):
             raise ValueError(
-                f"{name or 'the model'} is compiled by torch.compile, which may pass hooks by: use "
-                "the model as it was before, and compile nothing that is steered"
+                f"{name or 'the model'} is compiled by torch.compile, which may skip hooks: use "
+                "the model that is not compiled"
             )
 
 
 def check_not_steered(model: Any) -> None:
-    """Raise if a steerer of this package is in place: what is measured would be its work.
+    """Raise if a steerer of this package is in place: it would change what is measured.
 
     Raises:
         ValueError: the message says to leave the `with` block first.

@@ -1,4 +1,4 @@
-"""What a model is by its config alone: its sizes, without the memory of its weights."""
+"""The sizes of a model, from its config and without its weights."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

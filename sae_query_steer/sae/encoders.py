@@ -99,8 +99,10 @@ def device_of(encoder: QueryEncoder) -> torch.device | None:
 
 
 def encoded(encoder: QueryEncoder, queries: Float[Tensor, "*batch head d_head"]) -> Latents:
-    """Return the latents of queries, on the device of the encoder."""
-    return encoder.encode(queries.to(device_of(encoder) or queries.device))
+    """Return the latents of queries, on the device of the encoder and outside autocast."""
+    device = device_of(encoder) or queries.device
+    with torch.autocast(device.type, enabled=False):
+        return encoder.encode(queries.to(device))
 
 
 def decoded_difference(

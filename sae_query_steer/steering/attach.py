@@ -21,7 +21,7 @@ from torch import Tensor
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.intervention import chosen_heads
-from sae_query_steer.targets.capture import check_devices
+from sae_query_steer.targets.fingerprint import check_devices
 
 
 @contextmanager

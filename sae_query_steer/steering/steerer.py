@@ -29,8 +29,8 @@ from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.intervention import Steerer, chosen_heads
 from sae_query_steer.steering.latent_moves import LatentMove
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace
-from sae_query_steer.targets.builder import check_belongs, check_shapes
 from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.fingerprint import check_belongs, check_shapes
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,14 @@
 """Centroids: mean, variance and count of the latents of each class, per site and head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.models.fingerprint import Fingerprint, check_whole
+from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import Record, read_record, write_record
 from sae_query_steer.storage.tensors import FLOATS, INTEGERS, read_tensors, write_tensors
@@ -27,52 +26,6 @@ class _Settings(Record):
     span: str
     hook_names: tuple[str, ...]
     model_dtype: str
-
-
-class ClassMoments:
-    """Streams mean and sum of squared deviations of each class; two of them merge exactly.
-
-    Memory is that of the result, in float64. Source: the pairwise update of Chan, Golub and
-    LeVeque, stable where sums of squares are not.
-    """
-
-    def __init__(self, n_classes: int, shape: Sequence[int]) -> None:
-        self.count = torch.zeros(n_classes, dtype=torch.int64)
-        self.mean = torch.zeros(n_classes, *shape, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.mean)
-
-    def update(self, values: Float[Tensor, "token *shape"], classes: Int[Tensor, " token"]) -> None:
-        """Add values, each with the index of its class."""
-        values, classes = values.detach().double().cpu(), classes.cpu()
-        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(self.count):
-            raise ValueError(f"class indices must be 0 to {len(self.count) - 1}")
-        for k in classes.unique().tolist():
-            chosen = values[classes == k]
-            mean = chosen.mean(0)
-            self._add(k, len(chosen), mean, (chosen - mean).square().sum(0))
-
-    def merge(self, other: "ClassMoments") -> None:
-        """Add all that another one has seen; both must have the same shape."""
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"moments of shape {list(self.mean.shape)} and {list(other.mean.shape)} can't merge"
-            )
-        for k in range(len(self.count)):
-            self._add(k, int(other.count[k]), other.mean[k], other.squares[k])
-
-    def variance(self) -> Float[Tensor, "class *shape"]:
-        """Return the population variance of each class (divided by the count)."""
-        count = self.count.clamp(min=1).reshape(-1, *[1] * (self.mean.ndim - 1))
-        return self.squares / count
-
-    def _add(self, k: int, count: int, mean: Tensor, squares: Tensor) -> None:
-        if count == 0:
-            return
-        before, total = int(self.count[k]), int(self.count[k]) + count
-        difference = mean - self.mean[k]
-        self.mean[k] += difference * (count / total)
-        self.squares[k] += squares + difference.square() * (before * count / total)
-        self.count[k] = total
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,7 +154,6 @@ class CentroidTargets:
                 reconstructions=reconstructions,
                 dtype=settings.model_dtype,
             )
-            check_whole(fingerprint)
             return cls(
                 classes=settings.classes,
                 means=means,
