@@ -21,16 +21,10 @@ from .data.examples import (
     LabelledExample as LabelledExample,
 )
 from .data.readers import (
-    examples_from_csv as examples_from_csv,
+    read_examples as read_examples,
 )
 from .data.readers import (
-    examples_from_dataset as examples_from_dataset,
-)
-from .data.readers import (
-    examples_from_jsonl as examples_from_jsonl,
-)
-from .data.readers import (
-    texts_from_file as texts_from_file,
+    read_texts as read_texts,
 )
 from .data.tokenized import (
     TokenizedExample as TokenizedExample,

@@ -220,9 +220,9 @@ def test_what_can_t_be_shown_is_refused_before_work_starts(
             sqs.write_dashboards(model, given.pop("saes"), texts, tmp_path / "no", **given)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(FileExistsError, match="holds no dashboards.json"):
+    with pytest.raises(FileExistsError, match="has no dashboards.json"):
         sqs.write_dashboards(model, saes, texts, tmp_path / "other", overwrite=True)
-    for part, remedy in (("hook_k", "n_keys=0"), ("hook_pattern", "does not expose its attention")):
+    for part, remedy in (("hook_k", "n_keys=0"), ("hook_pattern", "n_attention=0")):
         less = {n: p for n, p in model.hook_dict.items() if n != f"blocks.0.attn.{part}"}
         hidden = Hidden(model, less)
         with pytest.raises(ValueError, match=remedy):
@@ -293,7 +293,7 @@ def test_the_command_writes_pages(tiny_folder, saes, targets, texts, tmp_path):
         ([], "exists: give another folder, or --overwrite"),
         (["--overwrite", "--context-size", "4"], "more than context_size=4: give a larger"),
         (["--overwrite", "--heads", "x"], "--heads 'x' is not allowed"),
-        (["--overwrite", "--texts", "none.csv"], "there is no file"),
+        (["--overwrite", "--texts", "none.csv"], "no file"),
         (["--overwrite", "--attention", "99"], "n_attention=99"),
     ):
         assert text in f"{runner.invoke(app, [*start, *more]).exception}"

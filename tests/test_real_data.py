@@ -19,7 +19,7 @@ SCOPES = [
 @pytest.fixture(scope="module")
 def questions(shared_data) -> list[sqs.LabelledExample]:
     """The exam questions of Yahya (2012), 100 for each Bloom level."""
-    return sqs.examples_from_csv(
+    return sqs.read_examples(
         shared_data / "bloom_yahya2012" / "yahya-2012.csv",
         prompt="QUESTION",
         label="BT LEVEL",
@@ -30,7 +30,7 @@ def questions(shared_data) -> list[sqs.LabelledExample]:
 @pytest.fixture(scope="module")
 def feedback(shared_data) -> list[sqs.LabelledExample]:
     """Human feedback on students' answers; the first 60 of them."""
-    return sqs.examples_from_jsonl(
+    return sqs.read_examples(
         shared_data / "feedback_saf" / "saf.jsonl",
         prompt="Question: {question}\nFeedback:\n",
         response="response_feedback",

@@ -271,7 +271,7 @@ Checkpoints.__call__ = told
 model = sqs.load_model(sys.argv[1], device="cpu")
 sqs.train_query_saes(
     model,
-    sqs.texts_from_file(sys.argv[2], text="question"),
+    sqs.read_texts(sys.argv[2], text="question"),
     sqs.query_sites(model),
     sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3),
     training_tokens=60 * 32,

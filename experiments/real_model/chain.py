@@ -52,14 +52,14 @@ def main() -> None:
         model = sqs.load_model(str(args.data / "stories260K"), device="cpu")
         sites = sqs.query_sites(model)
     with timed("read the texts", seconds):
-        bloom = sqs.examples_from_csv(
+        bloom = sqs.read_examples(
             args.data / "bloom_yahya2012" / "yahya-2012.csv",
             prompt="QUESTION",
             label="BT LEVEL",
             parse_label=sqs.BloomLevel.parse,
         )
         feedback = fitting(
-            sqs.examples_from_jsonl(
+            sqs.read_examples(
                 args.data / "feedback_saf" / "saf.jsonl",
                 prompt="Question: {question}\nFeedback:\n",
                 response="response_feedback",

@@ -145,7 +145,7 @@ def studies(data: Path) -> tuple[list[sqs.LabelledExample], list[sqs.LabelledExa
         for text, move in zip(turns["text"], turns["move"], strict=True)
         if text.strip() and len(text) < 500
     ]
-    bloom = sqs.examples_from_csv(
+    bloom = sqs.read_examples(
         data / "bloom_yahya2012" / "yahya-2012.csv",
         prompt="QUESTION",
         label="BT LEVEL",

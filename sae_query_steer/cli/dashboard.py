@@ -68,7 +68,7 @@ def dashboard(
     Open the pages in a browser; they need no network.
     """
     check_free(out, overwrite, INDEX)
-    documents = sqs.texts_from_file(texts, text=text)
+    documents = sqs.read_texts(texts, text=text)
     chosen = layer_list(layers)
     picked = None if heads == "all" else _head_list(heads)
     centroids = None if targets is None else sqs.CentroidTargets.load(targets)

@@ -97,7 +97,7 @@ def train(
     config = named(ARCHITECTURES, arch, "--arch")(d_sae, k, sparsity)
     if normalize:
         config.normalize_activations = "expected_average_only_in"
-    documents = sqs.texts_from_file(texts, text=text)
+    documents = sqs.read_texts(texts, text=text)
     if dry_run:
         shape = model_shape(model)
         sites = shape.sites(layer_list(layers))

@@ -7,7 +7,7 @@ from typing import Any
 from sae_query_steer.dashboards.attention_effect import attention_effect
 from sae_query_steer.dashboards.key_matches import key_matches
 from sae_query_steer.dashboards.neuronpedia import write_batches
-from sae_query_steer.dashboards.page import dashboard_html, index_html
+from sae_query_steer.dashboards.page import PAGES, dashboard_html
 from sae_query_steer.dashboards.site_data import SiteDashboard
 from sae_query_steer.dashboards.statistics import read_again
 from sae_query_steer.data.token_rows import Texts
@@ -100,11 +100,17 @@ def write_dashboards(
     sites = {name: every[name] for name in picked}
     for site in sites.values():
         site.check(model)
-        if n_keys:
-            check_hook_point(model, key_hook(site))
-        if n_attention:
-            check_eager(model)
-            check_hook_point(model, pattern_hook(site.layer))
+        for wanted, point, option in (
+            (n_keys, key_hook(site), "n_keys"),
+            (n_attention, pattern_hook(site.layer), "n_attention"),
+        ):
+            try:
+                if wanted:
+                    check_hook_point(model, point)
+            except ValueError as error:
+                raise ValueError(f"{error}; to leave this out give {option}=0") from error
+    if n_attention:
+        check_eager(model)
     if targets is not None:
         _check_targets(model, saes, targets)
     tops = top_tokens(
@@ -154,7 +160,8 @@ def write_dashboards(
             "top texts of a latent": k,
             "classes": ", ".join(map(str, targets.classes)) if targets else "none given",
         }
-        (new / "index.html").write_text(index_html(pages, settings), encoding="utf-8")
+        index = PAGES.get_template("index.html").render(pages=pages, settings=settings)
+        (new / "index.html").write_text(index, encoding="utf-8")
         write_json(new / INDEX, {"pages": pages, "settings": settings})
     return {name: folder / file for name, file in pages.items()}
 
