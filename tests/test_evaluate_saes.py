@@ -164,6 +164,7 @@ def test_the_identity_loses_nothing(model, rows):
     assert math.isnan(found["max_decoder_cosine"])
 
 
+@pytest.mark.slow
 def test_padding_counts_for_nothing(tiny_models, saes):
     texts = ["w0 w1 w2 w9 w7", "w3 w8", "w4 w5 w11"]
     model = tiny_models["bridge"]

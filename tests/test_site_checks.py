@@ -187,6 +187,7 @@ def test_equal_seeds_give_equal_tables_and_leave_no_hook(model, examples):
         sqs.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=0)
 
 
+@pytest.mark.slow
 def test_the_error_counts_examples_and_not_pairs(model, examples):
     # Six examples make two hundred pairs no more certain than they are.
     few = [e for k in ("apply", "create", "remember") for e in examples if e.label == k][::8]
