@@ -308,7 +308,8 @@ def test_a_model_of_another_shape_is_refused_with_both_shapes():
     with refuses(
         f"another model: at {HOOKS[1]} the activations differ from the fingerprint by inf "
         "(relative), more than 0.001; shape here [2, 6, 4, 5], in the fingerprint [2, 6, 2, 5]. "
-        "Load the model that these centroids were made on, or make them anew with CentroidTargetBuilder"
+        "Load the model that these centroids were made on, or make them anew with "
+        "CentroidTargetBuilder"
     ):
         check_queries(stored, {HOOKS[1]: torch.ones(2, 6, 4, D_HEAD)}, tolerance=1e-3)
 

@@ -129,6 +129,6 @@ def test_the_interval_holds_the_share_and_mirrors_with_the_misses():
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 0), (-1, 5), (6, 5)])
 def test_hits_that_are_not_among_those_counted_are_refused(hits, n):
-    text = f"hits={hits} of n={n} is not allowed: give n of 1 or more and 0 to n hits"
+    text = f"n must be 1 or more and hits 0 to n, got n={n} and hits={hits}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         wilson_interval(hits, n)

@@ -80,28 +80,19 @@ def kl_divergence(
 def total_variation(
     log_p: Float[Tensor, "*batch d_vocab"], log_q: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """Return 1/2 sum |p - q| of distributions given by their log probabilities, from 0 to 1.
-
-    The share of the probability that changes hands: of tokens drawn from both, with as much in
-    common as can be, so many differ.
-    """
+    """Return 1/2 sum |p - q| of distributions given by their log probabilities, 0 to 1."""
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
 def wilson_interval(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a share, hits out of n.
-
-    Args:
-        hits: how many of them.
-        n: of how many, 1 or more.
-        confidence: that the interval holds the true share.
+    """Return Wilson's score interval of the share `hits` out of `n`.
 
     Raises:
-        ValueError: hits that are not 0 to n, or nothing counted.
+        ValueError: n below 1, or hits that are not 0 to n.
     """
     if n < 1 or not 0 <= hits <= n:
         raise ValueError(
-            f"hits={hits} of n={n} is not allowed: give n of 1 or more and 0 to n hits"
+            f"n must be 1 or more and hits 0 to n, got n={n} and hits={hits}"
         )
     interval = binomtest(hits, n).proportion_ci(confidence_level=confidence, method="wilson")
     return float(interval.low), float(interval.high)
