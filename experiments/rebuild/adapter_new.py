@@ -6,15 +6,9 @@ from typing import Any
 from sae_lens import SAE
 
 import sae_query_steer as sqs
+import sae_query_steer.config as config_module
 from sae_query_steer import *  # noqa: F403
 from sae_query_steer import (
-    QueryHeadBatchTopKTrainingSAEConfig,
-    QueryHeadGatedTrainingSAEConfig,
-    QueryHeadJumpReLUTrainingSAEConfig,
-    QueryHeadKLSparseTrainingSAEConfig,
-    QueryHeadMatryoshkaBatchTopKTrainingSAEConfig,
-    QueryHeadStandardTrainingSAEConfig,
-    QueryHeadTopKTrainingSAEConfig,
     QuerySAEs,
     SquaredDistance,
 )
@@ -28,14 +22,14 @@ from sae_query_steer.data.token_rows import token_rows
 
 __all__ = ["token_rows"]
 
-Config = {
-    "topk": QueryHeadTopKTrainingSAEConfig,
-    "batchtopk": QueryHeadBatchTopKTrainingSAEConfig,
-    "standard": QueryHeadStandardTrainingSAEConfig,
-    "jumprelu": QueryHeadJumpReLUTrainingSAEConfig,
-    "gated": QueryHeadGatedTrainingSAEConfig,
-    "matryoshka": QueryHeadMatryoshkaBatchTopKTrainingSAEConfig,
-    "kl_sparse": QueryHeadKLSparseTrainingSAEConfig,
+ARCHITECTURES = {
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "standard": "Standard",
+    "jumprelu": "JumpReLU",
+    "gated": "Gated",
+    "matryoshka": "MatryoshkaBatchTopK",
+    "kl_sparse": "KLSparse",
 }
 
 
@@ -47,6 +41,17 @@ def make_saes(given: dict[str, Any]) -> QuerySAEs:
         saes[name].load_state_dict(weights)
         saes[name].requires_grad_(False).eval()
     return QuerySAEs(saes)
+
+
+def train(model: Any, texts: Any, sites: Any, sae: tuple[str, dict], **how: Any) -> Any:
+    """Return SAEs of an architecture with its settings."""
+    name = ARCHITECTURES[sae[0]]
+    if "config" not in inspect.signature(sqs.train_query_saes).parameters:
+        own = getattr(sqs, f"QueryHead{name}TrainingSAEConfig")(**sae[1])
+        return sqs.train_query_saes(model, texts, sites, sae=own, **how)
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in sae[1].items()}
+    config = config_module.TrainingConfig(sae=getattr(config_module, name)(**settings), **how)
+    return sqs.train_query_saes(model, texts, sites, config)
 
 
 def tokenized(model: Any, examples: Any, span: Any = None) -> Any:
@@ -82,7 +87,7 @@ def _of_tokenized(function: Any, before: int) -> Any:
 
 separability = _of_tokenized(sqs.separability, 2)
 interchange_effect = _of_tokenized(sqs.interchange_effect, 2)
-_achieved_effect = _of_tokenized(sqs.achieved_effect, 2)
+residual_means = _of_tokenized(sqs.residual_means, 1)
 
 
 def achieved_effect(
@@ -96,19 +101,20 @@ def achieved_effect(
     step_size: float = 1.0,
     **options: Any,
 ) -> Any:
-    """Return the achieved effect of a descent."""
-    steerer = sqs.LatentGradientSteerer(
-        saes,
-        targets,
-        target=targets.classes[0],
-        objective=sqs.SquaredDistance() if objective is None else objective,
-        n_steps=n_steps,
-        step_size=step_size,
-    )
-    return _achieved_effect(model, steerer, examples, **options)
+    """Return the effect of a steerer of these settings."""
+    how = {"n_steps": n_steps, "step_size": step_size, "objective": objective or SquaredDistance()}
+    steerer = sqs.LatentGradientSteerer(saes, targets, target=targets.classes[0], **how)
+    return _of_tokenized(sqs.achieved_effect, 2)(model, steerer, examples, **options)
 
 
-residual_means = _of_tokenized(sqs.residual_means, 1)
+def _named(new: str, old: str) -> Any:
+    return getattr(sqs, new if new in sqs.__all__ else old)
+
+
+DecoderRowsSteerer = _named("decoder_rows", "DecoderRowsSteerer")
+RandomDirectionSteerer = _named("random_direction", "RandomDirectionSteerer")
+ResidualMeanDifference = _named("residual_mean_difference", "ResidualMeanDifference")
+PartialSteerer = _named("partial_steerer", "PartialSteerer")
 
 
 def sweep_tables(names: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sae_query_steer import (
     QueryHeadTopKTrainingSAEConfig,
     QuerySAEs,
     SquaredDistance,
+    train_query_saes,
 )
 
 __all__ = ["token_rows"]
@@ -47,6 +48,12 @@ def make_saes(given: dict[str, Any]) -> QuerySAEs:
         saes[name].load_state_dict(weights)
         saes[name].requires_grad_(False).eval()
     return QuerySAEs(saes)
+
+
+def train(model: Any, texts: Any, sites: Any, sae: tuple[str, dict], **how: Any) -> Any:
+    """Return SAEs of an architecture with its settings."""
+    config = Config[sae[0]](**sae[1])
+    return train_query_saes(model, texts, sites, sae=config, **how)
 
 
 def centroid_targets(model: Any, saes: Any, examples: Any, span: Any) -> Any:

@@ -108,12 +108,11 @@ def make_inputs(folder: Path, tutor: str, stories: str) -> None:
         given = [(a, a, options, sites) for a, options in ARCHITECTURES.items()]
         given.append(("topk-rotated", "topk", "k=4", turned))
         for key, arch, options, where in given:
-            config = eval(f"Config['{arch}'](d_sae_per_head=32, {options})", vars(old))
-            saes = old.train_query_saes(
+            saes = old.train(
                 model,
                 drawn,
                 where,
-                sae=config,
+                (arch, {"d_sae_per_head": 32, **eval(f"dict({options})")}),
                 training_tokens=200 * 128,
                 train_batch_size_tokens=128,
                 lr=3e-3,

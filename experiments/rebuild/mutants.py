@@ -122,22 +122,14 @@ def applied(source: str, mutant: dict[str, Any]) -> str:
 
 def run(tree: Path, drawn: Path, log: Path, first: int | None) -> None:
     """Run the tests of every mutant that is not in the log, and append the outcome."""
-    _import_libraries()
+    import_libraries()
     mutants = [json.loads(line) for line in drawn.read_text().splitlines()][:first]
     known = set()
     if log.exists():
         for line in log.read_text().splitlines():
             known.add(_key(json.loads(line)))
     with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / "tree"
-        for name in ("sae_query_steer", "tests", "pyproject.toml", "README.md", "benchmarks"):
-            if (tree / name).is_dir():
-                shutil.copytree(tree / name, copy / name, symlinks=True)
-            elif (tree / name).exists():
-                shutil.copy(tree / name, copy / name)
-        shared = Path(__file__).parents[3] / "shared"
-        if shared.exists():
-            (Path(temporary) / "shared").symlink_to(shared.resolve())
+        copy = copied(tree, Path(temporary))
         checked: set[str] = set()
         for number, mutant in enumerate(mutants):
             if _key(mutant) in known:
@@ -151,12 +143,9 @@ def run(tree: Path, drawn: Path, log: Path, first: int | None) -> None:
                 checked.add(" ".join(tests))
             path = copy / "sae_query_steer" / mutant["file"]
             source = path.read_text()
-            try:
-                path.write_text(applied(source, mutant))
-                os.utime(path, (number + 1, number + 1))  # no compiled file of another mutant fits
-                outcome, seconds, last = tested(copy, tests)
-            finally:
-                path.write_text(source)
+            put(path, applied(source, mutant), 2 * number + 1)
+            outcome, seconds, last = tested(copy, tests)
+            put(path, source, 2 * number + 2)
             result = {**mutant, "outcome": outcome, "seconds": round(seconds, 1), "by": last}
             with log.open("a") as file:
                 file.write(json.dumps(result) + "\n")
@@ -165,11 +154,32 @@ def run(tree: Path, drawn: Path, log: Path, first: int | None) -> None:
             )
 
 
+def copied(tree: Path, temporary: Path) -> Path:
+    """Copy a tree, without what its tests do not need, and return the folder."""
+    copy = temporary / "tree"
+    for name in ("sae_query_steer", "tests", "benchmarks", "experiments"):
+        if (tree / name).is_dir():
+            shutil.copytree(tree / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(tree / name, copy / name)
+    shared = Path(__file__).parents[3] / "shared"
+    if shared.exists():
+        (temporary / "shared").symlink_to(shared.resolve())
+    return copy
+
+
+def put(path: Path, source: str, number: int) -> None:
+    """Write a file with a modification time of its own, so that no other compiled file fits."""
+    path.write_text(source)
+    os.utime(path, (number + 1, number + 1))
+
+
 def _key(mutant: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(mutant[name] for name in ("file", "line", "operator", "occurrence"))
 
 
-def _import_libraries() -> None:
+def import_libraries() -> None:
+    """Import what every test needs, so that forks do not."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import beartype  # noqa: F401
     import datasets  # noqa: F401

@@ -111,19 +111,17 @@ class Names:
             generate(self)
         return trace.attention_change(self.model)
 
-    def trained(self, config: Any, *, normalize: bool = False, data: Any = None, **how: Any) -> Any:
-        if normalize:
-            config.normalize_activations = "expected_average_only_in"
-            how["n_batches_for_norm_estimate"] = 5
-        saes = self.adapter.train_query_saes(
+    def trained(self, arch: str, options: dict, *, data: Any = None, **how: Any) -> Any:
+        saes = self.adapter.train(
             self.model,
             self.rows if data is None else data,
             self.sites,
-            sae=config,
+            (arch, {"d_sae_per_head": 32, **options}),
             training_tokens=50 * 128,
             train_batch_size_tokens=128,
             lr=3e-3,
             metric_tokens=1024,
+            n_batches_for_norm_estimate=5,
             **how,
         )
         weights = {f"{n} {k}": v for n, sae in saes.items() for k, v in sae.state_dict().items()}

@@ -170,10 +170,8 @@ ONCE = {
 
 def training(architecture: str, options: str, **more: str) -> str:
     """Return the expression that trains an architecture for 50 steps."""
-    return (
-        f"trained(Config['{architecture}'](d_sae_per_head=32, {options}),"
-        f" {', '.join(f'{k}={v}' for k, v in more.items())})"
-    )
+    how = "".join(f", {name}={value}" for name, value in more.items())
+    return f"trained('{architecture}', dict({options}){how})"
 
 
 def every_setting() -> Iterator[Setting]:
@@ -254,12 +252,15 @@ def every_setting() -> Iterator[Setting]:
     for arch, options in ARCHITECTURES.items():
         yield Setting(name=f"training: {arch}", model="stories", expression=training(arch, options))
     more = {
-        "scaled, warm-up": {"normalize": "True", "lr_warm_up_steps": "10", "lr_decay_steps": "10"},
+        "scaled, warm-up": {"lr_warm_up_steps": "10", "lr_decay_steps": "10"},
         "whole documents": {"concat_sequences": "False", "data": "texts"},
         "autocast": {"autocast": "True", "autocast_lm": "True"},
     }
     for name, how in more.items():
+        options = "k=4"
+        if name.startswith("scaled"):
+            options += ", normalize_activations='expected_average_only_in'"
         yield Setting(
-            name=f"training: {name}", model="stories", expression=training("topk", "k=4", **how)
+            name=f"training: {name}", model="stories", expression=training("topk", options, **how)
         )
     yield Setting(name="training: tutor", expression=training("topk", "k=4"))
