@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,16 +209,21 @@ def tested(copy: Path, tests: list[str]) -> tuple[str, float, str]:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
         code = 3
-        with output.open("w") as file, contextlib.suppress(BaseException):
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            os.chdir(copy)
-            sys.path.insert(0, str(copy))
-            import pytest
+        with output.open("w") as file:
+            try:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+                os.chdir(copy)
+                sys.path.insert(0, str(copy))
+                import pytest
 
-            code = int(
-                pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests])
-            )
+                # Plugins that the fork has inherited can't be rewritten; it does not matter here.
+                quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+                code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *quiet, *tests]))
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     deadline = time.monotonic() + 20 * CPU_SECONDS
     while True:
