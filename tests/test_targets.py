@@ -6,6 +6,7 @@ import torch
 import sae_query_steer as sqs
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.fingerprint import relative_difference
+from sae_query_steer.sae.encoders import IdentityEncoder
 from sae_query_steer.targets.fingerprint import check_belongs, take_fingerprint
 
 NAME = "blocks.2.attn.hook_q"
@@ -67,6 +68,28 @@ def test_fit_starts_afresh_and_partial_fit_continues(model, saes, examples):
     assert torch.equal(builder.partial_fit(tokenized).targets_.counts, 2 * once.counts)
     other = builder.fit(sqs.tokenize_examples(model, examples, span=sqs.ResponseTokens()))
     assert int(other.counts.sum()) == sum(e.response_length for e in tokenized)
+
+
+def test_centroids_of_the_residual_stream_are_means_of_each_class(model, examples):
+    names = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"]
+    tokenized = sqs.tokenize_examples(model, examples)
+    encoders = {name: IdentityEncoder(n_heads=1, d_head=24) for name in names}
+    targets = sqs.CentroidTargetBuilder(model, encoders).fit(tokenized)
+    for name in names:
+        found = [
+            read_activations(model, e.tokens[None], [name])[name][0, e.prompt_length - 1]
+            for e in tokenized
+            if e.label == "create"
+        ]
+        mean = targets.means[name][targets.class_index("create")]
+        torch.testing.assert_close(mean, torch.stack(found).mean(0), rtol=1e-4, atol=1e-4)
+    check_belongs(model, encoders, targets)
+
+
+def test_a_hook_point_that_the_model_does_not_have_is_refused(model):
+    encoders = {"blocks.0.hook_resid_nowhere": IdentityEncoder(n_heads=1, d_head=24)}
+    with pytest.raises(ValueError, match=r"no hook point blocks\.0\.hook_resid_nowhere"):
+        sqs.CentroidTargetBuilder(model, encoders)
 
 
 def test_both_hosts_give_one_fingerprint_and_equal_centroids(tiny_models, saes, examples):

@@ -11,18 +11,18 @@ from torch import Tensor
 from sae_query_steer.data.examples import check_classes, ordered_classes
 from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
 from sae_query_steer.models.activations import read_at_span
-from sae_query_steer.sae.encoders import QueryEncoder, encoded, encoder_sites
+from sae_query_steer.sae.encoders import QueryEncoder, encoded
 from sae_query_steer.scopes.positions import scope_name
 from sae_query_steer.targets.centroids import CentroidTargets
-from sae_query_steer.targets.fingerprint import check_same, take_fingerprint
+from sae_query_steer.targets.fingerprint import check_encoders, check_same, take_fingerprint
 
 
 class CentroidTargetBuilder:
     """Streams labelled examples through a model into centroids.
 
     The constructor checks the sites; `fit` starts afresh, `partial_fit` continues, and builders
-    that have read different examples can be merged. The sites may be queries or, with
-    `identity_encoders`, any site of attention or the residual stream.
+    that have read different examples can be merged. Beside queries the sites may be any hook
+    point of attention or the residual stream, with an `IdentityEncoder` of its size.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
@@ -44,8 +44,7 @@ class CentroidTargetBuilder:
         *,
         classes: Sequence[str] | None = None,
     ) -> None:
-        for site in encoder_sites(saes).values():
-            site.check(model)
+        check_encoders(model, saes)
         self.model, self.saes = model, saes
         self._given = None if classes is None else ordered_classes(classes)
         self._start()

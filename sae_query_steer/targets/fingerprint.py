@@ -1,11 +1,13 @@
 """Take the fingerprint of a model with its encoders, and check centroids against it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sae_query_steer.models.activations import check_hook_point
 from sae_query_steer.models.fingerprint import (
     Fingerprint,
     check_queries,
@@ -91,15 +93,31 @@ def check_shapes(targets: CentroidTargets, saes: Mapping[str, QueryEncoder]) -> 
             )
 
 
+def check_encoders(model: Any, encoders: Mapping[str, QueryEncoder]) -> None:
+    """Raise unless a model has the hook point of every encoder.
+
+    Raises:
+        TypeError: a value is not an encoder.
+        ValueError: no encoders, no such hook point, or query heads other than the encoder's.
+    """
+    others = {name for name in encoders if not re.search(r"\.attn\.hook_(rot_)?q$", name)}
+    for name in others:
+        check_hook_point(model, name)
+    queries = {name: encoder for name, encoder in encoders.items() if name not in others}
+    if queries or not others:
+        for site in encoder_sites(queries).values():
+            site.check(model)
+
+
 def check_devices(model: Any, encoders: Mapping[str, QueryEncoder]) -> None:
     """Raise unless every encoder is on the device of its layer.
 
     Raises:
         ValueError: the message names both devices.
     """
-    for name, site in encoder_sites(encoders).items():
-        here = next(model.blocks[site.layer].parameters()).device
-        there = device_of(encoders[name])
+    for name, encoder in encoders.items():
+        here = next(model.blocks[int(name.split(".")[1])].parameters()).device
+        there = device_of(encoder)
         if there is not None and there.type != here.type:
             raise ValueError(
                 f"the SAE at {name} is on {there}, the layer on {here}: move it with "
