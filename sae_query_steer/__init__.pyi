@@ -1,5 +1,5 @@
-from .baselines.decoder_rows import DecoderRowsSteerer as DecoderRowsSteerer
-from .baselines.residual import ResidualMeanDifference as ResidualMeanDifference
+from .baselines.decoder_rows import decoder_rows as decoder_rows
+from .baselines.residual import residual_mean_difference as residual_mean_difference
 from .baselines.residual_stream import (
     ResidualMeans as ResidualMeans,
 )
@@ -7,13 +7,13 @@ from .baselines.residual_stream import (
     residual_means as residual_means,
 )
 from .baselines.simple import (
-    RandomDirectionSteerer as RandomDirectionSteerer,
-)
-from .baselines.simple import (
     few_shot_prompt as few_shot_prompt,
 )
 from .baselines.simple import (
     mean_difference as mean_difference,
+)
+from .baselines.simple import (
+    random_direction as random_direction,
 )
 from .bloom import BloomLevel as BloomLevel
 from .dashboards.writing import write_dashboards as write_dashboards
@@ -216,8 +216,8 @@ from .steering.attach import attached_saes as attached_saes
 from .steering.files import load_steerer as load_steerer
 from .steering.files import save_steerer as save_steerer
 from .steering.joined import JoinedSteerers as JoinedSteerers
-from .steering.partial import PartialSteerer as PartialSteerer
-from .steering.steerer import LatentGradientSteerer as LatentGradientSteerer
+from .steering.latent_descent import LatentGradientSteerer as LatentGradientSteerer
+from .steering.partial import partial_steerer as partial_steerer
 from .steering.trace import SteeringTrace as SteeringTrace
 from .targets.builder import CentroidTargetBuilder as CentroidTargetBuilder
 from .targets.centroids import CentroidTargets as CentroidTargets

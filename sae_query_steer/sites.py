@@ -1,4 +1,4 @@
-"""Query sites: the hook point of a layer's queries, and its heads."""
+"""Sites: the hook point of a layer's queries, or other activations, and its heads."""
 
 import operator
 import re
@@ -73,6 +73,68 @@ class QuerySite:
                 f"the site at layer {self.layer} has {self.n_heads} heads of {self.d_head}: the "
                 f"model has {here[0]} heads of {here[1]}; use the model that the site belongs to"
             )
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Site:
+    """Other activations that an edit can change, [batch pos head d_head]; see `Site.of`."""
+
+    hook_name: str
+    """Such as `blocks.3.attn.hook_k`, `hook_rot_k`, `hook_v`, `hook_z` or
+    `blocks.3.hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`."""
+
+    n_heads: int
+    """Heads of the activation: key heads of `hook_k` and `hook_v`; 1 for the residual stream."""
+
+    d_head: int
+    """Dimension of one head; d_model for the residual stream."""
+
+    def __post_init__(self) -> None:
+        if _OTHER.fullmatch(self.hook_name) is None:
+            raise ValueError(
+                f"hook_name must be blocks.L.attn.hook_k, hook_rot_k, hook_v or hook_z, or "
+                f"blocks.L.hook_resid_pre, hook_resid_mid or hook_resid_post, got "
+                f"{self.hook_name!r}; queries are a QuerySite"
+            )
+
+    @classmethod
+    def of(cls, model: Any, hook_name: str) -> "Site":
+        """Return the site with a hook name, with the sizes that a model has there.
+
+        Raises:
+            ValueError: the name is not that of such a hook point, or the model has none there.
+        """
+        n_heads, d_head = int(model.cfg.n_heads), int(model.cfg.d_head)
+        if ".hook_resid_" in hook_name:
+            n_heads, d_head = 1, int(model.cfg.d_model)
+        elif not hook_name.endswith("hook_z"):
+            n_heads = int(getattr(model.cfg, "n_key_value_heads", None) or n_heads)
+        site = cls(hook_name=hook_name, n_heads=n_heads, d_head=d_head)
+        check_layer(site.layer, int(model.cfg.n_layers))
+        if hook_name not in model.hook_dict:
+            raise ValueError(f"no hook point {hook_name}: this architecture does not expose it")
+        return site
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer, from 0."""
+        return int(self.hook_name.split(".")[1])
+
+    def check(self, model: Any) -> None:
+        """Raise unless a model has this site.
+
+        Raises:
+            ValueError: the model has no such layer or hook point, or other sizes there.
+        """
+        here = Site.of(model, self.hook_name)
+        if self != here:
+            raise ValueError(
+                f"the site {self.hook_name} has {self.n_heads} heads of {self.d_head}: the model "
+                f"has {here.n_heads} heads of {here.d_head}"
+            )
+
+
+_OTHER = re.compile(r"blocks\.(0|[1-9]\d*)\.(attn\.hook_(k|rot_k|v|z)|hook_resid_(pre|mid|post))")
 
 
 def query_sites(

@@ -21,10 +21,10 @@ from wheel_check import make_model
 
 import sae_query_steer as sqs
 from sae_query_steer import sae
-from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.hub.layout import sha256
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae import to_inference
+from sae_query_steer.scopes.columns import TokenPositions
 from sae_query_steer.steering.files import steerer_settings
 
 HOOKS = ("blocks.2.attn.hook_q", "blocks.10.attn.hook_rot_q")
@@ -119,15 +119,15 @@ def read_steerer(folder: Path, out: Path) -> None:
     steerer = sqs.load_steerer(folder)
     json.dumps(steerer_settings(steerer), allow_nan=False)
     sqs.save_steerer(steerer, out)
-    places = TokenPlaces(
+    places = TokenPositions(
         row=torch.arange(2),
         position=torch.arange(2),
         n_rows=2,
         prompt_lengths=torch.ones(2, dtype=torch.int64),
     )
-    for hook in steerer.site_heads:
-        queries = randn(2, 3, steerer.saes[hook].d_head)[:, list(steerer.site_heads[hook])]
-        change = replace(steerer, n_steps=1).change(hook, queries, places, record=False)
+    for hook, at in steerer.where.chosen.items():
+        queries = randn(2, 3, steerer.saes[hook].d_head)[:, list(at.heads)]
+        change = replace(steerer, n_steps=1).change(queries, at, places)
         assert change.delta.shape == queries.shape
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.compare.query_patch import QueryPatch
+from sae_query_steer.compare.query_patch import query_patch
 from sae_query_steer.diagnostics.patches import draw_pairs
 from sae_query_steer.models.activations import read_activations
 
@@ -154,7 +154,7 @@ def test_a_counterpart_gives_its_own_queries_and_is_its_own_aim(model, examples)
         donor = model.to_tokens(others[pair.base].prompt)
         receiver = model.to_tokens(prompts[pair.base].prompt)
         given = read_activations(model, donor, [site.hook_name])[site.hook_name][:, -1]
-        steerer = QueryPatch({site.hook_name: site}, {site.hook_name: given})
+        steerer = query_patch([site], {site.hook_name: given})
         aim, clean = (
             model(tokens, prepend_bos=False)[0, -1].detach().log_softmax(-1)
             for tokens in (donor, receiver)

@@ -89,7 +89,7 @@ def test_a_random_direction_is_as_long_as_the_steers_change_and_follows_its_seed
     tokens = model.to_tokens("w1 w20 w33")
     real = change_of(model, steerer, tokens)
     first, again, other = (
-        change_of(model, sqs.RandomDirectionSteerer(steerer, seed=s), tokens) for s in (1, 1, 2)
+        change_of(model, sqs.random_direction(steerer, seed=s), tokens) for s in (1, 1, 2)
     )
     torch.testing.assert_close(first.norm(dim=-1), real.norm(dim=-1), rtol=1e-3, atol=1e-5)
     assert torch.equal(first, again)
@@ -103,7 +103,7 @@ def test_the_random_control_is_recorded_and_needs_its_model(model, saes, targets
     steerer = sqs.LatentGradientSteerer(
         saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0
     )
-    control = sqs.RandomDirectionSteerer(steerer, seed=5)
+    control = sqs.random_direction(steerer, seed=5)
     with control.apply(model, record=True) as trace:
         model.generate("w1 w2", max_new_tokens=2, do_sample=False, verbose=False)
     table = trace.to_dataframe()
@@ -151,4 +151,4 @@ def test_a_strength_that_is_not_allowed_is_named_as_the_user_gave_it(dense, stre
 
 def test_a_control_without_its_steerer_is_refused(saes, untyped):
     with pytest.raises(TypeError, match="steerer=QuerySAEs is no steerer"):
-        sqs.RandomDirectionSteerer(saes)
+        sqs.random_direction(saes)

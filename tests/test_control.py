@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.scopes.columns import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w0 w1 w2 w3 w4", "w20 w21", "w40 w3 w7"]
@@ -42,10 +42,10 @@ def queries_of(n: int, n_heads: int = 4) -> torch.Tensor:
 
 
 def change(steerer, queries, **places):
-    given = TokenPlaces.one_a_row(len(queries))
+    given = TokenPositions.one_per_row(len(queries))
     for name, value in places.items():
         object.__setattr__(given, name, value)
-    return steerer.change(NAME, queries, given, record=True)
+    return steerer.change(queries, steerer.where.chosen[NAME], given, record=True)
 
 
 ROWS = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_query_steer.descent.places import TokenPlaces
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.control import (
@@ -17,7 +18,6 @@ from sae_query_steer.descent.control import (
 )
 from sae_query_steer.descent.goals import Goal
 from sae_query_steer.descent.objectives import posterior_of_target
-from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.descent.strength import by_row, each, limited, scheduled
 
 NAME = "blocks.2.attn.hook_q"

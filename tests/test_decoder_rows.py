@@ -7,11 +7,11 @@ import torch
 from conftest import HOSTS
 
 import sae_query_steer as sqs
-from sae_query_steer.baselines.decoder_rows import DecoderRowsSteerer
-from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.baselines.decoder_rows import class_latents, decoder_rows
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
+from sae_query_steer.scopes.columns import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
@@ -58,9 +58,9 @@ def built(rescale: bool = False):
 def make(saes, targets):
     """Make a steerer that visibly changes the tiny model, with some settings changed."""
 
-    def make(**changes) -> DecoderRowsSteerer:
+    def make(**changes) -> decoder_rows:
         settings = {"target": "create", "strength": 3.0, "scope": sqs.EveryPosition()}
-        return DecoderRowsSteerer(saes, targets, **{**settings, **changes})
+        return decoder_rows(saes, targets, **{**settings, **changes})
 
     return make
 
@@ -71,8 +71,8 @@ def generate(model, prompts, **changes):
 
 
 def delta_of(steerer, queries) -> torch.Tensor:
-    places = TokenPlaces.one_a_row(len(queries))
-    return steerer.change(NAME, queries, places, record=False).delta
+    places = TokenPositions.one_per_row(len(queries))
+    return steerer.edit.change(queries, steerer.where.chosen[NAME], places).delta
 
 
 def query(n: int = 1, heads: int = 2, seed: int = 0) -> torch.Tensor:
@@ -82,18 +82,18 @@ def query(n: int = 1, heads: int = 2, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("m", "chosen"), [(1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (9, [1, 3, 4])])
 def test_the_direction_is_the_rows_of_the_top_latents_weighted_by_the_difference(m, chosen):
     saes, targets = built()
-    steerer = DecoderRowsSteerer(saes, targets, target="b", strength=1.7, m=m)
+    steerer = decoder_rows(saes, targets, target="b", strength=1.7, m=m)
     rows = saes[NAME].W_dec[0]
     expected = 1.7 * sum(RISE[0][i] * rows[i] for i in chosen)
     delta = delta_of(steerer, query())
     torch.testing.assert_close(delta[0, 0], expected.detach(), rtol=1e-5, atol=1e-5)
     assert torch.equal(delta[0, 1], torch.zeros(3)), "nothing rises in head 1"
-    assert steerer.latents("b") == {NAME: {0: chosen, 1: []}}
+    assert class_latents(targets, "b", m=m) == {NAME: {0: chosen, 1: []}}
 
 
 def test_the_rows_are_as_the_sae_reads_them():
     saes, targets = built(rescale=True)
-    steerer = DecoderRowsSteerer(saes, targets, target="b", strength=1.0, m=2)
+    steerer = decoder_rows(saes, targets, target="b", strength=1.0, m=2)
     rows = torch.nn.functional.normalize(saes[NAME].W_dec[0], dim=-1)
     expected = RISE[0][1] * rows[1] + RISE[0][3] * rows[3]
     torch.testing.assert_close(
@@ -103,10 +103,10 @@ def test_the_rows_are_as_the_sae_reads_them():
 
 def test_the_direction_does_not_depend_on_the_query_nor_on_the_other_heads():
     saes, targets = built()
-    both = delta_of(DecoderRowsSteerer(saes, targets, target="c", strength=1.0), query(5))
+    both = delta_of(decoder_rows(saes, targets, target="c", strength=1.0), query(5))
     assert torch.equal(both, both[:1].expand(5, -1, -1))
     assert both[0].norm(dim=-1).min() > 0.1
-    alone = DecoderRowsSteerer(saes, targets, target="c", strength=1.0, heads=[1])
+    alone = decoder_rows(saes, targets, target="c", strength=1.0, heads=[1])
     assert torch.equal(delta_of(alone, query(5, heads=1)), both[:, 1:])
 
 
@@ -117,7 +117,7 @@ def test_with_all_latents_of_an_identity_encoder_it_is_the_rising_part_of_the_me
     sites = sqs.query_sites(model, [2])
     encoders = sqs.identity_encoders(sites)
     targets = sqs.CentroidTargetBuilder(model, encoders).fit(sqs.tokenize_examples(model, examples))
-    steerer = DecoderRowsSteerer(encoders, targets, target="apply", strength=1.0, m=8)
+    steerer = decoder_rows(encoders, targets, target="apply", strength=1.0, m=8)
     means, own = targets.means[NAME], targets.class_index("apply")
     others = (means.sum(0) - means[own]) / 2
     delta = delta_of(steerer, torch.zeros(1, 4, 8))
@@ -186,7 +186,7 @@ def test_the_trace_names_the_method_and_the_latents_that_moved(model, make):
 
 
 def test_its_latents_are_a_choice_for_the_descent(model, make, saes, targets):
-    chosen = make(m=2).latents("create")
+    chosen = class_latents(targets, "create", m=2)
     assert max(len(some) for heads in chosen.values() for some in heads.values()) == 2
     steerer = sqs.LatentGradientSteerer(
         saes,
@@ -217,12 +217,11 @@ def test_it_moves_to_a_device_and_joins_other_steerers(model, make):
         ({"target": "analyse"}, "no class 'analyse': the classes are ['remember', 'apply', "),
         ({"target": ["apply", "analyse"]}, "no class 'analyse': the classes are"),
         ({"target": []}, "target must be one value for all rows or one for each, got []"),
-        ({"m": 0}, "m=0 is not allowed: give a whole number, 1 or more"),
-        ({"m": True}, "m=True is not allowed: give a whole number, 1 or more"),
-        ({"strength": -0.5}, "strength=-0.5 is not allowed: give a finite number, 0 or more"),
-        ({"strength": float("inf")}, "strength=inf is not allowed"),
+        ({"m": 0}, "m must be a whole number >= 1, got 0"),
+        ({"strength": -0.5}, "strength must be a finite number >= 0, got"),
+        ({"strength": float("inf")}, "strength must be a finite number >= 0, got"),
         ({"scope": sqs.LastResponseToken()}, "LastResponseToken() can't be a scope"),
-        ({"layers": [1]}, "no SAE for layer 1: there is one for [0, 2]"),
+        ({"layers": [1]}, "no site at layer 1: there are some at [0, 2]"),
         ({"heads": [4]}, "no head 4 at layer 0: the heads are 0 to 3"),
     ],
 )
@@ -239,6 +238,6 @@ def test_another_model_is_refused(tiny_folder, make):
         make().apply(other).__enter__()
 
 
-def test_no_such_class_has_no_latents(make):
+def test_no_such_class_has_no_latents(targets):
     with pytest.raises(ValueError, match="^no class 'analyse': the classes are"):
-        make().latents("analyse")
+        class_latents(targets, "analyse")

@@ -151,7 +151,7 @@ def test_all_latents_held_is_no_steer_and_none_held_is_the_steer(model, make, ob
     ):
         for some in (
             replace(steerer, latents=latents),
-            sqs.PartialSteerer(steerer, latents=latents),
+            sqs.partial_steerer(steerer, latents=latents),
         ):
             torch.testing.assert_close(deltas(model, some), expected, rtol=1e-4, atol=1e-5)
     assert not deltas(model, replace(steerer, latents=sqs.ExceptLatents(EVERY))).any()
@@ -161,7 +161,7 @@ def test_all_latents_held_is_no_steer_and_none_held_is_the_steer(model, make, ob
 def test_a_part_and_the_rest_sum_to_the_steer(tiny_models, make, objective):
     model, steerer = tiny_models["bridge"], make(objective, scope=sqs.LastPromptToken())
     parts = [
-        deltas(model, sqs.PartialSteerer(steerer, latents=choice(SOME)))
+        deltas(model, sqs.partial_steerer(steerer, latents=choice(SOME)))
         for choice in (sqs.GivenLatents, sqs.ExceptLatents)
     ]
     assert all(part.norm() > 0.05 for part in parts)
@@ -174,7 +174,7 @@ def test_held_and_taken_out_differ_only_where_latents_hang_together(tiny_models,
         steerer = make(objective, scope=sqs.LastPromptToken())
         some = sqs.ExceptLatents(SOME)
         held = deltas(model, replace(steerer, latents=some))
-        taken = deltas(model, sqs.PartialSteerer(steerer, latents=some))
+        taken = deltas(model, sqs.partial_steerer(steerer, latents=some))
         differences[objective] = float((held - taken).norm() / taken.norm())
     assert differences["squared distance"] < 1e-5
     assert differences["prototype"] > 1e-3
@@ -182,7 +182,7 @@ def test_held_and_taken_out_differ_only_where_latents_hang_together(tiny_models,
 
 def test_of_a_part_only_the_chosen_latents_moved_and_as_far_as_before(tiny_models, make):
     model, steerer = tiny_models["bridge"], make("prototype", scope=sqs.LastPromptToken())
-    part = sqs.PartialSteerer(steerer, latents=sqs.GivenLatents(SOME))
+    part = sqs.partial_steerer(steerer, latents=sqs.GivenLatents(SOME))
     keys = ["head", "latent"]
     whole = sqs.moved_latents(steerer, traced(model, steerer)).set_index(keys)
     found = sqs.moved_latents(part, traced(model, part)).set_index(keys)
@@ -195,7 +195,7 @@ def test_of_a_part_only_the_chosen_latents_moved_and_as_far_as_before(tiny_model
 
 def test_a_part_keeps_to_the_limits_of_the_steer(tiny_models, make):
     model, limits = tiny_models["bridge"], {"max_relative_change": 0.02, "keep_norm": True}
-    part = sqs.PartialSteerer(make(**limits), latents=sqs.GivenLatents(EVERY))
+    part = sqs.partial_steerer(make(**limits), latents=sqs.GivenLatents(EVERY))
     table = traced(model, part).to_dataframe()
     assert 0 < table["relative_change"].max() <= 0.02 + 1e-5
 
@@ -267,7 +267,7 @@ def test_other_traces_and_wrong_numbers_are_refused(tiny_models, make, untyped):
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
             call()
-    with pytest.raises(TypeError, match="steerer is a RandomDirectionSteerer: only a Latent"):
-        sqs.PartialSteerer(sqs.RandomDirectionSteerer(steerer, seed=0), latents=sqs.TopLatents(1))
+    with pytest.raises(TypeError, match="steerer is a random_direction: only a Latent"):
+        sqs.partial_steerer(sqs.random_direction(steerer, seed=0), latents=sqs.TopLatents(1))
     with pytest.raises(TypeError, match=r"latents=\[1\] can't be called: give a value"):
-        sqs.PartialSteerer(steerer, latents=[1])
+        sqs.partial_steerer(steerer, latents=[1])

@@ -9,8 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import sae_query_steer as sqs
 from sae_query_steer.compare import SteeringCase, interchange_methods
-from sae_query_steer.compare.query_patch import QueryPatch
+from sae_query_steer.compare.query_patch import query_patch
 from sae_query_steer.models.activations import read_activations
+from sae_query_steer.steering.steerer import Steerer
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 LENGTHS = [4, 2, 6]
@@ -28,9 +29,8 @@ def last_queries(model, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: found[name][range(3), [n - 1 for n in LENGTHS]] for name in NAMES}
 
 
-def patch_of(model, queries: dict[str, torch.Tensor]) -> QueryPatch:
-    sites = {site.hook_name: site for site in sqs.query_sites(model, [0, 2])}
-    return QueryPatch(sites, queries)
+def patch_of(model, queries: dict[str, torch.Tensor]) -> Steerer:
+    return query_patch(sqs.query_sites(model, [0, 2]), queries)
 
 
 def refuses(text: str):
@@ -51,7 +51,7 @@ def test_a_batch_of_another_size_is_refused_and_nothing_is_left(model):
 
 def test_a_patch_of_sites_that_the_model_has_not_is_refused(model):
     wrong = sqs.QuerySite(layer=2, n_heads=4, d_head=9)
-    patch = QueryPatch({NAMES[1]: wrong}, {NAMES[1]: torch.zeros(1, 4, 9)})
+    patch = query_patch([wrong], {NAMES[1]: torch.zeros(1, 4, 9)})
     text = "the site at layer 2 has 4 heads of 9: the model has 4 heads of 8"
     with pytest.raises(ValueError, match=text), patch.apply(model):
         pass

@@ -8,9 +8,9 @@ from conftest import greedy_logits
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.generation import continuations
-from sae_query_steer.compare.query_patch import QueryPatch
-from sae_query_steer.compare.rowwise import RowwiseSteerer
-from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.compare.query_patch import query_patch
+from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.steering.rowwise import rowwise
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 NAMES = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]
@@ -32,9 +32,9 @@ def refuses(text: str):
 
 
 def test_a_batch_equals_each_row_alone_with_its_own_steerer(model, make):
-    control = sqs.RandomDirectionSteerer(make("remember"), seed=3)
+    control = sqs.random_direction(make("remember"), seed=3)
     steerers = [make("create"), control, make("apply")]
-    with RowwiseSteerer(steerers).apply(model):
+    with rowwise(steerers).apply(model):
         together = greedy_logits(model, PROMPTS)
     for row, steerer in enumerate(steerers):
         with steerer.apply(model):
@@ -50,29 +50,22 @@ def test_the_change_of_a_row_is_that_of_its_own_steerer_in_any_order(make):
     generator = torch.Generator().manual_seed(11)
     queries = torch.randn(5, 2, 8, generator=generator)  # of the two steered heads
     steerers = [apply, create, create, apply, create]
-    made = (
-        RowwiseSteerer(steerers)
-        .change(NAMES[1], queries, TokenPlaces.one_a_row(len(queries)), record=False)
-        .delta
-    )
+    at, tokens = create.where.chosen[NAMES[1]], TokenPositions.one_per_row(len(queries))
+    made = rowwise(steerers).edit.change(queries, at, tokens).delta
     for row, steerer in enumerate(steerers):
-        own = steerer.change(
-            NAMES[1], queries[row : row + 1], TokenPlaces.one_a_row(1), record=False
-        ).delta[0]
+        one = TokenPositions.one_per_row(1)
+        own = steerer.change(queries[row : row + 1], at, one).delta[0]
         torch.testing.assert_close(made[row], own, rtol=1e-5, atol=1e-6)
     again = make("create", heads=[1, 2])
-    copies = RowwiseSteerer([apply, create, again, apply, again])
-    torch.testing.assert_close(
-        copies.change(NAMES[1], queries, TokenPlaces.one_a_row(len(queries)), record=False).delta,
-        made,
-    )
+    copies = rowwise([apply, create, again, apply, again])
+    torch.testing.assert_close(copies.edit.change(queries, at, tokens).delta, made)
 
 
 def test_one_steerer_for_all_rows_is_that_steerer(model, make):
     steerer = make("create", heads=[0, 3])
-    rowwise = RowwiseSteerer([steerer] * 3)
-    assert dict(rowwise.site_heads) == dict.fromkeys(NAMES, (0, 3))
-    made = continuations(model, PROMPTS, max_new_tokens=4, steerer=rowwise)
+    joined = rowwise([steerer] * 3)
+    assert [at.heads for at in joined.where.chosen.values()] == [(0, 3)] * 2
+    made = continuations(model, PROMPTS, max_new_tokens=4, steerer=joined)
     plain = continuations(model, PROMPTS, max_new_tokens=4, steerer=steerer)
     assert made.texts == plain.texts
     assert made.relative_changes == pytest.approx(plain.relative_changes, rel=1e-4)
@@ -80,8 +73,8 @@ def test_one_steerer_for_all_rows_is_that_steerer(model, make):
 
 
 def test_the_trace_names_the_way_and_every_row(model, make):
-    rowwise = RowwiseSteerer([make("create"), make("apply"), make("create")])
-    with rowwise.apply(model, record=True) as trace:
+    joined = rowwise([make("create"), make("apply"), make("create")])
+    with joined.apply(model, record=True) as trace:
         greedy_logits(model, PROMPTS)
     table = trace.to_dataframe()
     assert set(table["method"]) == {"row by row"}
@@ -99,7 +92,7 @@ def test_a_batch_of_another_size_is_refused_and_nothing_is_left(model, make):
         "the batch has 3 rows, there is something for 2: give all prompts in one call of "
         "generate(), in order"
     )
-    with refuses(text), RowwiseSteerer([make("create")] * 2).apply(model):
+    with refuses(text), rowwise([make("create")] * 2).apply(model):
         greedy_logits(model, PROMPTS)
     assert torch.equal(greedy_logits(model, PROMPTS), plain)
 
@@ -107,28 +100,24 @@ def test_a_batch_of_another_size_is_refused_and_nothing_is_left(model, make):
 def test_steerers_of_different_sites_or_heads_are_refused(make):
     for changes in ({"layers": [2]}, {"heads": [1, 2]}):
         first, other = make("create"), make("apply", **changes)
-        with refuses(
-            f"steerers of different sites or heads: {dict(first.site_heads)} and "
-            f"{dict(other.site_heads)}; a batch is steered at the same places"
-        ):
-            RowwiseSteerer([first, first, other])
+        with pytest.raises(ValueError, match="the same sites and heads"):
+            rowwise([first, first, other])
 
 
 def test_no_steerers_are_refused():
-    with refuses("no steerers: give one for each row of the batch"):
-        RowwiseSteerer([])
+    with pytest.raises(ValueError, match="got none"):
+        rowwise([])
 
 
 def test_every_steerer_is_asked_whether_it_belongs_to_the_model(model, make):
     site = sqs.query_sites(model, [2])[0]
     wrong = sqs.QuerySite(layer=2, n_heads=4, d_head=9)
     patches = [
-        QueryPatch({NAMES[1]: one}, {NAMES[1]: torch.zeros(1, 4, one.d_head)})
-        for one in (site, wrong)
+        query_patch([one], {NAMES[1]: torch.zeros(1, 4, one.d_head)}) for one in (site, wrong)
     ]
     text = "the site at layer 2 has 4 heads of 9: the model has 4 heads of 8"
-    steerer = RowwiseSteerer([patches[0], *patches])
+    steerer = rowwise([patches[0], *patches])
     with pytest.raises(ValueError, match=text), steerer.apply(model):
         pass
-    with RowwiseSteerer(patches[:1]).apply(model):
+    with rowwise(patches[:1]).apply(model):
         pass

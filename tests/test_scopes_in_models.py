@@ -9,8 +9,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 import sae_query_steer as sqs
-from sae_query_steer.steering.intervention import Steerer
-from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.trace import QueryChange
+from sae_query_steer.steering.where import Where
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]  # with BOS 4, 2 and 6 tokens
 LENGTHS = [4, 2, 6]
@@ -20,23 +22,15 @@ AT = [[0, 5], [1, 2, 7], [3, 6, 11]]
 MASK = torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.4
 
 
-class Shove(Steerer):
+class Shove(Edit):
     """A change of queries that is cheap, large and the same wherever it acts."""
 
-    def __init__(self, model, scope) -> None:
-        sites = sqs.query_sites(model, [0, 2])
-        self.scope = scope
-        self.sites = {site.hook_name: site for site in sites}
-        self.site_heads = {site.hook_name: (0, 2) for site in sites}
+    def change(self, activations, at, tokens, *, record=False):
+        return QueryChange(delta=2 * activations.roll(1, -1) + 1)
 
-    def check_model(self, model) -> None:
-        pass
 
-    def new_trace(self, model, *, recording):
-        return SteeringTrace(recording=recording)
-
-    def change(self, hook_name, queries, places, *, record):
-        return QueryChange(delta=2 * queries.roll(1, -1) + 1)
+def shove(model, scope) -> Steerer:
+    return Steerer(Shove(), Where(sqs.query_sites(model, [0, 2]), scope=scope, heads=[0, 2]))
 
 
 def greedy(model, prompts, **changes):
@@ -125,7 +119,7 @@ def expected_at(kind, tokens, rows, markers, lengths=LENGTHS) -> set[tuple[int, 
 @kinds
 def test_cache_on_equals_cache_off_and_a_padded_batch_equals_its_rows(model, kind, markers):
     make, rows = KINDS[kind][0], [0, 1, 2]
-    with Shove(model, make(rows, markers)).apply(model, record=True) as trace:
+    with shove(model, make(rows, markers)).apply(model, record=True) as trace:
         tokens, logits = greedy(model, PROMPTS)
         without_cache = greedy(model, PROMPTS, use_past_kv_cache=False)
         again = greedy(model, PROMPTS)
@@ -137,7 +131,7 @@ def test_cache_on_equals_cache_off_and_a_padded_batch_equals_its_rows(model, kin
     assert torch.equal(again[1], logits), "the second call did not start afresh"
     assert not torch.allclose(logits, greedy(model, PROMPTS)[1], atol=1e-2)
     for row, prompt in enumerate(PROMPTS):
-        with Shove(model, make([row], markers)).apply(model, record=True) as alone:
+        with shove(model, make([row], markers)).apply(model, record=True) as alone:
             own_tokens, own_logits = greedy(model, prompt)
         own = {(0, p) for r, p in expected if r == row}
         assert steered_at(alone) == ([own] if own else [])
@@ -149,7 +143,7 @@ def test_cache_on_equals_cache_off_and_a_padded_batch_equals_its_rows(model, kin
 def test_generate_stream_and_prompts_as_text_lists_or_tokens_agree(model, kind, markers):
     make, prompt = KINDS[kind][0], PROMPTS[2]
     tokens = model.to_tokens(prompt)
-    with Shove(model, make([2], markers)).apply(model, record=True) as trace:
+    with shove(model, make([2], markers)).apply(model, record=True) as trace:
         expected = greedy(model, prompt)[0]
         for same in ([prompt], tokens):
             assert torch.equal(greedy(model, same)[0], expected)
@@ -180,7 +174,7 @@ def test_a_hand_written_loop_agrees_with_generate_and_the_next_one_starts_afresh
     model, kind, markers
 ):
     prompt = PROMPTS[2]
-    steerer = Shove(model, KINDS[kind][0]([2], markers))
+    steerer = shove(model, KINDS[kind][0]([2], markers))
     with steerer.apply(model):
         expected = greedy(model, prompt)[0]
     own = expected_at(kind, expected, [2], markers)
@@ -203,10 +197,10 @@ def test_a_hand_written_loop_agrees_with_generate_and_the_next_one_starts_afresh
 def test_two_hand_written_loops_in_turns_keep_their_own_tokens_apart(model, markers):
     scope = sqs.AfterToken(markers, inclusive=True)
     expected, loops = [], []
-    with Shove(model, scope).apply(model):
+    with shove(model, scope).apply(model):
         for prompt in (PROMPTS[0], PROMPTS[2]):
             expected.append(greedy(model, prompt)[0])
-    with Shove(model, scope).apply(model), torch.no_grad():
+    with shove(model, scope).apply(model), torch.no_grad():
         for prompt in (PROMPTS[0], PROMPTS[2]):
             tokens = model.to_tokens(prompt)
             loops.append([tokens, tokens, new_cache(model)])
@@ -220,7 +214,7 @@ def test_two_hand_written_loops_in_turns_keep_their_own_tokens_apart(model, mark
 def test_a_prompt_that_is_read_in_pieces_has_its_tokens(model):
     tokens = model.to_tokens(PROMPTS[2])
     scope = sqs.AfterToken(int(tokens[0, 2]))
-    with Shove(model, scope).apply(model, record=True) as trace, torch.no_grad():
+    with shove(model, scope).apply(model, record=True) as trace, torch.no_grad():
         cache = new_cache(model)
         for piece in (tokens[:, :3], tokens[:, 3:5], tokens[:, 5:]):
             read(model, piece, cache)
@@ -238,7 +232,7 @@ def test_a_cache_that_is_cut_back_keeps_the_tokens_before_the_cut(model, inside)
     with torch.no_grad():
         if not inside:
             read(model, tokens[:, :1], cache)
-        with Shove(model, watch).apply(model):
+        with shove(model, watch).apply(model):
             read(model, tokens[:, (0 if inside else 1) :], cache)
             if isinstance(cache, DynamicCache):
                 cache.crop(-5)  # of 6 columns
@@ -258,7 +252,7 @@ def test_a_marker_raises_where_the_cache_was_begun_outside(model, record):
     with torch.no_grad():
         read(model, tokens, cache)
         with (
-            Shove(model, sqs.AfterToken(5)).apply(model, record=record),
+            shove(model, sqs.AfterToken(5)).apply(model, record=record),
             pytest.raises(ValueError, match=r"begin the KV cache inside apply\(\)"),
         ):
             model(tokens)  # another row, whose tokens are no concern of the cached one
@@ -267,7 +261,7 @@ def test_a_marker_raises_where_the_cache_was_begun_outside(model, record):
 
 def test_a_marker_that_is_also_padding_counts_only_where_it_is_real(model):
     pad = model.tokenizer.pad_token_id
-    with Shove(model, sqs.AfterToken(pad) | sqs.AtPositions([0])).apply(
+    with shove(model, sqs.AfterToken(pad) | sqs.AtPositions([0])).apply(
         model, record=True
     ) as trace:
         tokens = greedy(model, PROMPTS)[0]
@@ -288,7 +282,7 @@ def test_a_users_function_sees_the_tokens_of_its_rows(model):
         seen.append(positions.tokens.tolist())
         return positions.index == 0
 
-    with Shove(model, watch).apply(model):
+    with shove(model, watch).apply(model):
         tokens = greedy(model, PROMPTS[:2])[0]
     first = model.to_tokens(PROMPTS[0])[0].tolist()
     assert seen[0] == [first, [*model.to_tokens(PROMPTS[1])[0].tolist(), -1, -1]]
@@ -297,7 +291,7 @@ def test_a_users_function_sees_the_tokens_of_its_rows(model):
 
 def test_plain_pairs_read_tokens_that_they_are_given(model):
     tokens = model.to_tokens(PROMPTS[2])
-    steerer = Shove(model, sqs.AfterToken(int(tokens[0, 2])))
+    steerer = shove(model, sqs.AfterToken(int(tokens[0, 2])))
     with steerer.apply(model):
         expected = model(tokens)
     pairs = steerer.fwd_hooks(model, tokens=tokens)
@@ -311,7 +305,7 @@ def test_plain_pairs_read_tokens_that_they_are_given(model):
 def test_a_forward_pass_outside_generate_needs_prompt_lengths_where_the_scope_does(
     model, kind, markers
 ):
-    steerer = Shove(model, KINDS[kind][0]([2], markers))
+    steerer = shove(model, KINDS[kind][0]([2], markers))
     tokens = model.to_tokens(PROMPTS[2])
     relative = ("prompt", "last prompt tokens", "first response tokens", "around the prompt's end")
     with steerer.apply(model):
@@ -327,7 +321,7 @@ def test_other_rows_than_those_of_the_scope_are_refused_before_a_token_is_genera
     text = f"{scope!r} is for 2 rows, the batch has 3: give all prompts in one call of generate()"
     generated = []
     with (
-        Shove(model, scope).apply(model),
+        shove(model, scope).apply(model),
         model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", lambda x, hook: generated.append(1))]),
         pytest.raises(ValueError, match=re.escape(text)),
     ):

@@ -7,8 +7,8 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformers import DynamicCache
 
 import sae_query_steer as sqs
-from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.models.activations import read_activations
+from sae_query_steer.scopes.columns import TokenPositions
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {
@@ -302,7 +302,7 @@ def test_steerers_nest_and_the_inner_one_sees_what_the_outer_one_did(model, make
 
 def test_the_global_random_state_is_left_as_it_was(model, make):
     before = torch.get_rng_state()
-    with make().apply(model, record=True), sqs.RandomDirectionSteerer(make()).apply(model):
+    with make().apply(model, record=True), sqs.random_direction(make()).apply(model):
         generate(model, PROMPTS)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -313,9 +313,8 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
     tokens = tokens_of(half, PROMPTS[0])
     (before,), (after,) = watched(half, steerer, lambda: half(tokens), name)
     assert after.dtype == torch.bfloat16
-    delta = steerer.change(
-        name, before[0].float(), TokenPlaces.one_a_row(len(before[0])), record=False
-    ).delta
+    tokens = TokenPositions.one_per_row(len(before[0]))
+    delta = steerer.change(before[0].float(), steerer.where.chosen[name], tokens).delta
     assert torch.equal(after[0], before[0] + delta.bfloat16())
 
 
@@ -323,21 +322,21 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
     ("change", "error", "message"),
     [
         ({"target": "analyse"}, ValueError, "no class 'analyse': the classes are"),
-        ({"objective": "prototype"}, TypeError, "objective='prototype' is no objective; allowed"),
-        ({"objective": sqs.SquaredDistance}, TypeError, "is no objective"),
+        ({"objective": "prototype"}, TypeError, "objective must be .* got 'prototype'"),
+        ({"objective": sqs.SquaredDistance}, TypeError, "objective must be"),
         ({"scope": "all"}, TypeError, "scope='all' is no scope"),
         ({"scope": sqs.LastPromptToken}, TypeError, r"write scope=LastPromptToken\(\)"),
         ({"n_steps": -1}, ValueError, "n_steps=-1 is not allowed"),
         ({"step_size": float("nan")}, ValueError, "step_size=nan is not allowed"),
         ({"step_size": float("inf")}, ValueError, "step_size=inf is not allowed"),
-        ({"layers": [1]}, ValueError, r"no SAE for layer 1: there is one for \[0, 2\]"),
+        ({"layers": [1]}, ValueError, r"no site at layer 1: there are some at \[0, 2\]"),
         ({"heads": [4]}, ValueError, "no head 4 at layer 0: the heads are 0 to 3"),
-        ({"heads": {1: [0]}}, ValueError, "no SAE for layer 1"),
+        ({"heads": {1: [0]}}, ValueError, "no site at layer 1"),
         ({"heads": []}, ValueError, "name at least one head"),
         ({"heads": [1, 1]}, ValueError, "each once"),
-        ({"layers": []}, ValueError, "nothing to steer"),
-        ({"layers": 2}, TypeError, r"layers=2 is not allowed: give a list, such as \[2\]"),
-        ({"heads": 0}, TypeError, "heads=0 is not allowed: give a list"),
+        ({"layers": []}, ValueError, "no site is left"),
+        ({"layers": 2}, TypeError, r"layers must be a list, such as \[2\], got 2"),
+        ({"heads": 0}, TypeError, "heads must be a list"),
         ({"heads": [0.5]}, TypeError, "float"),
         ({"scope": sqs.LastResponseToken()}, ValueError, "can't be a scope"),
         (
@@ -414,7 +413,7 @@ def test_a_query_that_is_not_finite_names_its_site(model, make):
     with (
         model.hooks(fwd_hooks=[("blocks.2.attn.hook_q", lambda q, hook: q / 0)]),
         make().apply(model),
-        pytest.raises(ValueError, match="the queries at blocks.2.attn.hook_q are not finite"),
+        pytest.raises(ValueError, match="activations at blocks.2.attn.hook_q are not finite"),
     ):
         model(tokens)
 
@@ -504,8 +503,9 @@ def test_two_steerers_at_one_layer_act_one_after_the_other(model, make):
     ):
         model(tokens)
     query = read_activations(model, tokens, [name])[name][0, -1:]
-    once = query + first.change(name, query, TokenPlaces.one_a_row(1), record=False).delta
-    twice = once + second.change(name, once, TokenPlaces.one_a_row(1), record=False).delta
+    at, tokens = first.where.chosen[name], TokenPositions.one_per_row(1)
+    once = query + first.change(query, at, tokens).delta
+    twice = once + second.change(once, at, tokens).delta
     torch.testing.assert_close(seen[0][0, -1:], twice, rtol=1e-4, atol=1e-5)
 
 

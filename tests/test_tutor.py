@@ -118,7 +118,7 @@ def steered(tutors):
             saes, targets, target=[case.target for case in cases],
             objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0,
         )  # fmt: skip
-        random = sqs.RandomDirectionSteerer(own, seed=1)
+        random = sqs.random_direction(own, seed=1)
         rows = {"unsteered": None, "SAE": own, "random": random}
         classifier = level_judge(n_per_level=100)
         for name, steerer in rows.items():

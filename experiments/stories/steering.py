@@ -1,7 +1,7 @@
 """Steering towards classes of stories: the methods, the patched reference, and the tables."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -23,11 +23,13 @@ from sae_query_steer.compare import (
     run_sweep,
 )
 from sae_query_steer.compare.comparison import outcome_row
-from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.models.activations import read_at_span
+from sae_query_steer.scopes.columns import TokenPositions
 from sae_query_steer.scopes.positions import Span, scope_name
-from sae_query_steer.steering.intervention import Steerer
-from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.trace import QueryChange
+from sae_query_steer.steering.where import SiteHeads, Where
 
 PATCH = "real queries, all layers"
 LAST, ALL = sqs.LastPromptToken(), sqs.LastPromptToken() | sqs.ResponseTokens()
@@ -49,45 +51,31 @@ DESCENTS = (
 
 
 @dataclass(frozen=True, eq=False)
-class DonorQueries(Steerer):
+class DonorQueries(Edit):
     """Real queries of a donor for each row: from its last prompt token on, token by token.
 
     After the donor's last token a row is left alone.
     """
 
-    sites: Mapping[str, sqs.QuerySite]
     queries: Mapping[str, Sequence[Tensor]]
     """By hook name, for each row [token head d_head]; the first is of the last prompt token."""
 
-    _: KW_ONLY
-
-    scope: Any = field(default_factory=sqs.LastPromptToken)
-    site_heads: Mapping[str, tuple[int, ...]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        heads = {name: tuple(range(site.n_heads)) for name, site in self.sites.items()}
-        object.__setattr__(self, "site_heads", heads)
-
-    def check_model(self, model: Any) -> None:
-        """Raise unless the model has these sites."""
-        for site in self.sites.values():
-            site.check(model)
-
-    def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
-        """Return an empty trace."""
-        return SteeringTrace(recording=recording, method=PATCH, tokenizer=model.tokenizer)
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """Return what a trace is to know."""
+        return {"method": PATCH}
 
     def change(
-        self, hook_name: str, queries: Tensor, places: TokenPlaces, *, record: bool
+        self, activations: Tensor, at: SiteHeads, tokens: TokenPositions, *, record: bool = False
     ) -> QueryChange:
-        """Return what leads from each query to the donor's at the same distance from the prompt."""
+        """Return what is to be added to become the donor's query at the same distance."""
         del record
-        delta = torch.zeros_like(queries)
-        ages = places.age().long().tolist()
-        for i, (row, age) in enumerate(zip(places.row.tolist(), ages, strict=True)):
-            donor = self.queries[hook_name][row]
+        delta = torch.zeros_like(activations)
+        ages = tokens.age().long().tolist()
+        for i, (row, age) in enumerate(zip(tokens.row.tolist(), ages, strict=True)):
+            donor = self.queries[at.hook_name][row]
             if age < len(donor):
-                delta[i] = donor[age].to(queries) - queries[i]
+                delta[i] = donor[age].to(activations) - activations[i]
         return QueryChange(delta=delta)
 
 
@@ -101,7 +89,7 @@ def patch_method(model: Any, candidate: Candidate, scope: Any) -> Method:
     for example in candidate.parts["sites"]:
         pools.setdefault(example.label, []).append(example)
 
-    def steerer(cases: Sequence[SteeringCase], strength: float) -> DonorQueries:
+    def steerer(cases: Sequence[SteeringCase], strength: float) -> Steerer:
         del strength
         donors = []
         for i, case in enumerate(cases):
@@ -117,7 +105,7 @@ def patch_method(model: Any, candidate: Candidate, scope: Any) -> Method:
                 for name, queries in batch.activations.items():
                     found[name][row] = queries[batch.row == row]
         by_row = {name: [rows[i] for i in range(len(cases))] for name, rows in found.items()}
-        return DonorQueries(sites, by_row, scope=scope)
+        return Steerer(DonorQueries(by_row), Where(sites.values(), scope=scope))
 
     return Method(name=PATCH, scope=scope_name(scope), layers=None, steerer=steerer)
 

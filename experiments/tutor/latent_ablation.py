@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 
 from sae_query_steer.compare.comparison import Method
-from sae_query_steer.compare.rowwise import RowwiseSteerer
 from sae_query_steer.descent.control import ExceptLatents, GivenLatents
 from sae_query_steer.diagnostics.moved import ByHead, most_moved
-from sae_query_steer.steering.intervention import Steerer
-from sae_query_steer.steering.partial import PartialSteerer
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.sae.encoders import encoder_sites
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+from sae_query_steer.steering.partial import partial_steerer
+from sae_query_steer.steering.rowwise import rowwise
+from sae_query_steer.steering.steerer import Steerer
 
 Way = Literal["held", "taken out", "only"]
 """Held: the descent may not move them. Taken out: they move, and the query does not learn of it,
@@ -124,7 +125,7 @@ def _ablation(
 
     def steerer(cases: Sequence[Any], strength: float) -> Steerer:
         del strength
-        return RowwiseSteerer([made[case.target] for case in cases])
+        return rowwise([made[case.target] for case in cases])
 
     return LatentAblation(
         way=way,
@@ -136,7 +137,7 @@ def _ablation(
         method=Method(
             name=f"m={m}: {which} {way}{drawn}",
             objective=repr(first.objective),
-            layers=tuple(site.layer for site in first.sites.values()),
+            layers=tuple(site.layer for site in encoder_sites(first.saes).values()),
             n_steps=first.n_steps if isinstance(first.n_steps, int) else None,
             scope="last prompt token",
             steerer=steerer,
@@ -151,7 +152,7 @@ def _without(way: Way, steerer: LatentGradientSteerer, latents: ByHead) -> Steer
         case "only":
             return replace(steerer, latents=GivenLatents(latents))
         case "taken out":
-            return PartialSteerer(steerer, latents=ExceptLatents(latents))
+            return partial_steerer(steerer, latents=ExceptLatents(latents))
 
 
 def _others(

@@ -23,8 +23,8 @@ import sae_query_steer as sqs
 from experiments.tutor.latent_ablation import LatentAblation, Way, latent_ablations
 from sae_query_steer.compare import Method, TextScorer, level_judge
 from sae_query_steer.compare.demo_cases import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
-from sae_query_steer.compare.rowwise import RowwiseSteerer
 from sae_query_steer.diagnostics.metrics import wilson_interval
+from sae_query_steer.steering.rowwise import rowwise
 from sae_query_steer.storage.markdown import markdown_table
 from sae_query_steer.toy import TutorCorpus
 
@@ -235,7 +235,7 @@ def compare(
 ) -> None:
     """Print success against m."""
     whole = Method(
-        name="whole", steerer=lambda cases, _: RowwiseSteerer([steerers[c.target] for c in cases])
+        name="whole", steerer=lambda cases, _: rowwise([steerers[c.target] for c in cases])
     )
     tasks = tuple(scorer.cases)
     print(f"\n## {name}: success without some latents\n")

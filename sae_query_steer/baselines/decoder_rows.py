@@ -1,29 +1,35 @@
-"""A steer without a descent: add the decoder rows of the latents that mark a class."""
+"""Steering without a descent: add the decoder rows of the latents that mark a class."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.baselines.simple import above_others, added, check_added
+from sae_query_steer.arguments import check_number
+from sae_query_steer.baselines.added import AddedDirection, above_others
 from sae_query_steer.descent.objectives import CentroidContrast
-from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.descent.strength import each
-from sae_query_steer.sae.encoders import QueryEncoder, device_of, in_32_bits, on_device
+from sae_query_steer.sae.encoders import QueryEncoder, device_of, encoder_sites
 from sae_query_steer.scopes.positions import LastPromptToken, Scope
-from sae_query_steer.sites import QuerySite
-from sae_query_steer.steering.intervention import Steerer
-from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.steering.latent_descent import FromCentroids, LatentDescent
+from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.where import Heads, Where
 from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.fingerprint import check_shapes
 
 
-@dataclass(frozen=True, eq=False)
-class DecoderRowsSteerer(Steerer):
-    """Adds SAE decoder rows of a class's top latents to the query, whatever the query is.
+def decoder_rows(
+    saes: Mapping[str, QueryEncoder],
+    targets: CentroidTargets,
+    *,
+    target: str | Sequence[str],
+    strength: float | Sequence[float],
+    m: int = 4,
+    scope: Scope | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Heads | None = None,
+) -> Steerer:
+    """Return a steerer that adds SAE decoder rows of a class's top latents to the query.
 
     Of each head the m latents count whose mean in the target class lies furthest above the mean of
     the other classes' means, in units of the latent's standard deviation; a head in which fewer
@@ -32,129 +38,86 @@ class DecoderRowsSteerer(Steerer):
     those of the others, as far as the m latents tell; with an identity encoder and m = d_head, the
     rising half of the mean difference. Nothing is encoded, and the SAE's error never enters.
 
+    Args:
+        saes: encoders by hook name; those of the layers that are steered.
+        targets: the centroids that were made with these encoders on this model.
+        target: the class to steer towards; a list has one for each row of the batch.
+        strength: factor of what is added, 0 or more; a list likewise.
+        m: latents of each head, 1 or more; a head of fewer latents gives all that rise.
+        scope: which tokens; None means the last prompt token.
+        layers: which layers; None means all that have an SAE.
+        heads: which heads: the same in every layer, or by layer; None means all.
+
+    Raises:
+        ValueError: a strength, m, class, layer or head that is not allowed, or centroids of other
+            encoders.
+
     Source: our choice, after the usual way to steer by an SAE, adding a feature's decoder row. The
     rows are weighted by the difference and the sum is not normalised, so that a head whose latents
     hardly know the class is hardly moved, and strength means the same in every head.
     """
+    check_number("m", m, whole=True, least=1)
+    still = LatentDescent(
+        saes, targets, target=target, objective=CentroidContrast(), n_steps=0, step_size=0.0
+    )
+    where = Where(
+        encoder_sites(saes).values(),
+        scope=LastPromptToken() if scope is None else scope,
+        layers=layers,
+        heads=heads,
+    )
+    encoders = {name: saes[name] for name in where.chosen}
+    check_shapes(targets, encoders)
+    directions = {name: _direction(encoders[name], targets, name, m) for name in encoders}
+    edit = AddedDirection(
+        directions=directions,
+        classes=targets.classes,
+        target=target,
+        strength=strength,
+        method=f"decoder rows (m={m})",
+        described_by=still,
+    )
+    return Steerer(edit, where, origin=FromCentroids(encoders, targets))
 
-    saes: Mapping[str, QueryEncoder]
-    """Encoders by hook name; those of the layers that are steered."""
 
-    targets: CentroidTargets
-    """The centroids that were made with these encoders on this model."""
+def class_latents(
+    targets: CentroidTargets, target: str, *, m: int = 4
+) -> dict[str, dict[int, list[int]]]:
+    """Return the latents of a class whose decoder rows `decoder_rows` adds, best first.
 
-    _: KW_ONLY
+    Args:
+        targets: the centroids.
+        target: the class.
+        m: latents of each head, 1 or more.
 
-    target: str | Sequence[str]
-    """The class to steer towards; a list has one for each row of the batch."""
+    Returns:
+        Latents by hook name and head, in the form that `GivenLatents` takes.
 
-    strength: float | Sequence[float]
-    """Factor of what is added, 0 or more; a list likewise."""
+    Raises:
+        ValueError: no such class.
+    """
+    index, chosen = targets.class_index(target), {}
+    for name in targets.means:
+        marks = _marks(targets, name)[index]
+        best = _best(marks, m)
+        chosen[name] = {
+            head: [i for i in best[head].tolist() if own[i] > 0] for head, own in enumerate(marks)
+        }
+    return chosen
 
-    m: int = 4
-    """Latents of each head, 1 or more; a head of fewer latents gives all that rise."""
 
-    scope: Scope = field(default_factory=LastPromptToken)
-    """Where to steer."""
-
-    layers: Sequence[int] | None = None
-    """Which layers; None means all that have an SAE."""
-
-    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None
-    """Which heads: the same in every layer, or by layer; None means all."""
-
-    sites: Mapping[str, QuerySite] = field(init=False, repr=False)
-    """The site of every encoder, by hook name."""
-
-    site_heads: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
-    """The heads that are steered, by hook name."""
-
-    _still: LatentGradientSteerer = field(init=False, repr=False)
-    """A steerer that never moves: it knows sites, checks and the terms of a trace."""
-
-    _directions: Mapping[str, Tensor] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_added(self.strength)
-        if isinstance(self.m, bool) or not isinstance(self.m, int) or self.m < 1:
-            raise ValueError(f"m={self.m!r} is not allowed: give a whole number, 1 or more")
-        for target in each(self.target, "target"):
-            self.targets.class_index(target)
-        still = LatentGradientSteerer(
-            self.saes,
-            self.targets,
-            target=self.target,
-            objective=CentroidContrast(),
-            n_steps=0,
-            step_size=0.0,
-            scope=self.scope,
-            layers=self.layers,
-            heads=self.heads,
-        )
-        object.__setattr__(self, "_still", still)
-        for name in ("sites", "site_heads"):
-            object.__setattr__(self, name, getattr(still, name))
-        directions = {name: self._direction(name) for name in self.site_heads}
-        object.__setattr__(self, "_directions", directions)
-
-    def check_model(self, model: Any) -> None:
-        """Raise unless the steerer belongs to this model; a yes is remembered."""
-        self._still.check_model(model)
-
-    def to(self, device: str | torch.device) -> "DecoderRowsSteerer":
-        """Return this steerer with its SAEs on a device; what is not there already is copied."""
-        saes = {name: on_device(encoder, device) for name, encoder in self.saes.items()}
-        return replace(self, saes=saes)
-
-    def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
-        """Return an empty trace that knows classes, target and tokenizer."""
-        return replace(
-            self._still.new_trace(model, recording=recording),
-            method=f"decoder rows (m={self.m})",
-        )
-
-    def latents(self, target: str) -> dict[str, dict[int, list[int]]]:
-        """Return the latents of a class by hook name and head, those that mark it most first.
-
-        In the form that `GivenLatents` takes.
-
-        Raises:
-            ValueError: no such class.
-        """
-        index, chosen = self.targets.class_index(target), {}
-        for name, heads in self.site_heads.items():
-            marks = _marks(self.targets, name)[index]
-            best = _best(marks, self.m)
-            chosen[name] = {h: [i for i in best[h].tolist() if marks[h, i] > 0] for h in heads}
-        return chosen
-
-    def change(
-        self,
-        hook_name: str,
-        queries: Float[Tensor, "token head d_head"],
-        places: TokenPlaces,
-        *,
-        record: bool,
-    ) -> QueryChange:
-        """Return what is added to the queries of the steered heads of a site."""
-        queries = in_32_bits(queries)
-        directions = self._directions[hook_name].to(queries)
-        delta = added(directions, self.targets.classes, self.target, self.strength, places)
-        if not record:
-            return QueryChange(delta=delta)
-        return self._still.described(hook_name, queries, delta, places)
-
-    @torch.no_grad()
-    def _direction(self, hook_name: str) -> Float[Tensor, "class head d_head"]:
-        """Return what is added at strength 1, of the steered heads."""
-        encoder, marks = self.saes[hook_name], _marks(self.targets, hook_name)
-        best = torch.zeros_like(marks, dtype=torch.bool).scatter(-1, _best(marks, self.m), True)
-        rise = above_others(self.targets.means[hook_name])
-        weights = torch.where(best & (marks > 0), rise, 0.0)
-        weights = weights.to(device_of(encoder) or weights.device)
-        # The difference of two decodings: the rows as the encoder reads them, without its bias.
-        direction = encoder.decode(weights) - encoder.decode(torch.zeros_like(weights))
-        return direction[:, list(self.site_heads[hook_name])]
+@torch.no_grad()
+def _direction(
+    encoder: QueryEncoder, targets: CentroidTargets, hook_name: str, m: int
+) -> Float[Tensor, "class head d_head"]:
+    """Return what is added at strength 1."""
+    marks = _marks(targets, hook_name)
+    best = torch.zeros_like(marks, dtype=torch.bool).scatter(-1, _best(marks, m), True)
+    rise = above_others(targets.means[hook_name])
+    weights = torch.where(best & (marks > 0), rise, 0.0)
+    weights = weights.to(device_of(encoder) or weights.device)
+    # The difference of two decodings: the rows as the encoder reads them, without its bias.
+    return encoder.decode(weights) - encoder.decode(torch.zeros_like(weights))
 
 
 def _marks(targets: CentroidTargets, hook_name: str) -> Float[Tensor, "class head d_latent"]:

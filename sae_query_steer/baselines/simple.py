@@ -1,24 +1,25 @@
-"""What a steer is compared with, in the same form as the steer."""
+"""Baselines and controls that are edits in the same engine; and few-shot prompting."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_query_steer.baselines.added import check_added
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.descent.objectives import CentroidContrast
-from sae_query_steer.descent.places import TokenPlaces
-from sae_query_steer.descent.strength import by_row, each
 from sae_query_steer.sae.encoders import identity_encoders
+from sae_query_steer.scopes.columns import TokenPositions
 from sae_query_steer.scopes.positions import LastPromptToken, Scope
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.steering.intervention import Steerer
-from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.latent_descent import LatentDescent, LatentGradientSteerer
+from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.trace import QueryChange
+from sae_query_steer.steering.where import SiteHeads
 from sae_query_steer.targets.centroids import CentroidTargets
 
 
@@ -65,120 +66,64 @@ def mean_difference(
     )
 
 
-def check_added(strength: float | Sequence[float]) -> None:
-    """Raise unless a strength, or that of each row, can be used.
-
-    Raises:
-        ValueError: one is negative or not finite, or there are none.
-    """
-    for value in each(strength, "strength"):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(
-                f"strength={value} is not allowed: give a finite number, 0 or more (to go the "
-                "other way, steer towards another class)"
-            )
-
-
-def above_others(means: Float[Tensor, "class *shape"]) -> Float[Tensor, "class *shape"]:
-    """Return each class's mean minus the mean of the other classes' means."""
-    return (means - means.mean(0)) * (len(means) / (len(means) - 1))
-
-
-def added(
-    directions: Float[Tensor, "class *shape"],
-    classes: Sequence[str],
-    target: str | Sequence[str],
-    strength: float | Sequence[float],
-    places: TokenPlaces,
-) -> Float[Tensor, "token *shape"]:
-    """Return strength times the direction of the target class, for each token of some rows.
-
-    Args:
-        directions: one for each class.
-        classes: their names.
-        target: the class of all rows, or that of each.
-        strength: of all rows, or of each.
-        places: where the tokens stand.
-
-    Raises:
-        ValueError: there are not as many targets or strengths as rows.
-    """
-    n_tokens = len(places.row)
-    targets = [target] * n_tokens if isinstance(target, str) else by_row("target", target, places)
-    one = not isinstance(strength, Sequence)
-    strengths = [strength] * n_tokens if one else by_row("strength", strength, places)
-    chosen = directions[[list(classes).index(name) for name in targets]]
-    factors = torch.tensor(strengths, dtype=chosen.dtype, device=chosen.device)
-    return factors.reshape(-1, *[1] * (chosen.ndim - 1)) * chosen
-
-
 @dataclass(frozen=True, eq=False)
-class RandomDirectionSteerer(Steerer):
-    """The control: at every token and head a random direction, as long as the steer's change.
+class RandomDirection(Edit):
+    """A random direction, as long as the change of another edit at each token and head.
 
-    The direction is one for each site and head, drawn once from the seed; only its length follows
-    the steerer, token by token.
-
-    Source: our choice.
+    The direction is one for each site and head, drawn once from the seed.
     """
 
-    steerer: LatentGradientSteerer
-    """The steerer whose change sets the length."""
+    other: LatentDescent
+    """The edit whose change sets the length."""
 
     seed: int = 0
     """Of the directions."""
 
-    scope: Scope = field(init=False, repr=False)
-    """The steerer's."""
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """Return what a trace is to know."""
+        return {**self.other.labels, "method": f"random direction (seed {self.seed})"}
 
-    sites: Mapping[str, QuerySite] = field(init=False, repr=False)
-    """The steerer's."""
-
-    site_heads: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
-    """The steerer's."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.steerer, LatentGradientSteerer):
-            raise TypeError(
-                f"steerer={type(self.steerer).__name__} is no steerer: give the "
-                "LatentGradientSteerer that the control is for"
-            )
-        for name in ("scope", "sites", "site_heads"):
-            object.__setattr__(self, name, getattr(self.steerer, name))
-
-    def check_model(self, model: Any) -> None:
-        """Raise unless the steerer belongs to this model."""
-        self.steerer.check_model(model)
-
-    def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
-        """Return an empty trace."""
-        return replace(
-            self.steerer.new_trace(model, recording=recording),
-            method=f"random direction (seed {self.seed})",
-        )
+    def to(self, device: str | torch.device) -> "RandomDirection":
+        """Return it with the weights of the other edit on a device."""
+        return replace(self, other=self.other.to(device))
 
     def change(
         self,
-        hook_name: str,
-        queries: Float[Tensor, "token head d_head"],
-        places: TokenPlaces,
+        activations: Float[Tensor, "token head d_head"],
+        at: SiteHeads,
+        tokens: TokenPositions,
         *,
-        record: bool,
+        record: bool = False,
     ) -> QueryChange:
-        """Return the random change of queries of the steered heads of a site."""
-        length = self.steerer.change(hook_name, queries, places, record=False).delta.norm(
-            dim=-1, keepdim=True
-        )
-        site = self.sites[hook_name]
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
+        """Return the random change; Args as `Edit.change`."""
+        length = self.other.change(activations, at, tokens).delta.norm(dim=-1, keepdim=True)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + at.site.layer)
         # Of all heads, so that a head's direction does not depend on which others are steered.
-        direction = torch.randn(site.n_heads, site.d_head, generator=generator)
-        direction = direction[list(self.site_heads[hook_name])]
+        direction = torch.randn(at.site.n_heads, at.site.d_head, generator=generator)
+        direction = direction[list(at.heads)]
         direction = direction / direction.norm(dim=-1, keepdim=True)
         delta = length * direction.to(length)
         if not record:
             return QueryChange(delta=delta)
-        return self.steerer.described(hook_name, queries, delta, places)
+        return self.other.described(activations, at, tokens, delta)
+
+
+def random_direction(steerer: LatentGradientSteerer, *, seed: int = 0) -> Steerer:
+    """Return the negative control: a random direction, as long as the steerer's change.
+
+    Args:
+        steerer: the steerer that the control is for; its sites, heads and tokens are the same.
+        seed: of the directions, one for each site and head.
+
+    Raises:
+        TypeError: another kind of steerer.
+
+    Source: our choice.
+    """
+    if not isinstance(steerer, LatentGradientSteerer):
+        raise TypeError(f"steerer must be a LatentGradientSteerer, got {type(steerer).__name__}")
+    return Steerer(RandomDirection(steerer, seed), steerer.where, origin=steerer)
 
 
 def few_shot_prompt(

@@ -95,9 +95,7 @@ def labelled_examples(
 ) -> list[sqs.LabelledExample]:
     """Return the examples of a CSV, Bloom levels parsed where they are meant."""
     parse = sqs.BloomLevel.parse if bloom else str
-    return sqs.read_examples(
-        csv, prompt=prompt, response=response, label=label, parse_label=parse
-    )
+    return sqs.read_examples(csv, prompt=prompt, response=response, label=label, parse_label=parse)
 
 
 def layer_list(layers: str) -> list[int] | None:

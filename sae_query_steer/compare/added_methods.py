@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sae_query_steer.baselines.decoder_rows import DecoderRowsSteerer
-from sae_query_steer.baselines.residual import ResidualMeanDifference
+from sae_query_steer.baselines.decoder_rows import decoder_rows
+from sae_query_steer.baselines.residual import residual_mean_difference
 from sae_query_steer.baselines.residual_stream import ResidualMeans
 from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.compare.comparison import Method
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
+from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.targets.centroids import CentroidTargets
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -40,9 +41,9 @@ def decoder_rows_methods(
     where = LastPromptToken() if scope is None else scope
 
     def method(some: Sequence[int]) -> Method:
-        def steerer(cases: Sequence[SteeringCase], strength: float) -> DecoderRowsSteerer:
+        def steerer(cases: Sequence[SteeringCase], strength: float) -> Steerer:
             wanted = [case.target for case in cases]
-            return DecoderRowsSteerer(
+            return decoder_rows(
                 encoders, targets, target=wanted, strength=strength, m=m, scope=where, layers=some
             )
 
@@ -73,9 +74,9 @@ def residual_methods(
     where = LastPromptToken() if scope is None else scope
 
     def method(some: Sequence[int]) -> Method:
-        def steerer(cases: Sequence[SteeringCase], strength: float) -> ResidualMeanDifference:
+        def steerer(cases: Sequence[SteeringCase], strength: float) -> Steerer:
             wanted = [case.target for case in cases]
-            return ResidualMeanDifference(
+            return residual_mean_difference(
                 means, target=wanted, strength=strength, scope=where, layers=some
             )
 

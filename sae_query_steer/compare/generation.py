@@ -10,13 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sae_query_steer.baselines.residual import ResidualMeanDifference
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import chat_prompt, tokenize_example, tokenizer_of
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
-from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import TraceRecord
 
 
@@ -32,7 +31,7 @@ class Continuations:
 
     relative_changes: list[float]
     """Of each prompt, the mean of |delta q| / |q| over its steered tokens, layers and heads; of a
-    `ResidualMeanDifference` the same of the residual stream."""
+    `residual_mean_difference` the same of the residual stream."""
 
 
 def continuations(
@@ -40,7 +39,7 @@ def continuations(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    steerer: Steerer | ResidualMeanDifference | None = None,
+    steerer: Steerer | None = None,
     batch_size: int = 256,
     temperature: float | None = None,
     seeds: Sequence[int] | None = None,
@@ -140,7 +139,7 @@ def divergences(
     model: Any,
     prompts: Sequence[str],
     tokens: Sequence[Tensor],
-    steerer: Steerer | ResidualMeanDifference,
+    steerer: Steerer,
     *,
     chat_template: bool = False,
 ) -> list[float]:

@@ -1,7 +1,7 @@
-"""The reference: real queries, one for each row of a batch, put in the place of its own."""
+"""The reference: real queries, one for each row of a batch, patched in."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,70 +11,72 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.compare.comparison import Method
-from sae_query_steer.compare.rowwise import check_rows
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import tokenize_examples
-from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.models.activations import read_activations
-from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
+from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import LastPromptToken, scope_name
 from sae_query_steer.sites import QuerySite, query_sites
-from sae_query_steer.steering.intervention import Steerer
-from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.rowwise import check_rows
+from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.trace import QueryChange
+from sae_query_steer.steering.where import SiteHeads, Where
 
 
 @dataclass(frozen=True, eq=False)
-class QueryPatch(Steerer):
-    """Real queries at the last prompt token: there every row has one, so rows go by their order."""
-
-    sites: Mapping[str, QuerySite]
-    """The sites that are patched, all heads of them, by hook name."""
+class QueryPatch(Edit):
+    """Activation patching: one real query for each row takes the place of the row's own."""
 
     queries: Mapping[str, Float[Tensor, "batch head d_head"]]
-    """What each row gets, by hook name."""
+    """What each row gets at every token in scope, by hook name."""
 
-    scope: Scope = field(init=False, repr=False, default_factory=LastPromptToken)
-    """The last prompt token."""
-
-    site_heads: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
-    """All heads of the sites."""
-
-    def __post_init__(self) -> None:
-        for name, site in self.sites.items():
-            shape = list(self.queries[name].shape) if name in self.queries else None
-            if shape is None or shape[1:] != [site.n_heads, site.d_head]:
-                raise ValueError(
-                    f"queries of shape {shape} do not fit {name}: give one for each row, "
-                    f"[batch, {site.n_heads}, {site.d_head}]"
-                )
-        heads = {name: tuple(range(site.n_heads)) for name, site in self.sites.items()}
-        object.__setattr__(self, "site_heads", heads)
-
-    def check_model(self, model: Any) -> None:
-        """Raise unless the model has these sites."""
-        for site in self.sites.values():
-            site.check(model)
-
-    def new_trace(self, model: Any, *, recording: bool) -> SteeringTrace:
-        """Return an empty trace."""
-        return SteeringTrace(recording=recording, method="interchange", tokenizer=model.tokenizer)
+    @property
+    def labels(self) -> dict[str, str]:
+        """Return what a trace is to know."""
+        return {"method": "interchange"}
 
     def change(
         self,
-        hook_name: str,
-        queries: Float[Tensor, "token head d_head"],
-        places: TokenPlaces,
+        activations: Float[Tensor, "token head d_head"],
+        at: SiteHeads,
+        tokens: TokenPositions,
         *,
-        record: bool,
+        record: bool = False,
     ) -> QueryChange:
-        """Return what leads from each row's query to the one it gets.
+        """Return the difference between the query that each row gets and its own.
 
         Raises:
             ValueError: the batch has another number of rows.
         """
-        del record, places
-        given = self.queries[hook_name]
-        check_rows(len(given), len(queries))
-        return QueryChange(delta=given.to(queries) - queries)
+        del record
+        given = self.queries[at.hook_name]
+        check_rows(len(given), tokens.n_rows)
+        given = given.to(activations)[tokens.row][:, list(at.heads)]
+        return QueryChange(delta=given - activations)
+
+
+def query_patch(
+    sites: Iterable[QuerySite], queries: Mapping[str, Float[Tensor, "batch head d_head"]]
+) -> Steerer:
+    """Return a steerer that patches real queries in at the last prompt token, in all heads.
+
+    Args:
+        sites: where.
+        queries: what each row gets, by hook name.
+
+    Raises:
+        ValueError: no queries for a site, or queries of another shape.
+    """
+    where = Where(sites)
+    for name, at in where.chosen.items():
+        shape = list(queries[name].shape) if name in queries else None
+        if shape is None or shape[1:] != [at.site.n_heads, at.site.d_head]:
+            raise ValueError(
+                f"queries at {name} must be [batch, {at.site.n_heads}, {at.site.d_head}], one for "
+                f"each row, got {shape}"
+            )
+    return Steerer(QueryPatch(queries), where)
 
 
 def interchange_methods(
@@ -96,9 +98,9 @@ def interchange_methods(
     """
 
     def method(some: Sequence[int]) -> Method:
-        sites = {site.hook_name: site for site in query_sites(model, some)}
+        sites = query_sites(model, some)
 
-        def patch(cases: Sequence[SteeringCase], strength: float) -> QueryPatch:
+        def patch(cases: Sequence[SteeringCase], strength: float) -> Steerer:
             del strength
             asking = [
                 LabelledExample(prompt=case.requesting, label=case.target)
@@ -112,10 +114,11 @@ def interchange_methods(
                 )
             read = tokenize_examples(model, asking, chat_template=chat_template)
             rows = [example.tokens for example in read]
-            queries = read_activations(model, pad_sequence(rows, batch_first=True), list(sites))
+            names = [site.hook_name for site in sites]
+            queries = read_activations(model, pad_sequence(rows, batch_first=True), names)
             last = torch.tensor([len(row) - 1 for row in rows])
             each = torch.arange(len(rows))
-            return QueryPatch(sites, {name: found[each, last] for name, found in queries.items()})
+            return query_patch(sites, {name: found[each, last] for name, found in queries.items()})
 
         return Method(
             name="interchange",

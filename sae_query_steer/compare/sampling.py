@@ -3,8 +3,8 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities.activation_functions import apply_softcap
 
+from sae_query_steer.models.calls import Enter, listening
 from sae_query_steer.models.loading import check_eager
-from sae_query_steer.models.wrapped import replaced_method
 
 
 @contextmanager
@@ -45,29 +45,25 @@ def seeded_sampling(
     check_temperature(temperature)
     check_eager(model)
 
-    def around_call(generate: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(generate)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            _check_greedy(generate, args, kwargs)
-            with _noise(model, seeds, temperature):
-                return generate(*args, **kwargs)
-
-        return call
-
-    def around_stream(stream: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        @wraps(stream)
-        def call(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            _check_greedy(stream, args, kwargs)
-            with _noise(model, seeds, temperature):
-                yield from stream(*args, **kwargs)
-
-        return call
-
-    with (
-        replaced_method(model, "generate", around_call),
-        replaced_method(model, "generate_stream", around_stream),
-    ):
+    with listening(model, _Sampling(model, seeds, temperature)):
         yield
+
+
+@dataclass(frozen=True, eq=False)
+class _Sampling:
+    """Adds noise to the logits of every call of `generate`."""
+
+    model: Any
+    seeds: Sequence[int]
+    temperature: float
+
+    def forward_pass(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def generation(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Enter:
+        _check_greedy(call, args, kwargs)
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        return lambda: _noise(self.model, generators, self.temperature)
 
 
 def check_temperature(temperature: float) -> None:
@@ -90,9 +86,7 @@ def _check_greedy(generate: Callable[..., Any], args: Any, kwargs: Any) -> None:
 
 
 @contextmanager
-def _noise(model: Any, seeds: Sequence[int], temperature: float) -> Iterator[None]:
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
+def _noise(model: Any, generators: Sequence[torch.Generator], temperature: float) -> Iterator[None]:
     def add_noise(_unembed: Any, _args: Any, logits: Tensor) -> Tensor:
         if len(logits) != len(generators):
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sae_query_steer.baselines.simple import RandomDirectionSteerer, few_shot_prompt
+from sae_query_steer.baselines.simple import few_shot_prompt, random_direction
 from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.compare.comparison import (
     Method,
@@ -24,7 +24,7 @@ from sae_query_steer.compare.text_scorer import TextScorer
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.targets.centroids import CentroidTargets
 
 
@@ -166,9 +166,7 @@ def random_methods(model_of: Method, seeds: Sequence[int]) -> list[Method]:
             scope=model_of.scope,
             layers=model_of.layers,
             heads=model_of.heads,
-            steerer=lambda cases, strength: RandomDirectionSteerer(
-                make(cases, strength), seed=seed
-            ),
+            steerer=lambda cases, strength: random_direction(make(cases, strength), seed=seed),
         )
 
     return [control(seed) for seed in seeds]

@@ -16,8 +16,8 @@ from sae_query_steer.diagnostics.latent_texts import top_tokens
 from sae_query_steer.models.activations import check_hook_point, key_hook, pattern_hook
 from sae_query_steer.models.loading import check_eager, model_name
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
-from sae_query_steer.steering.intervention import chosen_heads
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+from sae_query_steer.steering.where import chosen_heads
 from sae_query_steer.storage.folders import check_replaceable, new_folder
 from sae_query_steer.storage.records import write_json
 from sae_query_steer.targets.centroids import CentroidTargets

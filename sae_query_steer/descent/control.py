@@ -120,7 +120,7 @@ class ExceptLatents:
 
     For ablations. A latent that is held is not switched off, and other latents may compensate:
     under `PrototypeLogLikelihood` the descent continues along the others until the posterior is
-    reached, and decoder rows overlap. `PartialSteerer` rules out such compensation.
+    reached, and decoder rows overlap. `partial_steerer` rules out such compensation.
     """
 
     latents: LatentsByHead

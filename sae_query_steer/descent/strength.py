@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_query_steer.descent.control import Schedule
 from sae_query_steer.descent.objectives import check_result
-from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.scopes.columns import TokenPositions
 
 Queries = Float[Tensor, "token head d_head"]
 
@@ -28,18 +28,18 @@ def each(values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def by_row(name: str, values: Sequence[Any], places: TokenPlaces) -> list[Any]:
+def by_row(name: str, values: Sequence[Any], tokens: TokenPositions) -> list[Any]:
     """Return the value of each token's row, from one value for each row of the batch.
 
     Raises:
         ValueError: the number of values is not that of the rows.
     """
-    if len(values) != places.n_rows:
+    if len(values) != tokens.n_rows:
         raise ValueError(
-            f"{name} has {len(values)} entries: the forward pass has {places.n_rows} rows; give "
+            f"{name} has {len(values)} entries: the forward pass has {tokens.n_rows} rows; give "
             "one for each prompt, in order, and all prompts in one call"
         )
-    return [values[row] for row in places.row.tolist()]
+    return [values[row] for row in tokens.row.tolist()]
 
 
 def scheduled(schedule: Schedule, age: Float[Tensor, " token"]) -> Float[Tensor, " token"]:

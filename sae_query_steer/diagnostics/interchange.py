@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.tokenized import TokenizedExamples
-from sae_query_steer.descent.places import TokenPlaces
 from sae_query_steer.diagnostics.patches import Pair, Patch, Trial
 from sae_query_steer.models.activations import read_activations, read_at_span
+from sae_query_steer.scopes.columns import TokenPositions
 from sae_query_steer.sites import QuerySite, check_sites
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 
 
 def interchange_effect(
@@ -128,31 +128,31 @@ def achieved_effect(
     """
     steerer.check_model(model)
     trial = Trial(model, examples, counterparts, n_pairs=n_pairs, seed=seed)
-    sites = {name: steerer.sites[name] for name in steerer.site_heads}
+    chosen = steerer.where.chosen
 
     def patches(batch: TokenBatch, pairs: Sequence[Pair]) -> tuple[Patch, Patch]:
         rows, columns = batch.mask(trial.examples.span).nonzero(as_tuple=True)
-        tokens = TokenPlaces(
+        tokens = TokenPositions(
             row=rows,
             position=columns,
             n_rows=len(pairs),
             prompt_lengths=batch.prompt_lengths,
         )
-        read = read_activations(model, batch.tokens, list(sites))
+        read = read_activations(model, batch.tokens, list(chosen))
         queries = {n: q[rows.to(q.device), columns.to(q.device)] for n, q in read.items()}
         made = []
         for sources in ([p.source for p in pairs], [p.base for p in pairs]):
             towards = replace(steerer, target=[trial.examples[i].label for i in sources])
             steered = {name: query.clone() for name, query in queries.items()}
-            for name, heads in steerer.site_heads.items():
-                own = queries[name][:, list(heads)]
-                change = towards.change(name, own, tokens, record=False)
-                steered[name][:, list(heads)] += change.delta.to(own)
+            for name, at in chosen.items():
+                own = queries[name][:, list(at.heads)]
+                change = towards.change(own, at, tokens)
+                steered[name][:, list(at.heads)] += change.delta.to(own)
             made.append(Patch(rows, columns, steered))
         return made[0], made[1]
 
-    chosen = {site: steerer.site_heads[name] for name, site in sites.items()}
-    return trial.table(chosen, patches, per_head=per_head, description="Steering queries")
+    heads = {at.site: at.heads for at in chosen.values()}
+    return trial.table(heads, patches, per_head=per_head, description="Steering queries")
 
 
 def _source_queries(trial: Trial, hook_names: list[str]) -> dict[int, dict[str, Tensor]]:

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 
 from sae_query_steer.descent.control import ExceptLatents, GivenLatents
-from sae_query_steer.steering.partial import PartialSteerer
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+from sae_query_steer.steering.partial import partial_steerer
 
 
 def latent_attention(
@@ -21,7 +21,7 @@ def latent_attention(
 ) -> pd.DataFrame:
     """Return where attention goes if only some latents move, or all but these, as they are steered.
 
-    Each latent moves as the whole steer moves it, or stays where it was, by a `PartialSteerer`.
+    Each latent moves as the whole steer moves it, or stays where it was, by a `partial_steerer`.
     Attention is no sum of what single latents cause: where another token holds nearly all of it, a
     latent alone may change nothing that shows, and the same latent may be what the whole steer
     can't do without. So look from both sides. The heads of one layer know
@@ -50,7 +50,7 @@ def latent_attention(
         raise ValueError(f"prompts={prompts!r} is not allowed: give a list of one text or more")
     given = GivenLatents(latents)  # refuses to name none
     chosen = ExceptLatents(latents) if without else given
-    part = PartialSteerer(steerer, latents=chosen)
+    part = partial_steerer(steerer, latents=chosen)
     with part.apply(model, record_attention=True) as trace:
         model.generate(
             list(prompts),
@@ -61,8 +61,8 @@ def latent_attention(
         )
     table = trace.attention_change(model)
     named = [
-        (table["layer"] == steerer.sites[name].layer) & table["head"].isin(list(heads))
+        (table["layer"] == steerer.where.chosen[name].site.layer) & table["head"].isin(list(heads))
         for name, heads in latents.items()
-        if name in steerer.sites
+        if name in steerer.where.chosen
     ]
     return table.loc[pd.concat(named, axis=1).any(axis=1)].reset_index(drop=True)

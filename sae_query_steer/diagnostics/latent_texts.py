@@ -15,7 +15,7 @@ from sae_query_steer.diagnostics.top_tokens import TopTokens
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
-from sae_query_steer.steering.intervention import chosen_heads
+from sae_query_steer.steering.where import chosen_heads
 from sae_query_steer.targets.fingerprint import check_devices
 
 LATENTS_AT_ONCE = 2**24

@@ -14,18 +14,18 @@ from sae_query_steer.sae.encoders import (
     device_of,
     in_32_bits,
 )
+from sae_query_steer.steering.latent_descent import LatentDescent
 from sae_query_steer.steering.latent_moves import LatentMove
-from sae_query_steer.steering.partial import PartialSteerer
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.partial import PartOfLatents
+from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import SteeringTrace, TraceRecord
+from sae_query_steer.steering.where import SiteHeads
 
 ByHead = dict[str, dict[int, list[int]]]
 """Latents by hook name and head, as `GivenLatents` and `ExceptLatents` take them."""
 
 
-def moved_latents(
-    steerer: LatentGradientSteerer | PartialSteerer, trace: SteeringTrace
-) -> pd.DataFrame:
+def moved_latents(steerer: Steerer, trace: SteeringTrace) -> pd.DataFrame:
     """Return which latents a steer moved, those that made most of its change first.
 
     The descents of the trace are run again on the queries that it recorded, so that nothing about
@@ -65,18 +65,19 @@ def moved_latents(
             "the trace holds no steered token: use `with steerer.apply(model, record=True) as "
             "trace`, and steer some token in it"
         )
-    names = {site.layer: name for name, site in steerer.sites.items()}
+    edit = _moving(steerer)
+    at_layer = {at.site.layer: at for at in steerer.where.chosen.values()}
     sums: dict[tuple[str, str], _Sums] = {}
     seen: set[tuple[int, int, int, int]] = set()
     for record in trace.records:
-        name = names.get(record.layer, "")
-        move, rows = _again(steerer, name, record), steerer.site_heads[name]
-        weights = _decoder_rows(steerer.saes[name])[list(rows)]
+        at = at_layer.get(record.layer)
+        move = _again(edit, at, record)
+        assert at is not None, "checked by _again"
+        weights = _decoder_rows(edit.saes[at.hook_name])[list(at.heads)]
         for target, tokens in _new_tokens(trace, record, seen).items():
-            sums.setdefault((name, target), _Sums()).update(move, weights, tokens)
+            sums.setdefault((at.hook_name, target), _Sums()).update(move, weights, tokens)
     parts = [
-        _table(found, target, name, steerer.sites[name].layer, steerer.site_heads[name])
-        for (name, target), found in sums.items()
+        _table(found, target, steerer.where.chosen[name]) for (name, target), found in sums.items()
     ]
     keys = ["layer", "head", "target", "rank"]
     return pd.concat(parts, ignore_index=True).sort_values(keys).reset_index(drop=True)
@@ -149,20 +150,19 @@ class _Sums:
 
 
 def _again(
-    steerer: LatentGradientSteerer | PartialSteerer, name: str, record: TraceRecord
+    edit: LatentDescent | PartOfLatents, at: SiteHeads | None, record: TraceRecord
 ) -> LatentMove:
     """Return the move of a record.
 
     Raises:
         ValueError: this steerer would have made another change.
     """
-    heads = steerer.site_heads.get(name, ())
-    if record.query is not None and record.places is not None and heads:
-        query = record.query.to(device_of(steerer.saes[name]) or record.query.device)
+    if record.query is not None and record.places is not None and at is not None:
+        query = record.query.to(device_of(edit.saes[at.hook_name]) or record.query.device)
         query = in_32_bits(query)
-        if tuple(record.heads.tolist()) == heads:
-            move = steerer.descended(name, query, record.places)
-            delta = steerer.decoded(name, query, move).detach().cpu()
+        if tuple(record.heads.tolist()) == at.heads:
+            move = edit.descended(query, at, record.places)
+            delta = edit.decoded(query, at, move).detach().cpu()
             recorded = record.change.delta
             if float((delta - recorded).norm()) <= 1e-3 * float(recorded.norm()):
                 return move
@@ -198,9 +198,17 @@ def _decoder_rows(encoder: QueryEncoder) -> Float[Tensor, "head d_latent d_head"
     )
 
 
-def _table(
-    found: _Sums, target: str, name: str, layer: int, heads: tuple[int, ...]
-) -> pd.DataFrame:
+def _moving(steerer: Steerer) -> LatentDescent | PartOfLatents:
+    edit = steerer.edit
+    if not isinstance(edit, LatentDescent | PartOfLatents):
+        raise TypeError(
+            f"the edit of the steerer must move latents, got {type(edit).__name__}: give a "
+            "LatentGradientSteerer or a partial_steerer"
+        )
+    return edit
+
+
+def _table(found: _Sums, target: str, at: SiteHeads) -> pd.DataFrame:
     sums = found.by_name
     length = sums["length"].sum(-1, keepdim=True)
     columns = {
@@ -211,9 +219,9 @@ def _table(
     n_heads, d_latent = sums["moved"].shape
     table = pd.DataFrame(
         {
-            "hook_name": name,
-            "layer": layer,
-            "head": torch.tensor(heads).repeat_interleave(d_latent).numpy(),
+            "hook_name": at.hook_name,
+            "layer": at.site.layer,
+            "head": torch.tensor(at.heads).repeat_interleave(d_latent).numpy(),
             "target": str(target),
             "rank": 0,
             "latent": torch.arange(d_latent).repeat(n_heads).numpy(),

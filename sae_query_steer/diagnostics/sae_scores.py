@@ -22,7 +22,7 @@ from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 from sae_query_steer.steering.attach import attached_saes
-from sae_query_steer.steering.intervention import chosen_heads
+from sae_query_steer.steering.where import chosen_heads
 from sae_query_steer.targets.fingerprint import check_devices
 
 

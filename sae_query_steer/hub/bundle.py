@@ -34,7 +34,7 @@ from sae_query_steer.models.fingerprint import (
 from sae_query_steer.models.loading import model_name
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.steering.files import steerer_from_settings
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.storage.records import read_json, read_record
 from sae_query_steer.storage.tensors import FLOATS, INTEGERS, read_tensors
 from sae_query_steer.targets.centroids import CentroidTargets

@@ -32,7 +32,7 @@ from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import encoder_sites
 from sae_query_steer.sae.heads import PLAIN, split_heads
 from sae_query_steer.steering.files import steerer_settings
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import rows_table, table_rows, write_json, write_record
 from sae_query_steer.storage.tensors import write_tensors

@@ -7,10 +7,9 @@ of `generate` that started it. `PositionTracker` listens to both and leaves noth
 
 import inspect
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae_query_steer.models.block_arguments import cache_of, cached_length, own_columns
-from sae_query_steer.models.wrapped import replaced_method
+from sae_query_steer.models.calls import Enter, hooked, listening
+from sae_query_steer.models.placed_hooks import Hook, PlacedHooks
 from sae_query_steer.scopes.columns import Positions
 from sae_query_steer.scopes.prompt_lengths import (
     PromptLengths,
@@ -55,6 +55,10 @@ class _State:
     run_begun: bool = False
     embedded: Int[Tensor, "batch new"] | None = None
     positions: Positions | None = None
+    layers: set[int] = field(default_factory=set)
+    """The followed layers whose blocks ran in the forward pass."""
+    ran: set[int] = field(default_factory=set)
+    """The numbers of the hooks that ran in it."""
 
 
 class PositionTracker:
@@ -83,11 +87,11 @@ class PositionTracker:
         self._n_runs = 0
         self._loops: list[_Run] = []
         self._now = self._nothing_yet()
+        self._check_pass: Callable[[set[int], set[int]], None] = lambda _layers, _ran: None
 
     @property
-    def positions(self) -> Positions:
-        """Where the columns of the forward pass that is running stand."""
-        assert self._now.positions is not None, "asked outside a block of a steered layer"
+    def positions(self) -> Positions | None:
+        """Where the columns of the running forward pass stand; None outside a followed block."""
         return self._now.positions
 
     @property
@@ -113,85 +117,69 @@ class PositionTracker:
         self, rows: Int[Tensor, " token"], columns: Int[Tensor, " token"]
     ) -> Int[Tensor, " token"] | None:
         """Return the token ids at columns of the running forward pass; None where not known."""
-        tokens, width = self.tokens, self.positions.index.shape[1]
+        tokens, positions = self.tokens, self.positions
+        width = 0 if positions is None else positions.index.shape[1]
         if tokens is None or tokens.shape[1] < width:
             return None
         return tokens[rows, columns + tokens.shape[1] - width].cpu()
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Listen to the model for the length of a `with` block."""
+    def attached(self, hooks: Sequence[tuple[str, Hook]] = ()) -> Iterator[None]:
+        """Follow the model for the length of a `with` block, with hooks in place.
+
+        Args:
+            hooks: pairs of a hook name and a hook, at followed layers; they may ask for positions.
+
+        Raises:
+            RuntimeError: see `PlacedHooks`.
+        """
+        placed = PlacedHooks(self._model, hooks, lambda number: self._now.ran.add(number))
         with ExitStack() as stack:
             for layer in self._layers:
-                handle = self._model.blocks[layer].register_forward_pre_hook(
+                block = self._model.blocks[layer]
+                handle = block.register_forward_pre_hook(
                     self._before_block(layer), with_kwargs=True
                 )
-                stack.callback(handle.remove)
+                stack.enter_context(hooked(self._model, block, handle))
             if self._keep_tokens:
-                handle = self._model.embed.register_forward_pre_hook(self._before_embedding)
-                stack.callback(handle.remove)
-            for name, around in (
-                ("forward", self._around_forward),
-                ("generate", self._around_call),
-                ("generate_stream", self._around_stream),
-            ):
-                stack.enter_context(replaced_method(self._model, name, around))
+                embed = self._model.embed
+                handle = embed.register_forward_pre_hook(self._before_embedding)
+                stack.enter_context(hooked(self._model, embed, handle))
+            self._check_pass = placed.check_pass
+            stack.enter_context(listening(self._model, self))
+            stack.enter_context(placed.in_place())
             yield
 
-    def _around_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            with self._generating(self._new_run()):
-                return original(*args, **kwargs)
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Follow a forward pass, and check at its end that the hooks ran in it."""
+        if self._now.in_forward:
+            # A hook of the user's runs the model inside the model: a pass of its own.
+            with self._put_back(self._nothing_yet()), self.forward_pass():
+                yield
+            return
+        now = self._now
+        now.in_forward, now.run_begun = True, False
+        now.layers, now.ran = set(), set()
+        try:
+            yield
+            self._check_pass(now.layers, now.ran)
+        finally:
+            now.in_forward, now.positions, now.embedded = False, None, None
 
-        return generate
-
-    def _around_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._now.in_forward:
-                # A hook of the user's runs the model inside the model: a pass of its own.
-                with self._put_back(self._nothing_yet(in_forward=True)):
-                    return original(*args, **kwargs)
-            now = self._now
-            now.in_forward, now.run_begun = True, False
-            try:
-                return original(*args, **kwargs)
-            finally:
-                now.in_forward, now.positions, now.embedded = False, None, None
-
-        return forward
-
-    def _around_stream(
-        self, original: Callable[..., Generator[Any, None, None]]
-    ) -> Callable[..., Generator[Any, None, None]]:
-        @wraps(original)
-        def generate_stream(*args: Any, **kwargs: Any) -> Generator[Any, None, None]:
-            stream, run = original(*args, **kwargs), self._new_run()
-            try:
-                while True:
-                    # Between two items the caller may use the model for something else.
-                    with self._generating(run):
-                        try:
-                            item = next(stream)
-                        except StopIteration:
-                            return
-                    yield item
-            finally:
-                stream.close()
-
-        return generate_stream
+    def generation(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Enter:
+        """Follow a call of `generate`: its prompts are the rows of the first forward pass."""
+        del call, args, kwargs
+        run = self._new_run()
+        return lambda: self._put_back(_State(run=run, generating=True))
 
     def _new_run(self) -> _Run:
         run = _Run(number=self._n_runs, prompt_lengths=self._given)
         self._n_runs += 1
         return run
 
-    def _nothing_yet(self, *, in_forward: bool = False) -> _State:
-        return _State(run=_Run(number=-1, prompt_lengths=self._given), in_forward=in_forward)
-
-    def _generating(self, run: _Run) -> AbstractContextManager[None]:
-        return self._put_back(_State(run=run, generating=True))
+    def _nothing_yet(self) -> _State:
+        return _State(run=_Run(number=-1, prompt_lengths=self._given))
 
     @contextmanager
     def _put_back(self, state: _State) -> Iterator[None]:
@@ -206,7 +194,9 @@ class PositionTracker:
         inner = getattr(block, "original_component", block)  # the bridge hides the names
         names = list(inspect.signature(inner.forward).parameters)
 
-        def listen(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def listen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is not block:
+                return  # a copy of it
             # GPT-2's blocks get mask and cache by position, Llama's by name.
             arguments = dict(zip(names, args, strict=False)) | kwargs
             hidden, cache = arguments[names[0]], cache_of(arguments)
@@ -217,6 +207,7 @@ class PositionTracker:
                     now.run = self._run_of_loop(cache, past)
                 self._follow_tokens(len(hidden), past + hidden.shape[1])
             now.run_begun = now.in_forward
+            now.layers.add(layer)
             now.positions = self._locate(hidden, arguments, past)
 
         return listen

@@ -1,11 +1,11 @@
 """Where the columns of a forward pass stand, and what a scope may ask of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -28,6 +28,71 @@ class Positions:
     tokens: Int[Tensor, "batch length"] | None = None
     """Ids of all tokens of each row so far, by absolute position and so without padding, -1 after
     the row's last; a decode step sees those before it too. None where they are not known."""
+
+    def tokens_at(self, mask: Bool[Tensor, "batch pos"]) -> "TokenPositions":
+        """Return the tokens of the columns where a mask is True, row by row."""
+        rows, columns = mask.nonzero(as_tuple=True)
+        return TokenPositions(
+            row=rows,
+            position=self.index[rows, columns],
+            n_rows=len(mask),
+            prompt_lengths=self.prompt_lengths,
+            column=columns,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenPositions:
+    """Some tokens of a forward pass, such as those in a scope: a selection of its `Positions`."""
+
+    row: Int[Tensor, " token"]
+    """Row of the batch."""
+
+    position: Int[Tensor, " token"]
+    """Position in the row, absolute and without padding."""
+
+    n_rows: int
+    """Rows of the batch."""
+
+    prompt_lengths: Int[Tensor, " batch"] | None = None
+    """Tokens of each row's prompt; None if unknown."""
+
+    column: Int[Tensor, " token"] | None = None
+    """Column of the forward pass; None outside one."""
+
+    @classmethod
+    def one_per_row(cls, n_rows: int) -> "TokenPositions":
+        """Return one token in each row, at position 0: to call an edit outside a model."""
+        rows = torch.arange(n_rows)
+        return cls(row=rows, position=torch.zeros_like(rows), n_rows=n_rows)
+
+    def age(self) -> Float[Tensor, " token"]:
+        """Return how many tokens lie between a token and the end of its prompt, 0 within it.
+
+        The last prompt token has age 0, the first generated token 1.
+
+        Raises:
+            ValueError: the prompt lengths are unknown.
+        """
+        if self.prompt_lengths is None:
+            raise ValueError(
+                "a schedule needs to know where the prompt ends, and this forward pass does not "
+                "come from generate() or generate_stream(): pass prompt_lengths=[...]"
+            )
+        lengths = self.prompt_lengths.to(self.position.device)[self.row]
+        return (self.position - lengths + 1).clamp(min=0).float()
+
+    def at(self, tokens: Tensor) -> "TokenPositions":
+        """Return some of the tokens, by their indices."""
+        column = None if self.column is None else self.column[tokens]
+        return replace(self, row=self.row[tokens], position=self.position[tokens], column=column)
+
+    def cpu(self) -> "TokenPositions":
+        """Return a copy on the CPU."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{name: t.cpu() for name, t in tensors.items() if isinstance(t, Tensor)}
+        )
 
 
 Scope: TypeAlias = Callable[[Positions], Tensor]

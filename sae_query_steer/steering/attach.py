@@ -10,17 +10,18 @@ its own.) While an SAE is so attached, the hook point is gone, and with it the h
 Here the hook point stays, and heads that are not chosen are bitwise as they were.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from sae_query_steer.models.placed_hooks import Hook
+from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
-from sae_query_steer.sites import QuerySite
-from sae_query_steer.steering.intervention import chosen_heads
+from sae_query_steer.steering.engine import by_head
+from sae_query_steer.steering.where import SiteHeads, chosen_heads
 from sae_query_steer.targets.fingerprint import check_devices
 
 
@@ -75,31 +76,28 @@ def attached_saes(
         sites[name].check(model)
     check_devices(model, {name: saes[name] for name in chosen})
     hooks = [
-        (name, _hook(saes[name], sites[name], picked, error_term))
+        (name, _hook(saes[name], SiteHeads(sites[name], picked), error_term))
         for name, picked in chosen.items()
     ]
-    with model.hooks(fwd_hooks=hooks):
+    tracker = PositionTracker(model, [sites[name].layer for name in chosen])
+    with tracker.attached(hooks):
         yield
 
 
-def _hook(
-    encoder: QueryEncoder, site: QuerySite, heads: tuple[int, ...], error_term: bool
-) -> Callable[..., Tensor]:
+def _hook(encoder: QueryEncoder, at: SiteHeads, error_term: bool) -> Hook:
     def replace(activation: Tensor, hook: Any) -> Tensor:
-        del hook  # its name differs between the hosts
-        queries = activation
-        if activation.ndim == 3:
-            queries = rearrange(activation, "b p (h d) -> b p h d", h=site.n_heads, d=site.d_head)
+        del hook  # its name differs between the backends
+        queries = by_head(activation, at)
         output = encoder.decode(encoder.encode(queries))
         if error_term:
             with torch.no_grad(), _own_hooks_aside(encoder):
                 error = queries - encoder.decode(encoder.encode(queries))
             output = output + error
-        index = torch.tensor(heads, device=queries.device)
+        index = torch.tensor(at.heads, device=queries.device)
         replaced = queries.index_copy(2, index, output[:, :, index].to(queries.dtype))
         return replaced.reshape(activation.shape)
 
-    vars(replace)["steers_queries"] = True  # read by hosts.models.check_not_steered
+    vars(replace)["steers_queries"] = True  # read by models.loading.check_not_steered
     return replace
 
 

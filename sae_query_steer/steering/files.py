@@ -52,7 +52,7 @@ from sae_query_steer.scopes.positions import (
     Not,
     ResponseTokens,
 )
-from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.storage.folders import inside, new_folder
 from sae_query_steer.storage.records import Record, read_record, write_record
 from sae_query_steer.targets.centroids import CentroidTargets
@@ -74,7 +74,7 @@ VALUES: dict[str, Any] = {
 """Values that a file may name."""
 
 _PLAIN = (bool, int, float, NoneType)
-_NOT_SETTINGS = {"saes", "targets", "sites", "site_heads"}
+_NOT_SETTINGS = {"saes", "targets"}
 
 
 class _Index(Record):

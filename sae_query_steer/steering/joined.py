@@ -1,12 +1,14 @@
-"""Several steerers as one: each acts on what those before it made of the query."""
+"""Several steerers as one: each acts on what those before it made of the activation."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sae_query_steer.models.loading import check_eager
 from sae_query_steer.scopes.prompt_lengths import PromptLengths
-from sae_query_steer.steering.intervention import Steerer
+from sae_query_steer.steering.engine import apply_edits
+from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import SteeringTrace
 
 
@@ -26,7 +28,7 @@ class JoinedSteerers:
             raise ValueError("JoinedSteerers() needs at least one steerer; got none")
         for steerer in steerers:
             if not isinstance(steerer, Steerer):
-                raise TypeError(f"{steerer!r} is no steerer: give LatentGradientSteerer and such")
+                raise TypeError(f"steerers must be Steerer values, got {steerer!r}")
         object.__setattr__(self, "steerers", steerers)
 
     def apply(
@@ -52,10 +54,10 @@ class JoinedSteerers:
         )
 
     @contextmanager
-    def _applied(self, model: Any, **given: Any) -> Iterator[tuple[SteeringTrace, ...]]:
+    def _applied(self, model: Any, **settings: Any) -> Iterator[tuple[SteeringTrace, ...]]:
+        check_eager(model)
         for steerer in self.steerers:
             steerer.check_model(model)
-        with ExitStack() as stack:
-            yield tuple(
-                stack.enter_context(steerer.apply(model, **given)) for steerer in self.steerers
-            )
+        edits = [(steerer.edit, steerer.where) for steerer in self.steerers]
+        with apply_edits(model, edits, **settings) as traces:
+            yield traces

@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.descent.places import TokenPlaces
+from sae_query_steer.scopes.columns import TokenPositions
 from sae_query_steer.steering.attention_trace import KEYS, AttentionTrace
 from sae_query_steer.steering.trace_html import note_html, text_html
 
@@ -75,7 +75,7 @@ class TraceRecord:
     query: Float[Tensor, "token head d_head"] | None = None
     """The queries before the change; None if another activation was changed."""
 
-    places: TokenPlaces | None = None
+    places: TokenPositions | None = None
     """The positions that the edit was given."""
 
 

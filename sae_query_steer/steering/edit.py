@@ -1,0 +1,48 @@
+"""An edit: what is added to activations at some tokens. It knows no model and no scope."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.steering.trace import QueryChange
+from sae_query_steer.steering.where import SiteHeads
+
+
+class Edit(ABC):
+    """The mathematics of an intervention; `Steerer` joins one with sites, heads and a scope.
+
+    A subclass needs `change` alone.
+    """
+
+    @abstractmethod
+    def change(
+        self,
+        activations: Float[Tensor, "token head d_head"],
+        at: SiteHeads,
+        tokens: TokenPositions,
+        *,
+        record: bool = False,
+    ) -> QueryChange:
+        """Return what is added to the activations of some tokens.
+
+        Args:
+            activations: of the heads `at.heads` alone, in their order, in 32 bits at least.
+            at: the site and its heads.
+            tokens: row and absolute position of each token, and the rows' prompt lengths.
+            record: also return how the change came about, for a trace.
+        """
+
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """Return what a trace is to know: `method`, `classes`, `target`, `row_targets`."""
+        return {"method": type(self).__name__}
+
+    def to(self, device: str | torch.device) -> Self:
+        """Return this edit with its weights on a device."""
+        del device
+        return self

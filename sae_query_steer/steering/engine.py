@@ -1,0 +1,193 @@
+"""The engine: apply edits to the activations of a model, in every forward pass of a `with` block.
+
+Everything is checked before the first hook is placed. A hook returns a new tensor, in which only
+the chosen heads at the scoped tokens differ; heads and tokens that are not chosen are bitwise as
+they were. Nothing is left behind, after an exception too. A pass that ran without an edit, because
+something removed its hook, ends in an error.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sae_query_steer.models.activations import pattern_hook
+from sae_query_steer.models.loading import check_eager
+from sae_query_steer.models.placed_hooks import Hook
+from sae_query_steer.models.tracking import PositionTracker
+from sae_query_steer.sae.encoders import in_32_bits
+from sae_query_steer.scopes.columns import Positions, TokenPositions
+from sae_query_steer.scopes.positions import Scope, needs_tokens, select
+from sae_query_steer.scopes.prompt_lengths import PromptLengths
+from sae_query_steer.sites import QuerySite
+from sae_query_steer.steering.attention_trace import AttentionRecorder
+from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.trace import QueryChange, SteeringTrace, TraceRecord
+from sae_query_steer.steering.where import SiteHeads, Where
+
+
+@contextmanager
+def apply_edits(
+    model: Any,
+    edits: Sequence[tuple[Edit, Where]],
+    *,
+    record: bool = False,
+    record_attention: bool = False,
+    prompt_lengths: PromptLengths | None = None,
+) -> Iterator[tuple[SteeringTrace, ...]]:
+    """Apply edits in every forward pass of a model for the length of a `with` block.
+
+    At a site that several edits change, each acts on what those before it made of the activation.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        edits: edits, and where each acts; the first acts first.
+        record: keep a trace of what was done.
+        record_attention: the same, and keep the attention of the edited tokens.
+        prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward passes
+            that do not come from `generate`.
+
+    Yields:
+        A trace of each edit, in order.
+
+    Raises:
+        ValueError: the model is compiled, or has no such site.
+        RuntimeError: at the end of a forward pass, or of the block: a hook of an edit was removed.
+    """
+    check_eager(model)
+    for _, where in edits:
+        where.check(model)
+    if record_attention:
+        for _, where in edits:
+            for at in where.chosen.values():
+                check_hook_point(model, pattern_hook(at.site.layer))
+    record = record or record_attention
+    traces = tuple(new_trace(model, edit, recording=record) for edit, _ in edits)
+    layers = {at.site.layer for _, where in edits for at in where.chosen.values()}
+    keep_tokens = record or any(needs_tokens(where.scope) for _, where in edits)
+    tracker = PositionTracker(model, sorted(layers), prompt_lengths, keep_tokens=keep_tokens)
+    hooks: list[tuple[str, Hook]] = []
+    for (edit, where), trace in zip(edits, traces, strict=True):
+        attention = AttentionRecorder(trace.attention, tracker) if record_attention else None
+        seen = _Recorder(trace, tracker, attention) if record else None
+        for name, at in where.chosen.items():
+            hooks.append(
+                (name, edit_hook(edit, at, where.scope, lambda _: tracker.positions, seen))
+            )
+            if attention is not None:
+                hooks.append((pattern_hook(at.site.layer), attention.hook(at.site.layer)))
+    with tracker.attached(hooks):
+        yield traces
+
+
+def new_trace(model: Any, edit: Edit, *, recording: bool) -> SteeringTrace:
+    """Return an empty trace of an edit."""
+    return SteeringTrace(recording=recording, tokenizer=model.tokenizer, **edit.labels)
+
+
+def edit_hook(
+    edit: Edit,
+    at: SiteHeads,
+    scope: Scope,
+    positions_of: Callable[[Tensor], Positions | None],
+    seen: "_Recorder | None" = None,
+) -> Hook:
+    """Return the hook of an edit at one site.
+
+    Args:
+        edit: the edit.
+        at: the site and the heads that change.
+        scope: the tokens that change.
+        positions_of: where the columns of an activation [batch pos head d_head] stand; None where
+            the activation is none of this model's.
+        seen: what keeps a trace.
+    """
+    heads = at.heads
+
+    def change(activation: Tensor, hook: Any) -> Tensor | None:
+        del hook  # its name differs between the backends
+        whole = by_head(activation, at)
+        positions = positions_of(whole)
+        if positions is None:
+            return None
+        mask = select(scope, positions)
+        tokens = positions.tokens_at(mask)
+        rows, columns = tokens.row, tokens.column
+        if len(rows) == 0:
+            return None
+        every = at.every and len(rows) == mask.numel()
+        index = torch.tensor(heads, device=whole.device)
+        if every:  # as in most decode steps: nothing has to be gathered
+            before = whole.flatten(0, 1)
+        else:
+            before = whole[rows[:, None], columns[:, None], index]
+        with torch.autocast(before.device.type, enabled=False):
+            made = edit.change(in_32_bits(before), at, tokens, record=seen is not None)
+            after = before + made.delta.to(before.dtype)
+        if not math.isfinite(float(after.detach().abs().max())):
+            _raise_not_finite(before, at.hook_name)
+        if every:
+            edited = after
+        else:
+            edited = whole.clone()
+            edited[rows[:, None], columns[:, None], index] = after
+        if seen is not None:
+            seen.keep(made, before, at, tokens)
+        return edited.reshape(activation.shape)
+
+    vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
+    return change
+
+
+def by_head(activation: Tensor, at: SiteHeads) -> Tensor:
+    """Return an activation as [batch pos head d_head], whatever its layout."""
+    if activation.ndim == 4:
+        return activation
+    return rearrange(activation, "b p (h d) -> b p h d", h=at.site.n_heads, d=at.site.d_head)
+
+
+def _raise_not_finite(before: Tensor, hook_name: str) -> None:
+    if not bool(before.isfinite().all()):
+        raise ValueError(
+            f"the activations at {hook_name} are not finite: look for an overflow before this "
+            "layer (float16 overflows above 65,504; try bfloat16 or float32)"
+        )
+    raise ValueError(
+        f"the edit at {hook_name} is not finite: the descent diverged, or overflows "
+        f"{before.dtype}; use a smaller step_size, fewer steps or less strength"
+    )
+
+
+class _Recorder:
+    """Keeps what an edit does in a trace."""
+
+    def __init__(
+        self, trace: SteeringTrace, tracker: PositionTracker, attention: AttentionRecorder | None
+    ) -> None:
+        self._trace, self._tracker, self._attention = trace, tracker, attention
+
+    def keep(
+        self, made: QueryChange, before: Tensor, at: SiteHeads, tokens: TokenPositions
+    ) -> None:
+        """Keep one change."""
+        is_query = isinstance(at.site, QuerySite)
+        if self._attention is not None:
+            self._attention.steered(at.site.layer, tokens.row, tokens.column, at.heads)
+        self._trace.records.append(
+            TraceRecord(
+                run=self._tracker.run_number,
+                layer=at.site.layer,
+                heads=torch.tensor([-1] if ".hook_resid_" in at.hook_name else at.heads),
+                row=tokens.row.cpu(),
+                position=tokens.position.cpu(),
+                token=self._tracker.tokens_at(tokens.row, tokens.column),
+                query_norm=before.detach().float().norm(dim=-1).cpu(),
+                change=made.cpu(),
+                query=before.detach().cpu() if is_query else None,
+                places=tokens.cpu(),
+            )
+        )

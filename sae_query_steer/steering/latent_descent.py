@@ -1,0 +1,324 @@
+"""`LatentGradientSteerer`: move the latent of the current query towards a class, and decode."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_query_steer.arguments import check_number
+from sae_query_steer.descent.control import Bounds, Gate, LatentChoice, Schedule, opened
+from sae_query_steer.descent.goals import Goal, Target, target_name, weights_of
+from sae_query_steer.descent.loop import descend
+from sae_query_steer.descent.objectives import Objective
+from sae_query_steer.descent.strength import by_row, each, limited, scheduled
+from sae_query_steer.sae.encoders import (
+    QueryEncoder,
+    at_heads,
+    decoded_difference,
+    encoder_sites,
+    in_32_bits,
+    on_device,
+)
+from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import LastPromptToken, Scope
+from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.latent_moves import LatentMove
+from sae_query_steer.steering.steerer import Origin, Steerer
+from sae_query_steer.steering.trace import QueryChange
+from sae_query_steer.steering.where import Heads, SiteHeads, Where
+from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.fingerprint import check_belongs, check_shapes
+
+
+@dataclass(frozen=True, eq=False)
+class FromCentroids:
+    """Encoders and the centroids that were made with them, on one model."""
+
+    encoders: Mapping[str, QueryEncoder]
+    """By hook name."""
+
+    targets: CentroidTargets
+    """Their centroids, with the fingerprint of the model."""
+
+    def check_model(self, model: Any) -> None:
+        """Raise unless the centroids were made with these encoders on this model.
+
+        Raises:
+            ValueError: another model, other SAEs, or SAEs on another device.
+        """
+        check_belongs(model, self.encoders, self.targets)
+
+    def to(self, device: str | torch.device) -> "FromCentroids":
+        """Return it with its encoders on a device."""
+        return replace(self, encoders=_on(self.encoders, device))
+
+
+@dataclass(frozen=True, eq=False)
+class LatentDescent(Edit):
+    """The edit of a `LatentGradientSteerer`: z0 = encode(q), descend to zK, add the difference."""
+
+    saes: Mapping[str, QueryEncoder]
+    """Encoders by hook name; those of the layers that are steered."""
+
+    targets: CentroidTargets
+    """The centroids that were made with these encoders on this model."""
+
+    _: KW_ONLY
+
+    target: Target | Sequence[Target]
+    """The class to steer towards, or weights of classes, negative to steer away:
+    {"create": 1, "remember": -0.5}. A list has one for each row of the batch."""
+
+    objective: Objective
+    """What is minimised, such as `PrototypeLogLikelihood()` or `SquaredDistance()`."""
+
+    n_steps: int | Sequence[int]
+    """Gradient steps at each position, 0 or more; a list has a number for each row."""
+
+    step_size: float | Sequence[float]
+    """Size of a step, 0 or more, in units of the objective's gradient; a list likewise."""
+
+    schedule: Schedule | None = None
+    """Factor of the step size over generated tokens: `ExponentialDecay`, `LinearWarmUp`, or a
+    function of their age; None means always 1."""
+
+    latents: LatentChoice | None = None
+    """Which latents may move: `ActiveLatents`, `TopLatents`, `GivenLatents`,
+    `ExceptLatents`; None means all."""
+
+    gate: Gate | None = None
+    """Which tokens and heads are steered at all: `PosteriorBelow`, `LatentAbove`, or a function of
+    latents and goal; None means all."""
+
+    until: float | None = None
+    """Stop at each token and head once the target's posterior reaches this; above 0, at most 1."""
+
+    trust_radius: float | None = None
+    """How far latents may go, ||z - z0|| of a head at most; None means any way."""
+
+    max_relative_change: float | None = None
+    """||change of q|| / ||q|| of a head at most; a longer change is shortened. None: any."""
+
+    keep_norm: bool = False
+    """Turn the query and leave its norm: attention then moves, and does not sharpen."""
+
+    _made: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for n_steps in each(self.n_steps, "n_steps"):
+            check_number("n_steps", n_steps, whole=True, least=0)
+        for step_size in each(self.step_size, "step_size"):
+            check_number("step_size", step_size, least=0)
+        if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
+            raise TypeError(
+                "objective must be SquaredDistance(), PrototypeLogLikelihood(), "
+                f"CentroidContrast(), or a value with loss and gradient, got {self.objective!r}"
+            )
+        for target in each(self.target, "target"):
+            weights_of(target, self.targets.classes)
+        for name in ("schedule", "latents", "gate"):
+            value = getattr(self, name)
+            if isinstance(value, type) or not (value is None or callable(value)):
+                raise TypeError(f"{name} must be a value, or a function, got {value!r}")
+        for name, most in (("trust_radius", None), ("max_relative_change", None), ("until", 1)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0, most=most)
+
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """Return what a trace is to know."""
+        return {
+            "method": "latent gradient",
+            "classes": self.targets.classes,
+            **target_labels([target_name(target) for target in each(self.target, "target")]),
+        }
+
+    def to(self, device: str | torch.device) -> Self:
+        """Return it with its SAEs on a device; what is not there already is copied.
+
+        Centroids need no moving: they follow the activations, layer by layer.
+        """
+        return replace(self, saes=_on(self.saes, device))
+
+    def change(
+        self,
+        activations: Float[Tensor, "token head d_head"],
+        at: SiteHeads,
+        tokens: TokenPositions,
+        *,
+        record: bool = False,
+    ) -> QueryChange:
+        """Return what the descent adds to queries; Args as `Edit.change`."""
+        move = self.descended(activations, at, tokens, record=record)
+        delta = self.decoded(activations, at, move)
+        return move.described(delta) if record else QueryChange(delta=delta)
+
+    def descended(
+        self,
+        queries: Float[Tensor, "token head d_head"],
+        at: SiteHeads,
+        tokens: TokenPositions,
+        *,
+        record: bool = False,
+    ) -> LatentMove:
+        """Return where the descent moves the latents of queries; Args as `change`."""
+        encoder = self._encoder(at, queries.device)
+        z0 = encoder.encode(in_32_bits(queries))
+        goal = self._goal(at, tokens, z0)
+        movable = None
+        if self.latents is not None:
+            movable = self.latents(z0, goal, at.hook_name, at.heads)
+        if self.gate is not None:
+            open_ = opened(self.gate, z0, goal)[..., None]
+            movable = open_.expand_as(z0) if movable is None else movable & open_
+        result = descend(
+            z0,
+            goal,
+            self.objective,
+            n_steps=self._n_steps(tokens, z0),
+            step_size=self._step_size(tokens, z0),
+            bounds=Bounds(
+                lower=encoder.latent_min,
+                movable=movable,
+                radius=self.trust_radius,
+                until=self.until,
+                temperature=self._temperature,
+            ),
+            record_loss=record,
+        )
+        return self._move(z0, result.z, goal, result.loss)
+
+    def decoded(self, queries: Tensor, at: SiteHeads, move: LatentMove) -> Tensor:
+        """Return what a move of the latents adds to the queries, within the limits."""
+        encoder = self._encoder(at, queries.device)
+        return limited(
+            in_32_bits(queries),
+            decoded_difference(encoder, move.after, move.before),
+            max_relative_change=self.max_relative_change,
+            keep_norm=self.keep_norm,
+        )
+
+    def described(
+        self, queries: Tensor, at: SiteHeads, tokens: TokenPositions, delta: Tensor
+    ) -> QueryChange:
+        """Return a change that another edit made, with its effect on latents, distances and loss.
+
+        The latents afterwards are those of the changed query.
+        """
+        encoder = self._encoder(at, queries.device)
+        before, after = (encoder.encode(q) for q in (queries, queries + delta.to(queries)))
+        goal = self._goal(at, tokens, before)
+        loss = torch.stack([self.objective.loss(z, goal) for z in (before, after)])
+        return self._move(before, after, goal, loss).described(delta)
+
+    @property
+    def _temperature(self) -> float:
+        return getattr(self.objective, "temperature", 1.0)
+
+    def _encoder(self, at: SiteHeads, device: torch.device) -> QueryEncoder:
+        """Return the encoder of these heads alone, made once for each device."""
+        key = (at.hook_name, at.heads, device)
+        if key not in self._made:
+            # It outlives the call of `generate` in which it is made, which is in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = at_heads(self.saes[at.hook_name], at.heads, device)
+        return self._made[key]
+
+    def _goal(self, at: SiteHeads, tokens: TokenPositions, z: Tensor) -> Goal:
+        """Return the goal at a site; all that no token changes in it is made once."""
+        key, classes = (at.hook_name, at.heads, z.device, z.dtype), self.targets.classes
+        if key not in self._made:
+            first = each(self.target, "target")[0]
+            name, heads = at.hook_name, list(at.heads)
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = Goal(
+                    centroids=self.targets.means[name][:, heads].to(z),
+                    variances=self.targets.variances[name][:, heads].to(z),
+                    weights=weights_of(first, classes).to(z),
+                ).prepared()
+        goal = self._made[key]
+        if isinstance(self.target, str | Mapping):
+            return goal
+        by_rows = [weights_of(target, classes) for target in self.target]
+        return goal.with_weights(torch.stack(by_row("target", by_rows, tokens)).to(z))
+
+    def _n_steps(self, tokens: TokenPositions, z: Tensor) -> int | Tensor:
+        if not isinstance(self.n_steps, Sequence):
+            return int(self.n_steps)
+        return torch.tensor(by_row("n_steps", self.n_steps, tokens), device=z.device)
+
+    def _step_size(self, tokens: TokenPositions, z: Tensor) -> float | Tensor:
+        size: Any = self.step_size
+        if isinstance(size, Sequence):
+            size = torch.tensor(by_row("step_size", size, tokens), device=z.device, dtype=z.dtype)
+        if self.schedule is None:
+            return size if isinstance(size, Tensor) else float(size)
+        return scheduled(self.schedule, tokens.age()).to(z) * size
+
+    def _move(self, before: Tensor, after: Tensor, goal: Goal, loss: Tensor | None) -> LatentMove:
+        return LatentMove(
+            before=before, after=after, goal=goal, loss=loss, temperature=self._temperature
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LatentGradientSteerer(LatentDescent, Steerer):
+    """Steers by gradient descent on sparse features of attention queries.
+
+    At every scoped position, for every chosen head: z0 = encode(q), K projected gradient steps on
+    the objective move it to zK, and the query becomes q + decode(zK) - decode(z0). The SAE's
+    reconstruction error never enters the model: zero steps, or a step size of zero, is exactly
+    the identity. Over `identity_encoders` the same value is dense query steering.
+
+    It is its own edit: a `LatentDescent` with sites, heads and scope.
+
+    Source: arXiv 2502.18644; adding the difference of two decodings, not the reconstruction, is
+    our choice, so that steering is not confounded with the SAE's error.
+    """
+
+    scope: Scope = field(default_factory=LastPromptToken)
+    """Where to steer. A steer that is clean at the last prompt token breaks the text elsewhere."""
+
+    layers: Sequence[int] | None = None
+    """Which layers; None means all that have an SAE."""
+
+    heads: Heads | None = None
+    """Which heads: the same in every layer, or by layer; None means all."""
+
+    edit: Edit = field(init=False)
+    where: Where = field(init=False)
+    origin: Origin | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = Where(
+            encoder_sites(self.saes).values(),
+            scope=self.scope,
+            layers=self.layers,
+            heads=self.heads,
+        )
+        encoders = {name: self.saes[name] for name in where.chosen}
+        check_shapes(self.targets, encoders)
+        object.__setattr__(self, "edit", self)
+        object.__setattr__(self, "where", where)
+        object.__setattr__(self, "origin", FromCentroids(encoders, self.targets))
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentGradientSteerer(target={self.target!r}, {self.objective!r}, "
+            f"n_steps={self.n_steps}, step_size={self.step_size}, {self.where!r})"
+        )
+
+
+def target_labels(by_row: Sequence[str]) -> dict[str, Any]:
+    """Return what a trace is to know of the target of all rows, or of each."""
+    if len(set(by_row)) == 1:
+        return {"target": str(by_row[0])}
+    return {"row_targets": tuple(map(str, by_row))}
+
+
+def _on(encoders: Mapping[str, QueryEncoder], device: str | torch.device) -> dict[str, Any]:
+    return {name: on_device(encoder, device) for name, encoder in encoders.items()}
