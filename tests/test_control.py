@@ -108,7 +108,7 @@ def test_a_schedule_needs_the_prompt_lengths(tiny_models, make):
     steerer = make(schedule=schedule, scope=sqs.EveryPosition())
     with (
         steerer.apply(model),
-        pytest.raises(ValueError, match="a schedule must know where the prompt ends"),
+        pytest.raises(ValueError, match="a schedule needs to know where the prompt ends"),
     ):
         model(PROMPTS[0])
 
@@ -261,8 +261,8 @@ def test_a_negative_weight_leads_away(make):
         ({"until": 1.5}, ValueError, "until .*<= 1, got 1.5"),
         ({"trust_radius": 0.0}, ValueError, "trust_radius .*> 0, got 0.0"),
         ({"max_relative_change": -1.0}, ValueError, "max_relative_change .*got -1.0"),
-        ({"schedule": sqs.LinearWarmUp}, TypeError, "schedule=.* can't be called"),
-        ({"gate": 3}, TypeError, "gate=3 can't be called"),
+        ({"schedule": sqs.LinearWarmUp}, TypeError, "schedule must be"),
+        ({"gate": 3}, TypeError, "gate must be"),
     ],
 )
 def test_controls_that_cannot_work_are_refused_before_a_model_is_there(
@@ -289,7 +289,7 @@ def test_joined_steerers_act_in_their_order_as_nested_ones_do(model, make):
 
 def test_nothing_of_joined_steerers_is_left_if_one_does_not_belong(tiny_models, make, untyped):
     model = tiny_models["bridge"]
-    with pytest.raises(TypeError, match="3 is no steerer"):
+    with pytest.raises(TypeError, match="steerers must be Steerer values, got 3"):
         sqs.JoinedSteerers(make(), 3)
     with pytest.raises(ValueError, match="needs at least one steerer"):
         sqs.JoinedSteerers()

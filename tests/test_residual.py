@@ -274,12 +274,8 @@ def test_a_steered_model_is_not_measured(model, make, examples):
 def test_another_model_is_refused(tiny_folder, make, tmp_path):
     with torch.random.fork_rng():
         make_model(tmp_path / "shallow", n_layers=2)
-    message = (
-        "another model: this one has 2 layers and d_model=24, the means are of one with 3 and 24; "
-        "take them anew with residual_means"
-    )
     shallow = sqs.load_model(str(tmp_path / "shallow"), device="cpu")
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match="at layer 2: the model has 2 layers"):
         make().apply(shallow).__enter__()
     other = sqs.load_model(str(tiny_folder), device="cpu")
     make().check_model(other)
@@ -301,7 +297,7 @@ def test_a_residual_stream_that_is_not_finite_names_its_hook(model, make, means,
             residual_means(model, sqs.tokenize_examples(model, examples), [2])
         with make().apply(model), pytest.raises(ValueError, match=message):
             generate(model, PROMPTS)
-    with make(strength=1e38).apply(model), pytest.raises(ValueError, match="a strength too large"):
+    with make(strength=1e38).apply(model), pytest.raises(ValueError, match="less strength"):
         generate(model, PROMPTS)
 
 
@@ -309,7 +305,7 @@ def test_a_residual_stream_that_is_not_finite_names_its_hook(model, make, means,
     ("changes", "error", "message"),
     [
         ({"target": "analyse"}, ValueError, "no class 'analyse': the classes are ['remember', "),
-        ({"target": []}, ValueError, "target=[] is not allowed: give one for all rows"),
+        ({"target": []}, ValueError, "target must be one value"),
         ({"strength": -1.0}, ValueError, "strength must be"),
         (
             {"strength": [1.0, float("nan")]},

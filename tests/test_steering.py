@@ -326,9 +326,9 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
         ({"objective": sqs.SquaredDistance}, TypeError, "objective must be"),
         ({"scope": "all"}, TypeError, "scope='all' is no scope"),
         ({"scope": sqs.LastPromptToken}, TypeError, r"write scope=LastPromptToken\(\)"),
-        ({"n_steps": -1}, ValueError, "n_steps=-1 is not allowed"),
-        ({"step_size": float("nan")}, ValueError, "step_size=nan is not allowed"),
-        ({"step_size": float("inf")}, ValueError, "step_size=inf is not allowed"),
+        ({"n_steps": -1}, ValueError, "n_steps must be .* got -1"),
+        ({"step_size": float("nan")}, ValueError, "step_size must be .* got nan"),
+        ({"step_size": float("inf")}, ValueError, "step_size must be .* got inf"),
         ({"layers": [1]}, ValueError, r"no site at layer 1: there are some at \[0, 2\]"),
         ({"heads": [4]}, ValueError, "no head 4 at layer 0: the heads are 0 to 3"),
         ({"heads": {1: [0]}}, ValueError, "no site at layer 1"),
@@ -544,7 +544,7 @@ def test_an_objective_of_another_shape_is_named_and_not_broadcast(model, make):
     for record, name in ((False, "gradient"), (True, "loss")):
         with (
             make(objective=Sloppy()).apply(model, record=record),
-            pytest.raises(ValueError, match=rf"the {name} of Sloppy\(\) has shape"),
+            pytest.raises(ValueError, match=rf"the {name} of Sloppy\(\) must be a tensor of shape"),
         ):
             generate(model, PROMPTS)
 

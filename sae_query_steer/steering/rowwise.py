@@ -86,13 +86,17 @@ def rowwise(steerers: Sequence[Steerer]) -> Steerer:
         raise ValueError("steerers must hold one for each row of the batch, got none")
     first = steerers[0]
     for steerer in steerers:
-        if dict(steerer.where.chosen) != dict(first.where.chosen):
+        if _heads(steerer) != _heads(first):
             raise ValueError(
                 f"steerers must have the same sites and heads, got {first.where} and "
                 f"{steerer.where}"
             )
     origin = _AllOf(tuple({id(steerer): steerer for steerer in steerers}.values()))
     return Steerer(Rowwise([steerer.edit for steerer in steerers]), first.where, origin=origin)
+
+
+def _heads(steerer: Steerer) -> dict[str, tuple[int, ...]]:
+    return {name: at.heads for name, at in steerer.where.chosen.items()}
 
 
 def check_rows(have: int, rows: int) -> None:
