@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from sae_query_steer.descent.places import TokenPlaces
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.control import (
@@ -19,6 +18,7 @@ from sae_query_steer.descent.control import (
 from sae_query_steer.descent.goals import Goal
 from sae_query_steer.descent.objectives import posterior_of_target
 from sae_query_steer.descent.strength import by_row, each, limited, scheduled
+from sae_query_steer.scopes.columns import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
 
@@ -100,7 +100,7 @@ def test_a_schedule_that_gives_no_factors_is_refused(schedule, text):
 
 
 def test_values_by_row_are_repeated_for_the_tokens_of_a_row():
-    places = TokenPlaces(
+    places = TokenPositions(
         row=torch.tensor([0, 2, 2, 1]), position=torch.tensor([3, 0, 1, 0]), n_rows=3
     )
     assert by_row("target", ["a", "b", "c"], places) == ["a", "c", "c", "b"]

@@ -416,9 +416,7 @@ def test_what_is_no_plain_inference_sae_is_refused():
     with pytest.raises(TypeError, match=r"saes\[0\] must be .* got QueryHeadTopKSAE"):
         join_heads([make("topk")])
     training = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=6, d_sae=11, k=4))
-    with pytest.raises(
-        TypeError, match=r"saes\[1\] must.*save_inference.*TopKTrainingSAE"
-    ):
+    with pytest.raises(TypeError, match=r"saes\[1\] must.*save_inference.*TopKTrainingSAE"):
         join_heads([plain(0), training])
 
 

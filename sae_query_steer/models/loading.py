@@ -72,7 +72,13 @@ def check_eager(model: Any) -> None:
     Raises:
         ValueError: the message names the part.
     """
-    for name, module in model.named_modules():
+    inner = vars(model).get("original_model")  # a TransformerBridge does not register it
+    named = [*model.named_modules()]
+    if isinstance(inner, torch.nn.Module):
+        named += [
+            (f"original_model.{name}".rstrip("."), part) for name, part in inner.named_modules()
+        ]
+    for name, module in named:
         if (
             isinstance(module, OptimizedModule)
             or module._compiled_call_impl is not None
