@@ -12,6 +12,7 @@ from test_attach import hooked_sae_transformer  # noqa: F401  (a fixture)
 import sae_query_steer as sqs
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.models.activations import read_activations
+from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sites import Site
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.engine import apply_edits
@@ -182,9 +183,9 @@ def test_a_deep_copy_is_a_model_of_its_own_that_is_not_steered(model):
             for parameter in other.parameters():
                 parameter.zero_()
         assert torch.equal(model(tokens), steered), "the copy shares nothing"
-        with pytest.raises(ValueError, match="are being changed"):
-            read = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sqs.query_sites(model)))
-            read.fit([])
+        check_not_steered(other)
+        with pytest.raises(ValueError, match=NAME):
+            check_not_steered(model)
     assert torch.equal(model(tokens), plain)
     assert type(model) is kind
     points = {id(point): point for point in other.hook_dict.values()}.values()

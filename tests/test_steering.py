@@ -365,7 +365,7 @@ def test_encoders_that_do_not_fit_the_centroids_are_refused(untyped, saes, targe
         sqs.LatentGradientSteerer(sqs.identity_encoders(sites), targets, **settings)
     with pytest.raises(ValueError, match="no centroids at blocks.1.attn.hook_q"):
         sqs.LatentGradientSteerer(sqs.identity_encoders(sites[1:2]), targets, **settings)
-    with pytest.raises(ValueError, match="there are no SAEs"):
+    with pytest.raises(ValueError, match="must hold at least one SAE"):
         sqs.LatentGradientSteerer({}, targets, **settings)
     with pytest.raises(TypeError, match="the encoder at blocks.0.attn.hook_q is a str"):
         sqs.LatentGradientSteerer({"blocks.0.attn.hook_q": "sae"}, targets, **settings)

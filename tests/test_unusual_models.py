@@ -105,12 +105,14 @@ def test_a_steerer_moves_to_a_device_and_the_one_before_stays(saes, make):
 def test_the_encoder_follows_the_device_of_the_activations(make, heads):
     steerer = make(heads=heads)
     n_heads = 4 if heads is None else 2
-    encoder = steerer._encoder(NAME, torch.device("meta"))
+    encoder = steerer._encoder(steerer.where.chosen[NAME], torch.device("meta"))
     assert encoder.W_dec.device.type == "meta"
     assert encoder.n_heads == n_heads
     latents = encoder.encode(torch.empty(5, n_heads, 8, device="meta"))
     assert latents.device.type == "meta"
-    assert steerer._encoder(NAME, torch.device("cpu")).W_dec.device.type == "cpu"
+    assert (
+        steerer._encoder(steerer.where.chosen[NAME], torch.device("cpu")).W_dec.device.type == "cpu"
+    )
 
 
 def test_an_encoder_without_weights_is_everywhere(tiny_models):

@@ -56,7 +56,7 @@ class _State:
     embedded: Int[Tensor, "batch new"] | None = None
     positions: Positions | None = None
     layers: set[int] = field(default_factory=set)
-    """The followed layers whose blocks ran in the forward pass."""
+    """The followed layers whose blocks ran to their end in the forward pass."""
     ran: set[int] = field(default_factory=set)
     """The numbers of the hooks that ran in it."""
 
@@ -141,6 +141,8 @@ class PositionTracker:
                     self._before_block(layer), with_kwargs=True
                 )
                 stack.enter_context(hooked(self._model, block, handle))
+                handle = block.register_forward_hook(self._after_block(layer))
+                stack.enter_context(hooked(self._model, block, handle))
             if self._keep_tokens:
                 embed = self._model.embed
                 handle = embed.register_forward_pre_hook(self._before_embedding)
@@ -207,8 +209,16 @@ class PositionTracker:
                     now.run = self._run_of_loop(cache, past)
                 self._follow_tokens(len(hidden), past + hidden.shape[1])
             now.run_begun = now.in_forward
-            now.layers.add(layer)
             now.positions = self._locate(hidden, arguments, past)
+
+        return listen
+
+    def _after_block(self, layer: int) -> Callable[..., None]:
+        block = self._model.blocks[layer]
+
+        def listen(module: Any, _args: Any, _output: Any) -> None:
+            if module is block:  # and not a copy of it
+                self._now.layers.add(layer)
 
         return listen
 
