@@ -299,6 +299,7 @@ def test_the_command_writes_pages(tiny_folder, saes, targets, texts, tmp_path):
         assert text in f"{runner.invoke(app, [*start, *more]).exception}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
 def test_a_browser_shows_the_page_searches_it_and_runs_nothing_of_the_texts(dashboard, tmp_path):
     tops = dataclasses.replace(dashboard.tops, tokenizer=HostileTokenizer())

@@ -6,6 +6,8 @@ from conftest import HOSTS
 
 import sae_query_steer as sqs
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["Once upon a time, there was", "Lily", "The big dog said that"]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "verbose": False}
 SCOPES = [

@@ -213,5 +213,5 @@ def _check_sizes(
             raise ValueError(
                 f"{file.filename} of {repo_id} has {file.file_size} bytes, more than the "
                 f"{listed.get(file.filename, MAX_JSON)} that are listed or allowed: nothing "
-                "was fetched; ask the repository's owner to save the bundle anew"
+                "was fetched; ask the repository's owner to save the bundle again"
             )
