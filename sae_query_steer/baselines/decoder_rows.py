@@ -11,7 +11,8 @@ from sae_query_steer.baselines.added import AddedDirection, above_others
 from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.sae.encoders import QueryEncoder, device_of, encoder_sites
 from sae_query_steer.scopes.positions import LastPromptToken, Scope
-from sae_query_steer.steering.latent_descent import FromCentroids, LatentDescent
+from sae_query_steer.steering.latent_descent import LatentDescent
+from sae_query_steer.steering.origin import FromCentroids
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.where import Heads, Where
 from sae_query_steer.targets.centroids import CentroidTargets

@@ -91,8 +91,6 @@ def wilson_interval(hits: int, n: int, *, confidence: float = 0.95) -> tuple[flo
         ValueError: n below 1, or hits that are not 0 to n.
     """
     if n < 1 or not 0 <= hits <= n:
-        raise ValueError(
-            f"n must be 1 or more and hits 0 to n, got n={n} and hits={hits}"
-        )
+        raise ValueError(f"n must be 1 or more and hits 0 to n, got n={n} and hits={hits}")
     interval = binomtest(hits, n).proportion_ci(confidence_level=confidence, method="wilson")
     return float(interval.low), float(interval.high)

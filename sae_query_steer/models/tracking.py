@@ -123,6 +123,15 @@ class PositionTracker:
             return None
         return tokens[rows, columns + tokens.shape[1] - width].cpu()
 
+    def key_positions(self, n_keys: int) -> Int[Tensor, "batch key"]:
+        """Return the absolute position of each key of the running pass; -1 where it is padding.
+
+        Args:
+            n_keys: how many keys the layer has: a sliding window's cache holds the last alone.
+        """
+        real = self.columns
+        return torch.where(real, real.long().cumsum(1) - 1, -1)[:, -n_keys:]
+
     @contextmanager
     def attached(self, hooks: Sequence[tuple[str, Hook]] = ()) -> Iterator[None]:
         """Follow the model for the length of a `with` block, with hooks in place.

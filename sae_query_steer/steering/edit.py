@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,10 @@ class Edit(ABC):
 
     A subclass needs `change` alone.
     """
+
+    needs_keys: ClassVar[bool] = False
+    """Whether `change` has a parameter `keys` and takes an `AttentionKeys`: sites of queries only.
+    Such an edit takes effect in the attention scores, not at the hook point of the queries."""
 
     @abstractmethod
     def change(

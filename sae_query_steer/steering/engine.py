@@ -8,7 +8,7 @@ something removed its hook, ends in an error.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sae_query_steer.models.activations import pattern_hook
+from sae_query_steer.models.attention_scores import ScoresReader
 from sae_query_steer.models.loading import check_eager
 from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.models.tracking import PositionTracker
@@ -26,6 +27,7 @@ from sae_query_steer.scopes.prompt_lengths import PromptLengths
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.attention_trace import AttentionRecorder
 from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.keys import AttentionKeys
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace, TraceRecord
 from sae_query_steer.steering.where import SiteHeads, Where
 
@@ -71,16 +73,26 @@ def apply_edits(
     keep_tokens = record or any(needs_tokens(where.scope) for _, where in edits)
     tracker = PositionTracker(model, sorted(layers), prompt_lengths, keep_tokens=keep_tokens)
     hooks: list[tuple[str, Hook]] = []
+    readers: list[ScoresReader] = []
     for (edit, where), trace in zip(edits, traces, strict=True):
         attention = AttentionRecorder(trace.attention, tracker) if record_attention else None
         seen = _Recorder(trace, tracker, attention) if record else None
         for name, at in where.chosen.items():
-            hooks.append(
-                (name, edit_hook(edit, at, where.scope, lambda _: tracker.positions, seen))
-            )
+            if edit.needs_keys:
+                reader = ScoresReader(model, _query_site(edit, at))
+                readers.append(reader)
+                hook = keyed_hook(edit, at, where.scope, tracker, reader, seen)
+                scores = f"blocks.{at.site.layer}.attn.hook_attn_scores"
+                hooks += [*reader.hooks(), (scores, hook)]
+            else:
+                hook = edit_hook(edit, at, where.scope, lambda _: tracker.positions, seen)
+                hooks.append((name, hook))
             if attention is not None:
                 hooks.append((pattern_hook(at.site.layer), attention.hook(at.site.layer)))
-    with tracker.attached(hooks):
+    with ExitStack() as stack:
+        for reader in readers:
+            stack.enter_context(reader.listening())
+        stack.enter_context(tracker.attached(hooks))
         yield traces
 
 
@@ -141,6 +153,52 @@ def edit_hook(
 
     vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
     return change
+
+
+def keyed_hook(
+    edit: Edit,
+    at: SiteHeads,
+    scope: Scope,
+    tracker: PositionTracker,
+    reader: ScoresReader,
+    seen: "_Recorder | None" = None,
+) -> Hook:
+    """Return the hook, on the attention scores, of an edit that sees keys; Args as `edit_hook`."""
+
+    def change(scores: Tensor, hook: Any) -> Tensor | None:
+        del hook  # its name differs between the backends
+        positions = tracker.positions
+        if positions is None:
+            return None
+        tokens = positions.tokens_at(select(scope, positions))
+        if len(tokens.row) == 0:
+            return None
+        with torch.autocast(scores.device.type, enabled=False):
+            reader.check(scores)
+            keys = AttentionKeys(reader, at, tokens, tracker.key_positions(scores.shape[-1]))
+            row, head, column = keys.index
+            before = reader.queries[row, column, head]
+            keyed: Any = edit
+            made = keyed.change(in_32_bits(before), at, tokens, record=seen is not None, keys=keys)
+            after = before + made.delta.to(before.dtype)
+            if not bool(after.detach().isfinite().all()):
+                _raise_not_finite(before, at.hook_name)
+            edited = scores.clone()
+            edited[keys.index] = keys.scores(after).to(scores.dtype)
+        if seen is not None:
+            seen.keep(made, before, at, tokens)
+        return edited
+
+    vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
+    return change
+
+
+def _query_site(edit: Edit, at: SiteHeads) -> QuerySite:
+    if not isinstance(at.site, QuerySite):
+        raise ValueError(
+            f"{type(edit).__name__} sees keys, so its sites must be queries, got {at.hook_name}"
+        )
+    return at.site
 
 
 def by_head(activation: Tensor, at: SiteHeads) -> Tensor:

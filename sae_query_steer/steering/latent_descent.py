@@ -20,40 +20,17 @@ from sae_query_steer.sae.encoders import (
     decoded_difference,
     encoder_sites,
     in_32_bits,
-    on_device,
 )
 from sae_query_steer.scopes.columns import TokenPositions
 from sae_query_steer.scopes.positions import LastPromptToken, Scope
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_moves import LatentMove
-from sae_query_steer.steering.steerer import Origin, Steerer
+from sae_query_steer.steering.origin import FromCentroids, Origin, encoders_on
+from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import Heads, SiteHeads, Where
 from sae_query_steer.targets.centroids import CentroidTargets
-from sae_query_steer.targets.fingerprint import check_belongs, check_shapes
-
-
-@dataclass(frozen=True, eq=False)
-class FromCentroids:
-    """Encoders and the centroids that were made with them, on one model."""
-
-    encoders: Mapping[str, QueryEncoder]
-    """By hook name."""
-
-    targets: CentroidTargets
-    """Their centroids, with the fingerprint of the model."""
-
-    def check_model(self, model: Any) -> None:
-        """Raise unless the centroids were made with these encoders on this model.
-
-        Raises:
-            ValueError: another model, other SAEs, or SAEs on another device.
-        """
-        check_belongs(model, self.encoders, self.targets)
-
-    def to(self, device: str | torch.device) -> "FromCentroids":
-        """Return it with its encoders on a device."""
-        return replace(self, encoders=_on(self.encoders, device))
+from sae_query_steer.targets.fingerprint import check_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +118,7 @@ class LatentDescent(Edit):
 
         Centroids need no moving: they follow the activations, layer by layer.
         """
-        return replace(self, saes=_on(self.saes, device))
+        return replace(self, saes=encoders_on(self.saes, device))
 
     def change(
         self,
@@ -318,7 +295,3 @@ def target_labels(by_row: Sequence[str]) -> dict[str, Any]:
     if len(set(by_row)) == 1:
         return {"target": str(by_row[0])}
     return {"row_targets": tuple(map(str, by_row))}
-
-
-def _on(encoders: Mapping[str, QueryEncoder], device: str | torch.device) -> dict[str, Any]:
-    return {name: on_device(encoder, device) for name, encoder in encoders.items()}

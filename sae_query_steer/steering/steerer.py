@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -14,20 +14,9 @@ from sae_query_steer.scopes.columns import Positions
 from sae_query_steer.scopes.prompt_lengths import PromptLengths, fixed_positions
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.engine import apply_edits, edit_hook
+from sae_query_steer.steering.origin import Origin
 from sae_query_steer.steering.trace import SteeringTrace
 from sae_query_steer.steering.where import Where
-
-
-class Origin(Protocol):
-    """What an edit was made from: it knows which model it belongs to."""
-
-    def check_model(self, model: Any) -> None:
-        """Raise ValueError unless it belongs to this model."""
-        ...
-
-    def to(self, device: str | torch.device) -> Self:
-        """Return it with its weights on a device."""
-        ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
