@@ -42,8 +42,10 @@ def main() -> None:
         model,
         texts,
         sqs.query_sites(model, [1]),
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=given.d_sae, k=given.k),
-        training_tokens=given.training_tokens,
+        sqs.TrainingConfig(
+            sae=sqs.TopK(d_sae_per_head=given.d_sae, k=given.k),
+            training_tokens=given.training_tokens,
+        ),
     )
     targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
     with tempfile.TemporaryDirectory() as folder:

@@ -123,12 +123,14 @@ def ours(model: Any, rows: torch.Tensor, layers: list[int], heads: range) -> Non
         model,
         rows,
         sqs.query_sites(model, layers),
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=D_SAE, k=K),
-        training_tokens=rows.numel(),
-        train_batch_size_tokens=BATCH,
-        lr=LR,
-        prepend_bos=False,
-        metric_tokens=0,
+        sqs.TrainingConfig(
+            sae=sqs.TopK(d_sae_per_head=D_SAE, k=K),
+            training_tokens=rows.numel(),
+            train_batch_size_tokens=BATCH,
+            lr=LR,
+            prepend_bos=False,
+            metric_tokens=0,
+        ),
     )
 
 

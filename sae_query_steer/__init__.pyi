@@ -16,6 +16,8 @@ from .baselines.simple import (
     random_direction as random_direction,
 )
 from .bloom import BloomLevel as BloomLevel
+from .config import TopK as TopK
+from .config import TrainingConfig as TrainingConfig
 from .dashboards.writing import write_dashboards as write_dashboards
 from .data.examples import (
     LabelledExample as LabelledExample,

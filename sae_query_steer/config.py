@@ -5,10 +5,11 @@ checkpoints store them, so no setting is written twice. This module imports neit
 other slow library. Names and defaults are SAELens's; sizes are those of one head.
 """
 
-import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
+
+from sae_query_steer.arguments import check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,16 @@ class Architecture:
     """Norm of the decoder rows at the start; None keeps that of Kaiming's initialisation."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "d_sae_per_head")
+        _check(self, "d_sae_per_head", least=1, whole=True)
         _check_choice(self, "dtype", "float32", "float64")
         _check_choice(self, "normalize_activations", "none", "expected_average_only_in")
         if self.decoder_init_norm is not None:
-            _check_positive(self, "decoder_init_norm")
+            _check(self, "decoder_init_norm", above=0)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings with the name of the architecture."""
-        return {"architecture": self.name, **asdict(self)}
+        settings = {"architecture": self.name, **asdict(self)}
+        return {key: [*v] if isinstance(v, tuple) else v for key, v in settings.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class Standard(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least(self, 0, "l1_coefficient", "l1_warm_up_steps")
+        _check(self, "l1_coefficient", least=0)
+        _check(self, "l1_warm_up_steps", least=0, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,8 @@ class Gated(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_at_least(self, 0, "l1_coefficient", "l1_warm_up_steps")
+        _check(self, "l1_coefficient", least=0)
+        _check(self, "l1_warm_up_steps", least=0, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +123,14 @@ class JumpReLU(Architecture):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice(self, "jumprelu_sparsity_loss_mode", "step", "tanh", "quadratic")
-        _check_positive(self, "jumprelu_bandwidth")
-        _check_at_least(self, 0, "jumprelu_init_threshold", "jumprelu_tanh_scale")
-        _check_at_least(self, 0, "l0_coefficient", "l0_warm_up_steps")
+        _check(self, "jumprelu_bandwidth", above=0)
+        _check(self, "jumprelu_init_threshold", "jumprelu_tanh_scale", least=0)
+        _check(self, "l0_coefficient", least=0)
+        _check(self, "l0_warm_up_steps", least=0, whole=True)
         if self.pre_act_loss_coefficient is not None:
-            _check_at_least(self, 0, "pre_act_loss_coefficient")
+            _check(self, "pre_act_loss_coefficient", least=0)
         if self.jumprelu_sparsity_loss_mode == "quadratic":
-            _check_latents(self, "target_l0")
+            _check(self, "target_l0", above=0, most=self.d_sae_per_head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +151,9 @@ class KLSparse(Architecture):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.rho < 1:
-            raise ValueError(f"rho must be between 0 and 1, such as 0.05, got {self.rho}")
-        _check_at_least(self, 0, "kl_coefficient", "kl_warm_up_steps")
+            raise ValueError(f"rho must be between 0 and 1, got {self.rho}")
+        _check(self, "kl_coefficient", least=0)
+        _check(self, "kl_warm_up_steps", least=0, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +173,7 @@ class TopK(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.k, int) or not 1 <= self.k <= self.d_sae_per_head:
-            raise ValueError(
-                f"k must be a whole number from 1 to d_sae_per_head={self.d_sae_per_head}, "
-                f"got {self.k}"
-            )
+        _check(self, "k", whole=True, least=1, most=self.d_sae_per_head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +196,8 @@ class BatchTopK(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_latents(self, "k")
-        if not 0 < self.topk_threshold_lr <= 1:
-            raise ValueError(
-                f"topk_threshold_lr must be above 0 and at most 1, got {self.topk_threshold_lr}"
-            )
+        _check(self, "k", above=0, most=self.d_sae_per_head)
+        _check(self, "topk_threshold_lr", above=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,14 +317,14 @@ class TrainingConfig:
                 f"sae must be the settings of an architecture ({names}), "
                 f"got {type(self.sae).__name__}"
             )
-        _check_at_least(self, 1, "training_tokens", "train_batch_size_tokens")
-        _check_at_least(self, 1, "store_batch_size_prompts", "n_batches_in_buffer")
-        _check_at_least(self, 1, "n_batches_for_norm_estimate", "checkpoint_every")
-        _check_at_least(self, 0, "seed", "lr_warm_up_steps", "lr_decay_steps")
-        _check_at_least(self, 0, "dead_feature_window", "metric_tokens")
-        _check_positive(self, "lr")
+        _check(self, "training_tokens", "train_batch_size_tokens", least=1, whole=True)
+        _check(self, "store_batch_size_prompts", "n_batches_in_buffer", least=1, whole=True)
+        _check(self, "n_batches_for_norm_estimate", "checkpoint_every", least=1, whole=True)
+        _check(self, "seed", "lr_warm_up_steps", "lr_decay_steps", least=0, whole=True)
+        _check(self, "dead_feature_window", "metric_tokens", least=0, whole=True)
+        _check(self, "lr", above=0)
         if self.context_size is not None:
-            _check_at_least(self, 2, "context_size")
+            _check(self, "context_size", least=2, whole=True)
         if self.n_steps < 1:
             raise ValueError(
                 f"training_tokens must be at least one step of train_batch_size_tokens="
@@ -353,29 +352,11 @@ class TrainingConfig:
         }
 
 
-def _check_at_least(config: Any, least: int, *names: str) -> None:
+def _check(config: Any, *names: str, **limits: Any) -> None:
     for name in names:
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= least):
-            raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        check_number(name, getattr(config, name), **limits)
 
 
 def _check_choice(config: Any, name: str, *allowed: str) -> None:
     if getattr(config, name) not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}")
-
-
-def _check_latents(config: Architecture, name: str) -> None:
-    value = getattr(config, name)
-    if value is None or not 0 < value <= config.d_sae_per_head:
-        raise ValueError(
-            f"{name} must be above 0 and at most d_sae_per_head={config.d_sae_per_head}, "
-            f"got {value}"
-        )

@@ -13,7 +13,10 @@ from wheel_check import make_texts
 
 import sae_query_steer as sqs
 from sae_query_steer.cli.main import app
-from sae_query_steer.training.distributed import joined, local_device, train_on_ranks
+from sae_query_steer.config import TopK, TrainingConfig
+from sae_query_steer.training.distributed import join_ranks, local_device, train_on_ranks
+
+CONFIG = TrainingConfig(sae=TopK(d_sae_per_head=16, k=3), training_tokens=1024)
 
 
 def arguments(folder: Path, texts: Path, out: Path) -> list[str]:
@@ -50,6 +53,7 @@ def one_and_two(tiny_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(one_and_two):
     one, two = (sqs.QuerySAEs.load(one_and_two / name) for name in ("one", "two"))
     assert list(one) == list(two) == [f"blocks.{layer}.attn.hook_q" for layer in range(3)]
@@ -65,8 +69,8 @@ def test_two_processes_write_what_one_writes(one_and_two):
 def test_more_processes_than_layers_are_refused(tiny_models, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     sites = sqs.query_sites(tiny_models["bridge"])
-    with pytest.raises(ValueError, match="4 processes for 3 layers: start 3 at most"):
-        train_on_ranks(tiny_models["bridge"], ["w0"], sites, out=tmp_path / "saes")
+    with pytest.raises(ValueError, match="at most one per layer, 3, got 4"):
+        train_on_ranks(tiny_models["bridge"], ["w0"], sites, CONFIG, out=tmp_path / "saes")
 
 
 def test_an_existing_folder_is_refused_before_a_rank_trains(tiny_models, tmp_path, monkeypatch):
@@ -75,7 +79,7 @@ def test_an_existing_folder_is_refused_before_a_rank_trains(tiny_models, tmp_pat
     (tmp_path / "saes" / "query_saes.json").touch()
     sites = sqs.query_sites(tiny_models["bridge"])
     with pytest.raises(FileExistsError, match="saes exists"):
-        train_on_ranks(tiny_models["bridge"], ["w0"], sites, out=tmp_path / "saes")
+        train_on_ranks(tiny_models["bridge"], ["w0"], sites, CONFIG, out=tmp_path / "saes")
 
 
 def test_shares_are_joined_in_the_order_of_the_sites(tiny_models, saes):
@@ -89,7 +93,7 @@ def test_shares_are_joined_in_the_order_of_the_sites(tiny_models, saes):
         for site in sites
     ]
     for order in (parts, parts[::-1]):
-        whole = joined(order, sites)
+        whole = join_ranks(order, sites)
         assert list(whole) == list(saes)
         assert whole.metrics.equals(saes.metrics)
         assert whole.settings == saes.settings

@@ -17,12 +17,12 @@ LAYERS = (
     {"targets", "training"},
     {"sae"},
     {"models"},
-    {"data", "descent"},
-    {"arguments", "bloom", "config", "scopes", "sites", "storage"},
+    {"config", "data", "descent"},
+    {"arguments", "bloom", "scopes", "sites", "storage"},
 )
 """From top to bottom. A folder or root module imports from lower layers and from itself only."""
 
-NO_BACKEND = {"arguments", "data", "descent", "bloom", "config", "scopes", "sites", "storage"}
+NO_BACKEND = {"arguments", "data", "descent", "bloom", "scopes", "sites", "storage"}
 """These import neither TransformerLens nor SAELens."""
 
 

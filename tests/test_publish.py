@@ -17,6 +17,7 @@ from wheel_check import WORDS
 
 import sae_query_steer as sqs
 from sae_query_steer.cli.main import app, main
+from sae_query_steer.config import KLSparse
 from sae_query_steer.hub.layout import head_folders, read_index
 from sae_query_steer.steering.files import steerer_settings
 
@@ -133,10 +134,12 @@ def test_saes_that_saelens_does_not_know_are_saved_as_a_whole(tiny_models, tmp_p
         model,
         rows,
         sqs.query_sites(model, [1]),
-        sae=sqs.QueryHeadKLSparseTrainingSAEConfig(d_sae_per_head=8),
-        training_tokens=1024,
-        train_batch_size_tokens=128,
-        metric_tokens=0,
+        sqs.TrainingConfig(
+            sae=KLSparse(d_sae_per_head=8),
+            training_tokens=1024,
+            train_batch_size_tokens=128,
+            metric_tokens=0,
+        ),
     )
     sqs.save_bundle(tmp_path / "b", model, saes)
     assert list(sqs.load_bundle(tmp_path / "b").saes) == ["blocks.1.attn.hook_q"]

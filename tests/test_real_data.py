@@ -48,10 +48,12 @@ def stories_saes(stories, questions, feedback) -> sqs.QuerySAEs:
         model,
         [e.prompt for e in questions] + [e.prompt + e.response for e in feedback],
         sqs.query_sites(model, [1, 3]),
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=32, k=6),
-        training_tokens=60_000,
-        train_batch_size_tokens=512,
-        lr=3e-3,
+        sqs.TrainingConfig(
+            sae=sqs.TopK(d_sae_per_head=32, k=6),
+            training_tokens=60_000,
+            train_batch_size_tokens=512,
+            lr=3e-3,
+        ),
     )
 
 

@@ -14,9 +14,18 @@ import torch
 from wheel_check import make_texts
 
 import sae_query_steer as sqs
+from sae_query_steer.config import (
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    KLSparse,
+    Standard,
+    TopK,
+    TrainingConfig,
+)
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
-TOPK = sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3)
+TOPK = TopK(d_sae_per_head=16, k=3)
 NAME = "blocks.2.attn.hook_q"
 N_STEPS = 24
 
@@ -25,10 +34,11 @@ class Stopped(Exception):
     """What stands for a crash in these tests."""
 
 
-def train(model, **changes):
+def train(model, texts=None, sites=None, out=None, resume=False, overwrite=False, **changes):
+    if texts is None:
+        texts = torch.randint(4, 52, (40, 12), generator=torch.Generator().manual_seed(0))
+    sites = sqs.query_sites(model, [0, 2]) if sites is None else sites
     settings = {
-        "texts": torch.randint(4, 52, (40, 12), generator=torch.Generator().manual_seed(0)),
-        "sites": sqs.query_sites(model, [0, 2]),
         "sae": TOPK,
         "training_tokens": N_STEPS * 40,
         "train_batch_size_tokens": 40,
@@ -40,7 +50,9 @@ def train(model, **changes):
         "dead_feature_window": 4,
         "metric_tokens": 100,
     }
-    return sqs.train_query_saes(model, **{**settings, **changes})
+    config = TrainingConfig(**{**settings, **changes})
+    again = {"resume": resume, "overwrite": overwrite}
+    return sqs.train_query_saes(model, texts, sites, config, out=out, **again)
 
 
 def stopped_after(monkeypatch, n_steps: int, model, **changes) -> None:
@@ -68,15 +80,11 @@ def assert_equal(first, second) -> None:
 
 CONFIGS = {
     "topk": TOPK,
-    "standard": sqs.QueryHeadStandardTrainingSAEConfig(
-        d_sae_per_head=16, l1_coefficient=0.5, l1_warm_up_steps=15
-    ),
-    "batchtopk": sqs.QueryHeadBatchTopKTrainingSAEConfig(d_sae_per_head=16, k=3),
-    "jumprelu": sqs.QueryHeadJumpReLUTrainingSAEConfig(
-        d_sae_per_head=16, l0_coefficient=0.5, l0_warm_up_steps=15
-    ),
-    "gated": sqs.QueryHeadGatedTrainingSAEConfig(d_sae_per_head=16, l1_coefficient=0.5),
-    "kl-sparse": sqs.QueryHeadKLSparseTrainingSAEConfig(d_sae_per_head=16, kl_coefficient=0.5),
+    "standard": Standard(d_sae_per_head=16, l1_coefficient=0.5, l1_warm_up_steps=15),
+    "batchtopk": BatchTopK(d_sae_per_head=16, k=3),
+    "jumprelu": JumpReLU(d_sae_per_head=16, l0_coefficient=0.5, l0_warm_up_steps=15),
+    "gated": Gated(d_sae_per_head=16, l1_coefficient=0.5),
+    "kl-sparse": KLSparse(d_sae_per_head=16, kl_coefficient=0.5),
     "scaled": dataclasses.replace(TOPK, normalize_activations="expected_average_only_in"),
 }
 
@@ -141,7 +149,7 @@ def test_another_run_is_never_gone_on_with(tiny_models, tmp_path, monkeypatch):
     model, out = tiny_models["bridge"], tmp_path / "saes"
     stopped_after(monkeypatch, 13, model, out=out)
     before = sorted(out.with_name("saes.unfinished").rglob("*"))
-    with pytest.raises(FileExistsError, match="holds a run that was stopped: resume=True goes on"):
+    with pytest.raises(FileExistsError, match="holds a stopped run: continue it with resume=True"):
         train(model, out=out)
     for changes, message in (
         ({"lr": 0.5}, "lr was 0.01 and is 0.5"),
@@ -164,7 +172,7 @@ def test_a_state_of_another_model_is_refused(tiny_models, tmp_path, monkeypatch)
     with torch.no_grad():
         weight *= 1.1
     try:
-        with pytest.raises(ValueError, match="holds a run on another model: the queries at"):
+        with pytest.raises(ValueError, match="holds a run on another model: fingerprint/blocks"):
             train(model, out=out, resume=True)
     finally:
         with torch.no_grad():
@@ -178,13 +186,13 @@ def test_damaged_states_and_folders_of_something_else_are_refused(
     unfinished = tmp_path / "saes.unfinished"
     unfinished.mkdir()
     (unfinished / "thesis.tex").write_text("of great value")
-    with pytest.raises(FileExistsError, match="it holds no run.json, so it is something else"):
+    with pytest.raises(FileExistsError, match="it has no run.json, so something else wrote it"):
         train(model, out=out, overwrite=True)
     (unfinished / "thesis.tex").unlink()
     stopped_after(monkeypatch, 13, model, out=out)
     facts = unfinished / "step-10" / "state.json"
     facts.write_text(json.dumps({k: v for k, v in json.loads(facts.read_text()).items() if v == 9}))
-    with pytest.raises(ValueError, match="step-10 is damaged: KeyError"):
+    with pytest.raises(ValueError, match="state.json is damaged .* n_training_steps"):
         train(model, out=out, resume=True)
 
 
@@ -199,27 +207,9 @@ def test_what_a_killed_process_was_writing_is_passed_over_and_cleared_away(
     assert_equal(train(model), train(model, out=out, resume=True))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"resume": True}, "resume and overwrite speak of a folder: give out="),
-        ({"checkpoint_every": 0}, "checkpoint_every=0 is not allowed: give 1 or more"),
-        ({"seed": -1}, "seed=-1 is not allowed: give 0 or more"),
-        ({"lr_warm_up_steps": 20}, "are more than the 24 steps of the run"),
-        ({"n_batches_in_buffer": 0}, "n_batches_in_buffer=0 is not allowed"),
-        (
-            {"sae": dataclasses.replace(TOPK, dtype="bfloat16")},
-            "dtype='bfloat16' is not allowed: train SAEs in float32 or float64",
-        ),
-        (
-            {"sae": dataclasses.replace(TOPK, dtype="float64"), "autocast": True},
-            "dtype='float64' is not allowed with autocast",
-        ),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(tiny_models, changes, message):
-    with pytest.raises(ValueError, match=message):
-        train(tiny_models["bridge"], **changes)
+def test_resuming_needs_a_folder(tiny_models):
+    with pytest.raises(ValueError, match="give out="):
+        train(tiny_models["bridge"], resume=True)
 
 
 def test_too_little_memory_or_disk_is_told_before_any_work(tiny_models, tmp_path, monkeypatch):
@@ -228,17 +218,18 @@ def test_too_little_memory_or_disk_is_told_before_any_work(tiny_models, tmp_path
         patch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**10))
         with pytest.raises(
             ValueError,
-            match=r"needs at least \S+ GiB of memory on cpu \(weights, gradients and Adam's "
-            r"moments \S+ GiB, activations \S+ GiB\), where 9.54e-07 GiB are free: train fewer",
+            match=r"needs at least \S+ GiB of memory on cpu, where 9.54e-07 GiB are free "
+            r"\(\S+ GiB of it for activations on cpu\): train fewer",
         ):
             train(model, out=out)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**10))
-        with pytest.raises(ValueError, match="need .* GiB at .*, where 9.54e-07 GiB are free"):
+        with pytest.raises(ValueError, match="GiB of disk at .*, where 9.54e-07 GiB are free"):
             train(model, out=out)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_about_as_well(tiny_models):
     model = tiny_models["bridge"]
     longer = {"training_tokens": 8000, "lr_decay_steps": 0}
@@ -273,13 +264,15 @@ sqs.train_query_saes(
     model,
     sqs.read_texts(sys.argv[2], text="question"),
     sqs.query_sites(model),
-    sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3),
-    training_tokens=60 * 32,
-    train_batch_size_tokens=32,
-    context_size=16,
-    n_batches_in_buffer=4,
-    checkpoint_every=7,
-    metric_tokens=64,
+    sqs.TrainingConfig(
+        sae=sqs.TopK(d_sae_per_head=16, k=3),
+        training_tokens=60 * 32,
+        train_batch_size_tokens=32,
+        context_size=16,
+        n_batches_in_buffer=4,
+        checkpoint_every=7,
+        metric_tokens=64,
+    ),
     out=sys.argv[3],
     resume=True,
 )
@@ -318,6 +311,7 @@ def never_stopped(tiny_folder, tmp_path_factory):
     return sqs.QuerySAEs.load(folder / "saes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_is_killed_goes_on_where_it_was(tiny_folder, never_stopped, tmp_path, kind):
     with started(tiny_folder, tmp_path, "saes") as process:

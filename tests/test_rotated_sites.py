@@ -28,10 +28,12 @@ def saes(tiny_models) -> sqs.QuerySAEs:
         model,
         torch.randint(4, 52, (32, 16), generator=torch.Generator().manual_seed(5)),
         sqs.query_sites(model, [0, 2], rotated=True),
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=16, k=3),
-        training_tokens=1024,
-        train_batch_size_tokens=128,
-        lr=3e-3,
+        sqs.TrainingConfig(
+            sae=sqs.TopK(d_sae_per_head=16, k=3),
+            training_tokens=1024,
+            train_batch_size_tokens=128,
+            lr=3e-3,
+        ),
     )
 
 

@@ -1,14 +1,11 @@
 """Queries scaled to a norm of sqrt(d_head) head by head, and folded away after training."""
 
 import dataclasses
-import json
-import weakref
 
 import pytest
 import torch
 from sae_cases import CONFIGS, SIZES, new, randn, solo, trained_like
 from sae_lens import SAE, TrainingSAE
-from sae_lens.config import SAETrainerConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 
 import sae_query_steer as sqs
@@ -17,7 +14,6 @@ from sae_query_steer.sae import (
     QueryHeadTopKSAEConfig,
     QueryHeadTopKTrainingSAEConfig,
 )
-from sae_query_steer.training.saelens import HeadwiseTrainer
 from sae_query_steer.training.scaling import HeadNorms, HeadwiseScaler
 
 NORMALIZE = "expected_average_only_in"
@@ -39,76 +35,47 @@ def queries(n_batches: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def scaler_with(factors=FACTORS) -> HeadwiseScaler:
-    scaler = HeadwiseScaler(3)
+    scaler = HeadwiseScaler()
     scaler.scaling_factor = factors
     return scaler
 
 
+def factors_of(batches) -> torch.Tensor:
+    norms = HeadNorms(3)
+    for batch in batches:
+        norms.update(batch.flatten(-2))
+    return norms.factors()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_estimate_and_scaled_queries_are_bitwise_those_of_saelens_head_by_head(dtype):
-    batches, ours = queries(7, dtype), HeadwiseScaler(3)
-    stream = (batch.flatten(-2) for batch in batches)
-    ours.estimate_scaling_factor(18, stream, n_batches_for_norm_estimate=5)
-    assert len(list(stream)) == 2, "it must take as many batches as it is told"
-    flat = batches[-1].flatten(-2)
-    scaled, unscaled = ours.scale(flat), ours.unscale(flat)
-    assert scaled.dtype == unscaled.dtype == dtype
-    assert torch.equal(ours(flat), scaled)
+def test_factors_and_scaled_queries_are_bitwise_those_of_saelens_head_by_head(dtype):
+    batches = queries(7, dtype)
+    ours = scaler_with(factors_of(batches[:5]))
+    scaled = ours.scale(batches[-1].flatten(-2))
+    assert scaled.dtype == dtype
+    assert torch.equal(ours(batches[-1].flatten(-2)), scaled)
     for head in range(3):
         theirs = ActivationScaler()
         alone = [batch[:, head].contiguous() for batch in batches]
         theirs.estimate_scaling_factor(6, iter(alone), n_batches_for_norm_estimate=5)
         assert float(ours.scaling_factor[head]) == theirs.scaling_factor
         assert torch.equal(scaled.unflatten(-1, (3, 6))[:, head], theirs.scale(alone[-1]))
-        assert torch.equal(unscaled.unflatten(-1, (3, 6))[:, head], theirs.unscale(alone[-1]))
-
-
-def test_scaled_queries_have_the_norm_sqrt_d_head_on_average_in_every_head():
-    batches, scaler = queries(4), HeadwiseScaler(3)
-    scaler.estimate_scaling_factor(18, iter(batches.flatten(-2)), n_batches_for_norm_estimate=4)
-    scaled = scaler.scale(batches.flatten(-2)).unflatten(-1, (3, 6))
-    torch.testing.assert_close(scaled.norm(dim=-1).mean((0, 1)), torch.full((3,), 6**0.5))
 
 
 def test_a_large_query_in_one_head_changes_the_factor_of_no_other():
     batches = queries(4)
-    factors = []
-    for _ in range(2):
-        norms = HeadNorms(3, 18)
-        for batch in batches:
-            norms.update(batch.flatten(-2))
-        factors.append(norms.factors())
-        batches[2, 7, 1] = 1e6
-    assert torch.equal(factors[0][[0, 2]], factors[1][[0, 2]])
-    assert factors[1][1] < factors[0][1] / 100
+    before = factors_of(batches)
+    batches[2, 7, 1] = 1e6
+    after = factors_of(batches)
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert after[1] < before[1] / 100
 
 
-def test_no_batch_is_kept_while_the_norms_are_estimated():
-    kept = []
-
-    def served():
-        while True:
-            batch = queries(1)[0].flatten(-2)
-            served_batch = weakref.ref(batch)
-            yield batch
-            del batch
-            kept.append(served_batch() is not None)
-
-    HeadwiseScaler(3).estimate_scaling_factor(18, served(), n_batches_for_norm_estimate=5)
-    assert kept == [False] * 4
-
-
-def test_unscaling_inverts_scaling_in_any_number_of_axes():
+def test_queries_are_scaled_in_any_number_of_axes_and_unchanged_without_factors():
     x, scaler = queries(2, torch.float64).flatten(-2), scaler_with()
     assert not torch.allclose(scaler.scale(x), x)
-    torch.testing.assert_close(scaler.unscale(scaler.scale(x)), x)
-    torch.testing.assert_close(scaler.scale(x)[1], scaler.scale(x[1]), rtol=0, atol=0)
-
-
-def test_without_factors_queries_stay_as_they_are():
-    x, scaler = queries(1)[0].flatten(-2), HeadwiseScaler(3)
-    assert scaler.scale(x) is x
-    assert scaler.unscale(x) is x
+    assert torch.equal(scaler.scale(x)[1], scaler.scale(x[1]))
+    assert HeadwiseScaler().scale(x) is x
 
 
 @every_config
@@ -116,7 +83,7 @@ def test_a_folded_sae_on_raw_queries_is_the_unfolded_one_on_scaled_queries_scale
     sae = trained_like(dataclasses.replace(config, dtype="float64"))
     x, scaler = randn(50, 18, dtype=torch.float64), scaler_with()
     latents = sae.encode(scaler.scale(x)).unflatten(-1, (3, 11))
-    expected = scaler.unscale(sae(scaler.scale(x)))
+    expected = scaler_with(1 / FACTORS).scale(sae(scaler.scale(x)))
     sae.fold_activation_norm_scaling_factor(FACTORS)
     assert sae.cfg.normalize_activations == "none"
     torch.testing.assert_close(sae(x), expected)
@@ -217,59 +184,9 @@ def test_normalizations_that_would_mix_heads_are_refused(config, normalize, mess
         config(**SIZES, k=4, normalize_activations=normalize)
 
 
-def test_norms_that_give_no_factor_are_refused():
-    with pytest.raises(ValueError, match="d_in=17 is not a multiple of 3 heads: give the size of"):
-        HeadNorms(3, 17)
-    with pytest.raises(
-        ValueError, match=r"activations of shape \[5, 17\] do not fit d_in=18: give them flat"
-    ):
-        HeadNorms(3, 18).update(randn(5, 17))
-    with pytest.raises(ValueError, match="head 0 has mean norm 0.0 over 0 tokens"):
-        HeadNorms(3, 18).factors()
-    with pytest.raises(ValueError, match="n_batches_for_norm_estimate=0 is not allowed: give 1 or"):
-        HeadwiseScaler(3).estimate_scaling_factor(18, iter([]), n_batches_for_norm_estimate=0)
-
-
 @pytest.mark.parametrize(("value", "mean"), [(0.0, "0.0"), (float("nan"), "nan")])
 def test_a_head_without_a_norm_is_named(value, mean):
     batch = randn(5, 3, 6)
     batch[:, 1] = value
-    scaler = HeadwiseScaler(3)
-    with pytest.raises(
-        ValueError, match=f"head 1 has mean norm {mean} over 5 tokens, and no factor scales that"
-    ):
-        scaler.estimate_scaling_factor(18, iter([batch.flatten(-2)]), n_batches_for_norm_estimate=1)
-    assert scaler.scaling_factor is None
-
-
-def test_whitening_is_refused():
-    with pytest.raises(NotImplementedError, match="whitening would mix the heads of a layer: use"):
-        HeadwiseScaler(3).estimate_whitening(18, iter([]))
-
-
-def test_a_stopped_trainer_gets_its_factors_back_exactly(tmp_path):
-    settings = SAETrainerConfig(
-        total_training_samples=100, train_batch_size_samples=50, lr_end=1e-4
-    )
-    config = dataclasses.replace(CONFIGS["topk"], normalize_activations=NORMALIZE)
-    before, after = (
-        HeadwiseTrainer(cfg=settings, sae=new(config), data_provider=iter(())) for _ in range(2)
-    )
-    before.activation_scaler.scaling_factor = FACTORS / 3
-    before.save_trainer_state(tmp_path)
-    after.load_trainer_state(tmp_path)
-    assert torch.equal(after.activation_scaler.scaling_factor, FACTORS / 3)
-
-
-@pytest.mark.parametrize("factors", [2.0, [1.0, 2.0]])
-def test_a_file_with_factors_of_other_heads_is_refused(factors, tmp_path):
-    (tmp_path / "scaler.json").write_text(json.dumps({"scaling_factor": factors}))
-    with pytest.raises(ValueError, match="allowed is null or a list of one factor for each of 3"):
-        HeadwiseScaler(3).load(tmp_path / "scaler.json")
-
-
-def test_a_file_without_factors_leaves_none(tmp_path):
-    HeadwiseScaler(3).save(str(tmp_path / "scaler.json"))
-    scaler = scaler_with()
-    scaler.load(tmp_path / "scaler.json")
-    assert scaler.scaling_factor is None
+    with pytest.raises(ValueError, match=f"mean norm of head 1 .* got {mean} over 5 tokens"):
+        factors_of([batch])

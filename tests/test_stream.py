@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.models.activations import read_activations
-from sae_query_steer.training.stream import QueryStream
+from sae_query_steer.training.stream import QueryStream, buffer_bytes
 
 SIZES = [
     # rows, length, padded, batch, forward, chunk
@@ -21,16 +22,18 @@ SIZES = [
 ]
 
 
-def stream_of(model, rows, **changes) -> QueryStream:
+def stream_of(model, rows, *, sites=None, batch=4, buffer=3, **changes) -> QueryStream:
     settings = {
-        "sites": sqs.query_sites(model, [0, 2]),
-        "batch_tokens": 4,
+        "train_batch_size_tokens": batch,
         "seed": 3,
-        "rows_per_forward": 2,
-        "rows_per_chunk": 3,
-        "device": "cpu",
+        "store_batch_size_prompts": 2,
+        "n_batches_in_buffer": buffer,
     }
-    return QueryStream(model=model, rows=rows, **{**settings, **changes})
+    config = TrainingConfig(
+        sae=TopK(d_sae_per_head=64), training_tokens=1000, **{**settings, **changes}
+    )
+    sites = sqs.query_sites(model, [0, 2]) if sites is None else sites
+    return QueryStream(model=model, rows=rows, sites=sites, config=config)
 
 
 def some_rows(n_rows: int, length: int, padded: bool) -> torch.Tensor:
@@ -46,9 +49,9 @@ def sized(model, n_rows, length, padded, batch, forward, chunk, **changes) -> Qu
     return stream_of(
         model,
         some_rows(n_rows, length, padded),
-        batch_tokens=batch,
-        rows_per_forward=forward,
-        rows_per_chunk=chunk,
+        batch=batch,
+        store_batch_size_prompts=forward,
+        buffer=chunk,
         **changes,
     )
 
@@ -113,9 +116,9 @@ def test_both_hosts_serve_the_same_queries(tiny_models):
 
 def test_seeds_and_epochs_have_orders_of_their_own(tiny_models):
     rows = some_rows(5, 4, False)
-    stream = stream_of(tiny_models["bridge"], rows, batch_tokens=20, rows_per_chunk=5)
+    stream = stream_of(tiny_models["bridge"], rows, batch=20, buffer=5)
     first, second = islice(stream.batches(), 2)
-    other = next(stream_of(stream.model, rows, batch_tokens=20, rows_per_chunk=5, seed=4).batches())
+    other = next(stream_of(stream.model, rows, batch=20, buffer=5, seed=4).batches())
     name = "blocks.0.attn.hook_q"
     for one in (second[name], other[name]):
         assert not torch.equal(first[name], one)
@@ -126,7 +129,11 @@ def test_tokens_of_a_row_are_spread_over_their_chunk(tiny_models):
     # Layer 0 before any attention: a query tells its token, and every row is one token repeated.
     rows = torch.arange(4, 20, dtype=torch.int)[:, None].expand(16, 16).contiguous()
     stream = stream_of(
-        tiny_models["bridge"], rows, batch_tokens=16, rows_per_chunk=16, rows_per_forward=4
+        tiny_models["bridge"],
+        rows,
+        batch=16,
+        buffer=16,
+        store_batch_size_prompts=4,
     )
     queries = next(stream.batches())["blocks.0.attn.hook_q"]
     kinds = (torch.cdist(queries, queries) < 1e-3).float()
@@ -140,7 +147,8 @@ def test_the_thread_that_reads_ahead_changes_no_number(tiny_models):
     expected = list(islice(plain.batches(2), 9))  # before the thread runs the model too
     with closing(ahead.batches(2)) as batches:
         assert_equal_batches(expected, islice(batches, 9))
-    assert ahead.chunk_bytes() == 3 * 5 * 64 * 4
+    for stream, copies in ((plain, 1), (ahead, 2)):
+        assert buffer_bytes(stream.config, stream.sites, 5, 4) == copies * 3 * 5 * 64 * 4
 
 
 def test_an_error_of_the_model_reaches_the_reader_from_the_thread(tiny_models):
@@ -152,13 +160,13 @@ def test_an_error_of_the_model_reaches_the_reader_from_the_thread(tiny_models):
 def test_the_pad_id_may_be_the_id_of_a_real_token(model):
     # `PAD` is a mark, not a token: a document that is full of the token with id 0 keeps all of it.
     rows = token_rows(model, torch.zeros(2, 4, dtype=torch.long))
-    assert len(next(stream_of(model, rows, batch_tokens=8).batches())["blocks.0.attn.hook_q"]) == 8
+    assert len(next(stream_of(model, rows, batch=8).batches())["blocks.0.attn.hook_q"]) == 8
 
 
 def test_autocast_reads_in_sixteen_bits(tiny_models):
     rows = some_rows(6, 8, False)
     full = next(stream_of(tiny_models["bridge"], rows).batches())
-    half = next(stream_of(tiny_models["bridge"], rows, autocast=True).batches())
+    half = next(stream_of(tiny_models["bridge"], rows, autocast_lm=True).batches())
     for name, value in half.items():
         assert value.dtype == torch.bfloat16
         torch.testing.assert_close(value.float(), full[name], rtol=0.1, atol=0.05)

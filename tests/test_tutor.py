@@ -109,8 +109,10 @@ def steered(tutors):
             model,
             [e.prompt + e.response for e in examples],
             sites,
-            sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=64, k=8),
-            training_tokens=100_000,
+            sqs.TrainingConfig(
+                sae=sqs.TopK(d_sae_per_head=64, k=8),
+                training_tokens=100_000,
+            ),
         )
         targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
         cases = tutor_cases("open", "test", 48, seed=5, notes=notes)

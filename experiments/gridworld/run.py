@@ -86,9 +86,11 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         model,
         [e.prompt + e.response for e in examples + opened],
         sites,
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=64, k=8),
-        training_tokens=100_000,
-        seed=args.seed,
+        sqs.TrainingConfig(
+            sae=sqs.TopK(d_sae_per_head=64, k=8),
+            training_tokens=100_000,
+            seed=args.seed,
+        ),
     )
     dense = sqs.identity_encoders(sites)
     texts = GridCorpus("validation", seed=args.seed).examples(240)

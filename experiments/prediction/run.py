@@ -128,8 +128,10 @@ def measured(model: Any, task: Task, pairs: int) -> list[dict[str, Any]]:
         model,
         [e.prompt + e.response for e in task.training],
         sites,
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=64, k=8),
-        training_tokens=60_000,
+        sqs.TrainingConfig(
+            sae=sqs.TopK(d_sae_per_head=64, k=8),
+            training_tokens=60_000,
+        ),
     )
     training, looked_at, counterparts = (
         sqs.tokenize_examples(model, some)

@@ -74,9 +74,11 @@ def main() -> None:
             model,
             texts,
             sites,
-            sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=args.d_sae, k=args.k),
-            training_tokens=args.tokens,
-            seed=args.seed,
+            sqs.TrainingConfig(
+                sae=sqs.TopK(d_sae_per_head=args.d_sae, k=args.k),
+                training_tokens=args.tokens,
+                seed=args.seed,
+            ),
         )
         tables["saes"] = saes.metrics
     tasks = {

@@ -193,13 +193,15 @@ def ours(
         model,
         rows,
         sqs.query_sites(model, layers),
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=args.d_sae, k=args.k),
-        training_tokens=args.tokens,
-        train_batch_size_tokens=args.batch,
-        lr=args.lr,
-        prepend_bos=False,
-        metric_tokens=0,
-        seed=seed,
+        sqs.TrainingConfig(
+            sae=sqs.TopK(d_sae_per_head=args.d_sae, k=args.k),
+            training_tokens=args.tokens,
+            train_batch_size_tokens=args.batch,
+            lr=args.lr,
+            prepend_bos=False,
+            metric_tokens=0,
+            seed=seed,
+        ),
     )
 
 
@@ -257,7 +259,7 @@ def explained_variance(model: Any, saes: sqs.QuerySAEs, rows: Tensor) -> list[fl
         {name: queries.flatten(0, 1).flatten(1) for name, queries in found.items()}
         for found in (read_activations(model, part.long(), list(saes)) for part in rows.split(16))
     )
-    found = reconstruction_metrics(saes, batches, n_tokens=rows.numel())
+    found = reconstruction_metrics(saes, batches)
     return found["explained_variance"].tolist()
 
 

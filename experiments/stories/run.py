@@ -136,12 +136,14 @@ def trained(
             model,
             [story for i, story in enumerate(stories) if i % 10] + others,
             sqs.query_sites(model),
-            sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=D_SAE, k=K),
-            training_tokens=args.tokens,
-            train_batch_size_tokens=1024,
-            lr=1e-3,
-            metric_tokens=0,
-            seed=args.seed,
+            sqs.TrainingConfig(
+                sae=sqs.TopK(d_sae_per_head=D_SAE, k=K),
+                training_tokens=args.tokens,
+                train_batch_size_tokens=1024,
+                lr=1e-3,
+                metric_tokens=0,
+                seed=args.seed,
+            ),
         ).save(folder)
     saes = sqs.QuerySAEs.load(folder)
     held_out = token_rows(model, stories[::10])
@@ -150,7 +152,7 @@ def trained(
         for part in held_out.split(16)
         for queries in [read_activations(model, part.long(), list(saes))]
     )
-    scores = reconstruction_metrics(saes, batches, n_tokens=held_out.numel())
+    scores = reconstruction_metrics(saes, batches)
     by_layer = scores.groupby("layer")[["explained_variance", "dead_share"]]
     keep.show("SAEs: stories held out", by_layer.agg(["mean", "min", "max"]).reset_index())
     return saes

@@ -84,9 +84,11 @@ class Ablations:
                 self.model,
                 [e.prompt + e.response for e in self.requested + self.opened],
                 self.sites,
-                sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=d_sae, k=k),
-                training_tokens=tokens,
-                seed=SETTINGS.seed,
+                sqs.TrainingConfig(
+                    sae=sqs.TopK(d_sae_per_head=d_sae, k=k),
+                    training_tokens=tokens,
+                    seed=SETTINGS.seed,
+                ),
             )
         return self._saes[d_sae, k, tokens]
 

@@ -64,9 +64,11 @@ def main() -> None:
         model,
         [example.prompt + example.response for example in examples],
         sqs.query_sites(model, [1]),
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=64, k=8),
-        training_tokens=args.tokens,
-        seed=args.seed,
+        sqs.TrainingConfig(
+            sae=sqs.TopK(d_sae_per_head=64, k=8),
+            training_tokens=args.tokens,
+            seed=args.seed,
+        ),
     )
     targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
     told = TutorCorpus("validation", seed=args.seed)

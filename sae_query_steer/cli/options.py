@@ -9,7 +9,7 @@ import torch
 import typer
 
 import sae_query_steer as sqs
-from sae_query_steer.sae import QueryHeadTrainingSAEConfig
+from sae_query_steer import config
 from sae_query_steer.scopes.positions import Span
 from sae_query_steer.storage.folders import check_replaceable
 
@@ -29,24 +29,20 @@ OBJECTIVES: dict[str, Callable[[], sqs.Objective]] = {
     "gaussian": sqs.GaussianLogLikelihood,
 }
 
-ARCHITECTURES: dict[str, Callable[[int, int, float], QueryHeadTrainingSAEConfig]] = {
-    "topk": lambda d_sae, k, _: sqs.QueryHeadTopKTrainingSAEConfig(d_sae_per_head=d_sae, k=k),
-    "batchtopk": lambda d_sae, k, _: sqs.QueryHeadBatchTopKTrainingSAEConfig(
-        d_sae_per_head=d_sae, k=k
+ARCHITECTURES: dict[str, Callable[[int, int, float], config.Architecture]] = {
+    "topk": lambda d_sae, k, _: config.TopK(d_sae_per_head=d_sae, k=k),
+    "batchtopk": lambda d_sae, k, _: config.BatchTopK(d_sae_per_head=d_sae, k=k),
+    "matryoshka-batchtopk": lambda d_sae, k, _: config.MatryoshkaBatchTopK(
+        d_sae_per_head=d_sae, k=k, matryoshka_widths=(d_sae // 4, d_sae // 2, d_sae)
     ),
-    "matryoshka-batchtopk": lambda d_sae, k, _: sqs.QueryHeadMatryoshkaBatchTopKTrainingSAEConfig(
-        d_sae_per_head=d_sae, k=k, matryoshka_widths=[d_sae // 4, d_sae // 2, d_sae]
-    ),
-    "standard": lambda d_sae, _, weight: sqs.QueryHeadStandardTrainingSAEConfig(
+    "standard": lambda d_sae, _, weight: config.Standard(
         d_sae_per_head=d_sae, l1_coefficient=weight
     ),
-    "gated": lambda d_sae, _, weight: sqs.QueryHeadGatedTrainingSAEConfig(
-        d_sae_per_head=d_sae, l1_coefficient=weight
-    ),
-    "jumprelu": lambda d_sae, _, weight: sqs.QueryHeadJumpReLUTrainingSAEConfig(
+    "gated": lambda d_sae, _, weight: config.Gated(d_sae_per_head=d_sae, l1_coefficient=weight),
+    "jumprelu": lambda d_sae, _, weight: config.JumpReLU(
         d_sae_per_head=d_sae, l0_coefficient=weight
     ),
-    "kl-sparse": lambda d_sae, _, weight: sqs.QueryHeadKLSparseTrainingSAEConfig(
+    "kl-sparse": lambda d_sae, _, weight: config.KLSparse(
         d_sae_per_head=d_sae, kl_coefficient=weight
     ),
 }

@@ -1,6 +1,7 @@
 """`train`: SAEs of all heads of some layers, by one process or by several."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from sae_query_steer.cli.options import (
     named,
     show,
 )
+from sae_query_steer.config import TrainingConfig
 from sae_query_steer.models.shapes import model_shape
 from sae_query_steer.training.distributed import local_device, train_on_ranks
 from sae_query_steer.training.estimate import estimate_training
@@ -94,35 +96,12 @@ def train(
     check_free(out, overwrite or resume, "query_saes.json")
     if not (math.isfinite(tokens) and tokens == int(tokens)):
         raise ValueError(f"--tokens {tokens} is not allowed: give a whole number")
-    config = named(ARCHITECTURES, arch, "--arch")(d_sae, k, sparsity)
+    sae = named(ARCHITECTURES, arch, "--arch")(d_sae, k, sparsity)
     if normalize:
-        config.normalize_activations = "expected_average_only_in"
-    documents = sqs.read_texts(texts, text=text)
-    if dry_run:
-        shape = model_shape(model)
-        sites = shape.sites(layer_list(layers))
-        estimate = estimate_training(
-            shape,
-            sites,
-            config,
-            training_tokens=int(tokens),
-            train_batch_size_tokens=batch_tokens,
-            context_size=context_size,
-            prefetch=prefetch,
-            model_item=named(DTYPES, dtype, "--dtype").itemsize,
-        )
-        say(shape, sites, estimate, documents, flops)
-        return
-    host = load_host(model, device or local_device(), dtype)
-    saes = train_on_ranks(
-        host,
-        documents,
-        sqs.query_sites(host, layer_list(layers)),
-        sae=config,
+        sae = replace(sae, normalize_activations="expected_average_only_in")
+    config = TrainingConfig(
+        sae=sae,
         training_tokens=int(tokens),
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
         checkpoint_every=checkpoint_every,
         context_size=context_size,
         concat_sequences=not whole,
@@ -134,6 +113,25 @@ def train(
         autocast_lm=autocast,
         act_store_device=act_store_device,
         prefetch=prefetch,
+    )
+    documents = sqs.read_texts(texts, text=text)
+    if dry_run:
+        shape = model_shape(model)
+        sites = shape.sites(layer_list(layers))
+        estimate = estimate_training(
+            shape, sites, config, model_item=named(DTYPES, dtype, "--dtype").itemsize
+        )
+        say(shape, sites, estimate, documents, flops)
+        return
+    host = load_host(model, device or local_device(), dtype)
+    saes = train_on_ranks(
+        host,
+        documents,
+        sqs.query_sites(host, layer_list(layers)),
+        config,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
     )
     if saes.measured:
         show(saes.metrics)

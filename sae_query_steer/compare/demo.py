@@ -23,9 +23,9 @@ from sae_query_steer.compare.feedback_judge import level_judge
 from sae_query_steer.compare.sweep import SweepResult, run_sweep
 from sae_query_steer.compare.sweep_log import SweepLog, digest_of
 from sae_query_steer.compare.text_scorer import TextScorer
+from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.sae.encoders import identity_encoders
-from sae_query_steer.sae.topk import QueryHeadTopKTrainingSAEConfig
 from sae_query_steer.sites import query_sites
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 from sae_query_steer.toy.splits import Split
@@ -70,11 +70,11 @@ def run_demo(
             model,
             [e.prompt + e.response for e in requested + opened],
             sites,
-            sae=QueryHeadTopKTrainingSAEConfig(
-                d_sae_per_head=settings.d_sae_per_head, k=settings.k
+            TrainingConfig(
+                sae=TopK(d_sae_per_head=settings.d_sae_per_head, k=settings.k),
+                training_tokens=settings.training_tokens,
+                seed=settings.seed,
             ),
-            training_tokens=settings.training_tokens,
-            seed=settings.seed,
         )
     dense = identity_encoders(sites)
     with _timed("look at the sites", seconds):

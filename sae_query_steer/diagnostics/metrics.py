@@ -9,63 +9,6 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class ReconstructionMoments:
-    """Streams what per-head scores of an SAE need, so that memory does not grow with the data.
-
-    Source: the scores are those of SAELens's evals; explained variance is
-    1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2).
-    """
-
-    n_tokens: int = 0
-    """Tokens seen."""
-
-    def update(
-        self,
-        x: Float[Tensor, "token head d_head"],
-        reconstruction: Float[Tensor, "token head d_head"],
-        latents: Float[Tensor, "token head d_sae"],
-    ) -> None:
-        """Add a batch of queries with their reconstructions and latents."""
-        x, reconstruction = x.double(), reconstruction.double()
-        fired = latents > 0
-        parts = (
-            x.sum(0),
-            x.square().sum((0, 2)),
-            (x - reconstruction).square().sum((0, 2)),
-            fired.sum((0, 2)),
-            fired.sum(0),
-        )
-        if self.n_tokens == 0:
-            self._sum, self._square, self._error, self._active, self._fired = parts
-        else:
-            self._sum += parts[0]
-            self._square += parts[1]
-            self._error += parts[2]
-            self._active += parts[3]
-            self._fired += parts[4]
-        self.n_tokens += x.shape[0]
-
-    def explained_variance(self, *, pooled: slice | None = None) -> Float[Tensor, "..."]:
-        """Return 1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2) of each head.
-
-        Args:
-            pooled: heads whose queries are taken as one vector instead, for a single score.
-        """
-        n = self.n_tokens
-        error, variance = self._error / n, self._square / n - (self._sum / n).square().sum(-1)
-        if pooled is not None:
-            error, variance = error[pooled].sum(), variance[pooled].sum()
-        return 1 - error / variance
-
-    def l0(self) -> Float[Tensor, " head"]:
-        """Return the mean number of latents that fire at a token, of each head."""
-        return self._active / self.n_tokens
-
-    def dead_share(self) -> Float[Tensor, " head"]:
-        """Return the share of each head's latents that fired at none of the tokens seen."""
-        return (self._fired == 0).double().mean(-1)
-
-
 def kl_divergence(
     log_p: Float[Tensor, "*batch d_vocab"], log_q: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:

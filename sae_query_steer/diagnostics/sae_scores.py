@@ -11,7 +11,6 @@ from torch.nn.functional import cosine_similarity
 
 from sae_query_steer.data.batches import row_batches
 from sae_query_steer.data.token_rows import Texts, token_rows
-from sae_query_steer.diagnostics.metrics import ReconstructionMoments
 from sae_query_steer.diagnostics.replacement import (
     AttentionRun,
     ConstantEncoder,
@@ -24,6 +23,7 @@ from sae_query_steer.sites import ALL_HEADS, QuerySite
 from sae_query_steer.steering.attach import attached_saes
 from sae_query_steer.steering.where import chosen_heads
 from sae_query_steer.targets.fingerprint import check_devices
+from sae_query_steer.training.reconstruction import ReconstructionMoments
 
 
 def evaluate_saes(

@@ -1,10 +1,10 @@
-"""Several processes on PyTorch's launcher: each trains its share of the layers.
+"""Training in several processes, each of which trains its share of the layers.
 
-    torchrun --nproc-per-node N -m sae_query_steer train ...
+    torchrun --nproc-per-node N --no-python sae-query-steer train ...
 
-Layers share nothing but the model, of which every process holds a copy, so nothing is sent: each
-writes its own folder, and the first puts them together. A site's SAE does not depend on the sites
-trained beside it, so the result is that of one process.
+Layers share the model only, of which every process holds a copy, so nothing is sent: each process
+writes its own folder, and the first joins them. A site's SAE does not depend on the sites trained
+with it, so the result equals that of one process.
 """
 
 import os
@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import distributed
 
+from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.token_rows import Texts
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sites import QuerySite
@@ -29,25 +30,25 @@ def train_on_ranks(
     model: Any,
     texts: Texts,
     sites: Sequence[QuerySite],
+    config: TrainingConfig,
     *,
     out: str | Path,
     resume: bool = False,
     overwrite: bool = False,
-    **settings: Any,
 ) -> QuerySAEs:
-    """Train the sites by all processes of a launch, or by this one if there is no launch.
+    """Train the sites in all processes of a launch, or in this one if there is no launch.
 
     Rank r of n trains the sites r, r + n, ... in `<out>.rank<r>of<n>`, which can be stopped and
-    resumed as any run, by as many processes.
+    resumed as any run, with the same number of processes.
 
     Args:
         model: this process's copy.
         texts: the same in every process.
         sites: all of them, the same in every process.
-        out: the folder of all SAEs, on a disk that every process sees.
-        resume: as in `train_query_saes`.
-        overwrite: as in `train_query_saes`.
-        settings: further arguments of `train_query_saes`.
+        config: as for `train_query_saes`.
+        out: the folder of all SAEs, on a disk that all processes share.
+        resume: as for `train_query_saes`.
+        overwrite: as for `train_query_saes`.
 
     Returns:
         The SAEs of all sites, in every process.
@@ -59,28 +60,21 @@ def train_on_ranks(
     out, sites = Path(out), list(sites)
     rank, n = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if n > max(1, len(sites)):
-        raise ValueError(f"{n} processes for {len(sites)} layers: start {len(sites)} at most")
+        raise ValueError(f"processes must be at most one per layer, {len(sites)}, got {n}")
+    again = {"resume": resume, "overwrite": overwrite}
     if n == 1 or (resume and (out / INDEX).is_file()):
-        return train_query_saes(
-            model, texts, sites, out=out, resume=resume, overwrite=overwrite, **settings
-        )
+        return train_query_saes(model, texts, sites, config, out=out, **again)
     check_replaceable(out, overwrite=overwrite, holding=INDEX)
     parts = [out.with_name(f"{out.name}.rank{r}of{n}") for r in range(n)]
-    train_query_saes(
-        model,
-        texts,
-        sites[rank::n],
-        out=parts[rank],
-        resume=resume,
-        overwrite=overwrite,
-        **settings,
-    )
-    # Weeks may lie between the first and the last to finish.
+    train_query_saes(model, texts, sites[rank::n], config, out=parts[rank], **again)
+    # The first process to finish may wait long for the last.
     distributed.init_process_group("gloo", timeout=timedelta(weeks=52))
     try:
         distributed.barrier()
         if rank == 0:
-            joined([QuerySAEs.load(part) for part in parts], sites).save(out, overwrite=overwrite)
+            join_ranks([QuerySAEs.load(part) for part in parts], sites).save(
+                out, overwrite=overwrite
+            )
             for part in parts:
                 shutil.rmtree(part, ignore_errors=True)
         distributed.barrier()
@@ -89,7 +83,7 @@ def train_on_ranks(
     return QuerySAEs.load(out, device=str(model.cfg.device))
 
 
-def joined(parts: Sequence[QuerySAEs], sites: Sequence[QuerySite]) -> QuerySAEs:
+def join_ranks(parts: Sequence[QuerySAEs], sites: Sequence[QuerySite]) -> QuerySAEs:
     """Return the SAEs of several processes as one process would have returned them."""
     names = [site.hook_name for site in sites]
     saes = {name: part[name] for name in names for part in parts if name in part}

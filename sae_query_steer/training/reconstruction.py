@@ -1,62 +1,105 @@
-"""What SAEs keep of queries, measured on batches as the stream gives them."""
+"""How well SAEs reconstruct queries: per-head scores over batches of a stream."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from jaxtyping import Float
+from torch import Tensor
 
-from sae_query_steer.diagnostics.metrics import ReconstructionMoments
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.training.stream import Queries
 
 
+class ReconstructionMoments:
+    """Accumulates per-head scores of an SAE in constant memory.
+
+    Source: the scores are those of SAELens's evals.
+    """
+
+    n_tokens: int = 0
+    """Tokens seen."""
+
+    def update(
+        self,
+        x: Float[Tensor, "token head d_head"],
+        reconstruction: Float[Tensor, "token head d_head"],
+        latents: Float[Tensor, "token head d_sae"],
+    ) -> None:
+        """Add a batch of queries with their reconstructions and latents."""
+        x, reconstruction = x.double(), reconstruction.double()
+        fired = latents > 0
+        parts = (
+            x.sum(0),
+            x.square().sum((0, 2)),
+            (x - reconstruction).square().sum((0, 2)),
+            fired.sum((0, 2)),
+            fired.sum(0),
+        )
+        if self.n_tokens == 0:
+            self._sum, self._square, self._error, self._active, self._fired = parts
+        else:
+            self._sum += parts[0]
+            self._square += parts[1]
+            self._error += parts[2]
+            self._active += parts[3]
+            self._fired += parts[4]
+        self.n_tokens += x.shape[0]
+
+    def explained_variance(self, *, pooled: slice | None = None) -> Float[Tensor, "..."]:
+        """Return 1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2) of each head.
+
+        Args:
+            pooled: heads whose queries are taken as one vector instead, for a single score.
+        """
+        n = self.n_tokens
+        error, variance = self._error / n, self._square / n - (self._sum / n).square().sum(-1)
+        if pooled is not None:
+            error, variance = error[pooled].sum(), variance[pooled].sum()
+        return 1 - error / variance
+
+    def l0(self) -> Float[Tensor, " head"]:
+        """Return the mean number of latents that fire at a token, of each head."""
+        return self._active / self.n_tokens
+
+    def dead_share(self) -> Float[Tensor, " head"]:
+        """Return the share of each head's latents that fired at none of the tokens seen."""
+        return (self._fired == 0).double().mean(-1)
+
+
 @torch.no_grad()
 def reconstruction_metrics(
-    saes: Mapping[str, QueryHeadSAE[Any]],
-    batches: Iterator[Queries],
-    *,
-    n_tokens: int,
+    saes: Mapping[str, QueryHeadSAE[Any]], batches: Iterable[Queries]
 ) -> pd.DataFrame:
     """Return L0, explained variance and share of dead latents of every head.
 
     Args:
-        saes: the SAEs, by hook name.
+        saes: the SAEs by hook name.
         batches: flat queries [token head*d_head] by hook name.
-        n_tokens: tokens to measure on.
 
     Returns:
         One row per layer and head with the columns layer, head, l0, explained_variance,
         dead_share (latents that fired at none of these tokens) and n_tokens.
     """
     moments = {name: ReconstructionMoments() for name in saes}
-    with tqdm(total=n_tokens, desc="Measuring SAEs", unit="token") as bar:
-        seen = 0  # not the bar's count: a user may have switched the bars off
-        while seen < n_tokens:
-            batch = next(batches)
-            for name, sae in saes.items():
-                x = batch[name].to(sae.device).unflatten(-1, (sae.n_heads, sae.cfg.d_head))
-                latents = sae.encode(x)
-                moments[name].update(x, sae.decode(latents), latents)
-            seen += len(next(iter(batch.values())))
-            bar.update(len(next(iter(batch.values()))))
-    tables = []
-    for name, moment in moments.items():
-        sae = saes[name]
-        tables.append(
-            pd.DataFrame(
-                {
-                    "layer": QuerySite.from_hook_name(
-                        name, n_heads=sae.n_heads, d_head=sae.cfg.d_head
-                    ).layer,
-                    "head": range(sae.n_heads),
-                    "l0": moment.l0().tolist(),
-                    "explained_variance": moment.explained_variance().tolist(),
-                    "dead_share": moment.dead_share().tolist(),
-                    "n_tokens": moment.n_tokens,
-                }
-            )
+    for batch in batches:
+        for name, sae in saes.items():
+            x = sae.heads_of_queries(batch[name].to(sae.device))
+            latents = sae.encode(x)
+            moments[name].update(x, sae.decode(latents), latents)
+    tables = [
+        pd.DataFrame(
+            {
+                "layer": QuerySite.from_hook_name(name, n_heads=1, d_head=1).layer,
+                "head": range(saes[name].n_heads),
+                "l0": moment.l0().tolist(),
+                "explained_variance": moment.explained_variance().tolist(),
+                "dead_share": moment.dead_share().tolist(),
+                "n_tokens": moment.n_tokens,
+            }
         )
+        for name, moment in moments.items()
+    ]
     return pd.concat(tables, ignore_index=True)

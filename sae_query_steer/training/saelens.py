@@ -1,13 +1,10 @@
-"""SAELens's trainers, with what query heads need of them.
+"""SAELens's trainers, changed so that the heads of a site are independent.
 
-- The gradient of each head is clipped on its own, as in a solo run: SAELens clips the global norm,
-  which would couple the heads of a layer.
-- The norm of the activations is estimated and folded for each head.
-- Between two steps the state can be saved; the progress bar moves at every step.
+The gradient of each head is clipped on its own, as in a solo run (SAELens clips the global norm,
+which would couple the heads of a layer), and queries are scaled head by head.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,22 +16,42 @@ from torch import Tensor
 from torch.nn import Parameter
 from typing_extensions import override
 
+from sae_query_steer.config import TrainingConfig
 from sae_query_steer.training.scaling import HeadwiseScaler
 
 CLIP_NORM = 1.0
 """Largest norm of the gradient of one head; SAELens's value for a whole SAE."""
 
 
+def trainer_config(config: TrainingConfig, device: str) -> SAETrainerConfig:
+    """Return SAELens's settings of a run."""
+    return SAETrainerConfig(
+        total_training_samples=config.training_tokens,
+        train_batch_size_samples=config.train_batch_size_tokens,
+        lr=config.lr,
+        lr_end=config.lr / 10,
+        lr_warm_up_steps=config.lr_warm_up_steps,
+        lr_decay_steps=config.lr_decay_steps,
+        dead_feature_window=config.dead_feature_window,
+        n_batches_for_norm_estimate=config.n_batches_for_norm_estimate,
+        autocast=config.autocast,
+        device=device,
+    )
+
+
 class HeadwiseTrainer(SAETrainer[Any, Any]):
     """SAELens's trainer, with the gradient of each head clipped on its own.
 
-    The step is SAELens's, line by line, but for the clipping and for `backward`, in which an
-    architecture may come to loss, gradients and firing counts without autograd.
+    The step is SAELens's except for the clipping and for `backward`, in which an architecture may
+    compute loss, gradients and firing counts without autograd. Autocast around it has no effect.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.activation_scaler = HeadwiseScaler(self.sae.n_heads)
+        self.activation_scaler = HeadwiseScaler()
+        self.autocast_if_enabled = torch.autocast(
+            torch.device(self.cfg.device).type, torch.bfloat16, enabled=self.cfg.autocast
+        )
         for group in self.optimizer.param_groups:
             group["fused"] = True  # the same update in one pass over the memory
 
@@ -65,26 +82,18 @@ class HeadwiseTrainer(SAETrainer[Any, Any]):
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        # Nobody reads the tensors of a step, and some of them were never made.
-        nothing = sae_in.new_empty(0)
-        return TrainStepOutput(
-            sae_in=sae_in,
-            sae_out=nothing,
-            feature_acts=nothing,
-            hidden_pre=nothing,
-            loss=loss,
-            losses={"loss": loss},
-        )
+        # The trainer of several SAEs reads the loss only.
+        empty = sae_in.new_empty(0)
+        return TrainStepOutput(sae_in, empty, empty, empty, loss, {"loss": loss})
 
 
 class HeadwiseMultiTrainer(MultiSAETrainer):
-    """SAELens's trainer of several SAEs over one stream, with `HeadwiseTrainer` for each.
+    """SAELens's trainer of several SAEs on one stream, with a `HeadwiseTrainer` for each.
 
     Args:
         cfg: SAELens's settings.
         saes: the SAEs by hook name.
-        checkpoint: called with this trainer before every step and after the last, when all SAEs
-            have done the same number of steps.
+        checkpoint: called with this trainer before every step and after the last.
     """
 
     def __init__(
@@ -93,17 +102,12 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
         saes: Mapping[str, Any],
         checkpoint: Callable[["HeadwiseMultiTrainer"], None] | None = None,
     ) -> None:
-        super().__init__(
-            cfg=cfg,
-            saes=dict(saes),
-            hook_names={name: name for name in saes},
-            data_provider=iter(()),
-        )
+        names = {name: name for name in saes}
+        super().__init__(cfg=cfg, saes=dict(saes), hook_names=names, data_provider=iter(()))
         self._checkpoint = checkpoint
-        solo = replace(cfg, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False)
         self.trainers = {
-            name: HeadwiseTrainer(cfg=solo, sae=sae, data_provider=iter(()))
-            for name, sae in self.saes.items()
+            name: HeadwiseTrainer(cfg=one.cfg, sae=one.sae, data_provider=iter(()))
+            for name, one in self.trainers.items()
         }
 
     @override
@@ -114,7 +118,7 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
 
     @override
     def _update_pbar(self, step_outputs: Any, pbar: Any, update_interval: int = 100) -> None:
-        # SAELens moves the bar every 100 steps: a short run would stand at 0 % to its end.
+        # SAELens moves the bar every 100 steps: a short run would stay at 0 % to its end.
         pbar.update(self.n_training_samples - pbar.n)
         if self.n_training_steps % update_interval == 0:
             losses = (f"{name}: {out.loss.item():.4f}" for name, out in step_outputs.items())

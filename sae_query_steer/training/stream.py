@@ -1,23 +1,25 @@
 """Queries of several sites in shuffled batches, of which batch k is a function of the seed and k.
 
-SAELens's store keeps a mixing buffer and a generator's state, and its checkpoints keep neither: a
-run that is taken up again reads other batches. Here nothing needs to be kept. Every epoch has its
-own order of the rows; that chain of rows is cut into chunks, the tokens of a chunk are shuffled,
-and batches are cut from the chain of chunks. Each order is drawn by a generator of its own, so a
-stream can begin at any batch: it finds the chunk by the lengths of the rows, and reads it again.
+Every epoch has its own order of the rows. The rows of all epochs are cut into chunks, the tokens of
+a chunk are shuffled, and batches are cut from the chunks. Each order is drawn by its own generator,
+so a stream can begin at any batch and a checkpoint needs none of its state; SAELens's checkpoints
+lose the mixing buffer and the state of the generator.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.sites import QuerySite
@@ -30,7 +32,7 @@ _ROWS, _TOKENS = 0, 1  # which order a generator draws
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QueryStream:
-    """An endless stream of batches of queries; the texts are read again as often as needed."""
+    """An endless stream of shuffled batches of queries; the texts are read as often as needed."""
 
     model: Any
     """A HookedTransformer or a TransformerBridge."""
@@ -41,34 +43,22 @@ class QueryStream:
     sites: Sequence[QuerySite]
     """The sites, all served from one forward pass."""
 
-    batch_tokens: int
-    """Tokens of a batch."""
+    config: TrainingConfig
+    """Sizes of batches, passes and chunks; a chunk of `n_batches_in_buffer` rows is shuffled."""
 
-    seed: int
-    """Of the order of the tokens."""
-
-    rows_per_forward: int
-    """Rows of one forward pass."""
-
-    rows_per_chunk: int
-    """Rows whose tokens are shuffled among each other; their queries are held in memory."""
-
-    device: str
-    """Where chunks are kept."""
-
-    autocast: bool = False
-    """Run the model in bfloat16 where autocast thinks it safe."""
-
-    prefetch: bool = False
-    """Read the next chunk in a thread while this one is used; it takes the memory of another."""
+    @property
+    def device(self) -> str:
+        """Device on which chunks are kept."""
+        device = self.config.act_store_device
+        return str(self.model.cfg.device) if device == "with_model" else device
 
     def batches(self, start: int = 0) -> Generator[Queries]:
         """Yield batch `start` and all that follow, the same whatever `start` is.
 
         With `prefetch` the model is in use until the generator is closed.
         """
-        first, skip = self._find(start * self.batch_tokens)
-        size = self.batch_tokens
+        size = self.config.train_batch_size_tokens
+        first, skip = self._find(start * size)
         left: dict[str, Tensor] = {}
         for chunk in self._chunks(first):
             n = len(next(iter(chunk.values())))
@@ -86,23 +76,19 @@ class QueryStream:
             left = {n: torch.cat([left[n], rest[n]]) for n in rest} if left else rest
             skip = 0
 
-    def chunk_bytes(self) -> int:
-        """Return the memory that a chunk takes at most."""
-        d_in = sum(site.d_in for site in self.sites)
-        item = next(self.model.parameters()).element_size()
-        return chunk_bytes(self.rows_per_chunk, self.rows.shape[1], d_in, item)
+    def take(self, n: int, description: str, *, start: int = 0) -> Iterator[Queries]:
+        """Yield `n` batches from batch `start` on, with a progress bar."""
+        with closing(self.batches(start)) as batches:
+            yield from tqdm(islice(batches, n), description, n, unit="batch")
 
     def _find(self, token: int) -> tuple[int, int]:
         """Return the chunk that holds a token of the chain, and how many of its tokens precede."""
         lengths = (self.rows != PAD).sum(1).numpy()
-        before_epoch, epoch = (
-            token // int(lengths.sum()) * len(lengths),
-            token // int(lengths.sum()),
-        )
+        epoch, rest = divmod(token, int(lengths.sum()))
         ends = np.cumsum(lengths[self._order(_ROWS, epoch, len(lengths))])
-        row = before_epoch + int(np.searchsorted(ends, token - epoch * int(ends[-1]), side="right"))
-        chunk = row // self.rows_per_chunk
-        return chunk, token - self._tokens_before(chunk * self.rows_per_chunk, lengths)
+        row = epoch * len(lengths) + int(np.searchsorted(ends, rest, side="right"))
+        chunk = row // self.config.n_batches_in_buffer
+        return chunk, token - self._tokens_before(chunk * self.config.n_batches_in_buffer, lengths)
 
     def _tokens_before(self, place: int, lengths: np.ndarray) -> int:
         """Return how many tokens precede a row of the chain."""
@@ -111,7 +97,7 @@ class QueryStream:
         return epoch * int(lengths.sum()) + int(lengths[order[:within]].sum())
 
     def _chunks(self, first: int) -> Iterator[dict[str, Tensor]]:
-        if not self.prefetch:
+        if not self.config.prefetch:
             yield from map(self._read, count(first))  # without end
         with ThreadPoolExecutor(max_workers=1) as pool:
             ahead = pool.submit(self._read, first)
@@ -132,11 +118,13 @@ class QueryStream:
         queries: dict[str, Tensor] = {}
         at = 0
         for tokens, mask in zip(
-            rows.split(self.rows_per_forward), real.split(self.rows_per_forward), strict=True
+            rows.split(self.config.store_batch_size_prompts),
+            real.split(self.config.store_batch_size_prompts),
+            strict=True,
         ):
             # Padding stands to the right of a causal model's row: whatever it reads as, no real
             # token sees it.
-            read = read_activations(self.model, tokens, names, autocast=self.autocast)
+            read = read_activations(self.model, tokens, names, autocast=self.config.autocast_lm)
             to = places[at : at + int(mask.sum())]
             for name, value in read.items():
                 here = value[mask.to(value.device)].flatten(1).to(self.device)
@@ -148,8 +136,8 @@ class QueryStream:
 
     def _rows_of(self, chunk: int) -> Int[Tensor, " place"]:
         """Return the rows of a chunk, in the order of their epochs."""
-        start, n_rows = chunk * self.rows_per_chunk, len(self.rows)
-        end = start + self.rows_per_chunk
+        start, n_rows = chunk * self.config.n_batches_in_buffer, len(self.rows)
+        end = start + self.config.n_batches_in_buffer
         orders = [
             self._order(_ROWS, epoch, n_rows)[max(0, start - epoch * n_rows) : end - epoch * n_rows]
             for epoch in range(start // n_rows, -(-end // n_rows))
@@ -157,9 +145,12 @@ class QueryStream:
         return torch.from_numpy(np.concatenate(orders))
 
     def _order(self, kind: int, index: int, n: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, kind, index]).permutation(n)
+        return np.random.default_rng([self.config.seed, kind, index]).permutation(n)
 
 
-def chunk_bytes(n_rows: int, row_tokens: int, d_in: int, item: int) -> int:
-    """Return the memory of the queries of some rows, d_in numbers of `item` bytes a token."""
-    return n_rows * row_tokens * d_in * item
+def buffer_bytes(
+    config: TrainingConfig, sites: Sequence[QuerySite], row_tokens: int, item: int
+) -> int:
+    """Return the memory of the queries that wait to be shuffled, `item` bytes a number."""
+    d_in = sum(site.d_in for site in sites)
+    return (2 if config.prefetch else 1) * config.n_batches_in_buffer * row_tokens * d_in * item
