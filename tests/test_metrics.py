@@ -6,11 +6,11 @@ import torch
 from scipy.stats import norm
 
 from sae_query_steer.diagnostics.metrics import (
-    ReconstructionMoments,
     kl_divergence,
     total_variation,
     wilson_interval,
 )
+from sae_query_steer.training.reconstruction import ReconstructionMoments
 
 N_TOKENS, N_HEADS, D_HEAD, D_SAE = 23, 3, 5, 7
 

@@ -1,14 +1,11 @@
 """Scores of SAEs, as the field defines them, per head."""
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from scipy.stats import binomtest
 from torch import Tensor
 
 
-@dataclass(eq=False)
 def kl_divergence(
     log_p: Float[Tensor, "*batch d_vocab"], log_q: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:

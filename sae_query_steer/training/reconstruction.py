@@ -86,7 +86,7 @@ def reconstruction_metrics(
     moments = {name: ReconstructionMoments() for name in saes}
     for batch in batches:
         for name, sae in saes.items():
-            x = sae.heads_of_queries(batch[name].to(sae.device))
+            x = batch[name].to(sae.device).unflatten(-1, (sae.n_heads, sae.cfg.d_head))
             latents = sae.encode(x)
             moments[name].update(x, sae.decode(latents), latents)
     tables = [
