@@ -62,7 +62,8 @@ refused(ValueError, lambda: sqs.from_pretrained("alice/oversized"),
         "steerer.json of alice/oversized has", "nothing was fetched")
 refused(ValueError, lambda: sqs.from_pretrained("alice/huge"),
         "bundle.json of alice/huge has 16777217 bytes")
-refused(ValueError, lambda: sqs.from_pretrained("alice/upwards"), "bundle.json is damaged", "got '../up.json'")
+refused(ValueError, lambda: sqs.from_pretrained("alice/upwards"),
+        "bundle.json is damaged", "got '../up.json'")
 refused(FileExistsError, lambda: sqs.push_to_hub(folder, "alice/theirs"),
         "alice/theirs holds 2 other files, such as heads/their_work.bin, and no bundle")
 refused(FileExistsError, lambda: sqs.push_to_hub(folder, "alice/theirs", revision="v2"),

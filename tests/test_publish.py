@@ -239,7 +239,7 @@ def test_other_saes_of_the_same_shape_are_refused_even_if_the_list_is_made_to_fi
     one.write_bytes(second)
     two.write_bytes(first)
     sign(copy)
-    with pytest.raises(ValueError, match="another SAE: at blocks.0.attn.hook_q its reconstructions"):
+    with pytest.raises(ValueError, match="another SAE: at blocks.0.attn.hook_q its recon"):
         sqs.load_bundle(copy)
 
 
