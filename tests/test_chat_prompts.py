@@ -8,11 +8,10 @@ from recipe_models import PUBLISHED, write_tiny
 from transformers import AutoModelForCausalLM
 
 import sae_query_steer as sqs
-from sae_query_steer.compare.comparison import Method
 from sae_query_steer.compare.generation import continuations, negative_log_likelihoods
 from sae_query_steer.compare.judges import RuleJudge
-from sae_query_steer.compare.query_patch import interchange_methods
-from sae_query_steer.compare.text_scorer import SteeringCase, TextScorer
+from sae_query_steer.compare.methods import Method, interchange_methods
+from sae_query_steer.compare.scorer import SteeringCase, TextScorer
 from sae_query_steer.data.tokenized import chat_prompt
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import end_tokens

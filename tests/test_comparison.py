@@ -5,34 +5,31 @@ from collections import Counter
 import pytest
 
 from sae_query_steer import BloomLevel
-from sae_query_steer.compare.comparison import (
-    Method,
-    Outcome,
-    operating_point,
-    outcome_row,
-    strength_curves,
-)
-from sae_query_steer.compare.demo_cases import TASKS, note_judge, tutor_cases
+from sae_query_steer.compare.cases import SteeringCase
+from sae_query_steer.compare.comparison import strength_curves
+from sae_query_steer.compare.methods import Method
+from sae_query_steer.compare.outcomes import Outcome, operating_point, outcome_row
+from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.compare.tutor_task import TASKS, note_judge, tutor_cases
 
 
-def outcome(strength, target, ratio, *, success=None, grounded=True):
+def outcome(strength, target, ratio, *, success=None):
+    """An outcome of 20 cases with a target rate and, with a grounding judge, a share of success."""
     n = 20
-    hits = [i < round(target * n) for i in range(n)]
-    good = hits if success is None else [i < round(success * n) for i in range(n)]
+    taken_up = None if success is None else ["a" if i < success * n else None for i in range(n)]
     return Outcome(
+        cases=[SteeringCase(prompt="p", target="a")] * n,
         strength=float(strength),
         texts=["text"] * n,
-        judged=[None] * n,
-        target=hits,
-        grounded=good if grounded else None,
-        success=good,
+        judged=["a" if i < round(target * n) else None for i in range(n)],
+        taken_up=taken_up,
         perplexity_ratio=float(ratio),
         perplexity_ratio_original=1.0,
         delta_q_ratio=0.5,
     )
 
 
-class FakeScorer:
+class FakeScorer(TextScorer):
     """Answers from a table of strength to (target rate, perplexity ratio)."""
 
     def __init__(self, table):
@@ -89,7 +86,7 @@ def test_a_row_holds_the_shares_with_their_intervals():
     assert row["ci_low"] == pytest.approx(0.2993, abs=1e-4)  # Wilson, 10 of 20
     assert row["ci_high"] == pytest.approx(0.7007, abs=1e-4)
     assert (row["step_size"], row["n_steps"], row["n"]) == (0.2, 20, 20)
-    plain = outcome_row("open", Method(name="unsteered"), outcome(0.0, 0.5, 1.1, grounded=False))
+    plain = outcome_row("open", Method(name="unsteered"), outcome(0.0, 0.5, 1.1))
     assert plain["step_size"] is plain["delta_q_ratio"] is plain["grounded"] is None
 
 

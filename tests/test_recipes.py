@@ -18,7 +18,7 @@ from wheel_check import WORDS
 import sae_query_steer as sqs
 from sae_query_steer.cli.main import app
 from sae_query_steer.compare import DESCENTS
-from sae_query_steer.compare.added_methods import STRENGTHS
+from sae_query_steer.compare.methods import STRENGTHS
 from sae_query_steer.models.shapes import model_shape
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ def recipe(request, tmp_path_factory):
         # Fewer strengths: which is best is not asked here.
         two = [dataclasses.replace(d, step_sizes=d.step_sizes[:2]) for d in DESCENTS]
         patch.setattr("sae_query_steer.cli.sweep.DESCENTS", two)
-        patch.setattr("sae_query_steer.compare.added_methods.STRENGTHS", STRENGTHS[:2])
+        patch.setattr("sae_query_steer.compare.methods.STRENGTHS", STRENGTHS[:2])
         for arguments in commands(RECIPES[request.param][0]):
             said.append((arguments, run(tiny(arguments, model))))
     return folder, model, said
@@ -126,7 +126,7 @@ def test_the_commands_of_a_recipe_run_in_order_and_write_their_folders(recipe):
     assert (moved["distance_after.create"] < 0.2 * moved["distance_before.create"]).all()
     table = pd.read_csv(folder / top / "sweep" / "table.csv")
     assert {"unsteered", "SAE descent", "dense descent"} <= set(table["method"])
-    settings = json.loads((folder / top / "sweep" / "sweep.json").read_text())["settings"]
+    settings = json.loads((folder / top / "sweep" / "comparison.json").read_text())["settings"]
     assert (settings["chat_template"], settings["dtype"]) == (True, "bfloat16")
 
 

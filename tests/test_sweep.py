@@ -7,19 +7,15 @@ import pytest
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.cases import SteeringCase, cases_of
-from sae_query_steer.compare.comparison import outcome_row
+from sae_query_steer.compare.comparison import compare_methods
 from sae_query_steer.compare.descents import Descent
 from sae_query_steer.compare.generation import continuations, divergences
 from sae_query_steer.compare.judges import RuleJudge
+from sae_query_steer.compare.log import ComparisonLog
+from sae_query_steer.compare.methods import descent_methods, prompt_methods, random_methods
+from sae_query_steer.compare.outcomes import outcome_row
+from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.compare.scores import distinct_n
-from sae_query_steer.compare.sweep import (
-    descent_methods,
-    prompt_methods,
-    random_methods,
-    run_sweep,
-)
-from sae_query_steer.compare.sweep_log import SweepLog
-from sae_query_steer.compare.text_scorer import TextScorer
 
 CLASSES = ("apply", "create", "remember")
 
@@ -35,7 +31,7 @@ def scorers(tiny_models, examples, tmp_path):
     """Make scorers of validation and test cases that share a log."""
 
     def make(log="log.jsonl", model="bridge", **settings):
-        kept = SweepLog(tmp_path / log, {"model": model}) if log else None
+        kept = ComparisonLog(tmp_path / log, {"model": model}) if log else None
         parts = {"validation": examples[:24], "test": examples[24:]}
         return {
             split: TextScorer(
@@ -92,7 +88,7 @@ def test_more_cases_than_there_are_and_a_single_class_are_refused():
 
 
 def test_a_sweep_compares_every_method_on_the_test_cases_at_its_own_strength(scorers, methods):
-    found = run_sweep(**scorers(), methods=methods, control_seeds=(0, 1))
+    found = compare_methods(**scorers(), methods=methods, control_seeds=(0, 1))
     assert found.rows["method"].tolist() == [
         *("unsteered", "instruction", "few-shot (k=1)"),
         *["SAE descent"] * 3,
@@ -116,45 +112,45 @@ def test_a_sweep_compares_every_method_on_the_test_cases_at_its_own_strength(sco
 def test_a_sweep_that_goes_on_from_its_log_writes_no_text_again_and_finds_the_same(
     scorers, methods, monkeypatch
 ):
-    whole = run_sweep(**scorers(), methods=methods)
+    whole = compare_methods(**scorers(), methods=methods)
     path = scorers()["test"].log.path
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:5]) + lines[5][:40])  # stopped while it wrote
-    again = run_sweep(**scorers(), methods=methods)
+    again = compare_methods(**scorers(), methods=methods)
     for name in ("rows", "curves", "texts"):
         assert getattr(whole, name).equals(getattr(again, name))
     assert path.read_text() == "".join(lines)
     monkeypatch.setattr(
-        "sae_query_steer.compare.text_scorer.continuations", lambda *_a, **_k: pytest.fail()
+        "sae_query_steer.compare.scorer.continuations", lambda *_a, **_k: pytest.fail()
     )
-    assert run_sweep(**scorers(), methods=methods).rows.equals(whole.rows)
+    assert compare_methods(**scorers(), methods=methods).rows.equals(whole.rows)
 
 
 def test_a_case_is_the_same_whatever_batch_it_is_in_and_sampled_by_its_own_seed(scorers, methods):
     sampled = {"temperature": 1.0, "seed": 3}
     texts = [
-        run_sweep(**scorers(log=None, batch_size=size, **sampled), methods=methods[:4]).texts
+        compare_methods(**scorers(log=None, batch_size=size, **sampled), methods=methods[:4]).texts
         for size in (9, 4)
     ]
     assert texts[0].equals(texts[1])
-    greedy = run_sweep(**scorers(log=None), methods=methods[:1]).texts
+    greedy = compare_methods(**scorers(log=None), methods=methods[:1]).texts
     assert not greedy["text"].equals(texts[0]["text"][: len(greedy)])
 
 
 def test_the_log_of_another_sweep_is_refused_with_both_sides(scorers, methods, tmp_path):
-    run_sweep(**scorers(), methods=methods[:1])
-    with pytest.raises(ValueError, match="another sweep .model='bridge' there, 'hooked' here"):
+    compare_methods(**scorers(), methods=methods[:1])
+    with pytest.raises(ValueError, match="another comparison .model='bridge' there, 'hooked' here"):
         scorers(model="hooked")
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match="is no log of a sweep"):
-        SweepLog(tmp_path / "other.jsonl", {})
+    with pytest.raises(ValueError, match="is no log of a comparison"):
+        ComparisonLog(tmp_path / "other.jsonl", {})
     (tmp_path / "cut.jsonl").write_text('{"a": \n{}\n')
     with pytest.raises(ValueError, match="is damaged"):
-        SweepLog(tmp_path / "cut.jsonl", {})
+        ComparisonLog(tmp_path / "cut.jsonl", {})
 
 
 def test_a_log_holds_a_line_for_each_outcome_that_json_alone_can_read(scorers, methods):
-    run_sweep(**scorers(), methods=methods[:1])
+    compare_methods(**scorers(), methods=methods[:1])
     head, *lines = map(json.loads, scorers()["test"].log.path.read_text().splitlines())
     assert head["settings"] == {"model": "bridge"}
     assert [line["key"]["split"] for line in lines] == ["test"]
@@ -169,13 +165,13 @@ def test_a_request_is_used_where_the_cases_have_one(tiny_models):
 
 
 def test_what_cannot_be_compared_is_refused(scorers, methods):
-    with pytest.raises(ValueError, match=r"methods=\[\] is not allowed"):
-        run_sweep(**scorers(), methods=[])
+    with pytest.raises(ValueError, match=r"methods must hold at least one"):
+        compare_methods(**scorers(), methods=[])
     made = scorers()
     made["test"].cases = {"open": made["test"].cases["redirect"]}
-    with pytest.raises(ValueError, match="validation has the tasks .'redirect'., test .'open'"):
-        run_sweep(**made, methods=methods)
-    with pytest.raises(ValueError, match="unsteered does not steer"):
+    with pytest.raises(ValueError, match="same tasks, got .'redirect'. and .'open'"):
+        compare_methods(**made, methods=methods)
+    with pytest.raises(ValueError, match="got unsteered"):
         random_methods(methods[0], [0])
 
 

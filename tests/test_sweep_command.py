@@ -10,11 +10,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from sae_query_steer.cli import sweep as sweep_module
 from sae_query_steer.cli.main import app
-from sae_query_steer.compare.sweep_log import SweepLog
+from sae_query_steer.compare import own_texts
+from sae_query_steer.compare.log import ComparisonLog
 
-FILES = ["curves.csv", "report.html", "sites.csv", "sweep.json", "table.csv", "texts.csv"]
+pytestmark = pytest.mark.slow
+
+FILES = ["comparison.json", "curves.csv", "report.html", "sites.csv", "table.csv", "texts.csv"]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +69,10 @@ def test_a_sweep_writes_its_table_its_texts_and_a_page_that_opens_offline(comman
     assert (table["n"] == 6).all()
     assert sorted(pd.read_csv(out / "sites.csv")["layer"]) == [0, 2]
     page = (out / "report.html").read_text(encoding="utf-8")
-    for name in (*table["method"], "Layer by layer", "From which class to which"):
+    for name in (*table["method"], "Layer by layer", "From source to target"):
         assert name in page
     assert 'src="http' not in page
-    found = json.loads((out / "sweep.json").read_text())
+    found = json.loads((out / "comparison.json").read_text())
     assert 0 <= found["judge"]["accuracy"] <= 1
     assert found["settings"]["layers"] == [0, 2]
 
@@ -78,7 +80,7 @@ def test_a_sweep_writes_its_table_its_texts_and_a_page_that_opens_offline(comman
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(command, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     assert command(whole).exit_code == 0
-    add = SweepLog.add
+    add = ComparisonLog.add
 
     def stop_after_four(self, key, outcome):
         if len(self) == 4:
@@ -86,13 +88,13 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(command, tmp_path, m
         add(self, key, outcome)
 
     out = tmp_path / "stopped"
-    monkeypatch.setattr(SweepLog, "add", stop_after_four)
+    monkeypatch.setattr(ComparisonLog, "add", stop_after_four)
     assert command(out).exit_code != 0
     assert not out.exists()
-    monkeypatch.setattr(SweepLog, "add", add)
+    monkeypatch.setattr(ComparisonLog, "add", add)
     refused = command(out)
     assert isinstance(refused.exception, FileExistsError)
-    assert "go on with --resume, or delete it" in str(refused.exception)
+    assert "continue it with --resume, or delete it" in str(refused.exception)
     assert command(out, "--resume", None).exit_code == 0
     for name in ("table.csv", "curves.csv", "texts.csv"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
@@ -105,22 +107,22 @@ def test_a_sweep_does_not_go_on_with_other_texts_under_the_same_name(
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    monkeypatch.setattr(SweepLog, "add", stop)
+    monkeypatch.setattr(ComparisonLog, "add", stop)
     texts = tmp_path / "texts.csv"
     texts.write_bytes(command.texts.read_bytes())
     assert command(out, "--csv", texts).exit_code != 0
     texts.write_text(texts.read_text().replace("w1,", "w2,"))
     done = command(out, "--csv", texts, "--resume", None)
-    assert "is the log of another sweep (contents=" in str(done.exception)
+    assert "is the log of another comparison (contents=" in str(done.exception)
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--objectives", "distance", "--objectives 'distance' is not allowed: give all, or some"),
-        ("--layers", "1", "has no SAEs for the layers .1.: train them"),
+        ("--objectives", "distance", "--objectives must be all, or some of .* got 'distance'"),
+        ("--layers", "1", "saes must hold all layers, got none for .1.: train them"),
         ("--cases", "100", "n=100 cases are not allowed"),
-        ("--max-new-tokens", "0", "max_new_tokens=0 is not allowed"),
+        ("--max-new-tokens", "0", "max_new_tokens must be 1 or more, got 0"),
         ("--temperature", "0", "temperature=0.0 is not allowed: give a finite number, 1e-6 or"),
         ("--span", "all", "--span 'all' is not allowed: choose from"),
         ("--dtype", "half", "--dtype 'half' is not allowed: choose from float32, bfloat16"),
@@ -152,18 +154,18 @@ def test_a_sweep_in_the_chat_template_reads_and_continues_it(
     command, chat_folder, tmp_path, monkeypatch
 ):
     given = []
-    builder = sweep_module.sqs.CentroidTargetBuilder
+    tokenize = own_texts.tokenize_examples
 
     def kept(*args, **settings):
         given.append(settings["chat_template"])
-        return builder(*args, **settings)
+        return tokenize(*args, **settings)
 
-    monkeypatch.setattr(sweep_module.sqs, "CentroidTargetBuilder", kept)
+    monkeypatch.setattr(own_texts, "tokenize_examples", kept)
     out = tmp_path / "out"
     done = command(out, "--model", chat_folder, "--layers", "2", "--chat-template", "")
     assert done.exit_code == 0, done.output
     assert given == [True, True]
-    assert json.loads((out / "sweep.json").read_text())["settings"]["chat_template"] is True
+    assert json.loads((out / "comparison.json").read_text())["settings"]["chat_template"] is True
     texts = pd.read_csv(out / "texts.csv")
     texts = texts[texts["method"] == "unsteered"]
     model = AutoModelForCausalLM.from_pretrained(chat_folder)
@@ -188,7 +190,7 @@ def test_a_sweep_is_not_resumed_in_another_format_or_template(
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    monkeypatch.setattr(SweepLog, "add", stop)
+    monkeypatch.setattr(ComparisonLog, "add", stop)
     assert command(out, "--model", chat_folder).exit_code != 0
     done = command(out, "--model", chat_folder, "--chat-template", "", "--resume", None)
     assert "chat_template=False there, True here" in str(done.exception)

@@ -8,7 +8,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.compare.feedback_judge import held_out_accuracy, level_judge
+from sae_query_steer.compare.tutor_task import held_out_accuracy, level_judge
 from sae_query_steer.toy.corpus import TutorCorpus
 from sae_query_steer.toy.judges import restated_level, shuffled, verb_level, verb_repeating
 from sae_query_steer.toy.splits import split_of

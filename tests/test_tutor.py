@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_query_steer as sqs
 from sae_query_steer.compare import level_judge
-from sae_query_steer.compare.demo_cases import tutor_cases
 from sae_query_steer.compare.generation import continuations
+from sae_query_steer.compare.tutor_task import tutor_cases
 from sae_query_steer.storage.records import read_json
 from sae_query_steer.toy import (
     NULL_TUTOR_FOLDER,

@@ -111,8 +111,8 @@ def main() -> None:
         subprocess.run([command, *bundle, "--out", str(folder / "bundle")], check=True)
         for part in ("model", "bundle"):
             shutil.copytree(folder / part, kept / part)
-    tables = {"table.csv", "curves.csv", "texts.csv"}
-    assert wrote == {"report.html", "results.json", *tables}, wrote
+    tables = {f"{name}.csv" for name in ("table", "curves", "texts", "sites", "saes")}
+    assert wrote == {"report.html", "comparison.json", *tables}, wrote
     import sae_query_steer
 
     assert (Path(sae_query_steer.__file__).parent / "py.typed").is_file()

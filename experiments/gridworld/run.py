@@ -33,12 +33,12 @@ from experiments.gridworld.cases import TASKS
 from experiments.gridworld.training import MAX_NEW_TOKENS
 from sae_query_steer.compare import (
     DESCENTS,
-    SweepResult,
+    Comparison,
     TextScorer,
+    compare_methods,
     descent_methods,
     interchange_methods,
     prompt_methods,
-    run_sweep,
 )
 from sae_query_steer.storage.markdown import markdown_table
 from sae_query_steer.storage.records import read_json
@@ -127,7 +127,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
             name, encoders, {"last prompt token": found}, descents, layers=[[best]]
         )
     test = scorer(model, "test", args.n, args.seed + 1)
-    print(f"\n{markdown_table(rows(test, run_sweep(choosing, test, methods)), digits=2)}")
+    print(f"\n{markdown_table(rows(test, compare_methods(choosing, test, methods)), digits=2)}")
 
 
 def scorer(model: Any, split: Any, n: int, seed: int) -> TextScorer:
@@ -139,7 +139,7 @@ def scorer(model: Any, split: Any, n: int, seed: int) -> TextScorer:
     )
 
 
-def rows(scorer: TextScorer, result: SweepResult) -> pd.DataFrame:
+def rows(scorer: TextScorer, result: Comparison) -> pd.DataFrame:
     """Return the table of the test cases, with the walks by simulation."""
     found = []
     texts = iter(result.texts["text"])

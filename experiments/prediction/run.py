@@ -28,8 +28,8 @@ from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.compare.descents import Descent
 from sae_query_steer.compare.judges import RuleJudge
-from sae_query_steer.compare.sweep import descent_methods, prompt_methods
-from sae_query_steer.compare.text_scorer import TextScorer
+from sae_query_steer.compare.methods import descent_methods, prompt_methods
+from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.diagnostics.interchange import achieved_effect
 from sae_query_steer.diagnostics.site_verdicts import site_verdicts
 from sae_query_steer.sites import ALL_HEADS

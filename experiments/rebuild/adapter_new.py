@@ -12,12 +12,12 @@ from sae_query_steer import (
     QuerySAEs,
     SquaredDistance,
 )
-from sae_query_steer.compare.added_methods import residual_methods
 from sae_query_steer.compare.cases import cases_of
+from sae_query_steer.compare.comparison import compare_methods
 from sae_query_steer.compare.descents import Descent
 from sae_query_steer.compare.judges import RuleJudge
-from sae_query_steer.compare.sweep import descent_methods, prompt_methods, run_sweep
-from sae_query_steer.compare.text_scorer import TextScorer
+from sae_query_steer.compare.methods import descent_methods, prompt_methods, residual_methods
+from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.token_rows import token_rows
 
 __all__ = ["token_rows"]
@@ -149,5 +149,5 @@ def sweep_tables(names: Any) -> dict[str, Any]:
         ),
         *residual_methods(names.residual, span="last prompt token", layers=[[1]]),
     ]
-    found = run_sweep(*scorers, methods, control_seeds=(0,))
+    found = compare_methods(*scorers, methods, control_seeds=(0,))
     return {"rows": found.rows, "curves": found.curves, "texts": found.texts}

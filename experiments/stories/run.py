@@ -28,7 +28,7 @@ import sae_query_steer as sqs
 from experiments.stories.classes import Candidate
 from experiments.stories.steering import patched, scopes_of, scorer, steered
 from experiments.stories.texts import all_candidates, counted, studies, written
-from sae_query_steer.compare import SweepLog, TextScorer
+from sae_query_steer.compare import ComparisonLog, TextScorer
 from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.positions import Span, scope_name
@@ -224,7 +224,7 @@ def scorers_of(
 ) -> dict[str, TextScorer]:
     """Return what scores methods on the validation and on the test prompts of a candidate."""
     told = settings | {"cases": args.cases, "candidate": candidate.name}
-    log = SweepLog(args.out / f"steering {candidate.name}.jsonl", told)
+    log = ComparisonLog(args.out / f"steering {candidate.name}.jsonl", told)
     sizes = {"validation": args.cases // 2, "test": args.cases}
     return {part: scorer(model, candidate, part, n, log, args.seed) for part, n in sizes.items()}
 

@@ -11,18 +11,18 @@ from torch import Tensor
 import sae_query_steer as sqs
 from experiments.stories.classes import Candidate
 from sae_query_steer.compare import (
+    ComparisonLog,
     Descent,
     Method,
     RuleJudge,
     SteeringCase,
-    SweepLog,
     TextScorer,
     cases_of,
+    compare_methods,
     descent_methods,
     residual_methods,
-    run_sweep,
 )
-from sae_query_steer.compare.comparison import outcome_row
+from sae_query_steer.compare.outcomes import outcome_row
 from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.scopes.columns import TokenPositions
 from sae_query_steer.scopes.positions import Span, scope_name
@@ -121,7 +121,7 @@ def cases(candidate: Candidate, part: str, n: int) -> list[SteeringCase]:
 
 
 def scorer(
-    model: Any, candidate: Candidate, part: str, n: int, log: SweepLog, seed: int
+    model: Any, candidate: Candidate, part: str, n: int, log: ComparisonLog, seed: int
 ) -> TextScorer:
     """Return what scores methods on a part of a candidate's prompts, by its rule."""
     return TextScorer(
@@ -186,7 +186,9 @@ def steered(
         methods += descent_methods(name, encoders, targets, DESCENTS, layers=layers, scopes=[scope])
     means = sqs.residual_means(model, tokenized, [2])
     methods += residual_methods(means, span=name_of_span, scope=scope, layers=[[2]])
-    found = run_sweep(scorers["validation"], scorers["test"], methods, control_seeds=(0, 1, 2))
+    found = compare_methods(
+        scorers["validation"], scorers["test"], methods, control_seeds=(0, 1, 2)
+    )
     return found.rows, found.curves
 
 

@@ -21,17 +21,23 @@ import torch
 import sae_query_steer as sqs
 from sae_query_steer.compare import (
     DESCENTS,
+    ComparisonLog,
     DemoSettings,
     Descent,
     Method,
-    SweepLog,
     descent_methods,
     level_judge,
 )
-from sae_query_steer.compare.comparison import operating_point, strength_curves
-from sae_query_steer.compare.demo_cases import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
-from sae_query_steer.compare.demo_preparation import training_examples
-from sae_query_steer.compare.text_scorer import TextScorer
+from sae_query_steer.compare.comparison import strength_curves
+from sae_query_steer.compare.outcomes import operating_point
+from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.compare.tutor_task import (
+    MAX_NEW_TOKENS,
+    TASKS,
+    note_judge,
+    training_examples,
+    tutor_cases,
+)
 from sae_query_steer.diagnostics.metrics import wilson_interval
 from sae_query_steer.toy import TUTOR_FOLDER, TutorCorpus
 from sae_query_steer.toy.splits import Split
@@ -58,9 +64,9 @@ class Ablations:
         model = self.model
         self._saes: dict[tuple[int, int, int], sqs.QuerySAEs] = {}
         self.sites = sqs.query_sites(model, [layer])
-        self.requested, self.opened = training_examples(model, True, SETTINGS)
+        self.requested, self.opened = training_examples(model, SETTINGS.n_train, seed=SETTINGS.seed)
         weights = hashlib.sha256((tutor / "model.safetensors").read_bytes()).hexdigest()
-        log = SweepLog(folder / "log.jsonl", {"layer": layer, "n": n, "tutor": weights})
+        log = ComparisonLog(folder / "log.jsonl", {"layer": layer, "n": n, "tutor": weights})
         classifier = level_judge()
         self.scorers = {}
         sizes: tuple[tuple[Split, int, int], ...] = (("validation", 36, 1), ("test", n, 2))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from sae_query_steer.compare.comparison import Method
+from sae_query_steer.compare.methods import Method
 from sae_query_steer.descent.control import ExceptLatents, GivenLatents
 from sae_query_steer.diagnostics.moved import ByHead, most_moved
 from sae_query_steer.sae.encoders import encoder_sites

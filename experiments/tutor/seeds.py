@@ -15,9 +15,8 @@ import torch
 
 import sae_query_steer as sqs
 from experiments.tutor.training import TutorTraining, train_tutor
-from sae_query_steer.compare import run_demo, write_report
-from sae_query_steer.compare.demo_report import RESULTS
-from sae_query_steer.compare.demo_results import label_of
+from sae_query_steer.compare import run_demo, write_comparison
+from sae_query_steer.compare.figures import row_names
 from sae_query_steer.storage.records import read_json
 
 
@@ -42,14 +41,17 @@ def main() -> None:
         report = args.out / f"demo-{name.replace(' ', '-')}"
         if not report.exists():
             notes = bool(card["settings"]["notes"])
-            write_report(run_demo(sqs.load_model(str(folder), device="cpu"), notes=notes), report)
-        results = read_json(report / RESULTS)
+            model = sqs.load_model(str(folder), device="cpu")
+            write_comparison(run_demo(model, notes=notes), report)
+        table = pd.read_csv(report / "table.csv", keep_default_na=False, na_values=[""])
+        table["layers"] = table["layers"].fillna("").astype(str)
+        results = read_json(report / "comparison.json")
         print(f"\n{name}: obeyed {card['obeyed']:.3f}, right note {card['right_note']}")
-        print(f"layers {results['layers']}, judge {results['judge_accuracy']}")
-        print(pd.DataFrame(results["sites"]).round(3).to_string(index=False))
-        for row in results["rows"]:
+        print(f"layers {results['settings']['layers']}, judge {results['judge']}")
+        print(pd.read_csv(report / "sites.csv").round(3).to_string(index=False))
+        for method, row in zip(row_names(table, table), table.to_dict("records"), strict=True):
             where = f"{row['success']:.2f} [{row['success_low']:.2f}, {row['success_high']:.2f}]"
-            rows.setdefault((row["task"], label_of(row, results["layers"])), {})[name] = (
+            rows.setdefault((row["task"], method), {})[name] = (
                 f"{where} {row['perplexity_ratio']:.2f}"
             )
     print("\nsuccess [95 %] and perplexity ratio\n")

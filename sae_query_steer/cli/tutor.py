@@ -1,7 +1,6 @@
 """`demo`: the comparison of steering methods on the tutor."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,17 +8,14 @@ import typer
 
 import sae_query_steer as sqs
 from sae_query_steer.cli.options import (
-    LOG,
     Device,
     Overwrite,
     Resume,
     Seed,
-    check_free,
     show,
-    unfinished_beside,
 )
-from sae_query_steer.compare import FULL, QUICK, DemoSettings, run_demo, write_report
-from sae_query_steer.compare.demo_report import RESULTS, display_sites, display_table, verdict
+from sae_query_steer.compare import FULL, QUICK, Comparison, DemoSettings, compare_into, run_demo
+from sae_query_steer.compare.report import display_rows, display_sites, samples, verdict
 from sae_query_steer.storage.records import read_json
 from sae_query_steer.toy import NULL_TUTOR_FOLDER, TUTOR_FOLDER
 
@@ -57,8 +53,6 @@ def demo(
 
     What was written is logged as it comes.
     """
-    check_free(out, overwrite, RESULTS)
-    unfinished = unfinished_beside(out, resume)
     if quick and full:
         raise ValueError("--quick and --full name two sizes: give one of them")
     settings = dataclasses.replace(QUICK if quick else FULL if full else DemoSettings(), seed=seed)
@@ -68,25 +62,22 @@ def demo(
         tutor = NULL_TUTOR_FOLDER if null else TUTOR_FOLDER
     elif null:
         raise ValueError("--tutor and --null name two tutors: give one of them")
-    card = tutor_card(tutor)
-    result = run_demo(
-        sqs.load_model(str(tutor), device=device),
-        notes=bool(card["settings"]["notes"]),
-        settings=settings,
-        log=unfinished / LOG,
-    )
-    write_report(result, out, overwrite=overwrite)
-    shutil.rmtree(unfinished)
-    show(display_sites(result.sites))
-    typer.echo("")
-    show(display_table(result))
-    for example in result.examples():
-        typer.echo(f"\n{example['prompt']} ...")
-        for method in ("unsteered", "SAE descent, prototype", "instruction"):
-            typer.echo(f"  {method} (target {example['target']}): {example[method]}")
-    judge = ", ".join(f"{name} {share:.3f}" for name, share in result.judge.items())
-    typer.echo(f"\njudge: {judge}\n\n{verdict(result)}")
-    typer.echo(f"\n{sum(result.seconds.values()):.0f} s; wrote {out / 'report.html'}")
+    notes = bool(tutor_card(tutor)["settings"]["notes"])
+
+    def compare(log: Path) -> Comparison:
+        model = sqs.load_model(str(tutor), device=device)
+        return run_demo(model, notes=notes, settings=settings, log=log)
+
+    found = compare_into(out, compare, resume=resume, overwrite=overwrite)
+    if found.sites is not None:
+        show(display_sites(found.sites))
+    show(display_rows(found))
+    for sample in samples(found):
+        typer.echo(f"\n{sample['prompt']} ... ({sample['title']})")
+        for name, text, _ in sample["texts"].head(12).itertuples(index=False, name=None):
+            typer.echo(f"  {name}: {text.strip()}")
+    judge = ", ".join(f"{name} {share:.3f}" for name, share in found.judge.items())
+    typer.echo(f"\njudge: {judge}\n\n{verdict(found)}\n\nwrote {out / 'report.html'}")
 
 
 def tutor_card(folder: Path) -> dict[str, Any]:

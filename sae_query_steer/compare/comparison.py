@@ -1,114 +1,112 @@
-"""Methods in one form, what they do at growing strengths, and the strength at which they count."""
+"""The comparison: every method on the same cases, each at its own best strength."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from sae_query_steer.compare.cases import SteeringCase
-from sae_query_steer.compare.scores import distinct_n
-from sae_query_steer.diagnostics.metrics import wilson_interval
+import pandas as pd
+from tqdm.auto import tqdm
 
-MAX_PERPLEXITY_RATIO = 1.5
-"""What a strength may cost to be chosen. Source: our choice."""
-
-GRID_ENDS_AT_RATIO = 3.0
-"""A grid of strengths ends where the perplexity ratio passes this."""
-
-GRID_ENDS_BELOW_BEST = 0.05
-"""... or where the target rate has fallen this far below its best."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One way to get texts of a target class from cases: by another prompt, or by steering."""
-
-    name: str
-    objective: str | None = None
-    centroids: str | None = None
-    """From which prompts the centroids were taken, such as "requested" or "open"."""
-
-    span: str | None = None
-    scope: str | None = None
-    layers: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    """None means all."""
-
-    n_steps: int | None = None
-    steerer: Callable[[Sequence[SteeringCase], float], Any] | None = None
-    """From cases and a strength to a steerer with a row for each case, in this order; None for
-    methods that change the prompt alone."""
-
-    prompts: Callable[[Sequence[SteeringCase]], list[str]] | None = None
-    """The prompts to continue; None means each case's own."""
-
-    strengths: Sequence[float] = (0.0,)
-    """Growing strengths to try, step sizes of the descents; one is enough where none is chosen."""
+from sae_query_steer.compare.methods import Method, random_methods
+from sae_query_steer.compare.outcomes import (
+    Outcome,
+    curve_ended,
+    operating_point,
+    outcome_row,
+    text_rows,
+)
+from sae_query_steer.compare.scorer import TextScorer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """What one method wrote at one strength, and how it was judged."""
+class Comparison:
+    """What a comparison found."""
 
-    strength: float
-    texts: list[str]
-    judged: Sequence[str | None]
-    """The class that the judge finds in each text."""
+    rows: pd.DataFrame
+    """Every method on the test cases at the strength that was chosen for it, a row for each."""
 
-    target: list[bool]
-    """Whether that is the target."""
+    curves: pd.DataFrame
+    """Every strength that was tried on the validation cases."""
 
-    success: list[bool]
-    """What the task calls a success: the target, and where it knows more, that too."""
+    texts: pd.DataFrame
+    """Every text on the test cases: method, prompt, source, target, text, the class that it is
+    judged to be and that it takes up, and whether it is a success."""
 
-    perplexity_ratio: float
-    """Perplexity of the texts given the prompts that request the target, over that of the model's
-    own texts there; where no prompt requests it, given the prompts themselves."""
+    sites: pd.DataFrame | None = None
+    """Separability, interchange effect and verdict by layer, measured before steering."""
 
-    perplexity_ratio_original: float
-    """The same given the prompts themselves."""
+    saes: pd.DataFrame | None = None
+    """Metrics of the SAEs by layer, if they were trained for the comparison."""
 
-    delta_q_ratio: float
-    """Mean of |delta q| / |q|."""
+    judge: Mapping[str, float] = field(default_factory=dict)
+    """Held-out accuracy of the judge."""
 
-    source: list[bool] | None = None
-    """Whether the class is still the prompt's own; None where that is not known of every case."""
-
-    specificity: float | None = None
-    """Mean KL(unsteered || steered), in nats, of the next tokens of texts of the target class
-    itself, where nothing should change much; None where nothing is steered or none is measured."""
-
-    taken_up: Sequence[str | None] | None = None
-    """The class whose part of its prompt each text takes up; None where nothing tells it."""
-
-    grounded: list[bool] | None = None
-    """Whether that is the target's part."""
-
-    @property
-    def target_rate(self) -> float:
-        """Share of the texts that the judge finds to be of the target class."""
-        return sum(self.target) / len(self.target)
-
-    @property
-    def success_rate(self) -> float:
-        """Share of the texts that are a success."""
-        return sum(self.success) / len(self.success)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Sizes, seeds, and what else the numbers depend on."""
 
 
-@runtime_checkable
-class Scorer(Protocol):
-    """Scores methods on the cases of some tasks."""
+def compare_methods(
+    validation: TextScorer,
+    test: TextScorer,
+    methods: Sequence[Method],
+    *,
+    control_seeds: Sequence[int] = (0, 1, 2),
+) -> Comparison:
+    """Return what each method does at the strength that serves it best.
 
-    @property
-    def cases(self) -> Mapping[str, Sequence[SteeringCase]]:
-        """The cases of each task."""
-        ...
+    Strengths are tried on the validation cases, growing until the target rate has fallen by 0.05
+    or the perplexity ratio passes 3; the one of most success at a perplexity ratio of 1.5 or less
+    is taken to the test cases. Random directions, as long as the change of the descent that did
+    best on validation, are the negative control. A scorer with a log continues a stopped run.
 
-    def score(self, method: Method, strength: float, tasks: Sequence[str]) -> Mapping[str, Outcome]:
-        """Return what a method does at a strength, task by task."""
-        ...
+    Args:
+        validation: scores the cases on which strengths are chosen.
+        test: scores the cases of the table; no case of the validation should be among them.
+        methods: what is compared.
+        control_seeds: of the random directions.
+
+    Raises:
+        ValueError: no methods, or tasks that differ.
+    """
+    if not methods:
+        raise ValueError("methods must hold at least one, got []")
+    tasks = list(validation.cases)
+    if tasks != list(test.cases):
+        raise ValueError(
+            f"validation and test must have the same tasks, got {tasks} and {list(test.cases)}"
+        )
+    chosen: list[tuple[Method, dict[str, float]]] = []
+    curves = []
+    best: tuple[float, int] | None = None
+    for method in tqdm(methods, desc="Choosing strengths", unit="method"):
+        strengths = dict.fromkeys(tasks, float(method.strengths[0]))
+        if len(method.strengths) > 1 or method.objective is not None:
+            found = strength_curves(validation, method)
+            curves += [outcome_row(t, method, o) for t, curve in found.items() for o in curve]
+            points = {task: operating_point(curve) for task, curve in found.items()}
+            strengths = {task: point.strength for task, point in points.items()}
+            success = sum(point.success_rate for point in points.values())
+            if method.objective is not None and (best is None or success > best[0]):
+                best = success, len(chosen)
+        chosen.append((method, strengths))
+    if best is not None:
+        model_of, strengths = chosen[best[1]]
+        chosen += [(control, strengths) for control in random_methods(model_of, control_seeds)]
+    rows, texts = [], []
+    for method, strengths in tqdm(chosen, desc="Comparing methods", unit="method"):
+        for strength in sorted(set(strengths.values())):
+            same = [task for task in tasks if strengths[task] == strength]
+            for task, outcome in test.score(method, strength, same).items():
+                rows.append(outcome_row(task, method, outcome))
+                texts += text_rows(task, method, outcome)
+    for table in (rows, curves, texts):
+        table.sort(key=lambda row: tasks.index(row["task"]))
+    return Comparison(
+        rows=pd.DataFrame(rows), curves=pd.DataFrame(curves), texts=pd.DataFrame(texts)
+    )
 
 
-def strength_curves(scorer: Scorer, method: Method) -> dict[str, list[Outcome]]:
+def strength_curves(scorer: TextScorer, method: Method) -> dict[str, list[Outcome]]:
     """Return a method's outcomes at growing strengths, for each task until more does not help.
 
     A curve ends where the target rate has fallen by more than 0.05 from its best, or the perplexity
@@ -116,68 +114,9 @@ def strength_curves(scorer: Scorer, method: Method) -> dict[str, list[Outcome]]:
     """
     curves: dict[str, list[Outcome]] = {task: [] for task in scorer.cases}
     for strength in method.strengths:
-        going = [task for task, curve in curves.items() if not _ended(curve)]
+        going = [task for task, curve in curves.items() if not curve_ended(curve)]
         if not going:
             break
         for task, outcome in scorer.score(method, strength, going).items():
             curves[task].append(outcome)
     return curves
-
-
-def _ended(curve: Sequence[Outcome]) -> bool:
-    if not curve:
-        return False
-    best = max(outcome.target_rate for outcome in curve)
-    fell = curve[-1].target_rate < best - GRID_ENDS_BELOW_BEST
-    return fell or curve[-1].perplexity_ratio > GRID_ENDS_AT_RATIO
-
-
-def operating_point(curve: Sequence[Outcome]) -> Outcome:
-    """Return the outcome of most success at a perplexity ratio of 1.5 or less.
-
-    Of equals the weaker; where no strength is that fluent, the most fluent one.
-    """
-    fluent = [o for o in curve if o.perplexity_ratio <= MAX_PERPLEXITY_RATIO]
-    if not fluent:
-        return min(curve, key=lambda o: o.perplexity_ratio)
-    return max(fluent, key=lambda o: (o.success_rate, -o.strength))
-
-
-def what_was_done(task: str, method: Method) -> dict[str, Any]:
-    """Return the columns that say which row of a table is which."""
-    return {
-        "task": task,
-        "method": method.name,
-        "objective": method.objective,
-        "centroids": method.centroids,
-        "span": method.span,
-        "scope": method.scope,
-        "layers": "" if method.layers is None else ",".join(map(str, method.layers)),
-        "heads": "all" if method.heads is None else ",".join(map(str, method.heads)),
-    }
-
-
-def outcome_row(task: str, method: Method, outcome: Outcome) -> dict[str, Any]:
-    """Return one row of a table: what was done, and what it scored, with 95 % intervals."""
-    n = len(outcome.target)
-    low, high = wilson_interval(sum(outcome.target), n)
-    success_low, success_high = wilson_interval(sum(outcome.success), n)
-    steered, told, source = method.steerer is not None, outcome.grounded, outcome.source
-    return what_was_done(task, method) | {
-        "n_steps": method.n_steps,
-        "step_size": outcome.strength if method.n_steps is not None else None,
-        "delta_q_ratio": outcome.delta_q_ratio if steered else None,
-        "n": n,
-        "target_rate": outcome.target_rate,
-        "ci_low": low,
-        "ci_high": high,
-        "source_rate": None if source is None else sum(source) / n,
-        "grounded": None if told is None else sum(told) / n,
-        "success": outcome.success_rate,
-        "success_low": success_low,
-        "success_high": success_high,
-        "perplexity_ratio": outcome.perplexity_ratio,
-        "perplexity_ratio_original": outcome.perplexity_ratio_original,
-        "specificity": outcome.specificity,
-        **{f"distinct_{k}": distinct_n(outcome.texts, k) for k in (1, 2, 3)},
-    }

@@ -1,167 +1,165 @@
 """A language model behind an OpenAI-compatible server, as a function from text to text."""
 
-import math
-import time
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import InferenceClient
-
-# HTTPError is that of whatever HTTP client the hub's release brings along.
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
-    OfflineModeIsEnabled,
-)
-
-NO_KEY = "none"
-"""Sent where no key is given: the client would send the user's Hugging Face token instead."""
-
-TRY_AGAIN = (429, 500, 502, 503, 504)
-"""Answers of a server that is busy or stumbled."""
+MAX_BYTES = 2**20
+"""Largest answer of a server that is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatEndpoint:
     """Asks a model at any OpenAI-compatible endpoint, such as vLLM's, llama.cpp's or a hub's.
 
-    One question is one conversation with one turn of the user. Temperature is 0 and the seed fixed,
-    so that a server that honours them answers the same again.
+    A question is a conversation with one user message, at temperature 0 with a fixed seed. Requests
+    that fail for now (connection errors, status 408, 409, 429 and 5xx) are repeated. Redirects are
+    not followed, and at most 1 MiB of an answer is read.
 
-    Source: the client is `huggingface_hub.InferenceClient`; the rest is our choice.
+    Needs the extra `judge`: pip install "sae-query-steer[judge]".
+
+    Source: the client is `openai`.
     """
 
     base_url: str
-    """Where the server is, with its "/v1", such as http://localhost:8000/v1."""
+    """Address of the server, with its "/v1", such as http://localhost:8000/v1."""
 
     model: str
     """Name of the model, as the server knows it."""
 
     api_key: str | None = field(default=None, repr=False)
-    """The server's key. None sends a word that is no key; in particular the Hugging Face token of
-    this machine is never sent unless it is given here."""
+    """The server's key. None sends the word "none"; no key is read from the environment."""
 
     max_tokens: int = 16
-    """Most tokens of an answer; a model that reasons aloud needs hundreds."""
+    """Most tokens of an answer; a reasoning model needs hundreds."""
 
     seed: int = 0
-    """Of the server's sampling, where it has any at temperature 0."""
+    """Of the server's sampling."""
 
-    timeout: float = 60.0
-    """Seconds to wait for an answer."""
+    timeout: float = 120.0
+    """Seconds for an answer, all tries together."""
 
     tries: int = 3
-    """How often a question is asked while the server is busy (429), fails (500, 502 to 504) or
-    can't be reached."""
-
-    wait: float = 1.0
-    """Seconds before the second try; each wait after that is twice as long."""
+    """Most requests for one question."""
 
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """More of the request's body, or other values of what is in it; None leaves an entry out."""
+    """Fields of the request's body to add or replace; None leaves one out."""
 
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError(
-                f"base_url={self.base_url!r} is no address of a server: give one such as "
-                "http://localhost:8000/v1"
+                "base_url must be the address of a server, such as http://localhost:8000/v1, got "
+                f"{self.base_url!r}"
             )
         if url.username is not None or url.password is not None:
             raise ValueError(
-                f"the base_url of {url.hostname} holds a user or a password, which would stand in "
-                "every message: leave them out, and give the key as api_key"
+                f"base_url must hold no user and no password, got some for {url.hostname}: they "
+                "would stand in error messages; give the key as api_key"
             )
         key = self.api_key
         if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ValueError(
-                "api_key is empty, or has white space or characters that no key has: give the key "
-                "alone, or None where the server wants none"
+                "api_key must be printable ASCII without spaces and not empty; None sends no key"
             )
         for name in ("max_tokens", "tries"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: give 1 or more")
-        if not (math.isfinite(self.wait) and self.wait >= 0 and self.timeout > 0):
-            raise ValueError(
-                f"wait={self.wait} and timeout={self.timeout} are not allowed: give seconds, 0 or "
-                "more to wait and more than 0 to time out"
-            )
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.timeout < threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout}")
 
     def __call__(self, question: str) -> str:
         """Return the model's answer.
 
         Raises:
-            ConnectionError: the server can't be reached, or does not answer in time.
-            RuntimeError: it answers with an error, or with something that is no chat completion.
+            ConnectionError: the server cannot be reached, or has not answered in `timeout` seconds.
+            RuntimeError: it answers with an error, with more than 1 MiB, or with something that is
+                no chat completion.
+            ImportError: the client `openai` is not installed.
         """
-        for attempt in range(1, self.tries):
+        found: list[str | Exception] = []
+
+        def ask() -> None:
             try:
-                return self._ask(question)
-            except _Passing:
-                time.sleep(self.wait * 2 ** (attempt - 1))
-        try:
-            return self._ask(question)
-        except _Passing as passing:
-            final = passing.final
-        raise final
+                found.append(self._ask(question))
+            except Exception as error:
+                found.append(error)
+
+        # A server that sends a byte now and then meets no timeout of the client, so the whole call
+        # has one.
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if not found:
+            raise ConnectionError(f"no answer from {self._shown_url} within {self.timeout} s")
+        if isinstance(found[0], Exception):
+            raise found[0] from None
+        return found[0]
 
     def _ask(self, question: str) -> str:
-        client = InferenceClient(
-            base_url=self.base_url, api_key=self.api_key or NO_KEY, timeout=self.timeout
-        )
-        # "from None" throughout: the client's own message may repeat what the server said.
         try:
-            output = client.chat_completion(
-                [{"role": "user", "content": question}],
-                model=self.model,
-                max_tokens=self.max_tokens,
-                temperature=0.0,
-                seed=self.seed,
-                extra_body=dict(self.extra),
-            )
-        except HfHubHTTPError as error:
-            raise self._refused(error.response.status_code, error.response.text) from None
-        except OfflineModeIsEnabled:
-            raise ConnectionError(
-                f"{self._shown_url} was not asked, because HF_HUB_OFFLINE is set: unset it, also "
-                "for a server on this machine"
+            import openai
+        except ImportError:
+            raise ImportError(
+                'ChatEndpoint needs the client openai: pip install "sae-query-steer[judge]"'
             ) from None
-        except HTTPError as error:
-            raise _Passing(
-                ConnectionError(
-                    f"no answer from {self._shown_url} within {self.timeout} s "
-                    f"({type(error).__name__}): is the server up, and the address right?"
+        # Names of the user's organisation in the environment are for OpenAI's own server alone.
+        headers: dict[str, Any] = {
+            "OpenAI-Organization": openai.Omit(),
+            "OpenAI-Project": openai.Omit(),
+            "Accept-Encoding": "identity",
+        }
+        body = {"max_tokens": self.max_tokens, "temperature": 0.0, "seed": self.seed, **self.extra}
+        try:
+            with (
+                openai.DefaultHttpxClient(
+                    follow_redirects=False, event_hooks={"response": [_limit]}
+                ) as http_client,
+                openai.OpenAI(
+                    base_url=self.base_url,
+                    api_key=self.api_key or "none",
+                    timeout=self.timeout,
+                    max_retries=self.tries - 1,
+                    default_headers=headers,
+                    http_client=http_client,
+                ) as client,
+            ):
+                output = client.chat.completions.create(
+                    messages=[{"role": "user", "content": question}],
+                    model=self.model,
+                    extra_body={key: value for key, value in body.items() if value is not None},
                 )
+        except openai.APIStatusError as error:
+            raise RuntimeError(
+                f"{self._shown_url} answered with status {error.status_code}: "
+                f"{self._without_key(error.response.text)}"
             ) from None
-        except (ValueError, TypeError, AttributeError) as error:
-            # The client itself stumbles over an error whose body is JSON but no object.
-            response = getattr(error.__context__, "response", None)
-            if response is not None:
-                raise self._refused(response.status_code, response.text) from None
+        except openai.APIConnectionError as error:
+            raise ConnectionError(
+                f"no answer from {self._shown_url} ({type(error.__cause__ or error).__name__}): is "
+                "the server running, and the address right?"
+            ) from None
+        except _TooLongError as error:
+            raise RuntimeError(f"{self._shown_url} sent {error}") from None
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
             raise self._malformed(type(error).__name__) from None
         try:
             answer = output.choices[0].message.content
         except (AttributeError, IndexError, KeyError, TypeError):
-            raise self._malformed(self._without_key(str(dict(output)))) from None
+            raise self._malformed(self._without_key(str(output))) from None
         if not isinstance(answer, str):
             raise RuntimeError(
-                f"the model at {self._shown_url} answered without text: where it reasons first, "
-                f"max_tokens={self.max_tokens} may be too few"
+                f"the model at {self._shown_url} answered without text: max_tokens="
+                f"{self.max_tokens} may be too few for a model that reasons first"
             )
         return answer
 
-    def _refused(self, status: int, said: str) -> Exception:
-        message = RuntimeError(
-            f"{self._shown_url} answered with status {status}: {self._without_key(said)}"
-        )
-        return _Passing(message) if status in TRY_AGAIN else message
-
     def _malformed(self, what: str) -> RuntimeError:
         return RuntimeError(
-            f"{self._shown_url} answered with something that is no chat completion ({what}): does "
-            "the base_url end where the server's OpenAI-compatible part begins, as in .../v1?"
+            f"{self._shown_url} answered with no chat completion ({what}): does base_url end where "
+            "the OpenAI-compatible part begins, as in .../v1?"
         )
 
     @property
@@ -169,14 +167,32 @@ class ChatEndpoint:
         return self._without_key(urlsplit(self.base_url)._replace(query="", fragment="").geturl())
 
     def _without_key(self, text: str) -> str:
-        """Return the beginning of a text, in which a server may have repeated the key."""
+        """Return the beginning of a text, without the key, which a server may have repeated."""
         text = text if self.api_key is None else text.replace(self.api_key, "[key]")
         return text if len(text) <= 300 else text[:300] + "..."
 
 
-class _Passing(Exception):
-    """Something that may be over when one asks again; `final` is raised where it is not."""
+class _TooLongError(Exception):
+    """An answer of more than `MAX_BYTES`."""
 
-    def __init__(self, final: Exception) -> None:
-        super().__init__(str(final))
-        self.final = final
+
+def _limit(response: Any) -> None:
+    """Have a response raise when more than `MAX_BYTES` of it are read."""
+    from httpx2 import SyncByteStream
+
+    class Limited(SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            n = 0
+            for part in stream:
+                n += len(part)
+                if n > MAX_BYTES:
+                    raise _TooLongError(f"more than {MAX_BYTES} bytes")
+                yield part
+
+        def close(self) -> None:
+            stream.close()
+
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise _TooLongError("a compressed answer, although asked not to")
+    stream = response.stream
+    response.stream = Limited()

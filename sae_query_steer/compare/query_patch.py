@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.compare.cases import SteeringCase
-from sae_query_steer.compare.comparison import Method
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.columns import TokenPositions
-from sae_query_steer.scopes.positions import LastPromptToken, scope_name
 from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.rowwise import check_rows
@@ -79,52 +77,35 @@ def query_patch(
     return Steerer(QueryPatch(queries), where)
 
 
-def interchange_methods(
-    model: Any, layers: Iterable[Sequence[int]], *, chat_template: bool = False
-) -> list[Method]:
-    """Return the reference, a method for each set of layers: queries of the requesting prompts.
-
-    Each case gets, at its last prompt token, the queries that the model has there where its prompt
-    requests the target: how far a query can lead at all, if the model obeys requests.
+def requested_queries(
+    model: Any, cases: Sequence[SteeringCase], layers: Sequence[int], *, chat_template: bool = False
+) -> Steerer:
+    """Return a steerer that patches in the queries of the prompts that request the cases' targets.
 
     Args:
         model: the one that is steered.
-        layers: sets of layers that are patched together, all heads of them.
-        chat_template: read the requesting prompts in the tokenizer's chat template, as a
-            `TextScorer` with it does.
+        cases: a row for each, in this order.
+        layers: all heads of these.
+        chat_template: read the prompts in the tokenizer's chat template.
 
     Raises:
-        ValueError: when used, a case has no requesting prompt.
+        ValueError: a case has no requesting prompt.
     """
-
-    def method(some: Sequence[int]) -> Method:
-        sites = query_sites(model, some)
-
-        def patch(cases: Sequence[SteeringCase], strength: float) -> Steerer:
-            del strength
-            asking = [
-                LabelledExample(prompt=case.requesting, label=case.target)
-                for case in cases
-                if case.requesting is not None
-            ]
-            if len(asking) < len(cases):
-                raise ValueError(
-                    f"{len(cases) - len(asking)} of {len(cases)} cases have no requesting prompt: "
-                    "there are no queries to patch in; leave interchange_methods out"
-                )
-            read = tokenize_examples(model, asking, chat_template=chat_template)
-            rows = [example.tokens for example in read]
-            names = [site.hook_name for site in sites]
-            queries = read_activations(model, pad_sequence(rows, batch_first=True), names)
-            last = torch.tensor([len(row) - 1 for row in rows])
-            each = torch.arange(len(rows))
-            return query_patch(sites, {name: found[each, last] for name, found in queries.items()})
-
-        return Method(
-            name="interchange",
-            scope=scope_name(LastPromptToken()),
-            layers=tuple(some),
-            steerer=patch,
+    asking = [
+        LabelledExample(prompt=case.requesting, label=case.target)
+        for case in cases
+        if case.requesting is not None
+    ]
+    if len(asking) < len(cases):
+        raise ValueError(
+            f"{len(cases) - len(asking)} of {len(cases)} cases have no requesting prompt: there "
+            "are no queries to patch in; leave interchange_methods out"
         )
-
-    return [method(some) for some in layers]
+    sites = query_sites(model, layers)
+    read = tokenize_examples(model, asking, chat_template=chat_template)
+    rows = [example.tokens for example in read]
+    names = [site.hook_name for site in sites]
+    queries = read_activations(model, pad_sequence(rows, batch_first=True), names)
+    last = torch.tensor([len(row) - 1 for row in rows])
+    each = torch.arange(len(rows))
+    return query_patch(sites, {name: found[each, last] for name, found in queries.items()})

@@ -3,16 +3,6 @@
 `load_tutor` returns the model; `TutorCorpus` generates its texts. `experiments/tutor` trained it.
 """
 
-from sae_query_steer.toy.corpus import TutorCorpus, TutorPrompt
-from sae_query_steer.toy.judges import restated_level, verb_level
-from sae_query_steer.toy.pretrained import NULL_TUTOR_FOLDER, TUTOR_FOLDER, load_tutor
+import lazy_loader
 
-__all__ = [
-    "NULL_TUTOR_FOLDER",
-    "TUTOR_FOLDER",
-    "TutorCorpus",
-    "TutorPrompt",
-    "load_tutor",
-    "restated_level",
-    "verb_level",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""What methods write on labelled prompts, judged and weighed: target rate and perplexity ratio."""
+"""Scores methods on cases: target rate, perplexity ratio, specificity."""
 
 import hashlib
 import math
@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from sae_query_steer.compare.cases import SteeringCase
-from sae_query_steer.compare.comparison import Method, Outcome
 from sae_query_steer.compare.generation import (
     Continuations,
     continuations,
@@ -17,8 +16,10 @@ from sae_query_steer.compare.generation import (
     negative_log_likelihoods,
 )
 from sae_query_steer.compare.judges import Judge
+from sae_query_steer.compare.log import ComparisonLog
+from sae_query_steer.compare.methods import Method
+from sae_query_steer.compare.outcomes import Outcome
 from sae_query_steer.compare.sampling import check_temperature
-from sae_query_steer.compare.sweep_log import SweepLog
 
 
 def check_writing(max_new_tokens: int, temperature: float | None) -> None:
@@ -28,14 +29,14 @@ def check_writing(max_new_tokens: int, temperature: float | None) -> None:
         ValueError: fewer than one token, or a temperature that can't be sampled at.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: give 1 or more")
+        raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
     if temperature is not None:
         check_temperature(temperature)
 
 
 @dataclass(eq=False)
 class TextScorer:
-    """Scores methods on the cases of some tasks; what was done before is read from a log."""
+    """Scores methods on the cases of some tasks; outcomes in the log are not measured again."""
 
     model: Any
     """A HookedTransformer or a TransformerBridge."""
@@ -44,7 +45,7 @@ class TextScorer:
     """By task."""
 
     judge: Judge
-    """Tells the class of a text."""
+    """Finds the class of a text."""
 
     _: KW_ONLY
 
@@ -54,8 +55,8 @@ class TextScorer:
     split: str
     """Name of the split that the cases are from, for the log."""
 
-    log: SweepLog | None = None
-    """Where outcomes are kept as they come, and read from when a sweep goes on."""
+    log: ComparisonLog | None = None
+    """Keeps outcomes as they come, so that a stopped comparison continues."""
 
     temperature: float | None = None
     """Of sampling; None decodes greedily."""
@@ -70,22 +71,22 @@ class TextScorer:
     """Put every prompt into the tokenizer's chat template, as the user's turn."""
 
     grounding: Judge | None = None
-    """Tells the class whose part of its prompt a text takes up, for tasks that know: there a
-    success is a text of the target class that takes up the target's part."""
+    """Finds the class whose part of its prompt a text takes up: then a success is a text of the
+    target class that takes up the target's part."""
 
     measures_specificity: bool = False
     """Also steer the model's own texts after the prompts that request the target."""
 
     _plain: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict)
-    """What the model writes by itself, by prompt and seed: it is asked for more than once."""
+    """The model's own texts, by prompt and seed."""
 
     _losses: dict[tuple[str, bytes], float] = field(init=False, default_factory=dict)
-    """-log p of the tokens after a prompt: steers that succeed mostly write the same text."""
+    """-log p of the tokens after a prompt, which several methods may write."""
 
     def __post_init__(self) -> None:
         check_writing(self.max_new_tokens, self.temperature)
         if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} is not allowed: give 1 or more")
+            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
 
     def score(self, method: Method, strength: float, tasks: Sequence[str]) -> dict[str, Outcome]:
         """Return what a method does at a strength, task by task."""
@@ -96,7 +97,10 @@ class TextScorer:
             known[task] = found
             if self.log is not None:
                 self.log.add(keys[task], found)
-        return {task: self._outcome(strength, task, known[task] or {}) for task in tasks}
+        return {
+            task: Outcome(cases=self.cases[task], strength=float(strength), **(known[task] or {}))
+            for task in tasks
+        }
 
     def _key(self, method: Method, strength: float, task: str) -> dict[str, Any]:
         return {
@@ -113,26 +117,6 @@ class TextScorer:
             "strength": float(strength),
             "cases": len(self.cases[task]),
         }
-
-    def _outcome(self, strength: float, task: str, found: Mapping[str, Any]) -> Outcome:
-        wanted = [case.target for case in self.cases[task]]
-        target = [a == b for a, b in zip(found["judged"], wanted, strict=True)]
-        grounded = None
-        if found["taken_up"] is not None:
-            grounded = [a == b for a, b in zip(found["taken_up"], wanted, strict=True)]
-        sources = [case.source for case in self.cases[task]]
-        source = None
-        if None not in sources:
-            source = [a == b for a, b in zip(found["judged"], sources, strict=True)]
-        success = [a and b for a, b in zip(target, grounded or target, strict=True)]
-        return Outcome(
-            strength=float(strength),
-            target=target,
-            source=source,
-            grounded=grounded,
-            success=success,
-            **found,
-        )
 
     def _measured(
         self, method: Method, strength: float, tasks: Sequence[str]

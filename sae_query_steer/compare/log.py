@@ -1,4 +1,4 @@
-"""The log of a sweep: a line of JSON for each outcome, written as it comes, to go on from."""
+"""The log of a comparison: a JSON line for each outcome, written as it comes."""
 
 import hashlib
 import json
@@ -6,24 +6,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.storage.folders import size_of
 from sae_query_steer.targets.centroids import CentroidTargets
 
-HEAD = "sae_query_steer.sweep/3"
+HEAD = "sae_query_steer.comparison/1"
 
 
-class SweepLog:
+class ComparisonLog:
     """Outcomes by what was done, in a file of JSON lines.
 
-    The first line says what the sweep is: a log of another sweep is refused. A line that was cut
-    off, as by a kill, is dropped when the log is opened again.
+    The first line holds the settings; a log of other settings is refused. A last line without its
+    end, as a killed process leaves it, is dropped when the log is opened again.
 
     Args:
         path: the file; made with the folder that it is in.
-        settings: what must be equal for outcomes to be the same: model, data, seeds, sizes.
+        settings: what outcomes depend on: model, data, seeds, sizes.
 
     Raises:
-        ValueError: the file is of another sweep, or no log.
+        ValueError: the file is the log of another comparison, or no log.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
@@ -40,36 +41,32 @@ class SweepLog:
         return len(self._known)
 
     def get(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the outcome of what was done before, or None."""
+        """Return the outcome of a key, or None."""
         return self._known.get(_name(key))
 
     def add(self, key: dict[str, Any], outcome: dict[str, Any]) -> None:
-        """Keep an outcome: it is in the file when this returns."""
+        """Append an outcome to the file."""
         self._write({"key": key, "outcome": outcome})
         self._known[_name(key)] = json.loads(json.dumps(outcome))
-
-    def rows(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return what was done, with its outcomes, in the order in which they came."""
-        return [(json.loads(name), outcome) for name, outcome in self._known.items()]
 
     def _read(self, head: dict[str, Any]) -> None:
         size_of(self.path)  # a pipe would block
         try:
             text = self.path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is no log of a sweep: {error}") from error
+            raise ValueError(f"{self.path} is no log of a comparison: {error}") from error
         whole, _, rest = text.rpartition("\n")
         lines = [_parsed(line, self.path) for line in whole.splitlines()]
         if not lines or lines[0].get("format") != HEAD:
-            raise ValueError(f"{self.path} is no log of a sweep: give another file")
+            raise ValueError(f"{self.path} is no log of a comparison")
         if lines[0] != head:
             stored, now = lines[0].get("settings"), head["settings"]
             then = stored if isinstance(stored, dict) else {}
             names = sorted(n for n in {*then, *now} if then.get(n) != now.get(n))
-            told = ", ".join(f"{n}={then.get(n)!r} there, {now.get(n)!r} here" for n in names)
+            differing = ", ".join(f"{n}={then.get(n)!r} there, {now.get(n)!r} here" for n in names)
             raise ValueError(
-                f"{self.path} is the log of another sweep ({told}): give another folder, or the "
-                "settings of that one"
+                f"{self.path} is the log of another comparison ({differing}): give another folder, "
+                "or the settings of that one"
             )
         for line in lines[1:]:
             if not all(isinstance(line.get(part), dict) for part in ("key", "outcome")):
@@ -83,16 +80,11 @@ class SweepLog:
             file.write(json.dumps(line) + "\n")
 
 
-def digest_of(centroids: Iterable[CentroidTargets], *contents: bytes) -> str:
-    """Return what tells centroids, and with them model, SAEs and texts, from others.
-
-    Args:
-        centroids: in the same order whenever digests are compared.
-        contents: what else must be equal.
-    """
+def digest_of(centroids: Iterable[CentroidTargets], examples: Iterable[LabelledExample]) -> str:
+    """Return a digest of centroids and texts; centroids depend on the model and the SAEs."""
     found = hashlib.sha256()
-    for part in contents:
-        found.update(part)
+    for example in examples:
+        found.update(repr((example.prompt, example.response, str(example.label))).encode())
     for targets in centroids:
         for mean in targets.means.values():
             found.update(mean.cpu().numpy().tobytes())

@@ -1,0 +1,157 @@
+"""The comparison on a model and labelled texts of the user's own."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sklearn.model_selection import train_test_split
+
+from sae_query_steer.baselines.residual_stream import residual_means
+from sae_query_steer.compare.cases import cases_of
+from sae_query_steer.compare.classifier_judge import ClassifierJudge
+from sae_query_steer.compare.comparison import Comparison, compare_methods
+from sae_query_steer.compare.descents import DESCENTS, Descent
+from sae_query_steer.compare.log import ComparisonLog, digest_of
+from sae_query_steer.compare.methods import (
+    decoder_rows_methods,
+    descent_methods,
+    prompt_methods,
+    residual_methods,
+)
+from sae_query_steer.compare.scorer import TextScorer, check_writing
+from sae_query_steer.compare.sites import layer_verdicts
+from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.tokenized import tokenize_examples
+from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
+from sae_query_steer.scopes.positions import LastPromptToken, Scope, Span, scope_name
+from sae_query_steer.sites import query_sites
+from sae_query_steer.targets.builder import CentroidTargetBuilder
+
+
+def compare_on_texts(
+    model: Any,
+    saes: Mapping[str, QueryEncoder],
+    examples: Sequence[LabelledExample],
+    *,
+    layers: Sequence[int] | None = None,
+    span: Span | None = None,
+    scope: Scope | None = None,
+    descents: Sequence[Descent] = DESCENTS,
+    n_cases: int = 60,
+    max_new_tokens: int = 40,
+    temperature: float | None = None,
+    chat_template: bool = False,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    log: str | Path | None = None,
+) -> Comparison:
+    """Return how well each method makes a model continue prompts in another class than their own.
+
+    The examples are split by class: 2/5 make the centroids, 1/5 trains the judge, 1/5 chooses each
+    method's strength, and 1/5 is for the table. Compared are few-shot prompts, dense and SAE
+    descent, decoder rows and the residual stream's mean difference, each layer alone, and random
+    directions.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        saes: by hook name, such as `QuerySAEs`.
+        examples: labelled prompts with responses, 20 or more of each class.
+        layers: which layers; None means all of the model.
+        span: of the centroids; None means the last prompt token.
+        scope: where to steer; None means the last prompt token.
+        descents: objectives with their steps and step sizes.
+        n_cases: cases of validation and of test each.
+        max_new_tokens: most tokens of a text.
+        temperature: of sampling, seeded row by row; None decodes greedily.
+        chat_template: put prompts into the tokenizer's chat template.
+        seed: of splits, pairs, shown examples and sampling.
+        settings: what else the log and the report are to hold, such as names of files.
+        log: a file for what the methods wrote, from which a stopped run continues; None keeps none.
+
+    Raises:
+        ValueError: too few examples of a class or too many cases, a layer without SAEs, a length or
+            temperature that is not allowed, or a log of other settings or texts.
+    """
+    check_writing(max_new_tokens, temperature)
+    span = LastPromptToken() if span is None else span
+    scope = LastPromptToken() if scope is None else scope
+    steering, judging, validation, test = split_four_ways(examples, seed)
+    judge = ClassifierJudge.fit(judging, seed=seed)
+    cases = {"validation": cases_of(validation, n_cases), "test": cases_of(test, n_cases)}
+    sites = query_sites(model, layers)
+    missing = [site.layer for site in sites if site.hook_name not in saes]
+    if missing:
+        raise ValueError(f"saes must hold all layers, got none for {missing}: train them")
+    chosen = {site.hook_name: saes[site.hook_name] for site in sites}
+    read: dict[str, Any] = {"span": span, "chat_template": chat_template}
+    held_out = tokenize_examples(model, validation, **read)
+    table = layer_verdicts(model, chosen, sites, held_out, seed=seed)
+    tokenized = tokenize_examples(model, steering, **read)
+    name, alone = scope_name(span), [[site.layer] for site in sites]
+    # There is no prompt that requests a class.
+    methods = [m for m in prompt_methods(steering, seed=seed) if m.name != "instruction"]
+    made = []
+    for kind, own in (("dense descent", identity_encoders(sites)), ("SAE descent", chosen)):
+        found = CentroidTargetBuilder(model, own).fit(tokenized)
+        made.append(found)
+        methods += descent_methods(kind, own, {name: found}, descents, layers=alone, scopes=[scope])
+    methods += decoder_rows_methods(chosen, made[1], span=name, scope=scope, layers=alone)
+    means = residual_means(model, tokenized, [site.layer for site in sites])
+    methods += residual_methods(means, span=name, scope=scope, layers=alone)
+    told = {
+        **(settings or {}),
+        "layers": [site.layer for site in sites],
+        "span": name,
+        "scope": scope_name(scope),
+        "descents": [descent.name for descent in descents],
+        "n_cases": n_cases,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "chat_template": chat_template,
+        "seed": seed,
+    }
+    kept = None
+    if log is not None:
+        kept = ComparisonLog(log, told | {"contents": digest_of(made, examples)})
+    scorers = [
+        TextScorer(
+            model,
+            {"other class": some},
+            judge,
+            max_new_tokens=max_new_tokens,
+            split=split,
+            log=kept,
+            temperature=temperature,
+            seed=seed + (split == "test"),
+            chat_template=chat_template,
+        )
+        for split, some in cases.items()
+    ]
+    return replace(
+        compare_methods(*scorers, methods), sites=table, judge=judge.held_out, settings=told
+    )
+
+
+def split_four_ways(
+    examples: Sequence[LabelledExample], seed: int
+) -> tuple[list[LabelledExample], ...]:
+    """Return examples for centroids, judge, validation and test, each class in all of them.
+
+    Raises:
+        ValueError: a class has fewer than 20 examples.
+    """
+    counts = Counter(str(example.label) for example in examples)
+    if min(counts.values(), default=0) < 20:
+        raise ValueError(
+            f"each class must have 20 examples or more, to split four ways, got {dict(counts)}"
+        )
+
+    def halves(some: Sequence[LabelledExample], share: float) -> list[list[LabelledExample]]:
+        labels = [str(example.label) for example in some]
+        return train_test_split(some, test_size=share, random_state=seed, stratify=labels)
+
+    steering, others = halves(list(examples), 0.6)
+    judging, rest = halves(others, 2 / 3)
+    return (steering, judging, *halves(rest, 0.5))
