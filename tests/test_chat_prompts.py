@@ -102,7 +102,7 @@ def test_the_reference_reads_requesting_prompts_in_the_chat_template(chat):
     ]
     (method,) = interchange_methods(model, [[1]], chat_template=True)
     assert method.steerer is not None
-    (found,) = method.steerer(cases, 0.0).queries.values()
+    (found,) = method.steerer(cases, 0.0).edit.queries.values()
     for row, case in zip(found, cases, strict=True):
         tokens = read(model, case.requesting)[None]
         name = "blocks.1.attn.hook_q"
