@@ -50,7 +50,7 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         if not saes:
-            raise ValueError("there are no SAEs: give at least one, by hook name")
+            raise ValueError("saes must hold at least one SAE, by hook name, got none")
         self._saes = dict(saes)
         self._metrics = metrics
         self.settings = settings
@@ -78,18 +78,17 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         """
         if self._metrics is None:
             raise ValueError(
-                "these SAEs were not measured: train them with metric_tokens above 0, or see "
+                "these SAEs were not measured: train them with metric_tokens above 0, or call "
                 "evaluate_saes"
             )
         return self._metrics
 
     def __repr__(self) -> str:
-        rows = (
-            f"{name}: {sae.cfg.architecture()}, {sae.n_heads} heads of {sae.d_head}, "
-            f"{sae.d_latent} latents each"
-            for name, sae in self.items()
+        first, layers = next(iter(self.values())), [int(name.split(".")[1]) for name in self]
+        return (
+            f"QuerySAEs({first.cfg.architecture()}, layers {min(layers)} to {max(layers)}, "
+            f"{len(self)} sites of {first.n_heads} heads, {first.d_latent} latents each)"
         )
-        return "QuerySAEs(" + "; ".join(rows) + ")"
 
     def to(self, device: str | torch.device) -> "QuerySAEs":
         """Move every SAE to a device, in place, and return this mapping."""

@@ -1,0 +1,80 @@
+"""`import sae_query_steer` makes its architectures known to SAELens, whichever comes first."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from sae_cases import CONFIGS, trained_like
+
+from sae_query_steer.sae import to_inference
+
+ORDERS = {
+    "ours first": "import sys, sae_query_steer\nassert 'sae_lens' not in sys.modules\n",
+    "theirs first": "import sys, sae_lens, sae_query_steer\n",
+    "a module of ours first": "import sys, sae_query_steer.sae.topk\n",
+}
+
+LOADS = """
+from sae_lens import SAE
+from sae_lens.loading import pretrained_sae_loaders as loaders
+one = SAE.load_from_disk(sys.argv[1])
+loaders.hf_hub_download = lambda repo_id, filename, **_: f"{sys.argv[1]}/{filename.split('/')[-1]}"
+two = SAE.from_pretrained("someone/saes", "layer")
+for sae in (one, two):
+    assert type(sae).__name__ == "QueryHeadTopKSAE", type(sae)
+    assert float(sae.W_enc.detach().sum()) == float(sys.argv[2])
+"""
+
+TRAINS = """
+import torch
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from transformer_lens.model_bridge import TransformerBridge
+import sae_query_steer as sqs
+runner = LanguageModelSAETrainingRunner(
+    LanguageModelSAERunnerConfig(
+        sae=sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3),
+        hook_name="blocks.1.attn.hook_q",
+        output_path=f"{sys.argv[2]}/out",
+        checkpoint_path=f"{sys.argv[2]}/checkpoints",
+        model_name="tiny",
+        dataset_path="",
+        is_dataset_tokenized=True,
+        streaming=False,
+        context_size=16,
+        training_tokens=512,
+        train_batch_size_tokens=128,
+        store_batch_size_prompts=8,
+        n_batches_in_buffer=16,
+        logger=LoggingConfig(log_to_wandb=False),
+    ),
+    override_dataset=[{"tokens": row} for row in torch.randint(4, 52, (400, 16)).tolist()],
+    override_model=TransformerBridge.boot_transformers(sys.argv[1], device="cpu"),
+)
+assert type(runner.run()).__name__ == "QueryHeadTopKTrainingSAE"
+"""
+
+
+def run(code: str, *arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_saelens_loads_our_saes_from_disk_and_from_the_hub(order, tmp_path):
+    sae = to_inference(trained_like(CONFIGS["topk"]))
+    sae.save_model(tmp_path)
+    run(ORDERS[order] + LOADS, tmp_path, float(sae.W_enc.sum()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["ours first", "theirs first"])
+def test_saelens_own_runner_trains_our_saes(order, tiny_folder, tmp_path):
+    run(ORDERS[order] + TRAINS, tiny_folder, tmp_path)
