@@ -367,7 +367,7 @@ def test_encoders_that_do_not_fit_the_centroids_are_refused(untyped, saes, targe
         sqs.LatentGradientSteerer(sqs.identity_encoders(sites[1:2]), targets, **settings)
     with pytest.raises(ValueError, match="must hold at least one SAE"):
         sqs.LatentGradientSteerer({}, targets, **settings)
-    with pytest.raises(TypeError, match="the encoder at blocks.0.attn.hook_q is a str"):
+    with pytest.raises(TypeError, match="the encoder at blocks.0.attn.hook_q must be .*got str"):
         sqs.LatentGradientSteerer({"blocks.0.attn.hook_q": "sae"}, targets, **settings)
 
 

@@ -84,10 +84,10 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         return self._metrics
 
     def __repr__(self) -> str:
-        first, layers = next(iter(self.values())), [int(name.split(".")[1]) for name in self]
+        name, first = next(iter(self.items()))
         return (
-            f"QuerySAEs({first.cfg.architecture()}, layers {min(layers)} to {max(layers)}, "
-            f"{len(self)} sites of {first.n_heads} heads, {first.d_latent} latents each)"
+            f"QuerySAEs({first.cfg.architecture()}, {first.n_heads} heads, {first.d_latent} "
+            f"latents each, at {name} and {len(self) - 1} more)"
         )
 
     def to(self, device: str | torch.device) -> "QuerySAEs":
