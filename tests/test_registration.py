@@ -16,12 +16,19 @@ ORDERS = {
 }
 
 LOADS = """
+from pathlib import Path
+from huggingface_hub.utils import EntryNotFoundError
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as loaders
-one = SAE.load_from_disk(sys.argv[1])
-loaders.hf_hub_download = lambda repo_id, filename, **_: f"{sys.argv[1]}/{filename.split('/')[-1]}"
-two = SAE.from_pretrained("someone/saes", "layer")
-for sae in (one, two):
+
+def downloaded(repo_id, filename, **_):
+    path = Path(sys.argv[1], Path(filename).name)
+    if not path.is_file():
+        raise EntryNotFoundError(filename)
+    return path
+
+loaders.hf_hub_download = downloaded
+for sae in (SAE.load_from_disk(sys.argv[1]), SAE.from_pretrained("someone/saes", "layer")):
     assert type(sae).__name__ == "QueryHeadTopKSAE", type(sae)
     assert float(sae.W_enc.detach().sum()) == float(sys.argv[2])
 """
