@@ -1,11 +1,6 @@
 from .baselines.decoder_rows import decoder_rows as decoder_rows
 from .baselines.residual import residual_mean_difference as residual_mean_difference
-from .baselines.residual_stream import (
-    ResidualMeans as ResidualMeans,
-)
-from .baselines.residual_stream import (
-    residual_means as residual_means,
-)
+from .baselines.residual import residual_means as residual_means
 from .baselines.simple import (
     few_shot_prompt as few_shot_prompt,
 )

@@ -1,36 +1,42 @@
 """The difference of class means in the residual stream: the usual steering vector."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from sae_query_steer.baselines.added import AddedDirection, above_others
-from sae_query_steer.baselines.residual_stream import ResidualMeans, residual_hook
+from sae_query_steer.data.tokenized import TokenizedExamples
+from sae_query_steer.sae.encoders import IdentityEncoder
 from sae_query_steer.scopes.positions import LastPromptToken, Scope
 from sae_query_steer.sites import Site
+from sae_query_steer.steering.origin import FromCentroids
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.where import Where
+from sae_query_steer.targets.builder import CentroidTargetBuilder
+from sae_query_steer.targets.centroids import CentroidTargets
 
 
-@dataclass(frozen=True, eq=False)
-class _FromMeans:
-    """The means of some layers, as what a steerer was made from."""
+def residual_means(
+    model: Any, examples: TokenizedExamples, layers: Sequence[int]
+) -> CentroidTargets:
+    """Return the mean residual stream of each class of labelled texts, after some layers.
 
-    means: ResidualMeans
-    layers: tuple[int, ...]
+    Centroids of `blocks.L.hook_resid_post` as a site of one head, without an SAE.
 
-    def check_model(self, model: Any) -> None:
-        self.means.check(model, self.layers)
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        examples: tokenised labelled texts.
+        layers: after which layers.
 
-    def to(self, device: str | torch.device) -> "_FromMeans":
-        del device
-        return self
+    Raises:
+        ValueError: no such layer, or what `CentroidTargetBuilder.fit` refuses.
+    """
+    sites = [Site.of(model, f"blocks.{layer}.hook_resid_post") for layer in layers]
+    encoders = {s.hook_name: IdentityEncoder(n_heads=1, d_head=s.d_head) for s in sites}
+    return CentroidTargetBuilder(model, encoders).fit(examples)
 
 
 def residual_mean_difference(
-    means: ResidualMeans,
+    means: CentroidTargets,
     *,
     target: str | Sequence[str],
     strength: float | Sequence[float],
@@ -39,7 +45,7 @@ def residual_mean_difference(
 ) -> Steerer:
     """Return a steerer that adds strength * (mean of the target class - mean of the others' means).
 
-    To `blocks.L.hook_resid_post`, at scoped positions of every layer named. The original steers
+    To `blocks.L.hook_resid_post`, at scoped tokens, after every layer named. The original steers
     one layer at a time; over several, each adds its own difference to what came before. In a trace
     the head is -1, and query_norm and relative_change are of the residual stream.
 
@@ -59,18 +65,17 @@ def residual_mean_difference(
     classes, whose texts need no partners, and is added in the scope.
     """
     sites = [
-        Site(hook_name=residual_hook(layer), n_heads=1, d_head=mean.shape[1])
-        for layer, mean in means.means.items()
+        Site(hook_name=name, n_heads=1, d_head=mean.shape[-1]) for name, mean in means.means.items()
     ]
     where = Where(sites, scope=LastPromptToken() if scope is None else scope, layers=layers)
+    encoders = {
+        name: IdentityEncoder(n_heads=1, d_head=at.site.d_head) for name, at in where.chosen.items()
+    }
     edit = AddedDirection(
-        directions={
-            residual_hook(layer): above_others(mean)[:, None] for layer, mean in means.means.items()
-        },
+        directions={name: above_others(means.means[name]) for name in encoders},
         classes=means.classes,
         target=target,
         strength=strength,
         method="residual mean difference",
     )
-    chosen = tuple(at.site.layer for at in where.chosen.values())
-    return Steerer(edit, where, origin=_FromMeans(means, chosen))
+    return Steerer(edit, where, origin=FromCentroids(encoders, means))

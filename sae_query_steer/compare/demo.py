@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from sae_query_steer.baselines.residual_stream import residual_means
+from sae_query_steer.baselines.residual import residual_means
 from sae_query_steer.compare import tutor_task
 from sae_query_steer.compare.comparison import Comparison, compare_methods
 from sae_query_steer.compare.descents import DESCENTS

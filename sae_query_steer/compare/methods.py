@@ -8,7 +8,6 @@ from typing import Any
 
 from sae_query_steer.baselines.decoder_rows import decoder_rows
 from sae_query_steer.baselines.residual import residual_mean_difference
-from sae_query_steer.baselines.residual_stream import ResidualMeans
 from sae_query_steer.baselines.simple import few_shot_prompt, random_direction
 from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.compare.descents import Descent
@@ -169,7 +168,7 @@ def decoder_rows_methods(
 
 
 def residual_methods(
-    means: ResidualMeans,
+    means: CentroidTargets,
     *,
     span: str,
     layers: Iterable[Sequence[int]],

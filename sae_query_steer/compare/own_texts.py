@@ -8,7 +8,7 @@ from typing import Any
 
 from sklearn.model_selection import train_test_split
 
-from sae_query_steer.baselines.residual_stream import residual_means
+from sae_query_steer.baselines.residual import residual_means
 from sae_query_steer.compare.cases import cases_of
 from sae_query_steer.compare.classifier_judge import ClassifierJudge
 from sae_query_steer.compare.comparison import Comparison, compare_methods
