@@ -165,48 +165,22 @@ from .sae.encoders import (
 )
 from .sae.heads import join_heads as join_heads
 from .sae.heads import split_heads as split_heads
+from .scopes.joins import AllOf as AllOf
+from .scopes.joins import AnyOf as AnyOf
+from .scopes.joins import Not as Not
 from .scopes.marked import AfterToken as AfterToken
 from .scopes.marked import AtPositions as AtPositions
 from .scopes.marked import RowMask as RowMask
-from .scopes.named import (
-    FirstResponseTokens as FirstResponseTokens,
-)
-from .scopes.named import (
-    LastPromptTokens as LastPromptTokens,
-)
-from .scopes.named import (
-    PromptTokens as PromptTokens,
-)
-from .scopes.named import (
-    Window as Window,
-)
-from .scopes.named import (
-    WindowAroundPromptEnd as WindowAroundPromptEnd,
-)
-from .scopes.positions import (
-    AllOf as AllOf,
-)
-from .scopes.positions import (
-    AnyOf as AnyOf,
-)
-from .scopes.positions import (
-    EveryPosition as EveryPosition,
-)
-from .scopes.positions import (
-    LastPromptToken as LastPromptToken,
-)
-from .scopes.positions import (
-    LastResponseToken as LastResponseToken,
-)
-from .scopes.positions import (
-    Not as Not,
-)
-from .scopes.positions import (
-    Positions as Positions,
-)
-from .scopes.positions import (
-    ResponseTokens as ResponseTokens,
-)
+from .scopes.named import EveryPosition as EveryPosition
+from .scopes.named import FirstResponseTokens as FirstResponseTokens
+from .scopes.named import LastPromptToken as LastPromptToken
+from .scopes.named import LastPromptTokens as LastPromptTokens
+from .scopes.named import LastResponseToken as LastResponseToken
+from .scopes.named import PromptTokens as PromptTokens
+from .scopes.named import ResponseTokens as ResponseTokens
+from .scopes.named import Window as Window
+from .scopes.named import WindowAroundPromptEnd as WindowAroundPromptEnd
+from .scopes.positions import Positions as Positions
 from .sites import QuerySite as QuerySite
 from .sites import query_sites as query_sites
 from .steering.attach import attached_saes as attached_saes

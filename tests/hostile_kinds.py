@@ -24,7 +24,7 @@ from sae_query_steer import sae
 from sae_query_steer.hub.layout import sha256
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae import to_inference
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.files import steerer_settings
 
 HOOKS = ("blocks.2.attn.hook_q", "blocks.10.attn.hook_rot_q")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w0 w1 w2 w3 w4", "w20 w21", "w40 w3 w7"]

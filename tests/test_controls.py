@@ -18,7 +18,7 @@ from sae_query_steer.descent.control import (
 from sae_query_steer.descent.goals import Goal
 from sae_query_steer.descent.objectives import posterior_of_target
 from sae_query_steer.descent.strength import by_row, each, limited, scheduled
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
 

@@ -19,7 +19,7 @@ from sae_query_steer.data.tokenized import (
     tokenize_example,
     tokenize_examples,
 )
-from sae_query_steer.scopes.positions import EveryPosition, LastPromptToken
+from sae_query_steer.scopes.named import EveryPosition, LastPromptToken
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"

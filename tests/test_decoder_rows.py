@@ -11,7 +11,7 @@ from sae_query_steer.baselines.decoder_rows import class_latents, decoder_rows
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]

@@ -5,16 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_query_steer.scopes.positions import (
-    AnyOf,
-    EveryPosition,
-    LastPromptToken,
-    LastResponseToken,
-    Positions,
-    ResponseTokens,
-    check_scope,
-    select,
-)
+from sae_query_steer.scopes.joins import AnyOf, check_scope
+from sae_query_steer.scopes.named import EveryPosition, LastPromptToken, LastResponseToken, ResponseTokens
+from sae_query_steer.scopes.positions import Positions, select
 
 # Three left-padded rows of seven columns: 5 tokens of which 3 are prompt, 7 of which 4 are
 # prompt, and 3 that are all prompt. x marks a column that is selected.

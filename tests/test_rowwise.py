@@ -9,7 +9,7 @@ from conftest import greedy_logits
 import sae_query_steer as sqs
 from sae_query_steer.compare.generation import continuations
 from sae_query_steer.compare.query_patch import query_patch
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.rowwise import rowwise
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]

@@ -10,29 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sae_query_steer as sqs
-from sae_query_steer.scopes.contradictions import Cuts, all_cases
-from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
-from sae_query_steer.scopes.named import (
-    FirstResponseTokens,
-    LastPromptTokens,
-    PromptTokens,
-    Window,
-    WindowAroundPromptEnd,
-)
-from sae_query_steer.scopes.positions import (
+from sae_query_steer.scopes.joins import (
     AllOf,
     AnyOf,
-    EveryPosition,
-    LastPromptToken,
-    LastResponseToken,
+    Cuts,
     Not,
-    Positions,
-    ResponseTokens,
+    all_cases,
     check_scope,
     needs_tokens,
-    select,
 )
-from sae_query_steer.scopes.prompt_lengths import by_position, fixed_positions
+from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
+from sae_query_steer.scopes.named import EveryPosition, FirstResponseTokens, LastPromptToken, LastPromptTokens, LastResponseToken, PromptTokens, ResponseTokens, Window, WindowAroundPromptEnd
+from sae_query_steer.scopes.positions import Positions, by_position, fixed_positions, select
 
 # --- The slow reference: rows without padding, one token at a time, in plain Python.
 

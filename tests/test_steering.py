@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import sae_query_steer as sqs
 from sae_query_steer.models.activations import read_activations
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {

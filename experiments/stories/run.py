@@ -31,7 +31,8 @@ from experiments.stories.texts import all_candidates, counted, studies, written
 from sae_query_steer.compare import ComparisonLog, TextScorer
 from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.models.activations import read_activations
-from sae_query_steer.scopes.positions import Span, scope_name
+from sae_query_steer.scopes.joins import scope_name
+from sae_query_steer.scopes.positions import Span
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 

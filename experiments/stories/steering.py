@@ -24,8 +24,8 @@ from sae_query_steer.compare import (
 )
 from sae_query_steer.compare.outcomes import outcome_row
 from sae_query_steer.models.activations import read_at_span
-from sae_query_steer.scopes.columns import TokenPositions
-from sae_query_steer.scopes.positions import Span, scope_name
+from sae_query_steer.scopes.joins import scope_name
+from sae_query_steer.scopes.positions import Span, TokenPositions
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange

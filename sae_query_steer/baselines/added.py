@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.strength import by_row, each
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_descent import LatentDescent, target_labels
 from sae_query_steer.steering.trace import QueryChange

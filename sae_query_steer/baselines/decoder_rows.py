@@ -10,7 +10,8 @@ from sae_query_steer.arguments import check_number
 from sae_query_steer.baselines.added import AddedDirection, above_others
 from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.sae.encoders import QueryEncoder, device_of, encoder_sites
-from sae_query_steer.scopes.positions import LastPromptToken, Scope
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Scope
 from sae_query_steer.steering.latent_descent import LatentDescent
 from sae_query_steer.steering.origin import FromCentroids
 from sae_query_steer.steering.steerer import Steerer

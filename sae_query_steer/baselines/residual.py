@@ -6,7 +6,8 @@ from typing import Any
 from sae_query_steer.baselines.added import AddedDirection, above_others
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.sae.encoders import IdentityEncoder
-from sae_query_steer.scopes.positions import LastPromptToken, Scope
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Scope
 from sae_query_steer.sites import Site
 from sae_query_steer.steering.origin import FromCentroids
 from sae_query_steer.steering.steerer import Steerer

@@ -12,8 +12,8 @@ from sae_query_steer.baselines.added import check_added
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.sae.encoders import identity_encoders
-from sae_query_steer.scopes.columns import TokenPositions
-from sae_query_steer.scopes.positions import LastPromptToken, Scope
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Scope, TokenPositions
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_descent import LatentDescent, LatentGradientSteerer

@@ -31,7 +31,7 @@ from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
-from sae_query_steer.scopes.positions import LastPromptToken, ResponseTokens
+from sae_query_steer.scopes.named import LastPromptToken, ResponseTokens
 from sae_query_steer.sites import query_sites
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 from sae_query_steer.targets.centroids import CentroidTargets

@@ -14,7 +14,9 @@ from sae_query_steer.compare.descents import Descent
 from sae_query_steer.compare.query_patch import requested_queries
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.sae.encoders import QueryEncoder
-from sae_query_steer.scopes.positions import LastPromptToken, Scope, scope_name
+from sae_query_steer.scopes.joins import scope_name
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Scope
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.targets.centroids import CentroidTargets

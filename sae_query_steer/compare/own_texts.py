@@ -25,7 +25,9 @@ from sae_query_steer.compare.sites import layer_verdicts
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
-from sae_query_steer.scopes.positions import LastPromptToken, Scope, Span, scope_name
+from sae_query_steer.scopes.joins import scope_name
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Scope, Span
 from sae_query_steer.sites import query_sites
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 

@@ -13,7 +13,7 @@ from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.models.activations import read_activations
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.rowwise import check_rows

@@ -11,8 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from sae_query_steer.data.tokenized import TokenizedExample
-from sae_query_steer.scopes.positions import Positions, Span, select
-from sae_query_steer.scopes.prompt_lengths import by_position
+from sae_query_steer.scopes.positions import Positions, Span, by_position, select
 
 PAD = -1
 """Marks padding in token rows; no token has this id."""

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.scopes.positions import LastPromptToken, Span, check_scope, scope_name
+from sae_query_steer.scopes.joins import check_scope, scope_name
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Span
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_query_steer.descent.control import Schedule
 from sae_query_steer.descent.objectives import check_result
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 
 Queries = Float[Tensor, "token head d_head"]
 

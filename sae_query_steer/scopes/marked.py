@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_query_steer.scopes.columns import Positions, check_rows, known_tokens
-from sae_query_steer.scopes.contradictions import Cuts
+from sae_query_steer.scopes.joins import Cuts, Joinable
 from sae_query_steer.scopes.named import check_whole_number
-from sae_query_steer.scopes.positions import Joinable
+from sae_query_steer.scopes.positions import Positions, check_rows, known_tokens
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,72 @@
-"""More scopes: parts of the prompt and of the response, and windows.
+"""Named scopes: the prompt, the response, parts of both, and windows of positions.
 
-All join with `|`, `&` and `~`, and all mean absolute positions without padding, as in `positions`.
+All join with `|`, `&` and `~`, and all mean absolute positions without padding.
 """
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_query_steer.scopes.columns import Positions, known_prompt_lengths
-from sae_query_steer.scopes.contradictions import Cuts
-from sae_query_steer.scopes.positions import Joinable
+from sae_query_steer.scopes.joins import Cuts, Joinable
+from sae_query_steer.scopes.positions import Positions, known_prompt_lengths
 
 
 @dataclass(frozen=True)
-class PromptTokens(Joinable):
+class EveryPosition(Joinable):
+    """Every real token of the row; never padding."""
+
+    def _cuts(self) -> Cuts:
+        return Cuts()
+
+    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
+        """Return the real columns."""
+        return positions.valid
+
+
+class _AroundPromptEnd(Joinable):
+    """Positions between two limits, counted from the prompt's end: 0 is the token after it."""
+
+    def _limits(self) -> tuple[int | None, int | None]:
+        """Return the first position and the one after the last; None means without limit."""
+        raise NotImplementedError
+
+    def _cuts(self) -> Cuts:
+        return Cuts(from_prompt_end=frozenset(end for end in self._limits() if end is not None))
+
+    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
+        """Return the columns whose distance from the prompt's end is within the limits."""
+        from_end = positions.index - known_prompt_lengths(positions, self)[:, None]
+        return _between(from_end, *self._limits())
+
+
+@dataclass(frozen=True)
+class PromptTokens(_AroundPromptEnd):
     """Every token of the prompt, BOS and any chat template included.
 
     As a scope it acts once per call of `generate`, on the forward pass that reads the prompt.
     """
 
-    def _cuts(self) -> Cuts:
-        return Cuts(from_prompt_end=frozenset({0}))
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the columns before `prompt_length` of each row."""
-        return positions.index < known_prompt_lengths(positions, self)[:, None]
+    def _limits(self) -> tuple[int | None, int | None]:
+        return None, 0
 
 
 @dataclass(frozen=True)
-class LastPromptTokens(Joinable):
+class LastPromptToken(_AroundPromptEnd):
+    """The last token of the prompt: the read-out position whose query starts the response.
+
+    As a scope it acts once per call of `generate`, on the forward pass that reads the prompt.
+    """
+
+    def _limits(self) -> tuple[int | None, int | None]:
+        return -1, 0
+
+
+@dataclass(frozen=True)
+class LastPromptTokens(_AroundPromptEnd):
     """The last k tokens of the prompt; all of a prompt that is shorter.
 
     The prompt's end is the only end that is known while a row is generated. "The last k tokens so
@@ -46,20 +80,23 @@ class LastPromptTokens(Joinable):
     def __post_init__(self) -> None:
         _store_number(self, "k", at_least=1)
 
-    def _cuts(self) -> Cuts:
-        return Cuts(from_prompt_end=frozenset({-self.k, 0}))
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the last k columns before `prompt_length` of each row."""
-        from_end = positions.index - known_prompt_lengths(positions, self)[:, None]
-        return (from_end >= -self.k) & (from_end < 0)
+    def _limits(self) -> tuple[int | None, int | None]:
+        return -self.k, 0
 
 
 @dataclass(frozen=True)
-class FirstResponseTokens(Joinable):
+class ResponseTokens(_AroundPromptEnd):
+    """Every token after the prompt: the response of an example, or the generated tokens."""
+
+    def _limits(self) -> tuple[int | None, int | None]:
+        return 0, None
+
+
+@dataclass(frozen=True)
+class FirstResponseTokens(_AroundPromptEnd):
     """The first n tokens after the prompt: of the response of an example, or generated ones.
 
-    The query of a token shapes the token after it. So the first generated token hangs on
+    The query of a token shapes the token after it. So the first generated token depends on
     `LastPromptToken`, and the last one that `generate` returns is never read and never steered.
     """
 
@@ -69,13 +106,25 @@ class FirstResponseTokens(Joinable):
     def __post_init__(self) -> None:
         _store_number(self, "n", at_least=1)
 
-    def _cuts(self) -> Cuts:
-        return Cuts(from_prompt_end=frozenset({0, self.n}))
+    def _limits(self) -> tuple[int | None, int | None]:
+        return 0, self.n
+
+
+@dataclass(frozen=True)
+class LastResponseToken(Joinable):
+    """The last token of the response; a span only, as a running generation has no last token."""
+
+    span_only: ClassVar[str | None] = (
+        "LastResponseToken() can't be a scope: the last token of a row is unknown while it is "
+        "generated; steer at LastPromptToken(), ResponseTokens() or EveryPosition()"
+    )
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the first n columns at or after `prompt_length` of each row."""
-        from_end = positions.index - known_prompt_lengths(positions, self)[:, None]
-        return (from_end >= 0) & (from_end < self.n)
+        """Return the column at `length - 1` of each row that has a response."""
+        if positions.lengths is None:
+            raise ValueError(self.span_only)
+        last = positions.index == positions.lengths[:, None] - 1
+        return last & ResponseTokens()(positions)
 
 
 @dataclass(frozen=True)
@@ -108,7 +157,7 @@ class Window(Joinable):
 
 
 @dataclass(frozen=True)
-class WindowAroundPromptEnd(Joinable):
+class WindowAroundPromptEnd(_AroundPromptEnd):
     """The positions from `start` up to `stop`, counted from the prompt's end.
 
     0 is the first token after the prompt and -1 the prompt's last: (-3, 2) are the last three
@@ -128,14 +177,8 @@ class WindowAroundPromptEnd(Joinable):
         if self.start is not None and self.stop is not None:
             _check_order(self, self.start, self.stop)
 
-    def _cuts(self) -> Cuts:
-        ends = (end for end in (self.start, self.stop) if end is not None)
-        return Cuts(from_prompt_end=frozenset(ends))
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the columns whose distance from the prompt's end is in the window."""
-        from_end = positions.index - known_prompt_lengths(positions, self)[:, None]
-        return _between(from_end, self.start, self.stop)
+    def _limits(self) -> tuple[int | None, int | None]:
+        return self.start, self.stop
 
 
 def _between(values: Tensor, start: int | None, stop: int | None) -> Tensor:

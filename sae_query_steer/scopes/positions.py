@@ -1,247 +1,292 @@
-"""Spans (where centroids are taken) and scopes (where to steer): one vocabulary of positions.
+"""Where the columns of a forward pass stand in their rows: one vocabulary for spans and scopes.
 
-Positions are absolute and unpadded: the first real token of a row is 0 whatever padding stands
-before it, and a decode step with a KV cache sees the position that the token really has. So a
-scope means the same with the cache on and off, in a batch and row by row. Here are what scopes
-are, how they are joined, and the four that everything else needs; the others are in `scopes`.
+Positions are absolute and without padding: the first real token of a row is 0 whatever padding
+stands before it, and a decode step with a KV cache has the position that the token really has. So a
+scope means the same with the cache on and off, in a batch and row by row.
 """
 
-import operator
-from dataclasses import dataclass
-from functools import reduce
-from typing import ClassVar, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool
+from einops import repeat
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_query_steer.scopes.columns import Positions, Scope, known_prompt_lengths, select
-from sae_query_steer.scopes.contradictions import Cuts, all_cases
+PromptLengths: TypeAlias = int | Sequence[int] | Tensor
+"""Tokens of the prompt (BOS included, padding not): one number for all rows, or one for each."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Positions:
+    """Where each column of a forward pass stands in its own row."""
+
+    index: Int[Tensor, "batch pos"]
+    """Absolute position of each column, counted without padding; 0 is the row's first token."""
+
+    valid: Bool[Tensor, "batch pos"]
+    """False where the column is padding."""
+
+    prompt_lengths: Int[Tensor, " batch"] | None = None
+    """Tokens of the prompt in each row (BOS included); None if unknown."""
+
+    lengths: Int[Tensor, " batch"] | None = None
+    """Tokens of the whole row; None while the row is still being generated."""
+
+    tokens: Int[Tensor, "batch length"] | None = None
+    """Ids of all tokens of each row so far, by absolute position and so without padding, -1 after
+    the row's last; a decode step sees those before it too. None where they are not known."""
+
+    def tokens_at(self, mask: Bool[Tensor, "batch pos"]) -> "TokenPositions":
+        """Return the tokens of the columns where a mask is True, row by row."""
+        rows, columns = mask.nonzero(as_tuple=True)
+        return TokenPositions(
+            row=rows,
+            position=self.index[rows, columns],
+            n_rows=len(mask),
+            prompt_lengths=self.prompt_lengths,
+            column=columns,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenPositions:
+    """Some tokens of a forward pass, such as those in a scope: a selection of its `Positions`."""
+
+    row: Int[Tensor, " token"]
+    """Row of the batch."""
+
+    position: Int[Tensor, " token"]
+    """Position in the row, absolute and without padding."""
+
+    n_rows: int
+    """Rows of the batch."""
+
+    prompt_lengths: Int[Tensor, " batch"] | None = None
+    """Tokens of each row's prompt; None if unknown."""
+
+    column: Int[Tensor, " token"] | None = None
+    """Column of the forward pass; None outside one."""
+
+    @classmethod
+    def one_per_row(cls, n_rows: int) -> "TokenPositions":
+        """Return one token in each row, at position 0: to call an edit outside a model."""
+        rows = torch.arange(n_rows)
+        return cls(row=rows, position=torch.zeros_like(rows), n_rows=n_rows)
+
+    def age(self) -> Float[Tensor, " token"]:
+        """Return how many tokens lie between a token and the end of its prompt, 0 within it.
+
+        The last prompt token has age 0, the first generated token 1.
+
+        Raises:
+            ValueError: the prompt lengths are unknown.
+        """
+        if self.prompt_lengths is None:
+            raise ValueError(
+                "a schedule needs to know where the prompt ends, and this forward pass does not "
+                "come from generate() or generate_stream(): pass prompt_lengths=[...]"
+            )
+        lengths = self.prompt_lengths.to(self.position.device)[self.row]
+        return (self.position - lengths + 1).clamp(min=0).float()
+
+    def at(self, tokens: Tensor) -> "TokenPositions":
+        """Return some of the tokens, by their indices."""
+        column = None if self.column is None else self.column[tokens]
+        return replace(self, row=self.row[tokens], position=self.position[tokens], column=column)
+
+    def cpu(self) -> "TokenPositions":
+        """Return a copy on the CPU."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{name: t.cpu() for name, t in tensors.items() if isinstance(t, Tensor)}
+        )
+
+
+Scope: TypeAlias = Callable[[Positions], Tensor]
+"""Any function from `Positions` to a boolean tensor [batch pos]; `named` and `marked` have some."""
 
 Span: TypeAlias = Scope
-"""A scope used to say where centroids are taken."""
+"""A scope that says where centroids are taken."""
 
 
-_NO_LAST_TOKEN = (
-    "LastResponseToken() can't be a scope: while a row is generated nobody knows its last token; "
-    "steer at LastPromptToken(), ResponseTokens() or EveryPosition()"
-)
-
-
-class Joinable:
-    """Adds `|`, `&` and `~`, so that scopes read as they are said."""
-
-    needs_tokens: ClassVar[bool] = False
-    """Whether the scope reads `Positions.tokens`."""
-
-    def _cuts(self) -> Cuts | None:
-        """Return where the scope may change; None where that can't be known beforehand."""
-        return None
-
-    def __or__(self, other: Scope) -> "AnyOf":
-        return AnyOf(self, other)  # pyright: ignore[reportArgumentType]
-
-    def __ror__(self, other: Scope) -> "AnyOf":
-        return AnyOf(other, self)  # pyright: ignore[reportArgumentType]
-
-    def __and__(self, other: Scope) -> "AllOf":
-        return AllOf(self, other)  # pyright: ignore[reportArgumentType]
-
-    def __rand__(self, other: Scope) -> "AllOf":
-        return AllOf(other, self)  # pyright: ignore[reportArgumentType]
-
-    def __invert__(self) -> "Not":
-        return Not(self)  # pyright: ignore[reportArgumentType]
-
-
-@dataclass(frozen=True)
-class EveryPosition(Joinable):
-    """Every real token of the row; never padding."""
-
-    def _cuts(self) -> Cuts:
-        return Cuts()
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the real columns."""
-        return positions.valid
-
-
-@dataclass(frozen=True)
-class LastPromptToken(Joinable):
-    """The last token of the prompt: the read-out position whose query starts the response.
-
-    As a scope it acts once per call of `generate`, on the forward pass that reads the prompt.
-    """
-
-    def _cuts(self) -> Cuts:
-        return Cuts(from_prompt_end=frozenset({-1, 0}))
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the column at `prompt_length - 1` of each row."""
-        return positions.index == known_prompt_lengths(positions, self)[:, None] - 1
-
-
-@dataclass(frozen=True)
-class ResponseTokens(Joinable):
-    """Every token after the prompt: the response of an example, or the generated tokens."""
-
-    def _cuts(self) -> Cuts:
-        return Cuts(from_prompt_end=frozenset({0}))
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the columns at or after `prompt_length` of each row."""
-        return positions.index >= known_prompt_lengths(positions, self)[:, None]
-
-
-@dataclass(frozen=True)
-class LastResponseToken(Joinable):
-    """The last token of the response; a span only, as a running generation has no last token."""
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the column at `length - 1` of each row that has a response."""
-        if positions.lengths is None:
-            raise ValueError(_NO_LAST_TOKEN)
-        last = positions.index == positions.lengths[:, None] - 1
-        return last & ResponseTokens()(positions)
-
-
-@dataclass(frozen=True, init=False)
-class _Join(Joinable):
-    scopes: tuple[Scope, ...]
-    """The scopes that are joined."""
-
-    def __init__(self, *scopes: Scope) -> None:
-        if not scopes:
-            raise ValueError(f"{type(self).__name__}() needs at least one scope; got none")
-        for scope in scopes:
-            check_scope(scope, name="scope")
-        object.__setattr__(self, "scopes", scopes)
-        _check_possible(self)
-
-    def __repr__(self) -> str:
-        return scope_name(self)
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the union or the intersection of the scopes' columns."""
-        return self._of([select(scope, positions) for scope in self.scopes])
-
-    def _of(self, masks: list[Tensor]) -> Tensor:
-        return reduce(operator.and_ if isinstance(self, AllOf) else operator.or_, masks)
-
-
-@dataclass(frozen=True, init=False, repr=False)
-class AnyOf(_Join):
-    """The union of scopes: a position counts when at least one of them names it."""
-
-
-@dataclass(frozen=True, init=False, repr=False)
-class AllOf(_Join):
-    """The intersection of scopes: a position counts when every one of them names it."""
-
-
-@dataclass(frozen=True, repr=False)
-class Not(Joinable):
-    """The complement of a scope: every real token that it does not name; never padding."""
-
-    scope: Scope
-    """What is left out."""
-
-    def __post_init__(self) -> None:
-        check_scope(self.scope, name="scope")
-        _check_possible(self)
-
-    def __repr__(self) -> str:
-        return scope_name(self)
-
-    def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the real columns outside the scope."""
-        return positions.valid & ~select(self.scope, positions)
-
-
-def scope_name(scope: Scope) -> str:
-    """Return how a scope prints; a function by its name, without the address that changes."""
-    match scope:
-        case AnyOf():
-            return " | ".join(map(scope_name, scope.scopes))
-        case AllOf():
-            return " & ".join(_in_brackets(part, AnyOf) for part in scope.scopes)
-        case Not():
-            return "~" + _in_brackets(scope.scope, AnyOf, AllOf)
-    name = getattr(scope, "__qualname__", None)
-    return repr(scope) if name is None else f"{scope.__module__}.{name}"
-
-
-def needs_tokens(scope: Scope) -> bool:
-    """Return whether a scope may read `Positions.tokens`.
-
-    A user's function may, unless it has an attribute `needs_tokens` that says otherwise.
-    """
-    parts = _parts(scope)
-    return any(map(needs_tokens, parts)) if parts else bool(getattr(scope, "needs_tokens", True))
-
-
-def check_scope(scope: object, *, name: str, generating: bool = False) -> None:
-    """Raise unless a value can be called as a scope; `name` is the argument it came by.
+def select(scope: Scope, positions: Positions) -> Bool[Tensor, "batch pos"]:
+    """Return the real columns that a scope names.
 
     Args:
-        scope: the value.
-        name: what the message calls it.
-        generating: it is to hold while rows are generated, so their end is not known.
+        scope: a scope of this module, or a user's function of the same form.
+        positions: where the columns of this forward pass stand.
+
+    Returns:
+        A mask over [batch pos] in which padding is always False.
 
     Raises:
-        TypeError: the value is not callable, or is a class where an instance is meant.
-        ValueError: `LastResponseToken` where rows are generated, in a join too.
+        TypeError: the scope returned something other than a boolean tensor.
+        ValueError: its shape is not [batch pos], or it needs prompt lengths that are unknown.
+
+    Source: our choice.
     """
-    if generating and isinstance(scope, LastResponseToken):
-        raise ValueError(_NO_LAST_TOKEN)
-    for part in _parts(scope):
-        check_scope(part, name=name, generating=generating)
-    if isinstance(scope, type):
-        raise TypeError(f"{name}={scope.__name__} is a class: write {name}={scope.__name__}()")
-    if not callable(scope):
+    mask = scope(positions)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(
-            f"{name}={scope!r} is no scope; allowed: LastPromptToken(), ResponseTokens(), "
-            "EveryPosition() and the like, joined with |, & and ~, or a function of Positions"
+            f"the scope {scope!r} returned {_describe(mask)}: it must return a boolean tensor "
+            "of shape [batch pos]"
         )
-
-
-def _parts(scope: object) -> tuple[Scope, ...]:
-    if isinstance(scope, _Join):
-        return scope.scopes
-    return (scope.scope,) if isinstance(scope, Not) else ()
-
-
-def _check_possible(scope: Scope) -> None:
-    cases = torch.tensor(all_cases(_all_cuts(scope)))
-    index = cases[:, :1]
-    positions = Positions(
-        index=index, valid=torch.ones_like(index, dtype=torch.bool), prompt_lengths=cases[:, 1]
-    )
-    if not bool(_judged(scope, positions, in_doubt=True).any()):
+    if mask.shape != positions.valid.shape:
         raise ValueError(
-            f"{scope_name(scope)} can never hold: no position of any row is in it; to steer in one "
-            "scope or the other, join them with |"
+            f"the scope {scope!r} returned shape {list(mask.shape)}: this forward pass has "
+            f"[batch pos] = {list(positions.valid.shape)}"
+        )
+    return mask & positions.valid
+
+
+def known_prompt_lengths(positions: Positions, scope: object) -> Int[Tensor, " batch"]:
+    """Return the prompt lengths that a scope needs.
+
+    Raises:
+        ValueError: they are unknown.
+    """
+    if positions.prompt_lengths is None:
+        raise ValueError(
+            f"{scope!r} must know where the prompt ends, and this forward pass did not come from "
+            "generate() or generate_stream(): pass prompt_lengths=[...] (tokens of each row's "
+            "prompt, BOS included), or use EveryPosition()"
+        )
+    return positions.prompt_lengths
+
+
+def known_tokens(positions: Positions, scope: object) -> Int[Tensor, "batch length"]:
+    """Return the tokens that a scope needs.
+
+    Raises:
+        ValueError: they are not known.
+    """
+    if positions.tokens is None:
+        raise ValueError(
+            f"{scope!r} must know the tokens of each row from its beginning, and this forward pass "
+            "does not show them: give the model text or token ids and no embeddings, begin the KV "
+            "cache inside apply(), and pass tokens=[batch pos] to fwd_hooks()"
+        )
+    return positions.tokens
+
+
+def check_rows(positions: Positions, scope: object, rows: int) -> None:
+    """Raise unless a scope that differs from row to row has something for each row.
+
+    Raises:
+        ValueError: the message gives both numbers.
+    """
+    if rows != len(positions.index):
+        raise ValueError(
+            f"{scope!r} is for {rows} rows, the batch has {len(positions.index)}: give all prompts "
+            "in one call of generate(), in order"
         )
 
 
-def _all_cuts(scope: Scope) -> Cuts:
-    if parts := _parts(scope):
-        return reduce(operator.or_, map(_all_cuts, parts))
-    return (scope._cuts() if isinstance(scope, Joinable) else None) or Cuts()
+def _describe(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{type(value).__name__}"
 
 
-def _judged(scope: Scope, positions: Positions, *, in_doubt: bool) -> Tensor:
-    """Return where a scope holds, and `in_doubt` where that can't be known beforehand."""
-    match scope:
-        case _Join():
-            return scope._of([_judged(s, positions, in_doubt=in_doubt) for s in scope.scopes])
-        case Not():
-            return ~_judged(scope.scope, positions, in_doubt=not in_doubt)
-        case Joinable() if scope._cuts() is not None:
-            return scope(positions)
-    return torch.full_like(positions.valid, in_doubt)
+def fixed_positions(
+    batch: int,
+    n_pos: int,
+    device: torch.device,
+    prompt_lengths: PromptLengths | None,
+    attention_mask: Tensor | None,
+    tokens: Tensor | None = None,
+) -> Positions:
+    """Return the positions of one forward pass over whole rows, without a cache.
+
+    Raises:
+        ValueError: mask, prompt lengths or tokens don't fit the rows, as when a decode step with a
+            KV cache sees one column of a row.
+    """
+    if attention_mask is None:
+        valid = torch.ones(batch, n_pos, dtype=torch.bool, device=device)
+    elif attention_mask.shape != (batch, n_pos):
+        raise ValueError(
+            f"attention_mask of shape {list(attention_mask.shape)} does not fit a forward pass of "
+            f"[batch pos] = {[batch, n_pos]}: fwd_hooks sees whole rows; inside generate use apply"
+        )
+    else:
+        valid = attention_mask.bool().to(device)
+    lengths = as_lengths(prompt_lengths)
+    if lengths is not None:
+        lengths = expand_lengths(lengths, batch).to(device)
+        check_lengths(lengths, valid)
+    if tokens is not None and tokens.shape != (batch, n_pos):
+        raise ValueError(
+            f"tokens of shape {list(tokens.shape)} do not fit a forward pass of [batch pos] = "
+            f"{[batch, n_pos]}: fwd_hooks sees whole rows; inside generate use apply"
+        )
+    return Positions(
+        index=valid.long().cumsum(1) - 1,
+        valid=valid,
+        prompt_lengths=lengths,
+        tokens=None if tokens is None else by_position(tokens.to(device), valid),
+    )
 
 
-def _in_brackets(scope: Scope, *loose: type) -> str:
-    name = scope_name(scope)
-    return f"({name})" if isinstance(scope, loose) else name
+def by_position(
+    tokens: Int[Tensor, "batch total"], columns: Bool[Tensor, "batch total"]
+) -> Int[Tensor, "batch total"]:
+    """Return tokens by absolute position: padding left out, -1 after the row's last token.
+
+    Args:
+        tokens: ids of all columns of the rows so far, padding included.
+        columns: False where a column is padding.
+    """
+    index = torch.where(columns, columns.long().cumsum(1) - 1, tokens.shape[1])  # padding: beyond
+    by_position = torch.full((len(tokens), tokens.shape[1] + 1), -1).to(tokens)
+    return by_position.scatter(1, index, tokens)[:, :-1]
+
+
+def as_lengths(lengths: PromptLengths | None) -> Int[Tensor, " batch"] | None:
+    """Return prompt lengths as a tensor.
+
+    Raises:
+        ValueError: a length is below 1, or they are not whole numbers in one row.
+    """
+    if lengths is None:
+        return None
+    tensor = (
+        torch.as_tensor(lengths).reshape(-1)
+        if isinstance(lengths, int)
+        else torch.as_tensor(lengths)
+    )
+    if tensor.ndim != 1 or tensor.is_floating_point() or len(tensor) == 0 or int(tensor.min()) < 1:
+        raise ValueError(
+            f"prompt_lengths={lengths!r} is not allowed: give one whole number of 1 or more for "
+            "each row (BOS included, padding not)"
+        )
+    return tensor.long()
+
+
+def expand_lengths(lengths: Int[Tensor, " n"], batch: int) -> Int[Tensor, " batch"]:
+    """Return one length for each row; a single length serves all.
+
+    Raises:
+        ValueError: there are neither one nor `batch` of them.
+    """
+    if len(lengths) == 1:
+        return repeat(lengths, "1 -> b", b=batch)
+    if len(lengths) != batch:
+        raise ValueError(
+            f"prompt_lengths has {len(lengths)} entries: the forward pass has {batch} rows"
+        )
+    return lengths
+
+
+def check_lengths(lengths: Int[Tensor, " batch"], columns: Bool[Tensor, "batch total"]) -> None:
+    """Raise if a prompt is said to be longer than its row is so far.
+
+    Raises:
+        ValueError: the message gives both.
+    """
+    if bool((lengths > columns.sum(1)).any()):
+        raise ValueError(
+            f"prompt_lengths={lengths.tolist()} exceed rows of {columns.sum(1).tolist()} tokens: "
+            "give the tokens of each row's prompt. (fwd_hooks sees whole rows without a KV cache: "
+            "inside generate use apply)"
+        )

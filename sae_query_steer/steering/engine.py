@@ -21,9 +21,8 @@ from sae_query_steer.models.loading import check_eager
 from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.sae.encoders import in_32_bits
-from sae_query_steer.scopes.columns import Positions, TokenPositions
-from sae_query_steer.scopes.positions import Scope, needs_tokens, select
-from sae_query_steer.scopes.prompt_lengths import PromptLengths
+from sae_query_steer.scopes.joins import needs_tokens
+from sae_query_steer.scopes.positions import Positions, PromptLengths, Scope, TokenPositions, select
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.attention_trace import AttentionRecorder
 from sae_query_steer.steering.edit import Edit

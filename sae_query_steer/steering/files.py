@@ -36,22 +36,9 @@ from sae_query_steer.descent.objectives import (
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder
+from sae_query_steer.scopes.joins import AllOf, AnyOf, Not
 from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
-from sae_query_steer.scopes.named import (
-    FirstResponseTokens,
-    LastPromptTokens,
-    PromptTokens,
-    Window,
-    WindowAroundPromptEnd,
-)
-from sae_query_steer.scopes.positions import (
-    AllOf,
-    AnyOf,
-    EveryPosition,
-    LastPromptToken,
-    Not,
-    ResponseTokens,
-)
+from sae_query_steer.scopes.named import EveryPosition, FirstResponseTokens, LastPromptToken, LastPromptTokens, PromptTokens, ResponseTokens, Window, WindowAroundPromptEnd
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.storage.folders import inside, new_folder
 from sae_query_steer.storage.records import Record, read_record, write_record

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_query_steer.models.loading import check_eager
-from sae_query_steer.scopes.prompt_lengths import PromptLengths
+from sae_query_steer.scopes.positions import PromptLengths
 from sae_query_steer.steering.engine import apply_edits
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import SteeringTrace

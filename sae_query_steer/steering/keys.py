@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.models.attention_scores import ScoresReader
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.where import SiteHeads
 
 

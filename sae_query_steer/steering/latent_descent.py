@@ -21,8 +21,8 @@ from sae_query_steer.sae.encoders import (
     encoder_sites,
     in_32_bits,
 )
-from sae_query_steer.scopes.columns import TokenPositions
-from sae_query_steer.scopes.positions import LastPromptToken, Scope
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Scope, TokenPositions
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_moves import LatentMove
 from sae_query_steer.steering.origin import FromCentroids, Origin, encoders_on

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_query_steer.descent.control import LatentChoice
 from sae_query_steer.sae.encoders import QueryEncoder
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_descent import LatentDescent, LatentGradientSteerer
 from sae_query_steer.steering.latent_moves import LatentMove

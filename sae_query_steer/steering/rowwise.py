@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange

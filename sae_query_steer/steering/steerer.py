@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_query_steer.models.loading import check_eager
-from sae_query_steer.scopes.columns import Positions
-from sae_query_steer.scopes.prompt_lengths import PromptLengths, fixed_positions
+from sae_query_steer.scopes.positions import Positions, PromptLengths, fixed_positions
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.engine import apply_edits, edit_hook
 from sae_query_steer.steering.origin import Origin

@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.scopes.columns import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.attention_trace import KEYS, AttentionTrace
 from sae_query_steer.steering.trace_html import note_html, text_html
 

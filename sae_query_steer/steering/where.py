@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
-from sae_query_steer.scopes.positions import LastPromptToken, Scope, check_scope
+from sae_query_steer.scopes.joins import check_scope
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Scope
 from sae_query_steer.sites import QuerySite, Site
 
 Heads = Sequence[int] | Mapping[int, Sequence[int]]

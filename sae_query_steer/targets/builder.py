@@ -12,7 +12,7 @@ from sae_query_steer.data.examples import check_classes, ordered_classes
 from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
 from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.sae.encoders import QueryEncoder, encoded
-from sae_query_steer.scopes.positions import scope_name
+from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import check_encoders, check_same, take_fingerprint
 
