@@ -118,11 +118,7 @@ def test_a_scope_that_needs_prompt_lengths_says_how_to_give_them(scope):
 
 
 def test_the_last_response_token_can_not_be_a_scope():
-    text = (
-        "LastResponseToken() can't be a scope: while a row is generated nobody knows its last "
-        "token; steer at LastPromptToken(), ResponseTokens() or EveryPosition()"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+    with pytest.raises(ValueError, match=r"LastResponseToken\(\) can't be a scope"):
         select(LastResponseToken(), without(ROWS, "lengths"))
 
 
@@ -169,11 +165,7 @@ def test_a_class_where_an_instance_is_meant_is_refused_with_the_remedy():
 
 
 def test_a_value_that_can_not_be_called_is_no_scope():
-    text = (
-        "scope='last' is no scope; allowed: LastPromptToken(), ResponseTokens(), EveryPosition() "
-        "and the like, joined with |, & and ~, or a function of Positions"
-    )
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+    with pytest.raises(TypeError, match="scope must be a scope, .* got 'last'"):
         check_scope("last", name="scope")
 
 

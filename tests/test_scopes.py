@@ -597,7 +597,7 @@ def test_settings_that_cannot_work_are_refused_at_construction(untyped, make, er
 )
 def test_the_last_response_token_is_no_scope_inside_a_join_either(scope):
     check_scope(scope, name="span")
-    with pytest.raises(ValueError, match=r"^LastResponseToken\(\) can't be a scope: while a row"):
+    with pytest.raises(ValueError, match=r"^LastResponseToken\(\) can't be a scope: the last token"):
         check_scope(scope, name="scope", generating=True)
 
 

@@ -324,7 +324,7 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
         ({"target": "analyse"}, ValueError, "no class 'analyse': the classes are"),
         ({"objective": "prototype"}, TypeError, "objective must be .* got 'prototype'"),
         ({"objective": sqs.SquaredDistance}, TypeError, "objective must be"),
-        ({"scope": "all"}, TypeError, "scope='all' is no scope"),
+        ({"scope": "all"}, TypeError, "scope must be a scope"),
         ({"scope": sqs.LastPromptToken}, TypeError, r"write scope=LastPromptToken\(\)"),
         ({"n_steps": -1}, ValueError, "n_steps must be .* got -1"),
         ({"step_size": float("nan")}, ValueError, "step_size must be .* got nan"),
