@@ -252,10 +252,10 @@ def test_measuring_queries_with_saes_attached_is_refused(model, saes, examples):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": [1]}, r"no SAE for layer 1: there is one for \[0, 2\]"),
+        ({"layers": [1]}, r"no site at layer 1: there are some at \[0, 2\]"),
         ({"heads": [4]}, "no head 4 at layer 0: the heads are 0 to 3"),
-        ({"heads": [1, 1]}, r"heads=\[1, 1\] at layer 0 is not allowed"),
-        ({"heads": {1: [0]}}, "no SAE for layer 1"),
+        ({"heads": [1, 1]}, "heads at layer 0 must name"),
+        ({"heads": {1: [0]}}, "no site at layer 1"),
     ],
 )
 def test_heads_and_layers_that_there_are_not_are_refused(model, saes, settings, message):

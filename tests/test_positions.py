@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_query_steer.scopes.joins import AnyOf, check_scope
-from sae_query_steer.scopes.named import EveryPosition, LastPromptToken, LastResponseToken, ResponseTokens
+from sae_query_steer.scopes.named import (
+    EveryPosition,
+    LastPromptToken,
+    LastResponseToken,
+    ResponseTokens,
+)
 from sae_query_steer.scopes.positions import Positions, select
 
 # Three left-padded rows of seven columns: 5 tokens of which 3 are prompt, 7 of which 4 are

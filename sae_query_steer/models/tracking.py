@@ -19,7 +19,14 @@ from torch import Tensor
 from sae_query_steer.models.block_arguments import cache_of, cached_length, own_columns
 from sae_query_steer.models.calls import Enter, hooked, listening
 from sae_query_steer.models.placed_hooks import Hook, PlacedHooks
-from sae_query_steer.scopes.positions import Positions, PromptLengths, as_lengths, by_position, check_lengths, expand_lengths
+from sae_query_steer.scopes.positions import (
+    Positions,
+    PromptLengths,
+    as_lengths,
+    by_position,
+    check_lengths,
+    expand_lengths,
+)
 
 
 @dataclass(eq=False)

@@ -38,7 +38,16 @@ from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder
 from sae_query_steer.scopes.joins import AllOf, AnyOf, Not
 from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
-from sae_query_steer.scopes.named import EveryPosition, FirstResponseTokens, LastPromptToken, LastPromptTokens, PromptTokens, ResponseTokens, Window, WindowAroundPromptEnd
+from sae_query_steer.scopes.named import (
+    EveryPosition,
+    FirstResponseTokens,
+    LastPromptToken,
+    LastPromptTokens,
+    PromptTokens,
+    ResponseTokens,
+    Window,
+    WindowAroundPromptEnd,
+)
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.storage.folders import inside, new_folder
 from sae_query_steer.storage.records import Record, read_record, write_record
