@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sae_query_steer.models.activations import pattern_hook
+from sae_query_steer.models.activations import check_hook_point, pattern_hook
 from sae_query_steer.models.attention_scores import ScoresReader
 from sae_query_steer.models.loading import check_eager
 from sae_query_steer.models.placed_hooks import Hook
