@@ -46,12 +46,12 @@ def test_texts_shorter_than_n_give_no_n_grams():
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_an_n_below_one_is_refused(n):
-    with pytest.raises(ValueError, match=f"n={n} is not allowed: give 1 or more words"):
+    with pytest.raises(ValueError, match=f"n must be 1 or more words, got {n}"):
         distinct_n(["a b"], n)
 
 
 def test_one_text_in_the_place_of_a_list_is_refused():
-    with pytest.raises(ValueError, match="is one text: give a list"):
+    with pytest.raises(ValueError, match="texts must be a list"):
         distinct_n("a b", 1)
 
 
@@ -69,10 +69,11 @@ def test_the_score_is_zero_where_any_rating_is_and_else_the_harmonic_mean():
 
 
 @pytest.mark.parametrize(
-    "ratings, name", [((3, 1, 1), "concept=3"), ((1, -1, 1), "instruct=-1"), ((1, 1, 1.5), "1.5")]
+    "ratings, name",
+    [((3, 1, 1), "concept must be 0, 1 or 2, got 3"), ((1, -1, 1), "got -1"), ((1, 1, 1.5), "1.5")],
 )
 def test_a_rating_that_is_none_is_refused(ratings, name):
-    with pytest.raises(ValueError, match=re.escape(name) + ".* is no rating: give 0, 1 or 2"):
+    with pytest.raises(ValueError, match=re.escape(name)):
         axbench_score(*ratings)
 
 
@@ -101,11 +102,11 @@ def test_the_win_rates_of_both_sides_add_up_to_one(pairs):
 @pytest.mark.parametrize(
     "a, b, message",
     [
-        ([1.0, 2.0], [1.0], "has 2 scores and .* has 1: give one of each for each row"),
-        ([], [], "has 0 scores"),
-        ([1.0, float("nan")], [1.0, 1.0], r"\[1\]=nan is no score"),
-        ([1.0, 1.0], [float("inf"), 1.0], r"\[0\]=inf is no score"),
-        (np.ones((2, 1)), [1.0, 2.0], r"shape \[2, 1\] is no list of scores"),
+        ([1.0, 2.0], [1.0], "score for each row, and one row or more, got 2 and 1"),
+        ([], [], "got 0 and 0"),
+        ([1.0, float("nan")], [1.0, 1.0], "got nan in row 1"),
+        ([1.0, 1.0], [float("inf"), 1.0], "got inf in row 0"),
+        (np.ones((2, 1)), [1.0, 2.0], r"got shape \[2, 1\]"),
     ],
 )
 def test_rows_that_do_not_pair_are_refused(score, a, b, message):
@@ -182,9 +183,9 @@ def test_the_interval_of_few_ratings_is_finite_and_in_their_range(pairs):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"confidence": 1.0}, "confidence=1.0 is not allowed: give a share"),
-        ({"confidence": 0.0}, "confidence=0.0 is not allowed: give a share"),
-        ({"n_resamples": 99}, "n_resamples=99 is not allowed: give 100 or more"),
+        ({"confidence": 1.0}, "confidence must be between 0 and 1, got 1.0"),
+        ({"confidence": 0.0}, "confidence must be between 0 and 1, got 0.0"),
+        ({"n_resamples": 99}, "n_resamples must be 100 or more, got 99"),
     ],
 )
 def test_settings_that_make_no_interval_are_refused(changes, message):
@@ -200,7 +201,7 @@ def test_lists_arrays_and_columns_of_a_table_give_the_same():
 
 
 def test_one_row_is_refused():
-    with pytest.raises(ValueError, match="1 row tells nothing .* give two or more"):
+    with pytest.raises(ValueError, match="2 rows or more, got 1"):
         paired_difference([1], [2])
 
 
@@ -273,7 +274,7 @@ def test_given_concepts_set_the_numbers():
     table = axbench_table(generations, concepts=["c", "b", "a"])
     assert table.concept_id.tolist() == [1, 2]
     assert table.input_concept.tolist() == ["b", "a"]
-    with pytest.raises(ValueError, match=r"concept 'b' is not among concepts=\['a'\]: add it"):
+    with pytest.raises(ValueError, match=r"got \['a'\] without 'b'"):
         axbench_table([made(concept="b")], concepts=["a"])
 
 
@@ -295,10 +296,7 @@ def test_axbench_s_own_uses_of_the_table_work(tmp_path):
 
 def test_a_gap_is_refused_or_on_demand_left_empty():
     generations = [made(factor=1.0), made(factor=2.0), made("dense", factor=1.0)]
-    message = (
-        "no generation of 'dense' for concept 'create', prompt number 0 and factor 2.0: generate "
-        "it, give factor=None to a method that has no factor, or pass complete=False"
-    )
+    message = "no generation of 'dense' for concept 'create', prompt 0 and factor 2.0"
     with pytest.raises(ValueError, match=re.escape(message)):
         axbench_table(generations)
     table = axbench_table(generations, complete=False)
@@ -309,13 +307,16 @@ def test_a_gap_is_refused_or_on_demand_left_empty():
 @pytest.mark.parametrize(
     "generations, message",
     [
-        ([], "there are no generations: give at least one"),
-        ([made(), made(text="b")], "two generations of 'ours' for concept 'create', prompt number"),
+        ([], "generations must hold at least one"),
+        ([made(), made(text="b")], "two generations of 'ours' for concept 'create', prompt 0"),
         ([made(factor=1.0), made()], "two generations of 'ours'"),
-        ([made(), made("b", prompt="another")], "two values of original_prompt for concept"),
+        (
+            [made(), made("b", prompt="another")],
+            "original_prompt must be the same for all",
+        ),
         (
             [made(steered_input="x"), made("b", steered_input="y")],
-            "two values of steered_input for concept 'create', prompt number 0: 'x' and 'y'",
+            "steered_input must be the same for all methods of concept 'create', prompt 0, got 'x'",
         ),
     ],
 )
@@ -327,13 +328,13 @@ def test_generations_that_make_no_table_are_refused(generations, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"method": " "}, "method=' ' is blank: every generation needs a method"),
-        ({"concept": ""}, "concept='' is blank"),
-        ({"input_id": -1}, "input_id=-1 is not allowed: number prompts from 0"),
-        ({"factor": float("nan")}, "factor=nan is not allowed: give a finite number, or None"),
-        ({"strength": float("inf")}, "strength=inf is not allowed"),
-        ({"perplexity": 0.0}, "perplexity=0.0 is not allowed: give one above 0, or None"),
-        ({"text_perplexity": float("nan")}, "text_perplexity=nan is not allowed"),
+        ({"method": " "}, "method must not be blank, got ' '"),
+        ({"concept": ""}, "concept must not be blank"),
+        ({"input_id": -1}, "input_id must be 0 or more, got -1"),
+        ({"factor": float("nan")}, "factor must be finite or None, got nan"),
+        ({"strength": float("inf")}, "strength must be finite or None, got inf"),
+        ({"perplexity": 0.0}, "perplexity must be above 0 or None, got 0.0"),
+        ({"text_perplexity": float("nan")}, "text_perplexity must be above 0 or None, got nan"),
     ],
 )
 def test_a_generation_that_means_nothing_is_refused(changes, message):

@@ -26,8 +26,8 @@ from .methods import random_methods as random_methods
 from .methods import residual_methods as residual_methods
 from .outcomes import Outcome as Outcome
 from .own_texts import compare_on_texts as compare_on_texts
+from .report import compare_into as compare_into
 from .report import write_comparison as write_comparison
-from .resuming import compare_into as compare_into
 from .sampling import seeded_sampling as seeded_sampling
 from .scorer import TextScorer as TextScorer
 from .scores import PairedDifference as PairedDifference

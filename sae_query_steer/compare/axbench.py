@@ -1,7 +1,7 @@
 """Generations as the table that AxBench's evaluators read."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,11 @@ class Generation:
     """Name of the method; its columns begin with it."""
 
     concept: str
-    """What the text should be steered to: the target."""
+    """The target."""
 
     input_id: int
-    """Number of the prompt among those of the concept, from 0; the same for all methods. AxBench
-    takes the lower half of the numbers to choose a factor and the upper half to report, so number
-    them without gaps."""
+    """Number of the prompt among those of the concept, from 0 without gaps; the same for all
+    methods. AxBench chooses a factor on the lower half of the numbers and reports the upper."""
 
     prompt: str
     """The instruction as a person gave it, without target or chat template."""
@@ -32,11 +31,11 @@ class Generation:
     """What was generated, without the prompt."""
 
     factor: float | None = None
-    """The multiplier that is swept. None for a method that has none, such as the unsteered model:
+    """The multiplier that is swept. None for a method without one, such as the unsteered model:
     its text then stands at every factor."""
 
     strength: float | None = None
-    """How strong the steer was, in the method's own unit. None means the factor, or 0 without."""
+    """Strength in the method's own unit. None means the factor, or 0 without."""
 
     perplexity: float | None = None
     """As AxBench's: the unsteered model's, of prompt and text together."""
@@ -45,28 +44,25 @@ class Generation:
     """The unsteered model's of the text alone, given the prompt."""
 
     model_input: str | None = None
-    """The prompt as the model met it, chat template included. None means the prompt itself."""
+    """The prompt as the model read it, chat template included. None means the prompt itself."""
 
     steered_input: str | None = None
-    """The same with an instruction to write of the concept, which AxBench's prompt baseline gives
-    the model. None where there is none."""
+    """The same with AxBench's instruction to write about the concept; None without one."""
 
     def __post_init__(self) -> None:
         for name in ("method", "concept"):
             if not getattr(self, name).strip():
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is blank: every generation needs a {name}"
-                )
+                raise ValueError(f"{name} must not be blank, got {getattr(self, name)!r}")
         if self.input_id < 0:
-            raise ValueError(f"input_id={self.input_id} is not allowed: number prompts from 0")
+            raise ValueError(f"input_id must be 0 or more, got {self.input_id}")
         for name in ("factor", "strength"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name}={value} is not allowed: give a finite number, or None")
+                raise ValueError(f"{name} must be finite or None, got {value}")
         for name in ("perplexity", "text_perplexity"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} is not allowed: give one above 0, or None")
+                raise ValueError(f"{name} must be above 0 or None, got {value}")
 
 
 def axbench_table(
@@ -80,20 +76,18 @@ def axbench_table(
 
     Args:
         generations: in any order.
-        dataset_name: what the prompts are called. AxBench turns ratings round for data sets whose
-            name tells that a concept is to be suppressed.
+        dataset_name: of the prompts. AxBench inverts ratings for names of suppression data sets.
         concepts: all concepts in the order of their numbers, where several tables are to agree.
             None means those that occur, Bloom's levels in their order, others by name.
-        complete: refuse a table in which a method lacks a row. AxBench's judges would rate the gap
-            as if it were a text; where this is False it is None, and its numbers are NaN.
+        complete: refuse a table in which a method lacks a row, because AxBench's judges would rate
+            the gap as a text; otherwise the gap is None and NaN.
 
     Returns:
-        By concept, prompt and factor in ascending order, with the columns
-        dataset_name; concept_id, a number from 0; input_concept, the concept's name; input_id;
-        factor; original_prompt; steered_input; input; and for each method M, in the order in which
-        the methods come, M_steered_generation, M_perplexity and M_strength, and M_text_perplexity
-        (ours, which AxBench does not read) where any of its generations has one. `input` is
-        what a steered model was given and `steered_input` what a prompted one was.
+        By concept, prompt and factor in ascending order, with the columns dataset_name; concept_id;
+        input_concept; input_id; factor; original_prompt; steered_input; input; and for each method
+        M, in the order in which the methods come, M_steered_generation, M_perplexity, M_strength,
+        and, where measured, M_text_perplexity (ours, which AxBench does not read). `input` is what
+        a steered model was given and `steered_input` what a prompted one was.
 
     Raises:
         ValueError: no generations, two of one method for the same concept, prompt and factor,
@@ -103,47 +97,44 @@ def axbench_table(
     Source: the columns are those of stanfordnlp/axbench, as its evaluators read them.
     """
     if not generations:
-        raise ValueError("there are no generations: give at least one")
-    concept_ids = _concept_ids(generations, concepts)
+        raise ValueError("generations must hold at least one, got []")
+    present = ordered_classes(generation.concept for generation in generations)
+    names = list(present if concepts is None else concepts)
+    for name in present:
+        if name not in names:
+            raise ValueError(f"concepts must hold all concepts, got {names} without {name!r}")
     inputs = _inputs(generations)
     factors: dict[tuple[str, int], set[float]] = {place: set() for place in inputs}
-    for generation in generations:
-        if generation.factor is not None:
-            factors[generation.concept, generation.input_id].add(float(generation.factor))
-
+    for g in generations:
+        factors[g.concept, g.input_id] |= set() if g.factor is None else {float(g.factor)}
     cells: dict[tuple[str, int, float], dict[str, Generation]] = {}
-    for generation in generations:
-        concept, input_id = generation.concept, generation.input_id
-        here = factors[concept, input_id] or {0.0}
-        for factor in here if generation.factor is None else {float(generation.factor)}:
-            methods = cells.setdefault((concept, input_id, factor), {})
-            if generation.method in methods:
-                raise ValueError(
-                    f"two generations of {_place(generation.method, concept, input_id, factor)}: "
-                    "give one, and number different prompts differently"
-                )
-            methods[generation.method] = generation
-
-    names = list(dict.fromkeys(generation.method for generation in generations))
+    for g in generations:
+        here = factors[g.concept, g.input_id] or {0.0}
+        for factor in here if g.factor is None else {float(g.factor)}:
+            cell = cells.setdefault((g.concept, g.input_id, factor), {})
+            if g.method in cell:
+                raise ValueError(f"two generations of {_place(g.method, g, factor)}: give one")
+            cell[g.method] = g
+    methods = list(dict.fromkeys(g.method for g in generations))
     with_text = {g.method for g in generations if g.text_perplexity is not None}
     rows = []
-    for concept, input_id, factor in sorted(cells, key=lambda c: (concept_ids[c[0]], *c[1:])):
+    for concept, input_id, factor in sorted(cells, key=lambda c: (names.index(c[0]), *c[1:])):
         row: dict[str, Any] = {
             "dataset_name": dataset_name,
-            "concept_id": concept_ids[concept],
+            "concept_id": names.index(concept),
             "input_concept": concept,
             "input_id": input_id,
             "factor": factor,
             **inputs[concept, input_id],
         }
-        for name in names:
-            found = cells[concept, input_id, factor].get(name)
-            if found is None and complete:
+        cell = cells[concept, input_id, factor]
+        for method in methods:
+            if method not in cell and complete:
                 raise ValueError(
-                    f"no generation of {_place(name, concept, input_id, factor)}: generate it, "
-                    "give factor=None to a method that has no factor, or pass complete=False"
+                    f"no generation of {_place(method, next(iter(cell.values())), factor)}: give "
+                    "it, factor=None for a method without a factor, or complete=False"
                 )
-            row |= _columns(name, found, factor, with_text=name in with_text)
+            row |= _columns(method, cell.get(method), factor, with_text=method in with_text)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -164,41 +155,27 @@ def _columns(
     }
 
 
-def _concept_ids(
-    generations: Sequence[Generation], concepts: Sequence[str] | None
-) -> dict[str, int]:
-    present = ordered_classes(generation.concept for generation in generations)
-    names = present if concepts is None else tuple(concepts)
-    for name in present:
-        if name not in names:
-            raise ValueError(f"concept {name!r} is not among concepts={list(names)}: add it")
-    return {name: i for i, name in enumerate(names)}
-
-
-def _inputs(
-    generations: Sequence[Generation],
-) -> dict[tuple[str, int], Mapping[str, str | None]]:
+def _inputs(generations: Sequence[Generation]) -> dict[tuple[str, int], dict[str, str | None]]:
     """Return what all methods were given, by concept and number of the prompt."""
     found: dict[tuple[str, int], dict[str, str | None]] = {}
-    for generation in generations:
-        told = {
-            "original_prompt": generation.prompt,
-            "steered_input": generation.steered_input,
-            "input": generation.model_input,
+    for g in generations:
+        columns = {
+            "original_prompt": g.prompt,
+            "steered_input": g.steered_input,
+            "input": g.model_input,
         }
-        here = found.setdefault((generation.concept, generation.input_id), dict.fromkeys(told))
-        for column, text in told.items():
+        here = found.setdefault((g.concept, g.input_id), dict.fromkeys(columns))
+        for column, text in columns.items():
             if text is not None and here[column] not in (None, text):
                 raise ValueError(
-                    f"two values of {column} for concept {generation.concept!r}, prompt number "
-                    f"{generation.input_id}: {here[column]!r} and {text!r}; it is the same for "
-                    "every method and factor, and another prompt has another number"
+                    f"{column} must be the same for all methods of concept {g.concept!r}, prompt "
+                    f"{g.input_id}, got {here[column]!r} and {text!r}"
                 )
             here[column] = here[column] if text is None else text
     for here in found.values():
         here["input"] = here["original_prompt"] if here["input"] is None else here["input"]
-    return dict(found)
+    return found
 
 
-def _place(method: str, concept: str, input_id: int, factor: float) -> str:
-    return f"{method!r} for concept {concept!r}, prompt number {input_id} and factor {factor}"
+def _place(method: str, of: Generation, factor: float) -> str:
+    return f"{method!r} for concept {of.concept!r}, prompt {of.input_id} and factor {factor}"

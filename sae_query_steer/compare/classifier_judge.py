@@ -1,4 +1,4 @@
-"""A judge that learns the classes from labelled responses."""
+"""A judge that is trained on labelled responses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ FEWEST = 4
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassifierJudge:
-    """Tells classes by their words and the pieces of their words; made by `fit`.
+    """A linear classifier of word and character n-grams; made by `fit`.
 
     Source: scikit-learn's logistic regression over TF-IDF; the features are our choice.
     """
@@ -30,17 +30,16 @@ class ClassifierJudge:
     """Those of the examples."""
 
     held_out: Mapping[str, float]
-    """See `Judge`; of a classifier that was fitted without the texts held out, and so on fewer
-    texts than this one."""
+    """See `Judge`; of a classifier that was trained without the held-out texts."""
 
     @classmethod
     def fit(
         cls, examples: Sequence[LabelledExample], *, held_out_share: float = 0.25, seed: int = 0
     ) -> "ClassifierJudge":
-        """Return a judge that has learned from the responses of labelled examples.
+        """Return a judge trained on the responses of labelled examples.
 
-        A share of each class is held out and scored; then it learns anew from all. A response that
-        occurs twice in a class counts once, so that none is on both sides.
+        A share of each class is held out and scored; then the judge is trained on all. A response
+        that occurs twice in a class counts once, so that none is on both sides.
 
         Args:
             examples: four or more different responses of each class.
@@ -82,7 +81,7 @@ class ClassifierJudge:
         return replace(judge, pipeline=_fitted(pairs), held_out=scores)
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
-        """Return the class of each text; None where nothing in it was among what it learned from.
+        """Return the class of each text; None where it has no n-gram of the training texts.
 
         Raises:
             ValueError: not one prompt for each text.

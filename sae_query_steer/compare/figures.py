@@ -126,19 +126,6 @@ def _color(index: int) -> str:
     return qualitative.Dark24[index % len(qualitative.Dark24)]
 
 
-def site_figure(sites: pd.DataFrame) -> go.Figure:
-    """Return the interchange effect by layer, with two standard errors."""
-    bars = go.Bar(
-        x=[f"layer {layer}" for layer in sites["layer"]],
-        y=sites["class_effect"],
-        error_y={"type": "data", "array": 2 * sites["class_effect_se"], "thickness": 1.5},
-        hovertemplate="%{x}: %{y:.3f} nats<extra></extra>",
-    )
-    figure = go.Figure(bars)
-    figure.update_layout(height=300, yaxis_title="class effect, nats (± 2 s.e.)", **_LAYOUT)
-    return figure
-
-
 def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the most success that each way of steering one layer alone reached there.
 
@@ -155,14 +142,6 @@ def layer_table(rows: pd.DataFrame) -> pd.DataFrame:
         .sort_index()
         .reset_index()
     )
-
-
-def layer_figure(by_layer: pd.DataFrame) -> go.Figure:
-    """Return success by layer, a line for each way of steering; from `layer_table`."""
-    long = by_layer.melt(id_vars="layer", var_name="method", value_name="success").dropna()
-    figure = px.line(long, x="layer", y="success", color="method", markers=True)
-    figure.update_layout(height=320, xaxis={"dtick": 1}, yaxis={"range": [0, 1.03]}, **_LAYOUT)
-    return figure
 
 
 def matrix_figure(found: Comparison) -> go.Figure | None:

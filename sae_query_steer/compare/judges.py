@@ -1,6 +1,6 @@
-"""Judges: which class a text belongs to, and how far to believe who says so.
+"""Judges find the class of texts, and know their own accuracy.
 
-A judge must not have learned from the texts that made the steer: give it others.
+Train and measure a judge on other texts than those that made the centroids.
 """
 
 import re
@@ -20,31 +20,30 @@ Prompt: {prompt}
 Response: {text}
 
 Answer with the name of one class and nothing else."""
-"""What a language model is asked, unless another template is given."""
+"""The default question to a language model."""
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Anything that tells the class of texts."""
+    """Anything that finds the class of texts."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """The classes that it knows."""
+        """The classes it can find."""
         ...
 
     @property
     def held_out(self) -> Mapping[str, float]:
-        """What is known of its own accuracy, on texts it did not learn from; empty if nothing.
+        """Its scores on texts it was not trained on; empty if unknown.
 
-        "accuracy": share told rightly, where no class is wrong too; "balanced_accuracy": mean over
-        the classes of the share told rightly; "answered": share that was given a class; "n":
-        texts; "chance": 1 / classes, what guessing has of balanced accuracy; "majority": accuracy
-        of always naming the class with most of the texts.
+        "accuracy" (no class counts as wrong) and "balanced_accuracy"; "answered": share of texts
+        given a class; "n": texts; "chance": 1 / classes, the balanced accuracy of guessing;
+        "majority": accuracy of always naming the most frequent class.
         """
         ...
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
-        """Return the class of each text, None where it has none; the prompts are what it answers.
+        """Return the class of each text, which answers the prompt of the same index; None for none.
 
         Raises:
             ValueError: not one prompt for each text.
@@ -54,22 +53,22 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class RuleJudge:
-    """A function of yours, for tasks that have a rule."""
+    """A judge by a function of the user's."""
 
     rule: Callable[[str, str], str | None]
     """From prompt and text to the class, or None."""
 
     classes: Sequence[str]
-    """What the rule may answer."""
+    """The classes the rule may return."""
 
     held_out: Mapping[str, float] = field(default_factory=dict, kw_only=True)
-    """See `Judge`; filled in by `measured`."""
+    """See `Judge`; set by `measured`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", _checked_classes(self.classes))
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
-        """Return what the rule says of each text.
+        """Return the rule's class of each text.
 
         Raises:
             ValueError: not one prompt for each text, or a class that is not among the classes.
@@ -95,11 +94,10 @@ class RuleJudge:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModelJudge:
-    """Asks a language model, one question for each text.
+    """A judge that asks a language model, one question for each text.
 
-    The answer must name one class, and no other, as a whole word in either case; the longer name
-    counts where one holds another. It is not understood: "not apply" names apply, so ask for the
-    name alone, and measure the judge.
+    The answer must name exactly one class as a whole word, in any case; of names that contain each
+    other the longest counts. Negations are not understood: ask for the name alone, and measure it.
 
     Source: our choice.
     """
@@ -114,7 +112,7 @@ class LanguageModelJudge:
     """The question, with {text}, and where wanted {prompt} and {classes}."""
 
     held_out: Mapping[str, float] = field(default_factory=dict, kw_only=True)
-    """See `Judge`; filled in by `measured`."""
+    """See `Judge`; set by `measured`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", _checked_classes(self.classes))
@@ -182,10 +180,10 @@ def _measure(judge: Judge, examples: Sequence[LabelledExample]) -> dict[str, flo
 def judged_scores(
     found: Sequence[str | None], labels: Sequence[str], classes: Sequence[str]
 ) -> dict[str, float]:
-    """Return how right the classes found are, as `Judge.held_out` describes it.
+    """Return the scores of classes that were found; see `Judge.held_out`.
 
     Args:
-        found: what a judge said of each text.
+        found: a judge's class of each text.
         labels: the true class of each.
         classes: all that the judge knows.
     """

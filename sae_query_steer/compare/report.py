@@ -1,7 +1,8 @@
 """A comparison as one offline page, as CSV, and as JSON."""
 
 import platform
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sae_query_steer.compare.comparison import Comparison
 from sae_query_steer.compare.figures import best_row, is_control, row_names
 from sae_query_steer.compare.outcomes import MAX_PERPLEXITY_RATIO
 from sae_query_steer.diagnostics.site_verdicts import closing_sentence
-from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.folders import check_replaceable, new_folder
 from sae_query_steer.storage.records import write_json
 
 RESULTS = "comparison.json"
@@ -97,9 +98,7 @@ def comparison_html(found: Comparison) -> str:
         rows=display_rows(found),
         frontier=_drawn(figures.frontier_figure(found)),
         sites=None if sites is None else display_sites(sites),
-        site_figure=None if sites is None else _drawn(figures.site_figure(sites)),
         layers=by_layer.round(2).astype(str) if len(by_layer) > 1 else None,
-        layer_figure=_drawn(figures.layer_figure(by_layer)) if len(by_layer) > 1 else None,
         matrix=_drawn(figures.matrix_figure(found)),
         samples=list(samples(found)),
         judge=pd.DataFrame({"judge": found.judge.keys(), "value": found.judge.values()}),
@@ -202,3 +201,39 @@ def samples(found: Comparison, n: int = 3) -> Iterator[dict[str, Any]]:
 def _versions() -> dict[str, str]:
     packages = ("torch", "transformer-lens", "sae-lens", "transformers", "sae-query-steer")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def compare_into(
+    out: str | Path,
+    compare: Callable[[Path], Comparison],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Comparison:
+    """Run a comparison and write it to a folder.
+
+    Until it is done, its log is in `<out>.unfinished`.
+
+    Args:
+        out: the folder; see `write_comparison`.
+        compare: the comparison, from the path of its log.
+        resume: continue a run of the same settings that was stopped.
+        overwrite: replace a comparison that is there.
+
+    Raises:
+        FileExistsError: the folder exists and `overwrite` is False, or is something else; or a
+            stopped run is there and `resume` is False. Both before anything runs.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: give another folder, or --overwrite")
+    check_replaceable(out, overwrite=overwrite, holding=RESULTS)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    if unfinished.exists() and not resume:
+        raise FileExistsError(
+            f"{unfinished} holds a run that was stopped: continue it with --resume, or delete it"
+        )
+    found = compare(unfinished / "log.jsonl")
+    write_comparison(found, out, overwrite=overwrite)
+    shutil.rmtree(unfinished)
+    return found

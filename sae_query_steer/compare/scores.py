@@ -12,38 +12,34 @@ from scipy.stats import bootstrap
 Scores: TypeAlias = Sequence[float | int] | np.ndarray | pd.Series
 """One number for each row."""
 
-TIE = 1e-6
-"""Scores that differ by less are a tie."""
-
+_TIE = 1e-6
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _FLOATS_AT_ONCE = 2**22
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Return the share of the texts' n-grams of words that are different ones, 0 to 1.
+    """Return the number of different n-grams of words over that of all n-grams, 0 to 1.
 
-    The n-grams of all texts are counted together, so that saying the same in every text lowers the
-    share as much as saying it over and over in one. Words are runs of letters, digits and
-    apostrophes in lower case; punctuation is left out. Compare texts of about the same number and
-    length only: the share falls with the number of words, however varied they are.
+    The n-grams of all texts are counted together; none reaches across two texts. Words are runs of
+    letters, digits and apostrophes in lower case. Compare texts of about the same number and length
+    only: the share falls with the number of words.
 
     Args:
-        texts: any; one with fewer than n words has no n-grams, and none reaches across two texts.
+        texts: any; one with fewer than n words has no n-grams.
         n: words of an n-gram, 1 or more.
 
     Returns:
-        Different n-grams divided by all n-grams; NaN where no text has n words.
+        The share; NaN where no text has n words.
 
     Raises:
         ValueError: an n below 1, or one text instead of a list of texts.
 
-    Source: distinct-n, as diversity of dialogue models is measured; lower case and the words are
-    our choice.
+    Source: distinct-n, a measure of diversity; lower case and the words are our choice.
     """
     if n < 1:
-        raise ValueError(f"n={n} is not allowed: give 1 or more words")
+        raise ValueError(f"n must be 1 or more words, got {n}")
     if isinstance(texts, str):
-        raise ValueError(f"texts={texts[:20]!r}... is one text: give a list, such as [text]")
+        raise ValueError(f"texts must be a list, such as [text], got {texts[:20]!r}...")
     grams = []
     for text in texts:
         words = _WORD.findall(text.lower())
@@ -54,8 +50,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 def axbench_score(concept: float | int, instruct: float | int, fluency: float | int) -> float:
     """Return AxBench's score of a text: the harmonic mean of three ratings, each 0, 1 or 2.
 
-    The formula is 0 if any rating is 0, else 3 / (1/concept + 1/instruct + 1/fluency): a text that
-    fails in one respect fails.
+    0 if any rating is 0, else 3 / (1/concept + 1/instruct + 1/fluency).
 
     Args:
         concept: whether the concept is in the text.
@@ -72,7 +67,7 @@ def axbench_score(concept: float | int, instruct: float | int, fluency: float | 
     """
     for name, rating in (("concept", concept), ("instruct", instruct), ("fluency", fluency)):
         if rating not in (0, 1, 2):
-            raise ValueError(f"{name}={rating!r} is no rating: give 0, 1 or 2")
+            raise ValueError(f"{name} must be 0, 1 or 2, got {rating!r}")
     if 0 in (concept, instruct, fluency):
         return 0.0
     return 3 / (1 / concept + 1 / instruct + 1 / fluency)
@@ -81,40 +76,34 @@ def axbench_score(concept: float | int, instruct: float | int, fluency: float | 
 def win_rate(ours: Scores, baseline: Scores) -> float:
     """Return how often our score is above the baseline's of the same row; a tie counts 1/2.
 
-    Against itself every method has 0.5. AxBench's paper compares mean scores concept by concept:
-    for a figure to set beside its own, give one mean for each concept. (The `win_rate` that its
-    code writes down is another: it counts a tie nothing, and gives `tie_rate` beside it.)
+    AxBench's paper compares mean scores by concept: give one mean for each concept to compare with
+    its figures. (The `win_rate` of its code counts a tie as nothing.)
 
     Args:
         ours: one score for each row.
         baseline: the baseline's scores of the same rows, in the same order.
 
     Returns:
-        (wins + ties / 2) / rows, where scores that differ by less than 1e-6 are a tie.
+        (wins + ties / 2) / rows; scores that differ by less than 1e-6 are a tie.
 
     Raises:
         ValueError: not one score of each for each row, no rows, or a score that is not finite.
 
-    Source: AxBench, arXiv 2501.17148, which treats ties as half a win and half a loss.
+    Source: AxBench, arXiv 2501.17148.
     """
     a, b = _paired(ours, baseline, "ours", "baseline")
-    tied = np.abs(a - b) < TIE
-    return float(np.mean(np.where(tied, 0.5, a > b)))
+    return float(np.mean(np.where(np.abs(a - b) < _TIE, 0.5, a > b)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """The mean difference of two scores of the same rows, and how sure it is."""
+    """The mean difference of two scores of the same rows, with an interval."""
 
     mean: float
     """Of the differences, first minus second."""
 
     low: float
-    """Lower end of the interval."""
-
     high: float
-    """Upper end of the interval."""
-
     n: int
     """Rows."""
 
@@ -127,18 +116,16 @@ def paired_difference(
     n_resamples: int = 9999,
     seed: int = 0,
 ) -> PairedDifference:
-    """Return the mean of a - b over rows, with a bootstrap interval.
+    """Return the mean of a - b over rows, with a paired bootstrap interval (BCa).
 
-    Rows are drawn with replacement, each with both of its scores, so that what makes a row easy or
-    hard for both methods cancels. The interval is BCa (bias-corrected and accelerated). Where all
-    differences are equal it is not defined, and what is returned is the point.
+    Where all differences are equal the interval is not defined, and the point is returned.
 
     Args:
         a: one score for each row.
         b: the other method's scores of the same rows, in the same order.
-        confidence: that the interval holds the true mean.
-        n_resamples: how often rows are drawn anew, 100 times or more.
-        seed: of the draws; no other random state is touched.
+        confidence: coverage of the interval.
+        n_resamples: bootstrap resamples, 100 or more.
+        seed: of the resamples; no other random state is touched.
 
     Raises:
         ValueError: not one score of each for each row, fewer than two rows, a score that is not
@@ -148,11 +135,11 @@ def paired_difference(
     """
     a, b = _paired(a, b, "a", "b")
     if len(a) < 2:
-        raise ValueError("1 row tells nothing of how rows differ: give two or more")
+        raise ValueError("a and b must have 2 rows or more, got 1")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} is not allowed: give a share, such as 0.95")
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if n_resamples < 100:
-        raise ValueError(f"n_resamples={n_resamples} is not allowed: give 100 or more")
+        raise ValueError(f"n_resamples must be 100 or more, got {n_resamples}")
     differences = a - b
     mean = float(differences.mean())
     # Equal up to rounding: 0.3 - 0.2 is not 0.2 - 0.1.
@@ -176,16 +163,13 @@ def _paired(a: Scores, b: Scores, *names: str) -> tuple[np.ndarray, np.ndarray]:
     arrays = [np.asarray(values, dtype=float) for values in (a, b)]
     for name, array in zip(names, arrays, strict=True):
         if array.ndim != 1:
-            raise ValueError(f"{name} of shape {list(array.shape)} is no list of scores")
+            raise ValueError(f"{name} must be a list of scores, got shape {list(array.shape)}")
         if not np.isfinite(array).all():
             row = int(np.flatnonzero(~np.isfinite(array))[0])
-            raise ValueError(
-                f"{name}[{row}]={array[row]} is no score: every row needs a finite one from both, "
-                "or leave the row out on both sides"
-            )
+            raise ValueError(f"{name} must be finite in every row, got {array[row]} in row {row}")
     if len(arrays[0]) != len(arrays[1]) or len(arrays[0]) == 0:
         raise ValueError(
-            f"{names[0]} has {len(arrays[0])} scores and {names[1]} has {len(arrays[1])}: give one "
-            "of each for each row, and at least one row"
+            f"{names[0]} and {names[1]} must have a score for each row, and one row or more, got "
+            f"{len(arrays[0])} and {len(arrays[1])}"
         )
     return arrays[0], arrays[1]
