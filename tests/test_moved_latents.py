@@ -259,7 +259,7 @@ def test_other_traces_and_wrong_numbers_are_refused(tiny_models, make, untyped):
         (lambda: sqs.most_moved(two, 1, target="x"), "no target 'x': it has ['create', 'apply']"),
         (lambda: sqs.latent_attention(model, steerer, [], EVERY), "prompts=[] is not allowed"),
         (lambda: sqs.latent_attention(model, steerer, "w1", EVERY), "prompts='w1' is not allowed"),
-        (lambda: sqs.latent_attention(model, steerer, PROMPTS, {}), "no latents are named"),
+        (lambda: sqs.latent_attention(model, steerer, PROMPTS, {}), "latents must name at least one latent"),
         (
             lambda: deltas(model, make(latents=sqs.ExceptLatents({NAME: {3: [16]}}))),
             "no latent 16 at blocks.2.attn.hook_q head 3: the latents are 0 to 15",
