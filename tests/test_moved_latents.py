@@ -267,7 +267,7 @@ def test_other_traces_and_wrong_numbers_are_refused(tiny_models, make, untyped):
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
             call()
-    with pytest.raises(TypeError, match="steerer is a random_direction: only a Latent"):
+    with pytest.raises(TypeError, match="LatentGradientSteerer, got Steerer"):
         sqs.partial_steerer(sqs.random_direction(steerer, seed=0), latents=sqs.TopLatents(1))
-    with pytest.raises(TypeError, match=r"latents=\[1\] can't be called: give a value"):
+    with pytest.raises(TypeError, match=r"latents must be a value, .*got \[1\]"):
         sqs.partial_steerer(steerer, latents=[1])
