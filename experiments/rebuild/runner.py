@@ -92,7 +92,10 @@ class Names:
         return parts
 
     def residual_values(self, means: Any) -> dict[str, Any]:
-        return {f"mean {layer}": mean for layer, mean in means.means.items()}
+        layers = {
+            key: key if isinstance(key, int) else int(key.split(".")[1]) for key in means.means
+        }
+        return {f"mean {layers[key]}": mean.flatten(1) for key, mean in means.means.items()}
 
     def token_values(self, examples: Any) -> dict[str, Any]:
         tokenized = self.adapter.tokenized(self.model, examples)
