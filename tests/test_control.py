@@ -132,6 +132,7 @@ def test_a_norm_that_is_kept_is_kept_and_points_where_the_steer_points(make):
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_until_steers_as_far_as_asked_and_leaves_alone_what_is_there(make):
     queries = queries_of(40)
     before = change(make(n_steps=0), queries)
@@ -145,6 +146,7 @@ def test_until_steers_as_far_as_asked_and_leaves_alone_what_is_there(make):
     assert (made.delta[~short] == 0).all()
 
 
+@pytest.mark.slow
 def test_until_leads_away_from_a_class_until_it_is_unlikely_enough(make):
     queries = queries_of(40)
     before = posteriors(change(make(n_steps=0), queries).distance_before)[..., 2]

@@ -217,6 +217,7 @@ def positions_of(valid, tokens, rows, start, stop, at_padding):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=1100, deadline=None)
 @given(st.data(), batches(), st.integers(-3, 9))
 def test_a_random_scope_names_what_the_slow_reference_names_in_one_pass_and_step_by_step(
@@ -246,6 +247,7 @@ def test_a_random_scope_names_what_the_slow_reference_names_in_one_pass_and_step
         assert torch.equal(torch.cat(steps, dim=1), expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(expressions(DECIDABLE))
 def test_an_expression_is_refused_exactly_when_no_token_of_any_row_is_in_it(tree):

@@ -55,6 +55,7 @@ def quantized(folder):
     return model
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_refused_before_anything_is_placed(tiny_folder, make):
     def whole(model):
         return torch.compile(model, backend="eager"), "the model"
