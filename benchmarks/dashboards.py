@@ -23,6 +23,7 @@ import pandas as pd
 
 import sae_query_steer as sqs
 from sae_query_steer.dashboards.page import page_data
+from sae_query_steer.dashboards.writing import write_dashboards
 from sae_query_steer.toy import TutorCorpus
 
 
@@ -43,7 +44,7 @@ def main() -> None:
         texts,
         sqs.query_sites(model, [1]),
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=given.d_sae, k=given.k),
+            sae=sqs.sae.TopK(d_sae_per_head=given.d_sae, k=given.k),
             training_tokens=given.training_tokens,
         ),
     )
@@ -51,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = given.out or Path(folder) / "pages"
         began = time.perf_counter()
-        (page,) = sqs.write_dashboards(model, saes, texts, out, targets=targets).values()
+        (page,) = write_dashboards(model, saes, texts, out, targets=targets).values()
         row: dict[str, object] = {"write_s": round(time.perf_counter() - began)}
         data = page_data(page.read_text(encoding="utf-8"))
         fired = [n for head in data["heads"] for n in head["fired"]]

@@ -35,7 +35,7 @@ from sae_query_steer.targets.fingerprint import take_fingerprint
 N_LAYERS, N_HEADS, D_HEAD, D_SAE, K = 6, 8, 32, 512, 16
 PROMPT, NEW, QUICK_NEW, SWEEP_NEW, LAYER = 16, 128, 48, 16, 3
 CLASSES = ("remember", "understand", "apply", "analyze", "evaluate", "create")
-SCOPE = sqs.LastPromptToken() | sqs.ResponseTokens()
+SCOPE = sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
 
 
 class Unbounded(QueryHeadTopKSAE):
@@ -141,14 +141,14 @@ class Bench:
         self, way: str, layers: list[int], n_steps: int, **changes: Any
     ) -> sqs.LatentGradientSteerer:
         """Return the steerer of a way."""
-        objective: sqs.Objective = sqs.PrototypeLogLikelihood()
+        objective: sqs.objectives.Objective = sqs.PrototypeLogLikelihood()
         encoders: Any = self.saes
         if way.startswith("closed form"):
             objective = sqs.SquaredDistance()
         if way.startswith("Gram"):
             encoders = self.unbounded
         if way.endswith("autograd"):
-            objective = sqs.AutogradObjective(objective.loss)
+            objective = sqs.objectives.AutogradObjective(objective.loss)
         return sqs.LatentGradientSteerer(
             encoders,
             self.targets,

@@ -124,7 +124,7 @@ def ours(model: Any, rows: torch.Tensor, layers: list[int], heads: range) -> Non
         rows,
         sqs.query_sites(model, layers),
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=D_SAE, k=K),
+            sae=sqs.sae.TopK(d_sae_per_head=D_SAE, k=K),
             training_tokens=rows.numel(),
             train_batch_size_tokens=BATCH,
             lr=LR,
@@ -226,7 +226,7 @@ def follows_saelens(device: str, n_steps: int = 30) -> bool:
     )
     batches = torch.randn(n_steps, 256, N_HEADS, D_HEAD, device=device)
     sae = QueryHeadTopKTrainingSAE(
-        sqs.QueryHeadTopKTrainingSAEConfig(
+        sqs.sae.QueryHeadTopKTrainingSAEConfig(
             n_heads=N_HEADS, d_head=D_HEAD, d_sae_per_head=D_SAE, k=K, device=device
         )
     )

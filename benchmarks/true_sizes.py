@@ -87,7 +87,7 @@ def measure(name: str, n_blocks: int, n_sites: int, args: argparse.Namespace) ->
     n_heads = sizes["num_attention_heads"]
     d_head = sizes["hidden_size"] // n_heads
     sae = QueryHeadTopKTrainingSAE(
-        sqs.QueryHeadTopKTrainingSAEConfig(
+        sqs.sae.QueryHeadTopKTrainingSAEConfig(
             n_heads=n_heads,
             d_head=d_head,
             d_sae_per_head=args.d_sae,

@@ -1,11 +1,14 @@
 """Hooks of MkDocs: pages whose source lies elsewhere, so that each text is written once.
 
 README, CHANGELOG, CONTRIBUTING, the licence and the tutorials come from the root of the
-repository, the page of the command line from the command line itself.
+repository, the page of the command line from the command line itself, and the reference from the
+public names of the package and its sub-namespaces.
 """
 
 import re
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
@@ -18,6 +21,39 @@ from sae_query_steer.cli.main import app
 ROOT = Path(__file__).resolve().parents[1]
 FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff")
 COMMAND_LINE = "reference/command_line.md"
+NAMESPACES = (
+    *("scopes", "objectives", "control", "sae", "steering", "baselines", "diagnostics"),
+    *("compare", "hub", "plots", "dashboards", "toy", "config"),
+)
+"""Each is one page of the reference; `reference/front.md` has the other names of the front."""
+
+
+def reference() -> dict[str, str]:
+    """Return the pages of the reference: a directive for every public name, each name once."""
+    pages, shown = {}, set()
+    for space in (*NAMESPACES, "front"):
+        package = "" if space == "front" else f"sae_query_steer.{space}"
+        package = (
+            f"sae_query_steer.descent.{space}" if space in ("objectives", "control") else package
+        )
+        module = import_module(package or "sae_query_steer")
+        names = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+        ]
+        lines = [f"# {space if package else 'sae_query_steer'}", "", str(module.__doc__), ""]
+        for name in names:
+            value = getattr(module, name)
+            if isinstance(value, ModuleType) or id(value) in shown:
+                continue
+            shown.add(id(value))
+            home = getattr(value, "__module__", "")
+            if not home.startswith("sae_query_steer"):
+                home = module.__name__
+            lines += [f"::: {home}.{name}", ""]
+        pages[f"reference/{space}.md"] = "\n".join(lines)
+    return pages
 
 
 def command_line() -> str:
@@ -39,6 +75,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in (*FROM_ROOT, *sorted(notebooks)):
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
     files.append(File.generated(config, COMMAND_LINE, content=command_line()))
+    for path, content in reference().items():
+        files.append(File.generated(config, path, content=content))
     return files
 
 

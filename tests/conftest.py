@@ -124,7 +124,7 @@ def saes(tiny_models) -> sqs.QuerySAEs:
         rows,
         sqs.query_sites(model, [0, 2]),
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=16, k=3),
+            sae=sqs.sae.TopK(d_sae_per_head=16, k=3),
             training_tokens=8192,
             train_batch_size_tokens=128,
             lr=3e-3,

@@ -61,23 +61,24 @@ def some_targets() -> sqs.CentroidTargets:
 STEERERS: tuple[dict[str, Any], ...] = (
     {"objective": sqs.PrototypeLogLikelihood(temperature=0.7), "target": "create", "layers": [2]},
     {
-        "objective": sqs.GaussianLogLikelihood(floor=0.3),
+        "objective": sqs.objectives.GaussianLogLikelihood(floor=0.3),
         "target": {"apply": 1, "create": -0.5},
-        "latents": sqs.GivenLatents({HOOKS[0]: {0: [1, 2], 2: [4]}}),
-        "gate": sqs.PosteriorBelow(0.9),
+        "latents": sqs.control.GivenLatents({HOOKS[0]: {0: [1, 2], 2: [4]}}),
+        "gate": sqs.control.PosteriorBelow(0.9),
         "until": 0.8,
-        "scope": sqs.LastPromptToken() | (sqs.FirstResponseTokens(3) & ~sqs.AtPositions([4])),
+        "scope": sqs.LastPromptToken()
+        | (sqs.scopes.FirstResponseTokens(3) & ~sqs.scopes.AtPositions([4])),
         "trust_radius": 2.0,
         "max_relative_change": 0.5,
         "heads": {2: [0, 2]},
     },
     {
-        "objective": sqs.LinearProbe(torch.arange(33.0).reshape(3, 11) / 33),
+        "objective": sqs.objectives.LinearProbe(torch.arange(33.0).reshape(3, 11) / 33),
         "target": "apply",
-        "scope": sqs.AfterToken(20) | sqs.RowMask(torch.eye(2, 9, dtype=torch.bool)),
-        "schedule": sqs.ExponentialDecay(half_life=2.0),
-        "latents": sqs.TopLatents(3),
-        "gate": sqs.LatentAbove(3, 0.2),
+        "scope": sqs.scopes.AfterToken(20) | sqs.scopes.RowMask(torch.eye(2, 9, dtype=torch.bool)),
+        "schedule": sqs.control.ExponentialDecay(half_life=2.0),
+        "latents": sqs.control.TopLatents(3),
+        "gate": sqs.control.LatentAbove(3, 0.2),
     },
 )
 
@@ -94,8 +95,8 @@ def make_steerer(folder: Path, number: int) -> None:
     settings = {"n_steps": 4, "step_size": 0.3, **STEERERS[number % len(STEERERS)]}
     saes: Any = some_saes(number % len(ARCHITECTURES))
     if number % 4 == 3:
-        saes = {hook: sqs.IdentityEncoder(n_heads=3, d_head=11) for hook in HOOKS}
-    sqs.save_steerer(sqs.LatentGradientSteerer(saes, some_targets(), **settings), folder)
+        saes = {hook: sqs.sae.IdentityEncoder(n_heads=3, d_head=11) for hook in HOOKS}
+    sqs.steering.save_steerer(sqs.LatentGradientSteerer(saes, some_targets(), **settings), folder)
 
 
 def read_saes(folder: Path, out: Path) -> None:
@@ -116,9 +117,9 @@ def read_targets(folder: Path, out: Path) -> None:
 
 
 def read_steerer(folder: Path, out: Path) -> None:
-    steerer = sqs.load_steerer(folder)
+    steerer = sqs.steering.load_steerer(folder)
     json.dumps(steerer_settings(steerer), allow_nan=False)
-    sqs.save_steerer(steerer, out)
+    sqs.steering.save_steerer(steerer, out)
     places = TokenPositions(
         row=torch.arange(2),
         position=torch.arange(2),
@@ -190,14 +191,14 @@ def read_bundle(folder: Path, out: Path) -> None:
     number = re.search(r"-(\d+)$", folder.parent.name)
     if number is None or int(number[1]) // len(KINDS) % 4:
         sign(folder)
-    bundle = sqs.load_bundle(folder)
+    bundle = sqs.hub.load_bundle(folder)
     for one in bundle.saes.values():
         x = randn(2, one.n_heads, one.d_head)
         assert one.decode(one.encode(x)).shape == x.shape
     if bundle.steerer is not None:
         json.dumps(steerer_settings(bundle.steerer), allow_nan=False)
-    sqs.push_to_hub(folder, "alice/bundle", dry_run=True)
-    sqs.registry_entry(folder, release="r", repo_id="alice/bundle")
+    sqs.hub.push_to_hub(folder, "alice/bundle", dry_run=True)
+    sqs.hub.registry_entry(folder, release="r", repo_id="alice/bundle")
     bundle.saes.save(out)
 
 

@@ -14,11 +14,11 @@ SIZES = {"n_heads": 3, "d_head": 6, "d_sae_per_head": 11}
 JUMPRELU = {**SIZES, "jumprelu_bandwidth": 0.3, "l0_coefficient": 0.2}
 
 CONFIGS = {
-    "topk": sqs.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4),
-    "topk, rows as they are": sqs.QueryHeadTopKTrainingSAEConfig(
+    "topk": sqs.sae.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4),
+    "topk, rows as they are": sqs.sae.QueryHeadTopKTrainingSAEConfig(
         **SIZES, k=4, rescale_acts_by_decoder_norm=False
     ),
-    "standard": sqs.QueryHeadStandardTrainingSAEConfig(**SIZES, l1_coefficient=0.3),
+    "standard": sqs.sae.QueryHeadStandardTrainingSAEConfig(**SIZES, l1_coefficient=0.3),
     "jumprelu": sae_classes.QueryHeadJumpReLUTrainingSAEConfig(
         **JUMPRELU,
         pre_act_loss_coefficient=0.1,

@@ -6,6 +6,7 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.query_patch import query_patch
+from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.diagnostics.patches import draw_pairs
 from sae_query_steer.models.activations import read_activations
 
@@ -38,7 +39,7 @@ def effect(model, sites, examples, **settings):
 def test_to_steer_all_the_way_to_real_queries_is_to_patch_them_in(model, same_texts):
     # Where all texts of a class are one text, its dense centroid is the donor's real query.
     sites = sqs.query_sites(model, [0, 2])
-    dense = sqs.identity_encoders(sites)
+    dense = sqs.sae.identity_encoders(sites)
     tokenized = sqs.tokenize_examples(model, same_texts)
     centroids = sqs.CentroidTargetBuilder(model, dense).fit(tokenized)
     patched = sqs.interchange_effect(model, sites, tokenized, n_pairs=12, seed=3)
@@ -70,7 +71,7 @@ def test_it_is_what_the_same_steer_does_in_a_forward_pass(model, saes, targets, 
     for layer, head in ((2, "all"), (0, 1)):
         moved, kl = [], []
         for pair in pairs:
-            tokens = sqs.tokenize_example(model, examples[pair.base])
+            tokens = tokenize_example(model, examples[pair.base])
             steerer = sqs.LatentGradientSteerer(
                 saes,
                 targets,
@@ -96,7 +97,7 @@ def test_it_is_what_the_same_steer_does_in_a_forward_pass(model, saes, targets, 
 
 
 def test_every_token_of_a_span_is_steered(model, saes, targets, examples):
-    tokenized = sqs.tokenize_examples(model, examples, span=sqs.ResponseTokens())
+    tokenized = sqs.tokenize_examples(model, examples, span=sqs.scopes.ResponseTokens())
     steerer = steerer_to(targets, saes)
     table = sqs.achieved_effect(model, steerer, tokenized, n_pairs=6, per_head=False)
     assert list(table["head"]) == ["all", "all"]

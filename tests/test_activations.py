@@ -164,7 +164,9 @@ def test_log_probabilities_are_read_after_the_given_positions(model):
 
 
 def test_every_token_of_the_span_is_read_once(model, examples):
-    tokenized = sqs.tokenize_examples(model, examples, span=sqs.ResponseTokens(), batch_size=5)
+    tokenized = sqs.tokenize_examples(
+        model, examples, span=sqs.scopes.ResponseTokens(), batch_size=5
+    )
     names = ["blocks.1.attn.hook_q", "blocks.2.hook_resid_pre"]
     seen = {}
     for batch in read_at_span(model, tokenized, names):
@@ -189,7 +191,7 @@ def test_every_token_of_the_span_is_read_once(model, examples):
 
 def test_an_example_outside_the_span_is_refused_before_the_model_runs(model, examples, monkeypatch):
     bare = sqs.LabelledExample(prompt="w1 w2", label="apply")
-    tokenized = sqs.tokenize_examples(model, [*examples, bare], span=sqs.ResponseTokens())
+    tokenized = sqs.tokenize_examples(model, [*examples, bare], span=sqs.scopes.ResponseTokens())
     monkeypatch.setattr(model, "run_with_cache", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=r"example 48 \('apply'\).*ResponseTokens"):
         next(read_at_span(model, tokenized, ["blocks.0.attn.hook_q"]))

@@ -58,7 +58,7 @@ def architecture(request, tmp_path_factory):
         sqs.LabelledExample(prompt=f"w{i} w{i + 1} w{2 * i}", label="ab"[i % 2]) for i in range(20)
     ]
     sites = sqs.query_sites(model)
-    targets = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(
+    targets = sqs.CentroidTargetBuilder(model, sqs.sae.identity_encoders(sites)).fit(
         sqs.tokenize_examples(model, examples)
     )
     return model, sites, targets
@@ -72,9 +72,9 @@ def generate(model, prompts, **changes):
 @pytest.mark.parametrize(
     ("scope", "positions"),
     [
-        (sqs.EveryPosition(), [range(14), range(9)]),
+        (sqs.scopes.EveryPosition(), [range(14), range(9)]),
         (sqs.LastPromptToken(), [[6], [1]]),
-        (sqs.ResponseTokens(), [range(7, 14), range(2, 9)]),
+        (sqs.scopes.ResponseTokens(), [range(7, 14), range(2, 9)]),
     ],
     ids=repr,
 )
@@ -82,7 +82,7 @@ def test_positions_are_exact_with_cache_without_and_in_a_padded_batch(
     architecture, scope, positions
 ):
     model, sites, targets = architecture
-    steerer = sqs.mean_difference(sites, targets, target="a", strength=2.0, scope=scope)
+    steerer = sqs.baselines.mean_difference(sites, targets, target="a", strength=2.0, scope=scope)
     with steerer.apply(model, record=True) as trace:
         on = generate(model, PROMPTS)
     with steerer.apply(model):

@@ -91,7 +91,7 @@ def test_chosen_layers_alone_are_touched(model, saes, tokens):
 @pytest.mark.parametrize("error_term", [False, True])
 def test_the_identity_in_the_place_of_saes_changes_nothing(model, tokens, error_term):
     plain = model(tokens)
-    encoders = sqs.identity_encoders(sqs.query_sites(model))
+    encoders = sqs.sae.identity_encoders(sqs.query_sites(model))
     with attached_saes(model, encoders, error_term=error_term):
         assert torch.equal(model(tokens), plain)
 
@@ -226,7 +226,7 @@ def test_a_steerer_inside_the_block_starts_from_the_reconstruction(model, saes, 
         objective=sqs.SquaredDistance(),
         n_steps=0,
         step_size=0.5,
-        scope=sqs.EveryPosition(),
+        scope=sqs.scopes.EveryPosition(),
     )
     with attached_saes(model, saes):
         expected = model(tokens)

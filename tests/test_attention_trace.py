@@ -21,7 +21,7 @@ def make(saes, targets):
             "objective": sqs.SquaredDistance(),
             "n_steps": 4,
             "step_size": 0.3,
-            "scope": sqs.LastPromptToken() | sqs.ResponseTokens(),
+            "scope": sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
             "layers": [LAYER],
             "heads": HEADS,
         }
@@ -79,7 +79,7 @@ def test_without_steps_no_attention_changes(model, make):
 
 
 def test_joined_steerers_record_their_attention_too(model, make):
-    joined = sqs.JoinedSteerers(make(), make(layers=[0]))
+    joined = sqs.steering.JoinedSteerers(make(), make(layers=[0]))
     with joined.apply(model, record_attention=True) as traces:
         model.generate(PROMPTS, **GREEDY)
     assert [set(t.attention_change(model)["layer"]) for t in traces] == [{2}, {0}]

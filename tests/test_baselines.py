@@ -14,7 +14,7 @@ NAME = "blocks.2.attn.hook_q"
 def dense(tiny_models, examples):
     """Identity encoders of layers 0 and 2 and the centroids of raw queries."""
     sites = sqs.query_sites(tiny_models["bridge"], [0, 2])
-    encoders = sqs.identity_encoders(sites)
+    encoders = sqs.sae.identity_encoders(sites)
     targets = sqs.CentroidTargetBuilder(tiny_models["bridge"], encoders).fit(
         sqs.tokenize_examples(tiny_models["bridge"], examples)
     )
@@ -65,7 +65,9 @@ def test_dense_steering_moves_the_query_itself_towards_the_mean(model, dense):
 
 def test_the_mean_difference_is_added_whole_and_may_leave_the_positive_range(model, dense):
     sites, _, targets = dense
-    steerer = sqs.mean_difference(sites, targets, target="apply", strength=1.5, layers=[2])
+    steerer = sqs.baselines.mean_difference(
+        sites, targets, target="apply", strength=1.5, layers=[2]
+    )
     means = targets.means[NAME]
     difference = 1.5 * (means[targets.class_index("apply")] - means.mean(0))
     assert (difference < 0).any()
@@ -89,7 +91,7 @@ def test_a_random_direction_is_as_long_as_the_steers_change_and_follows_its_seed
     tokens = model.to_tokens("w1 w20 w33")
     real = change_of(model, steerer, tokens)
     first, again, other = (
-        change_of(model, sqs.random_direction(steerer, seed=s), tokens) for s in (1, 1, 2)
+        change_of(model, sqs.baselines.random_direction(steerer, seed=s), tokens) for s in (1, 1, 2)
     )
     torch.testing.assert_close(first.norm(dim=-1), real.norm(dim=-1), rtol=1e-3, atol=1e-5)
     assert torch.equal(first, again)
@@ -103,7 +105,7 @@ def test_the_random_control_is_recorded_and_needs_its_model(model, saes, targets
     steerer = sqs.LatentGradientSteerer(
         saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0
     )
-    control = sqs.random_direction(steerer, seed=5)
+    control = sqs.baselines.random_direction(steerer, seed=5)
     with control.apply(model, record=True) as trace:
         model.generate("w1 w2", max_new_tokens=2, do_sample=False, verbose=False)
     table = trace.to_dataframe()
@@ -123,32 +125,32 @@ def test_the_random_control_is_recorded_and_needs_its_model(model, saes, targets
 
 
 def test_a_few_shot_prompt_shows_k_solved_examples_of_the_class(examples):
-    prompt = sqs.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=4)
+    prompt = sqs.baselines.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=4)
     shots = {e.prompt + e.response for e in examples if e.label == "create"}
     *shown, last = prompt.split("\n\n")
     assert last == "w0 w1"
     assert len(set(shown)) == 2
     assert set(shown) <= shots
-    assert prompt == sqs.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=4)
-    assert prompt != sqs.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=5)
+    assert prompt == sqs.baselines.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=4)
+    assert prompt != sqs.baselines.few_shot_prompt("w0 w1", examples, target="create", k=2, seed=5)
 
 
 def test_a_few_shot_prompt_never_shows_the_prompts_own_answer(examples):
     own = next(e for e in examples if e.label == "create")
     n = sum(e.label == "create" for e in examples)
     with pytest.raises(ValueError, match=f"class 'create' has {n - 1} examples with a response"):
-        sqs.few_shot_prompt(own.prompt, examples, target="create", k=n)
+        sqs.baselines.few_shot_prompt(own.prompt, examples, target="create", k=n)
     with pytest.raises(ValueError, match="k=0 is not allowed"):
-        sqs.few_shot_prompt("w0", examples, target="create", k=0)
+        sqs.baselines.few_shot_prompt("w0", examples, target="create", k=0)
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan")])
 def test_a_strength_that_is_not_allowed_is_named_as_the_user_gave_it(dense, strength):
     sites, _, targets = dense
     with pytest.raises(ValueError, match=f"strength must be .* got {strength}"):
-        sqs.mean_difference(sites, targets, target="apply", strength=strength)
+        sqs.baselines.mean_difference(sites, targets, target="apply", strength=strength)
 
 
 def test_a_control_without_its_steerer_is_refused(saes, untyped):
     with pytest.raises(TypeError, match="steerer must be a LatentGradientSteerer, got QuerySAEs"):
-        sqs.random_direction(saes)
+        sqs.baselines.random_direction(saes)

@@ -12,7 +12,7 @@ from sae_query_steer.compare.generation import continuations, negative_log_likel
 from sae_query_steer.compare.judges import RuleJudge
 from sae_query_steer.compare.methods import Method, interchange_methods
 from sae_query_steer.compare.scorer import SteeringCase, TextScorer
-from sae_query_steer.data.tokenized import chat_prompt
+from sae_query_steer.data.tokenized import chat_prompt, tokenize_example
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import end_tokens
 
@@ -29,7 +29,7 @@ def chat(request, tmp_path_factory):
 
 def read(model, prompt):
     example = sqs.LabelledExample(prompt=prompt, label="none")
-    return sqs.tokenize_example(model, example, chat_template=True).tokens
+    return tokenize_example(model, example, chat_template=True).tokens
 
 
 def written_alone(plain, tokens, n, **changes):

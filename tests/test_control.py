@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.descent.goals import Goal
 from sae_query_steer.scopes.positions import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
@@ -23,7 +24,7 @@ def make(saes, targets):
             "objective": sqs.PrototypeLogLikelihood(),
             "n_steps": 8,
             "step_size": 0.4,
-            "scope": sqs.LastPromptToken() | sqs.ResponseTokens(),
+            "scope": sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
             "layers": [2],
         }
         return sqs.LatentGradientSteerer(saes, targets, **{**settings, **changes})
@@ -80,8 +81,10 @@ def test_a_number_of_values_that_is_not_that_of_the_rows_is_refused(model, make)
 
 
 def test_a_schedule_is_the_step_size_of_each_token(model, make):
-    schedule = sqs.ExponentialDecay(half_life=2.0)
-    _, table = traced(model, make(schedule=schedule, n_steps=1, objective=sqs.CentroidContrast()))
+    schedule = sqs.control.ExponentialDecay(half_life=2.0)
+    _, table = traced(
+        model, make(schedule=schedule, n_steps=1, objective=sqs.objectives.CentroidContrast())
+    )
     lengths = torch.tensor([len(prompt.split()) + 1 for prompt in PROMPTS])
     for age in range(4):
         places = {"position": lengths - 1 + age, "prompt_lengths": lengths}
@@ -93,7 +96,7 @@ def test_a_schedule_is_the_step_size_of_each_token(model, make):
 
 
 def test_a_schedule_agrees_with_the_cache_on_and_off(model, make):
-    steerer = make(schedule=sqs.ExponentialDecay(half_life=1.5))
+    steerer = make(schedule=sqs.control.ExponentialDecay(half_life=1.5))
     results = []
     for use_past in (True, False):
         with steerer.apply(model, record=True) as trace:
@@ -104,8 +107,8 @@ def test_a_schedule_agrees_with_the_cache_on_and_off(model, make):
 
 
 def test_a_schedule_needs_the_prompt_lengths(tiny_models, make):
-    model, schedule = tiny_models["bridge"], sqs.LinearWarmUp(3)
-    steerer = make(schedule=schedule, scope=sqs.EveryPosition())
+    model, schedule = tiny_models["bridge"], sqs.control.LinearWarmUp(3)
+    steerer = make(schedule=schedule, scope=sqs.scopes.EveryPosition())
     with (
         steerer.apply(model),
         pytest.raises(ValueError, match="a schedule needs to know where the prompt ends"),
@@ -170,23 +173,23 @@ def test_the_trust_radius_bounds_the_way_of_the_latents(model, make):
 
 def test_only_chosen_latents_move_and_the_trace_names_them(model, make, targets):
     heads = {0: [3, 5], 2: [1]}
-    given = sqs.GivenLatents({NAME: heads})
+    given = sqs.control.GivenLatents({NAME: heads})
     table = traced(model, make(latents=given))[1]
     for head, moved in zip(table["head"], table["latents_moved"], strict=True):
         assert {latent for latent, _ in moved} <= set(heads.get(head, ()))
     assert (table["n_latents_moved"] > 0).any()
-    top = traced(model, make(latents=sqs.TopLatents(2)))[1]
-    goal = sqs.Goal.towards(targets.means[NAME], 2, targets.variances[NAME])
-    best = sqs.TopLatents(2)(targets.means[NAME][0], goal, NAME, range(4))
+    top = traced(model, make(latents=sqs.control.TopLatents(2)))[1]
+    goal = Goal.towards(targets.means[NAME], 2, targets.variances[NAME])
+    best = sqs.control.TopLatents(2)(targets.means[NAME][0], goal, NAME, range(4))
     for head, moved in zip(top["head"], top["latents_moved"], strict=True):
         assert all(best[head, latent] for latent, _ in moved)
     assert 0 < top["n_latents_moved"].max() <= 2
-    active = traced(model, make(latents=sqs.ActiveLatents()))[1]
+    active = traced(model, make(latents=sqs.control.ActiveLatents()))[1]
     assert 0 < active["n_latents_moved"].max() <= 3, "three latents of a head fire at a token"
 
 
 def test_latents_are_chosen_for_the_heads_that_are_steered(make):
-    given = sqs.GivenLatents({NAME: {3: [4]}})
+    given = sqs.control.GivenLatents({NAME: {3: [4]}})
     made = change(make(latents=given, heads=[1, 3]), queries_of(6, n_heads=2))
     assert (made.n_moved[:, 0] == 0).all()
     assert set(made.moved_latents[:, 1, 0][made.n_moved[:, 1] > 0].tolist()) == {4}
@@ -194,17 +197,17 @@ def test_latents_are_chosen_for_the_heads_that_are_steered(make):
 
 def test_a_closed_gate_is_exactly_no_steer(model, make):
     bare = model.generate(PROMPTS, **GREEDY)
-    with make(gate=sqs.PosteriorBelow(1e-9), step_size=3.0).apply(model):
+    with make(gate=sqs.control.PosteriorBelow(1e-9), step_size=3.0).apply(model):
         assert model.generate(PROMPTS, **GREEDY) == bare
     queries = queries_of(30)
     posterior = posteriors(change(make(n_steps=0), queries).distance_before)[..., 2]
     value = float(posterior.median())
-    made = change(make(gate=sqs.PosteriorBelow(value)), queries)
+    made = change(make(gate=sqs.control.PosteriorBelow(value)), queries)
     closed = posterior >= value
     assert (made.delta[closed] == 0).all()
     assert (made.delta[~closed].norm(dim=-1) > 0).any()
     latents = make().saes[NAME].encode(queries)
-    made = change(make(gate=sqs.LatentAbove(2, 0.1)), queries)
+    made = change(make(gate=sqs.control.LatentAbove(2, 0.1)), queries)
     assert (made.delta[latents[..., 2] <= 0.1] == 0).all()
     made = change(make(gate=lambda z, goal: torch.arange(4).eq(1).expand(z.shape[:-1])), queries)
     assert (made.delta[:, [0, 2, 3]] == 0).all() and (made.delta[:, 1] != 0).any()
@@ -263,7 +266,7 @@ def test_a_negative_weight_leads_away(make):
         ({"until": 1.5}, ValueError, "until .*<= 1, got 1.5"),
         ({"trust_radius": 0.0}, ValueError, "trust_radius .*> 0, got 0.0"),
         ({"max_relative_change": -1.0}, ValueError, "max_relative_change .*got -1.0"),
-        ({"schedule": sqs.LinearWarmUp}, TypeError, "schedule must be"),
+        ({"schedule": sqs.control.LinearWarmUp}, TypeError, "schedule must be"),
         ({"gate": 3}, TypeError, "gate must be"),
     ],
 )
@@ -275,14 +278,14 @@ def test_controls_that_cannot_work_are_refused_before_a_model_is_there(
 
 
 def test_joined_steerers_act_in_their_order_as_nested_ones_do(model, make):
-    first, second = make(), make(target="apply", step_size=1.0, scope=sqs.EveryPosition())
+    first, second = make(), make(target="apply", step_size=1.0, scope=sqs.scopes.EveryPosition())
     with first.apply(model, record=True) as one, second.apply(model, record=True) as two:
         nested = model.generate(PROMPTS, **GREEDY)
-    with sqs.JoinedSteerers(first, second).apply(model, record=True) as traces:
+    with sqs.steering.JoinedSteerers(first, second).apply(model, record=True) as traces:
         assert model.generate(PROMPTS, **GREEDY) == nested
     for mine, theirs in zip(traces, (one, two), strict=True):
         assert mine.to_dataframe()["delta_norm"].equals(theirs.to_dataframe()["delta_norm"])
-    with sqs.JoinedSteerers(second, first).apply(model, record=True) as swapped:
+    with sqs.steering.JoinedSteerers(second, first).apply(model, record=True) as swapped:
         model.generate(PROMPTS, **GREEDY)
     ours, other = (t.to_dataframe()["query_norm"] for t in (traces[1], swapped[0]))
     assert not torch.allclose(torch.tensor(ours.to_numpy()), torch.tensor(other.to_numpy()))
@@ -292,9 +295,9 @@ def test_joined_steerers_act_in_their_order_as_nested_ones_do(model, make):
 def test_nothing_of_joined_steerers_is_left_if_one_does_not_belong(tiny_models, make, untyped):
     model = tiny_models["bridge"]
     with pytest.raises(TypeError, match="steerers must be Steerer values, got 3"):
-        sqs.JoinedSteerers(make(), 3)
+        sqs.steering.JoinedSteerers(make(), 3)
     with pytest.raises(ValueError, match="needs at least one steerer"):
-        sqs.JoinedSteerers()
-    with pytest.raises(RuntimeError), sqs.JoinedSteerers(make(), make()).apply(model):
+        sqs.steering.JoinedSteerers()
+    with pytest.raises(RuntimeError), sqs.steering.JoinedSteerers(make(), make()).apply(model):
         raise RuntimeError
     assert not any(point.fwd_hooks for point in model.hook_dict.values())

@@ -27,7 +27,7 @@ def texts(examples) -> list[str]:
 
 
 def found_on(model, saes, texts, **reading):
-    return sqs.top_tokens(model, {NAME: saes[NAME]}, texts, k=K, heads=HEADS, **reading)
+    return sqs.diagnostics.top_tokens(model, {NAME: saes[NAME]}, texts, k=K, heads=HEADS, **reading)
 
 
 def alone(model, row, hooks=()):
@@ -185,7 +185,7 @@ def test_the_commonest_ids_are_kept_and_all_where_none_is_common():
 
 
 def test_a_direction_is_what_one_unit_of_a_latent_adds(saes, monkeypatch):
-    identity = sqs.IdentityEncoder(n_heads=4, d_head=8)
+    identity = sqs.sae.IdentityEncoder(n_heads=4, d_head=8)
     assert torch.equal(decoder_directions(identity, (2, 0)), torch.eye(8).expand(2, -1, -1))
     sae = saes[NAME]
     one = torch.zeros(4, 16)

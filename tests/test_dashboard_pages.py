@@ -18,6 +18,7 @@ from sae_query_steer.dashboards.neuronpedia import write_batches
 from sae_query_steer.dashboards.page import dashboard_html, page_data
 from sae_query_steer.dashboards.site_data import SiteDashboard, _rounded
 from sae_query_steer.dashboards.statistics import read_again
+from sae_query_steer.dashboards.writing import write_dashboards
 
 NAME = "blocks.2.attn.hook_q"
 HOSTILE = "</script><script>document.title='broken'</script><!-- <img src=x onerror=alert(1)> & \""
@@ -60,7 +61,7 @@ def texts(examples) -> list[str]:
 @pytest.fixture(scope="module")
 def dashboard(tiny_models, saes, targets, texts) -> SiteDashboard:
     model, site = tiny_models["hooked"], sqs.query_sites(tiny_models["hooked"], [2])[0]
-    tops = sqs.top_tokens(model, {NAME: saes[NAME]}, texts, k=4, heads=[3, 1])
+    tops = sqs.diagnostics.top_tokens(model, {NAME: saes[NAME]}, texts, k=4, heads=[3, 1])
     statistics, _ = read_again(model, {NAME: saes[NAME]}, tops, context=2, keys=False)
     return SiteDashboard(
         site=site,
@@ -75,9 +76,7 @@ def dashboard(tiny_models, saes, targets, texts) -> SiteDashboard:
 def test_a_page_holds_every_latent_and_its_texts_as_they_stand(
     model, saes, targets, texts, tmp_path
 ):
-    pages = sqs.write_dashboards(
-        model, saes, texts, tmp_path / "d", targets=targets, context=3, k=4
-    )
+    pages = write_dashboards(model, saes, texts, tmp_path / "d", targets=targets, context=3, k=4)
     assert list(pages) == list(saes)
     assert {p.name for p in (tmp_path / "d").iterdir()} == {
         *(f"{name}.html" for name in saes),
@@ -88,7 +87,7 @@ def test_a_page_holds_every_latent_and_its_texts_as_they_stand(
         f'href="{name}.html"' in (tmp_path / "d" / "index.html").read_text() for name in saes
     )
     data = page_data(pages[NAME].read_text(encoding="utf-8"))
-    tops = sqs.top_tokens(model, saes, texts, k=4)
+    tops = sqs.diagnostics.top_tokens(model, saes, texts, k=4)
     assert [head["head"] for head in data["heads"]] == [0, 1, 2, 3]
     assert data["n_tokens"] == tops.n_tokens
     table = tops.table(NAME, 1, context=3)
@@ -201,7 +200,7 @@ def test_what_can_t_be_shown_is_refused_before_work_starts(
     tiny_models, saes, targets, texts, tmp_path, monkeypatch
 ):
     model = tiny_models["bridge"]
-    others = sqs.identity_encoders(sqs.query_sites(model, [0, 2]))
+    others = sqs.sae.identity_encoders(sqs.query_sites(model, [0, 2]))
 
     def no_work(*_, **__):
         raise AssertionError("the texts were read")
@@ -217,16 +216,16 @@ def test_what_can_t_be_shown_is_refused_before_work_starts(
     ):
         given = {"saes": saes} | settings
         with pytest.raises(ValueError, match=text):
-            sqs.write_dashboards(model, given.pop("saes"), texts, tmp_path / "no", **given)
+            write_dashboards(model, given.pop("saes"), texts, tmp_path / "no", **given)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError, match="has no dashboards.json"):
-        sqs.write_dashboards(model, saes, texts, tmp_path / "other", overwrite=True)
+        write_dashboards(model, saes, texts, tmp_path / "other", overwrite=True)
     for part, remedy in (("hook_k", "n_keys=0"), ("hook_pattern", "n_attention=0")):
         less = {n: p for n, p in model.hook_dict.items() if n != f"blocks.0.attn.{part}"}
         hidden = Hidden(model, less)
         with pytest.raises(ValueError, match=remedy):
-            sqs.write_dashboards(hidden, saes, texts, tmp_path / "no")
+            write_dashboards(hidden, saes, texts, tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
@@ -241,7 +240,7 @@ class Hidden:
 
 
 def test_parts_that_are_not_asked_for_are_not_there(tiny_models, saes, texts, tmp_path):
-    pages = sqs.write_dashboards(
+    pages = write_dashboards(
         tiny_models["bridge"],
         saes,
         texts,
@@ -264,7 +263,7 @@ def test_a_site_whose_latents_are_all_silent_has_a_page(tiny_models, saes, texts
     silent = copy.deepcopy(saes[NAME])
     for weights in silent.parameters():
         weights.data.zero_()
-    pages = sqs.write_dashboards(tiny_models["bridge"], {NAME: silent}, texts[:3], tmp_path / "d")
+    pages = write_dashboards(tiny_models["bridge"], {NAME: silent}, texts[:3], tmp_path / "d")
     head = page_data(pages[NAME].read_text())["heads"][0]
     assert head["fired"] == head["max"] == head["moved"] == [0] * 16
     assert head["texts"] == head["attention"] == head["histogram"] == [[]] * 16

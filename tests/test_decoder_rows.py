@@ -59,7 +59,7 @@ def make(saes, targets):
     """Make a steerer that visibly changes the tiny model, with some settings changed."""
 
     def make(**changes) -> decoder_rows:
-        settings = {"target": "create", "strength": 3.0, "scope": sqs.EveryPosition()}
+        settings = {"target": "create", "strength": 3.0, "scope": sqs.scopes.EveryPosition()}
         return decoder_rows(saes, targets, **{**settings, **changes})
 
     return make
@@ -115,7 +115,7 @@ def test_with_all_latents_of_an_identity_encoder_it_is_the_rising_part_of_the_me
 ):
     model = tiny_models["bridge"]
     sites = sqs.query_sites(model, [2])
-    encoders = sqs.identity_encoders(sites)
+    encoders = sqs.sae.identity_encoders(sites)
     targets = sqs.CentroidTargetBuilder(model, encoders).fit(sqs.tokenize_examples(model, examples))
     steerer = decoder_rows(encoders, targets, target="apply", strength=1.0, m=8)
     means, own = targets.means[NAME], targets.class_index("apply")
@@ -133,7 +133,9 @@ def test_a_strength_of_zero_leaves_the_logits_bitwise_unchanged(model, make):
 
 def test_only_the_scoped_positions_of_the_chosen_heads_change(model, make):
     tokens = model.to_tokens("w1 w20 w33 w7 w30 w2", prepend_bos=True)
-    steerer = make(layers=[2], heads=[1, 3], scope=sqs.LastPromptToken() | sqs.ResponseTokens())
+    steerer = make(
+        layers=[2], heads=[1, 3], scope=sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
+    )
     before, seen = read_activations(model, tokens, [NAME])[NAME], []
     with (
         steerer.apply(model, prompt_lengths=4),
@@ -195,7 +197,7 @@ def test_its_latents_are_a_choice_for_the_descent(model, make, saes, targets):
         objective=sqs.SquaredDistance(),
         n_steps=2,
         step_size=0.5,
-        latents=sqs.GivenLatents(chosen),
+        latents=sqs.control.GivenLatents(chosen),
     )
     with steerer.apply(model, record=True) as trace:
         generate(model, PROMPTS)
@@ -204,7 +206,7 @@ def test_its_latents_are_a_choice_for_the_descent(model, make, saes, targets):
 
 def test_it_moves_to_a_device_and_joins_other_steerers(model, make):
     steerer = make(layers=[0]).to("cpu")
-    joined = sqs.JoinedSteerers(steerer, make(layers=[2]))
+    joined = sqs.steering.JoinedSteerers(steerer, make(layers=[2]))
     with joined.apply(model):
         both = generate(model, PROMPTS)[1]
     with make().apply(model):
@@ -220,7 +222,7 @@ def test_it_moves_to_a_device_and_joins_other_steerers(model, make):
         ({"m": 0}, "m must be a whole number >= 1, got 0"),
         ({"strength": -0.5}, "strength must be a finite number >= 0, got"),
         ({"strength": float("inf")}, "strength must be a finite number >= 0, got"),
-        ({"scope": sqs.LastResponseToken()}, "LastResponseToken() can't be a scope"),
+        ({"scope": sqs.scopes.LastResponseToken()}, "LastResponseToken() can't be a scope"),
         ({"layers": [1]}, "no site at layer 1: there are some at [0, 2]"),
         ({"heads": [4]}, "no head 4 at layer 0: the heads are 0 to 3"),
     ],

@@ -37,7 +37,7 @@ class Shift(Edit):
 
 
 def shift(model, scope=None, **where) -> Steerer:
-    scope = sqs.EveryPosition() if scope is None else scope
+    scope = sqs.scopes.EveryPosition() if scope is None else scope
     return Steerer(Shift(), Where(sqs.query_sites(model, [1]), scope=scope, **where))
 
 
@@ -153,7 +153,7 @@ def test_an_sae_of_saelens_in_the_place_of_the_hook_point_is_told(
     sae = saes["blocks.2.attn.hook_q"]
     tokens = tokens_of(model)
     site = sqs.query_sites(model, [2])
-    steerer = Steerer(Shift(), Where(site, scope=sqs.EveryPosition()))
+    steerer = Steerer(Shift(), Where(site, scope=sqs.scopes.EveryPosition()))
     try:
         with steerer.apply(model):
             if how == "run_with_saes":
@@ -249,7 +249,7 @@ def test_the_mathematics_is_in_32_bits_outside_autocast(tiny_folder):
             assert (activations @ activations.mT).dtype == torch.float32
             return super().change(activations, at, tokens, record=record)
 
-    steerer = Steerer(Watch(), Where(sqs.query_sites(model, [1]), scope=sqs.EveryPosition()))
+    steerer = Steerer(Watch(), Where(sqs.query_sites(model, [1]), scope=sqs.scopes.EveryPosition()))
     with torch.autocast("cpu", torch.bfloat16), steerer.apply(model):
         model(tokens)
         model.generate(tokens, **GREEDY)
@@ -278,7 +278,7 @@ SITES = [
 def test_other_sites_are_edited_at_the_chosen_heads_and_tokens_alone(model, name):
     site, tokens = Site.of(model, name), tokens_of(model)
     heads = [site.n_heads - 1]
-    where = Where([site], scope=sqs.Window(1, 3), heads=heads)
+    where = Where([site], scope=sqs.scopes.Window(1, 3), heads=heads)
     before = read_activations(model, tokens, [name])[name]
     with apply_edits(model, [(Shift(), where)]), ExitStack():
         after = read_activations(model, tokens, [name])[name]

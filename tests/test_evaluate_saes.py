@@ -153,7 +153,7 @@ def test_heads_that_are_named_have_their_rows_and_cost_no_others(
 
 
 def test_the_identity_loses_nothing(model, rows):
-    encoders = sqs.identity_encoders(sqs.query_sites(model, [LAYER]))
+    encoders = sqs.sae.identity_encoders(sqs.query_sites(model, [LAYER]))
     found = row_of(evaluate_saes(model, encoders, rows, per_head=False), "all")
     for name in ("explained_variance", "cosine", "kl_score_zero", "kl_score_mean"):
         assert found[name] == pytest.approx(1, abs=1e-5)
@@ -182,7 +182,7 @@ def test_latents_that_only_tell_the_position_are_found_out(tiny_models):
     model = tiny_models["bridge"]
     rows = torch.randint(4, 52, (64, 9), generator=torch.Generator().manual_seed(2))
 
-    class Positional(sqs.IdentityEncoder):
+    class Positional(sqs.sae.IdentityEncoder):
         def encode(self, x, /):
             here = torch.arange(x.shape[1], dtype=x.dtype)[:, None, None]
             return torch.zeros_like(x) + here + self.noise * torch.randn(x.shape)
@@ -237,5 +237,5 @@ def test_a_head_that_is_no_list_is_refused(tiny_models, saes, rows, untyped):
 
 
 def test_the_scores_are_drawn_by_layer_and_head(tables):
-    figure = sqs.plot_sites(tables["bridge"], "kl_score_zero")
+    figure = sqs.plots.plot_sites(tables["bridge"], "kl_score_zero")
     assert figure.data[0].z.shape == (2, 5)

@@ -74,7 +74,7 @@ def test_without_some_latents_and_by_them_alone_sum_to_the_whole_steer(tiny_mode
     )
     with steerer.apply(model, record=True, prompt_lengths=[7]) as trace, torch.no_grad():
         model(torch.tensor([[1, 5, 9, 30, 22, 8, 40]]))
-    moved = sqs.moved_latents(steerer, trace)
+    moved = sqs.diagnostics.moved_latents(steerer, trace)
     found = latent_ablations({"create": steerer}, moved, ms=(2,), seeds=(0,))
     assert {a.way for a in found} == {"held", "taken out", "only"}
     top = {a.way: a for a in found if a.which == "top"}

@@ -12,7 +12,7 @@ H, D, S = 3, 8, 24
 
 
 def make_sae(dtype="float64", **changes) -> sqs.sae.QueryHeadTopKTrainingSAE:
-    config = sqs.QueryHeadTopKTrainingSAEConfig(
+    config = sqs.sae.QueryHeadTopKTrainingSAEConfig(
         **{"n_heads": H, "d_head": D, "d_sae_per_head": S, "k": 4, "dtype": dtype, **changes}
     )
     generator = torch.Generator().manual_seed(0)

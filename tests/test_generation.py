@@ -124,7 +124,7 @@ def test_the_relative_change_of_a_prompt_is_the_mean_of_its_trace(model, make, b
 
 
 def test_a_batch_is_steered_as_each_prompt_alone(model, make):
-    steerer = make(objective=sqs.CentroidContrast(), step_size=4.0)
+    steerer = make(objective=sqs.objectives.CentroidContrast(), step_size=4.0)
     together = continuations(model, PROMPTS, max_new_tokens=6, steerer=steerer)
     alone = [continuations(model, [p], max_new_tokens=6, steerer=steerer) for p in PROMPTS]
     assert together.texts == [one.texts[0] for one in alone]
@@ -232,7 +232,7 @@ def test_the_temperature_reaches_the_draw_and_a_low_one_is_greedy(model):
 
 
 def test_a_sampled_batch_is_steered_as_each_prompt_alone(model, make):
-    steerer = make(objective=sqs.CentroidContrast(), step_size=4.0)
+    steerer = make(objective=sqs.objectives.CentroidContrast(), step_size=4.0)
     sampling = {"max_new_tokens": 6, "temperature": 0.8, "steerer": steerer}
     together = continuations(model, PROMPTS, seeds=SEEDS, **sampling)
     for row, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):

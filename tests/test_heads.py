@@ -423,7 +423,9 @@ def test_what_is_no_plain_inference_sae_is_refused():
 def test_what_cannot_be_split_is_refused(untyped, monkeypatch):
     with pytest.raises(TypeError, match="query-head SAE for inference, got TopKSAE"):
         split_heads(plain(0))
-    training = sqs.sae.QueryHeadTopKTrainingSAE(sqs.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4))
+    training = sqs.sae.QueryHeadTopKTrainingSAE(
+        sqs.sae.QueryHeadTopKTrainingSAEConfig(**SIZES, k=4)
+    )
     with pytest.raises(TypeError, match="got QueryHeadTopKTrainingSAE; to_inference"):
         split_heads(training)
     monkeypatch.delitem(module.PLAIN, "query_head_standard")

@@ -39,8 +39,8 @@ def load(folder: Path):
     kinds = {
         "saes": sqs.QuerySAEs.load,
         "targets": sqs.CentroidTargets.load,
-        "steerer": sqs.load_steerer,
-        "bundle": sqs.load_bundle,
+        "steerer": sqs.steering.load_steerer,
+        "bundle": sqs.hub.load_bundle,
     }
     return kinds[folder.name](folder)
 
@@ -346,15 +346,15 @@ def test_a_steerer_reads_outside_its_folder_only_if_told_to(folders):
     for elsewhere in ("../other", str(folders / "other")):
         change(path, saes=elsewhere)
         with pytest.raises(ValueError, match=r"refers to .*follow_references=True\) reads"):
-            sqs.load_steerer(folders / "steerer")
-        assert sqs.load_steerer(folders / "steerer", follow_references=True)
+            sqs.steering.load_steerer(folders / "steerer")
+        assert sqs.steering.load_steerer(folders / "steerer", follow_references=True)
     (folders / "steerer" / "link").symlink_to(folders / "other")
     change(path, saes="link")
     with pytest.raises(ValueError, match=r"is a link to .*follow_references=True\) reads"):
-        sqs.load_steerer(folders / "steerer")
+        sqs.steering.load_steerer(folders / "steerer")
     (folders / "other").rename(folders / "steerer" / "moved")
     change(path, saes="moved")
-    assert sqs.load_steerer(folders / "steerer")
+    assert sqs.steering.load_steerer(folders / "steerer")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_settings_of_other_types_are_refused(folders, settings, why):
     path = folders / "steerer" / "steerer.json"
     change(path, settings=json.loads(path.read_text())["settings"] | settings)
     with pytest.raises(ValueError, match=rf"steerer\.json.*{why}"):
-        sqs.load_steerer(folders / "steerer")
+        sqs.steering.load_steerer(folders / "steerer")
 
 
 def test_nothing_is_written_beside_the_target(tmp_path):

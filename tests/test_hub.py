@@ -21,10 +21,10 @@ from sae_lens import SAE
 import sae_query_steer as sqs
 
 folder, second, model = sys.argv[1:]
-sent = sqs.push_to_hub(folder, "alice/bundle", private=True)
+sent = sqs.hub.push_to_hub(folder, "alice/bundle", private=True)
 assert sent.url.startswith(HUB), sent.url
 tutor = sqs.load_model(model, device="cpu")
-here, there = sqs.load_bundle(folder), sqs.from_pretrained("alice/bundle", model=tutor)
+here, there = sqs.hub.load_bundle(folder), sqs.from_pretrained("alice/bundle", model=tutor)
 for name, sae in here.saes.items():
     for key, value in sae.state_dict().items():
         assert torch.equal(there.saes[name].state_dict()[key], value)
@@ -43,10 +43,10 @@ for index in range(8):
     name = f"blocks.{layer}.attn.hook_q"
     plain = SAE.from_pretrained("alice/bundle", f"heads/{name}.{head}")
     assert torch.equal(plain.W_dec, here.saes[name].W_dec[head])
-sqs.push_to_hub(second, "alice/second")
-sqs.push_to_hub(folder, "alice/second", message="more of it")
-sqs.push_to_hub(second, "alice/second", message="less of it")
-sqs.push_to_hub(folder, "alice/second", revision="v2", message="elsewhere")
+sqs.hub.push_to_hub(second, "alice/second")
+sqs.hub.push_to_hub(folder, "alice/second", message="more of it")
+sqs.hub.push_to_hub(second, "alice/second", message="less of it")
+sqs.hub.push_to_hub(folder, "alice/second", revision="v2", message="elsewhere")
 assert sqs.from_pretrained("alice/second").steerer is None
 assert sqs.from_pretrained("alice/second", revision="v2").steerer is not None
 
@@ -64,15 +64,15 @@ refused(ValueError, lambda: sqs.from_pretrained("alice/huge"),
         "bundle.json of alice/huge has 16777217 bytes")
 refused(ValueError, lambda: sqs.from_pretrained("alice/upwards"),
         "bundle.json is damaged", "got '../up.json'")
-refused(FileExistsError, lambda: sqs.push_to_hub(folder, "alice/theirs"),
+refused(FileExistsError, lambda: sqs.hub.push_to_hub(folder, "alice/theirs"),
         "alice/theirs holds 2 other files, such as heads/their_work.bin, and no bundle")
-refused(FileExistsError, lambda: sqs.push_to_hub(folder, "alice/theirs", revision="v2"),
+refused(FileExistsError, lambda: sqs.hub.push_to_hub(folder, "alice/theirs", revision="v2"),
         "and no bundle")
-refused(ValueError, lambda: sqs.push_to_hub(folder, "alice/second", private=True),
+refused(ValueError, lambda: sqs.hub.push_to_hub(folder, "alice/second", private=True),
         "alice/second is there already and public: nothing was sent")
 refused(FileNotFoundError, lambda: sqs.from_pretrained("alice/theirs"), "is no bundle")
 refused(RepositoryNotFoundError, lambda: sqs.from_pretrained("alice/nobody"), "404")
-refused(HfHubHTTPError, lambda: sqs.push_to_hub(folder, "alice/new", token="wrong"), "401")
+refused(HfHubHTTPError, lambda: sqs.hub.push_to_hub(folder, "alice/new", token="wrong"), "401")
 print("equal, and the rest refused")
 """
 
@@ -100,7 +100,7 @@ assert 0 < found.expected_var_explained["blocks.2.attn.hook_q.3"] < 1
 assert "sae_query_steer" not in sys.modules
 
 import sae_query_steer as sqs
-here, there = sqs.load_bundle(folder), sqs.from_pretrained("alice/bundle")
+here, there = sqs.hub.load_bundle(folder), sqs.from_pretrained("alice/bundle")
 for name, sae in here.saes.items():
     for key, value in sae.state_dict().items():
         assert torch.equal(there.saes[name].state_dict()[key], value)
@@ -191,7 +191,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back_equal(folders, tiny_folder, tmp
         assert "alice/new" not in hub.repositories
 
     entry = tmp_path / "entry.yaml"
-    text = sqs.registry_entry(bundle, release="tiny-llama-queries", repo_id="alice/bundle")
+    text = sqs.hub.registry_entry(bundle, release="tiny-llama-queries", repo_id="alice/bundle")
     entry.write_text(text)
     (tmp_path / "registry").mkdir()
     said = run(

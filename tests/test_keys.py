@@ -9,6 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sae_query_steer as sqs
+from sae_query_steer.sites import Site
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange
@@ -39,7 +40,7 @@ class Look(Edit):
 
 
 def look(model, offset=0.0, scope=None, **where) -> Steerer:
-    scope = sqs.EveryPosition() if scope is None else scope
+    scope = sqs.scopes.EveryPosition() if scope is None else scope
     return Steerer(Look(offset), Where(sqs.query_sites(model, [1]), scope=scope, **where))
 
 
@@ -131,7 +132,7 @@ def test_an_edit_that_adds_a_constant_is_the_same_with_and_without_keys(model):
         def change(self, activations, at, tokens, *, record=False):
             return QueryChange(delta=torch.full_like(activations, 0.7))
 
-    scope = sqs.LastPromptToken() | sqs.ResponseTokens()
+    scope = sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
     plain = Steerer(Plain(), Where(sqs.query_sites(model, [1]), scope=scope, heads=[2]))
     settings = {"return_type": "tokens", "output_logits": True, **GREEDY}
     bare = torch.stack(model.generate(PROMPTS, **settings).logits)
@@ -170,7 +171,7 @@ def test_a_hook_between_query_and_scores_is_refused(model):
 
 
 def test_other_sites_than_queries_have_no_keys(model):
-    site = sqs.sites.Site.of(model, "blocks.1.attn.hook_v")
+    site = Site.of(model, "blocks.1.attn.hook_v")
     with (
         pytest.raises(ValueError, match="must be queries"),
         Steerer(Look(), Where([site])).apply(model),

@@ -36,7 +36,7 @@ def everything(model, sae, rows, name=NAME):
 def test_the_stream_finds_what_topk_over_everything_finds(model, saes, texts, monkeypatch, at_once):
     monkeypatch.setattr(latent_texts, "LATENTS_AT_ONCE", at_once)
     assert model.tokenizer.bos_token_id == BOS
-    found = sqs.top_tokens(model, saes, texts, k=MANY, batch_size=7)
+    found = sqs.diagnostics.top_tokens(model, saes, texts, k=MANY, batch_size=7)
     for name in NAMES:
         places, latents = everything(model, saes[name], found.rows, name)
         best = latents.topk(MANY, dim=0).values.permute(1, 2, 0)
@@ -57,8 +57,8 @@ def test_the_stream_finds_what_topk_over_everything_finds(model, saes, texts, mo
 
 def test_the_batches_make_no_difference_not_even_to_ties(tiny_models, saes, texts):
     model, twice = tiny_models["bridge"], [text for text in texts for _ in range(2)]
-    one = sqs.top_tokens(model, {NAME: saes[NAME]}, twice, k=3, batch_size=1)
-    two = sqs.top_tokens(model, {NAME: saes[NAME]}, twice, k=3, batch_size=2)
+    one = sqs.diagnostics.top_tokens(model, {NAME: saes[NAME]}, twice, k=3, batch_size=1)
+    two = sqs.diagnostics.top_tokens(model, {NAME: saes[NAME]}, twice, k=3, batch_size=2)
     torch.testing.assert_close(one.activations[NAME], two.activations[NAME], rtol=0, atol=1e-5)
     row = two.places[NAME] // two.rows.shape[1]
     # Each text comes twice, in one batch and bitwise alike: the first of a pair is named first.
@@ -69,7 +69,7 @@ def test_the_batches_make_no_difference_not_even_to_ties(tiny_models, saes, text
 
 
 def test_merging_keeps_the_earlier_of_equals():
-    top = latent_texts._TopK(sqs.IdentityEncoder(n_heads=1, d_head=2), [0], 2)
+    top = latent_texts._TopK(sqs.sae.IdentityEncoder(n_heads=1, d_head=2), [0], 2)
     for values, places in (
         ([[1.0, 5.0]], [7]),
         ([[1.0, 0.0], [1.0, 5.0], [3.0, -1.0]], [8, 9, 11]),
@@ -81,7 +81,7 @@ def test_merging_keeps_the_earlier_of_equals():
 
 
 def test_the_text_on_both_sides_is_the_document_and_ends_with_it(model, saes, texts):
-    found = sqs.top_tokens(model, saes, texts, k=K)
+    found = sqs.diagnostics.top_tokens(model, saes, texts, k=K)
     table = found.table(NAME, 1, context=2)
     assert set(table["row"]) <= set(range(len(texts)))
     edges = set()
@@ -104,8 +104,8 @@ def test_the_text_on_both_sides_is_the_document_and_ends_with_it(model, saes, te
 
 def test_bos_counts_only_if_asked_for(tiny_models, saes, texts):
     model = tiny_models["hooked"]
-    with_it = sqs.top_tokens(model, {NAME: saes[NAME]}, texts, k=MANY, ignore_bos=False)
-    without = sqs.top_tokens(model, {NAME: saes[NAME]}, texts, k=MANY)
+    with_it = sqs.diagnostics.top_tokens(model, {NAME: saes[NAME]}, texts, k=MANY, ignore_bos=False)
+    without = sqs.diagnostics.top_tokens(model, {NAME: saes[NAME]}, texts, k=MANY)
     assert with_it.n_tokens == without.n_tokens + len(texts)
     tables = [pd.concat([top.table(NAME, h) for h in range(4)]) for top in (with_it, without)]
     at_start = [table["position"] == 0 for table in tables]
@@ -118,7 +118,7 @@ def test_bos_counts_only_if_asked_for(tiny_models, saes, texts):
 
 def test_joined_documents_are_rows_too(tiny_models, saes, texts):
     model = tiny_models["bridge"]
-    found = sqs.top_tokens(
+    found = sqs.diagnostics.top_tokens(
         model, saes, texts, k=2, concat_sequences=True, context_size=12, n_tokens=50
     )
     assert found.rows.shape == (4, 12)
@@ -129,9 +129,9 @@ def test_joined_documents_are_rows_too(tiny_models, saes, texts):
 
 
 def test_single_heads_and_latents_read_as_in_the_whole(model, saes, texts):
-    found = sqs.top_tokens(model, saes, texts, k=3)
+    found = sqs.diagnostics.top_tokens(model, saes, texts, k=3)
     whole = found.table(NAME, 2)
-    some = sqs.top_activating_texts(model, saes, texts, NAME, 2, [9, 4], k=3)
+    some = sqs.diagnostics.top_activating_texts(model, saes, texts, NAME, 2, [9, 4], k=3)
     order = [i for i in (9, 4) if (whole["latent"] == i).any()]
     assert some["latent"].drop_duplicates().tolist() == order
     for latent in order:
@@ -169,18 +169,23 @@ def latent_texts_around(*given):
 
 def test_what_can_t_be_read_or_shown_is_refused(tiny_models, saes, targets, texts):
     model = tiny_models["bridge"]
-    found = sqs.top_tokens(model, saes, texts[:2], k=2, heads={2: [1, 3]})
+    found = sqs.diagnostics.top_tokens(model, saes, texts[:2], k=2, heads={2: [1, 3]})
     for call, text in (
-        (lambda: sqs.top_tokens(model, saes, texts, k=0), "k=0, batch_size=16 and n_tokens=None"),
-        (lambda: sqs.top_tokens(model, saes, texts, n_tokens=0), "n_tokens=0"),
-        (lambda: sqs.top_tokens(model, saes, texts, heads=[4]), "no head 4 at layer 0"),
+        (
+            lambda: sqs.diagnostics.top_tokens(model, saes, texts, k=0),
+            "k=0, batch_size=16 and n_tokens=None",
+        ),
+        (lambda: sqs.diagnostics.top_tokens(model, saes, texts, n_tokens=0), "n_tokens=0"),
+        (lambda: sqs.diagnostics.top_tokens(model, saes, texts, heads=[4]), "no head 4 at layer 0"),
         (lambda: found.table(NAME, 0), "head 0 at blocks.2.attn.hook_q was not read: there"),
         (lambda: found.table(NAMES[0], 1), "are {'blocks.2.attn.hook_q': [1, 3]}"),
         (lambda: found.table(NAME, 1, [16]), "no latent 16 at blocks.2.attn.hook_q head 1: the"),
         (lambda: found.table(NAME, 1, k=3), "got k=3 and context=10"),
         (lambda: found.table(NAME, 1, context=-1), "context 0 or more, got k=2 and context=-1"),
         (
-            lambda: sqs.top_activating_texts(model, saes, texts, "blocks.1.attn.hook_q", 0),
+            lambda: sqs.diagnostics.top_activating_texts(
+                model, saes, texts, "blocks.1.attn.hook_q", 0
+            ),
             "no SAE at blocks.1.attn.hook_q: there is one at ['blocks.0",
         ),
     ):
@@ -190,4 +195,4 @@ def test_what_can_t_be_read_or_shown_is_refused(tiny_models, saes, targets, text
         saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0
     )
     with steerer.apply(model), pytest.raises(ValueError, match="queries are being changed"):
-        sqs.top_tokens(model, saes, texts)
+        sqs.diagnostics.top_tokens(model, saes, texts)

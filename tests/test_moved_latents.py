@@ -26,7 +26,7 @@ def make(saes, targets):
     def made(objective="squared distance", **changes):
         settings = {
             "target": "create",
-            "scope": sqs.LastPromptToken() | sqs.ResponseTokens(),
+            "scope": sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
             "layers": [LAYER],
             **OBJECTIVES[objective],
         }
@@ -50,7 +50,7 @@ def deltas(model, steerer) -> torch.Tensor:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_shares_and_projections_of_a_head_sum_to_one(model, make, objective):
     steerer = make(objective)
-    table = sqs.moved_latents(steerer, traced(model, steerer))
+    table = sqs.diagnostics.moved_latents(steerer, traced(model, steerer))
     sums = table.groupby("head")[["share", "projection"]].sum()
     assert sums.index.tolist() == [0, 1, 2, 3]
     assert sums.to_numpy() == pytest.approx(1.0, abs=1e-5)
@@ -64,7 +64,9 @@ def test_shares_and_projections_of_a_head_sum_to_one(model, make, objective):
 
 def test_a_row_is_what_a_loop_over_the_steered_tokens_finds(model, make, saes, targets):
     steerer = make(scope=sqs.LastPromptToken(), heads=[1, 3])
-    table = sqs.moved_latents(steerer, traced(model, steerer)).set_index(["head", "latent"])
+    table = sqs.diagnostics.moved_latents(steerer, traced(model, steerer)).set_index(
+        ["head", "latent"]
+    )
     queries = [
         read_activations(model, model.to_tokens(prompt), [NAME])[NAME][0, -1] for prompt in PROMPTS
     ]
@@ -91,7 +93,7 @@ def test_a_row_is_what_a_loop_over_the_steered_tokens_finds(model, make, saes, t
 def test_it_is_the_same_with_the_cache_on_and_off(model, make):
     steerer = make()
     on, off = (
-        sqs.moved_latents(steerer, traced(model, steerer, use_past_kv_cache=cache))
+        sqs.diagnostics.moved_latents(steerer, traced(model, steerer, use_past_kv_cache=cache))
         for cache in (True, False)
     )
     keys = ["head", "latent"]
@@ -103,14 +105,14 @@ def test_it_is_the_same_with_the_cache_on_and_off(model, make):
 def test_targets_by_row_have_their_own_rows(tiny_models, make):
     model = tiny_models["bridge"]
     mixed = make(target=["create", {"apply": 1, "create": -1}, "create"])
-    table = sqs.moved_latents(mixed, traced(model, mixed))
+    table = sqs.diagnostics.moved_latents(mixed, traced(model, mixed))
     assert table.groupby("target")["n_tokens"].first().to_dict() == {
         "+1 apply -1 create": 4,
         "create": 8,
     }
     assert table.groupby("target")["centroid"].count()["+1 apply -1 create"] == 0
     alone = make()
-    expected = sqs.moved_latents(alone, traced(model, alone, [PROMPTS[0], PROMPTS[2]]))
+    expected = sqs.diagnostics.moved_latents(alone, traced(model, alone, [PROMPTS[0], PROMPTS[2]]))
     own = table[table["target"] == "create"].reset_index(drop=True)
     merged = own.merge(expected, on=["head", "latent"], suffixes=("", ".alone"))
     assert len(merged) == len(own) == len(expected)
@@ -119,10 +121,10 @@ def test_targets_by_row_have_their_own_rows(tiny_models, make):
 
 def test_dense_steerers_have_coordinates_for_latents(tiny_models, make, examples):
     model = tiny_models["bridge"]
-    dense = sqs.identity_encoders(sqs.query_sites(model, [LAYER]))
+    dense = sqs.sae.identity_encoders(sqs.query_sites(model, [LAYER]))
     centroids = sqs.CentroidTargetBuilder(model, dense).fit(sqs.tokenize_examples(model, examples))
     steerer = replace(make(), saes=dense, targets=centroids)
-    table = sqs.moved_latents(steerer, traced(model, steerer))
+    table = sqs.diagnostics.moved_latents(steerer, traced(model, steerer))
     assert table.groupby("head")["latent"].apply(sorted).tolist() == [list(range(8))] * 4
     # Orthogonal rows: what a coordinate leads is never back.
     assert (table["projection"] >= 0).all()
@@ -130,13 +132,13 @@ def test_dense_steerers_have_coordinates_for_latents(tiny_models, make, examples
 
 def test_the_most_moved_are_those_of_least_rank(tiny_models, make):
     steerer = make(heads=[0, 3])
-    table = sqs.moved_latents(steerer, traced(tiny_models["bridge"], steerer))
-    top = sqs.most_moved(table, 2)
+    table = sqs.diagnostics.moved_latents(steerer, traced(tiny_models["bridge"], steerer))
+    top = sqs.diagnostics.most_moved(table, 2)
     for head in (0, 3):
         own = table[table["head"] == head].sort_values("share", ascending=False)
         assert top[NAME][head] == own["latent"].tolist()[:2]
     assert set(top[NAME]) == {0, 3}
-    assert len(sqs.most_moved(table, 99)[NAME][0]) == (table["head"] == 0).sum()
+    assert len(sqs.diagnostics.most_moved(table, 99)[NAME][0]) == (table["head"] == 0).sum()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -145,24 +147,24 @@ def test_all_latents_held_is_no_steer_and_none_held_is_the_steer(model, make, ob
     whole = deltas(model, steerer)
     assert whole.norm() > 0.1
     for latents, expected in (
-        (sqs.ExceptLatents(EVERY), torch.zeros_like(whole)),
-        (sqs.ExceptLatents({}), whole),
-        (sqs.GivenLatents(EVERY), whole),
+        (sqs.control.ExceptLatents(EVERY), torch.zeros_like(whole)),
+        (sqs.control.ExceptLatents({}), whole),
+        (sqs.control.GivenLatents(EVERY), whole),
     ):
         for some in (
             replace(steerer, latents=latents),
-            sqs.partial_steerer(steerer, latents=latents),
+            sqs.steering.partial_steerer(steerer, latents=latents),
         ):
             torch.testing.assert_close(deltas(model, some), expected, rtol=1e-4, atol=1e-5)
-    assert not deltas(model, replace(steerer, latents=sqs.ExceptLatents(EVERY))).any()
+    assert not deltas(model, replace(steerer, latents=sqs.control.ExceptLatents(EVERY))).any()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_part_and_the_rest_sum_to_the_steer(tiny_models, make, objective):
     model, steerer = tiny_models["bridge"], make(objective, scope=sqs.LastPromptToken())
     parts = [
-        deltas(model, sqs.partial_steerer(steerer, latents=choice(SOME)))
-        for choice in (sqs.GivenLatents, sqs.ExceptLatents)
+        deltas(model, sqs.steering.partial_steerer(steerer, latents=choice(SOME)))
+        for choice in (sqs.control.GivenLatents, sqs.control.ExceptLatents)
     ]
     assert all(part.norm() > 0.05 for part in parts)
     torch.testing.assert_close(sum(parts), deltas(model, steerer), rtol=1e-4, atol=1e-5)
@@ -172,9 +174,9 @@ def test_held_and_taken_out_differ_only_where_latents_hang_together(tiny_models,
     model, differences = tiny_models["bridge"], {}
     for objective in OBJECTIVES:
         steerer = make(objective, scope=sqs.LastPromptToken())
-        some = sqs.ExceptLatents(SOME)
+        some = sqs.control.ExceptLatents(SOME)
         held = deltas(model, replace(steerer, latents=some))
-        taken = deltas(model, sqs.partial_steerer(steerer, latents=some))
+        taken = deltas(model, sqs.steering.partial_steerer(steerer, latents=some))
         differences[objective] = float((held - taken).norm() / taken.norm())
     assert differences["squared distance"] < 1e-5
     assert differences["prototype"] > 1e-3
@@ -182,10 +184,10 @@ def test_held_and_taken_out_differ_only_where_latents_hang_together(tiny_models,
 
 def test_of_a_part_only_the_chosen_latents_moved_and_as_far_as_before(tiny_models, make):
     model, steerer = tiny_models["bridge"], make("prototype", scope=sqs.LastPromptToken())
-    part = sqs.partial_steerer(steerer, latents=sqs.GivenLatents(SOME))
+    part = sqs.steering.partial_steerer(steerer, latents=sqs.control.GivenLatents(SOME))
     keys = ["head", "latent"]
-    whole = sqs.moved_latents(steerer, traced(model, steerer)).set_index(keys)
-    found = sqs.moved_latents(part, traced(model, part)).set_index(keys)
+    whole = sqs.diagnostics.moved_latents(steerer, traced(model, steerer)).set_index(keys)
+    found = sqs.diagnostics.moved_latents(part, traced(model, part)).set_index(keys)
     assert set(found.index) <= {(h, i) for h, some in SOME[NAME].items() for i in some}
     assert len(found) > 3
     expected = whole.loc[found.index]
@@ -195,7 +197,7 @@ def test_of_a_part_only_the_chosen_latents_moved_and_as_far_as_before(tiny_model
 
 def test_a_part_keeps_to_the_limits_of_the_steer(tiny_models, make):
     model, limits = tiny_models["bridge"], {"max_relative_change": 0.02, "keep_norm": True}
-    part = sqs.partial_steerer(make(**limits), latents=sqs.GivenLatents(EVERY))
+    part = sqs.steering.partial_steerer(make(**limits), latents=sqs.control.GivenLatents(EVERY))
     table = traced(model, part).to_dataframe()
     assert 0 < table["relative_change"].max() <= 0.02 + 1e-5
 
@@ -205,17 +207,17 @@ def test_attention_of_all_latents_is_that_of_the_steer(model, make):
     with steerer.apply(model, record_attention=True) as trace:
         model.generate(PROMPTS, **GREEDY | {"max_new_tokens": 1})
     expected = trace.attention_change(model)
-    found = sqs.latent_attention(model, steerer, PROMPTS, EVERY)
+    found = sqs.diagnostics.latent_attention(model, steerer, PROMPTS, EVERY)
     pd.testing.assert_frame_equal(found, expected, rtol=0, atol=1e-5)
     assert found["change"].abs().max() > 1e-3
-    without = sqs.latent_attention(model, steerer, PROMPTS, EVERY, without=True)
+    without = sqs.diagnostics.latent_attention(model, steerer, PROMPTS, EVERY, without=True)
     assert without["change"].abs().max() < 1e-5
 
 
 def test_attention_of_a_latent_is_that_of_its_own_move(tiny_models, make, saes, targets):
     model = tiny_models["bridge"]
     steerer = make(scope=sqs.LastPromptToken())
-    table = sqs.latent_attention(model, steerer, [PROMPTS[0]], {NAME: {1: [6], 3: []}})
+    table = sqs.diagnostics.latent_attention(model, steerer, [PROMPTS[0]], {NAME: {1: [6], 3: []}})
     assert set(table["head"]) == {1, 3}
     assert table.loc[table["head"] == 3, "change"].abs().max() < 1e-6
     tokens = model.to_tokens(PROMPTS[0])
@@ -246,28 +248,48 @@ def test_other_traces_and_wrong_numbers_are_refused(tiny_models, make, untyped):
     trace = traced(model, steerer)
     for other in (make(step_size=0.3), make(heads=[0, 1]), make(layers=[0])):
         with pytest.raises(ValueError, match="the trace is that of another steerer: at layer 2"):
-            sqs.moved_latents(other, trace)
+            sqs.diagnostics.moved_latents(other, trace)
     with steerer.apply(model) as unrecorded:
         model.generate(PROMPTS, **GREEDY)
     with pytest.raises(ValueError, match="the trace holds no steered token: use `with"):
-        sqs.moved_latents(steerer, unrecorded)
-    table = sqs.moved_latents(steerer, trace)
+        sqs.diagnostics.moved_latents(steerer, unrecorded)
+    table = sqs.diagnostics.moved_latents(steerer, trace)
     two = pd.concat([table, table.assign(target="apply")])
     for call, text in (
-        (lambda: sqs.most_moved(table, 0), "m=0 is not allowed: give 1 or more latents"),
-        (lambda: sqs.most_moved(two, 1), "targets ['create', 'apply']: name one with target"),
-        (lambda: sqs.most_moved(two, 1, target="x"), "no target 'x': it has ['create', 'apply']"),
-        (lambda: sqs.latent_attention(model, steerer, [], EVERY), "prompts=[] is not allowed"),
-        (lambda: sqs.latent_attention(model, steerer, "w1", EVERY), "prompts='w1' is not allowed"),
-        (lambda: sqs.latent_attention(model, steerer, PROMPTS, {}), "latents must name at least one latent"),
         (
-            lambda: deltas(model, make(latents=sqs.ExceptLatents({NAME: {3: [16]}}))),
+            lambda: sqs.diagnostics.most_moved(table, 0),
+            "m=0 is not allowed: give 1 or more latents",
+        ),
+        (
+            lambda: sqs.diagnostics.most_moved(two, 1),
+            "targets ['create', 'apply']: name one with target",
+        ),
+        (
+            lambda: sqs.diagnostics.most_moved(two, 1, target="x"),
+            "no target 'x': it has ['create', 'apply']",
+        ),
+        (
+            lambda: sqs.diagnostics.latent_attention(model, steerer, [], EVERY),
+            "prompts=[] is not allowed",
+        ),
+        (
+            lambda: sqs.diagnostics.latent_attention(model, steerer, "w1", EVERY),
+            "prompts='w1' is not allowed",
+        ),
+        (
+            lambda: sqs.diagnostics.latent_attention(model, steerer, PROMPTS, {}),
+            "latents must name at least one latent",
+        ),
+        (
+            lambda: deltas(model, make(latents=sqs.control.ExceptLatents({NAME: {3: [16]}}))),
             "no latent 16 at blocks.2.attn.hook_q head 3: the latents are 0 to 15",
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
             call()
     with pytest.raises(TypeError, match="LatentGradientSteerer, got Steerer"):
-        sqs.partial_steerer(sqs.random_direction(steerer, seed=0), latents=sqs.TopLatents(1))
+        sqs.steering.partial_steerer(
+            sqs.baselines.random_direction(steerer, seed=0), latents=sqs.control.TopLatents(1)
+        )
     with pytest.raises(TypeError, match=r"latents must be a value, .*got \[1\]"):
-        sqs.partial_steerer(steerer, latents=[1])
+        sqs.steering.partial_steerer(steerer, latents=[1])

@@ -21,7 +21,7 @@ def table() -> pd.DataFrame:
 
 
 def test_sites_are_drawn_layer_by_layer_with_all_heads_last(table):
-    (heat,) = sqs.plot_sites(table).data
+    (heat,) = sqs.plots.plot_sites(table).data
     np.testing.assert_allclose(heat.z, [[0.4, 0.5, 0.6], [0.1, -0.2, 0.3]])
     assert list(heat.x) == ["0", "1", "all"]
     assert list(heat.y) == ["1", "3"]
@@ -30,16 +30,16 @@ def test_sites_are_drawn_layer_by_layer_with_all_heads_last(table):
 
 
 def test_a_value_without_error_or_sign_is_drawn_plainly(table):
-    (heat,) = sqs.plot_sites(table, "kl").data
+    (heat,) = sqs.plots.plot_sites(table, "kl").data
     assert heat.customdata[0][0] == "4.000"
     assert heat.zmid is None
 
 
 def test_a_column_that_is_absent_is_refused_with_those_there_are(table):
     with pytest.raises(ValueError, match=r"no column 'effect' .*\['layer'"):
-        sqs.plot_sites(table, "effect")
+        sqs.plots.plot_sites(table, "effect")
     with pytest.raises(ValueError, match="nothing to draw: the trace has 0 rows"):
-        sqs.plot_trace(table[:0], "kl")
+        sqs.plots.plot_trace(table[:0], "kl")
 
 
 def test_a_trace_is_drawn_as_the_mean_over_heads_line_by_line():
@@ -54,7 +54,7 @@ def test_a_trace_is_drawn_as_the_mean_over_heads_line_by_line():
             "relative_change": [0.1, 0.3, 0.5, 0.7, 1.0, 2.0],
         }
     )
-    first, second = sqs.plot_trace(table).data
+    first, second = sqs.plots.plot_trace(table).data
     assert list(first.x) == [5, 6]
     np.testing.assert_allclose(first.y, [0.2, 0.6])
     assert list(first.text) == ["'a'", "'b'"]
@@ -82,7 +82,7 @@ def steered() -> pd.DataFrame:
 
 
 def test_the_posterior_is_drawn_before_and_after_for_each_layer(steered):
-    lines = sqs.plot_posterior(steered).data
+    lines = sqs.plots.plot_posterior(steered).data
     assert [line.name for line in lines] == [
         f"run 0, row 0, layer {layer}, create {when}"
         for layer in (1, 3)
@@ -99,14 +99,14 @@ def test_the_posterior_is_drawn_before_and_after_for_each_layer(steered):
 
 
 def test_the_posterior_of_another_class_is_drawn_on_request(steered):
-    before, after, *_ = sqs.plot_posterior(steered, target="apply").data
+    before, after, *_ = sqs.plots.plot_posterior(steered, target="apply").data
     assert list(before.y) == [0.5, 0.5]
     assert list(after.y) == [0.25, 0.25]
 
 
 def test_rows_with_targets_of_their_own_are_drawn_for_these(steered):
     other = steered.assign(row=1, target="apply")
-    lines = sqs.plot_posterior(pd.concat([steered, other])).data
+    lines = sqs.plots.plot_posterior(pd.concat([steered, other])).data
     assert len(lines) == 8
     assert lines[4].name == "run 0, row 1, layer 1, apply before"
     assert list(lines[5].y) == [0.25, 0.25]
@@ -115,10 +115,10 @@ def test_rows_with_targets_of_their_own_are_drawn_for_these(steered):
 def test_a_posterior_that_is_absent_is_refused_with_those_there_are(steered):
     remedy = r"\['apply', 'create'\]"
     with pytest.raises(ValueError, match=f"'crate'.*{remedy}"):
-        sqs.plot_posterior(steered, target="crate")
+        sqs.plots.plot_posterior(steered, target="crate")
     with pytest.raises(ValueError, match=rf"'\+1 create -1 apply'.*{remedy}"):
-        sqs.plot_posterior(steered.assign(target="+1 create -1 apply"))
+        sqs.plots.plot_posterior(steered.assign(target="+1 create -1 apply"))
     with pytest.raises(ValueError, match="8 rows .* centroids"):
-        sqs.plot_posterior(steered.loc[:, "run":"text"])
+        sqs.plots.plot_posterior(steered.loc[:, "run":"text"])
     with pytest.raises(ValueError, match="nothing to draw: the trace has 0 rows"):
-        sqs.plot_posterior(steered[:0])
+        sqs.plots.plot_posterior(steered[:0])

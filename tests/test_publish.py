@@ -34,7 +34,7 @@ def steerer(saes, targets):
         objective=sqs.PrototypeLogLikelihood(temperature=0.5),
         n_steps=6,
         step_size=0.7,
-        scope=sqs.LastPromptToken() | sqs.FirstResponseTokens(3),
+        scope=sqs.LastPromptToken() | sqs.scopes.FirstResponseTokens(3),
         layers=[2],
     )
 
@@ -74,7 +74,7 @@ def change_index(copy, **changes):
 
 
 def test_everything_comes_back_as_it_was(folder, model, saes, targets, steerer, examples, scores):
-    bundle = sqs.load_bundle(folder, model=model)
+    bundle = sqs.hub.load_bundle(folder, model=model)
     for name, sae in saes.items():
         for key, value in sae.state_dict().items():
             assert torch.equal(bundle.saes[name].state_dict()[key], value)
@@ -121,7 +121,7 @@ def test_the_card_is_a_model_card_that_says_how_to_load_it(folder):
 
 def test_saes_alone_make_a_bundle(tiny_models, saes, tmp_path):
     sqs.save_bundle(tmp_path / "b", tiny_models["hooked"], saes)
-    bundle = sqs.load_bundle(tmp_path / "b", model=tiny_models["bridge"])
+    bundle = sqs.hub.load_bundle(tmp_path / "b", model=tiny_models["bridge"])
     assert (bundle.targets, bundle.steerer, bundle.evaluation, bundle.data) == (None,) * 4
     with pytest.raises(ValueError, match="the bundle records no examples"):
         bundle.check(tiny_models["bridge"], [])
@@ -142,10 +142,10 @@ def test_saes_that_saelens_does_not_know_are_saved_as_a_whole(tiny_models, tmp_p
         ),
     )
     sqs.save_bundle(tmp_path / "b", model, saes)
-    assert list(sqs.load_bundle(tmp_path / "b").saes) == ["blocks.1.attn.hook_q"]
+    assert list(sqs.hub.load_bundle(tmp_path / "b").saes) == ["blocks.1.attn.hook_q"]
     assert "no architecture for one head" in (tmp_path / "b" / "README.md").read_text()
     with pytest.raises(ValueError, match="holds no SAE of a single head"):
-        sqs.registry_entry(tmp_path / "b", release="r", repo_id="a/b")
+        sqs.hub.registry_entry(tmp_path / "b", release="r", repo_id="a/b")
 
 
 def test_another_model_is_refused_with_both_sides_shown(folder, tiny_models, saes):
@@ -155,7 +155,7 @@ def test_another_model_is_refused_with_both_sides_shown(folder, tiny_models, sae
         weight.mul_(1.5)
     try:
         with pytest.raises(ValueError, match="another model than the bundle's") as caught:
-            sqs.load_bundle(folder, model=model)
+            sqs.hub.load_bundle(folder, model=model)
     finally:
         with torch.no_grad():
             weight.div_(1.5)
@@ -163,16 +163,16 @@ def test_another_model_is_refused_with_both_sides_shown(folder, tiny_models, sae
     assert re.search(r"in the bundle: name='alice/tiny-llama' n_layers=3 n_heads=4 d_head=8", said)
     assert re.search(r"here: +name=\S*tiny-llama' n_layers=3", said)
     assert re.search(r"blocks.0.attn.hook_q the queries differ by 0.5 \(relative\)", said)
-    sqs.load_bundle(folder, model=model)
+    sqs.hub.load_bundle(folder, model=model)
 
 
 def test_a_model_of_another_shape_is_refused_with_both_sides_shown(folder):
     with pytest.raises(ValueError, match=r"n_layers=3 [^\n]*\n  here: [^\n]*n_layers=4"):
-        sqs.load_bundle(folder, model=sqs.load_tutor())
+        sqs.hub.load_bundle(folder, model=sqs.load_tutor())
 
 
 def test_other_examples_are_refused_with_both_sides_shown(folder, tiny_models, examples, untyped):
-    bundle = sqs.load_bundle(folder)
+    bundle = sqs.hub.load_bundle(folder)
     changed = [dataclasses.replace(examples[0], prompt="w1"), *examples[1:]]
     with pytest.raises(ValueError, match=r"n_examples=48 (.|\n)*here:(.|\n)*n_examples=48 "):
         bundle.check(tiny_models["bridge"], changed)
@@ -186,7 +186,7 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     model, out = tiny_models["bridge"], tmp_path / "b"
     few = sqs.QuerySAEs({HOOKS[0]: saes[HOOKS[0]]})
     other = sqs.CentroidTargetBuilder(model, saes).fit(
-        sqs.tokenize_examples(model, examples, span=sqs.PromptTokens())
+        sqs.tokenize_examples(model, examples, span=sqs.scopes.PromptTokens())
     )
     own = dataclasses.replace(steerer, gate=None, scope=lambda at: at.absolute >= 0)
     for refused, changes in (
@@ -205,7 +205,7 @@ def test_plain_mappings_and_training_saes_are_refused(tmp_path, tiny_models, sae
     with pytest.raises(TypeError, match="saes is a dict: give QuerySAEs"):
         sqs.save_bundle(tmp_path / "b", tiny_models["bridge"], dict(saes))
     training = sqs.sae.QueryHeadTopKTrainingSAE(
-        sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
+        sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
     )
     with pytest.raises(TypeError, match=r"still in training: give to_inference\(sae\)"):
         sqs.save_bundle(tmp_path / "b", tiny_models["bridge"], sqs.QuerySAEs({HOOKS[0]: training}))
@@ -224,13 +224,13 @@ def test_a_changed_file_is_refused(copy):
     with pytest.raises(
         ValueError, match=r"centroids.safetensors is not the file .*SHA-256 differs"
     ):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
     path.write_bytes(bytes(content[:-7]))
     with pytest.raises(ValueError, match=r"has \d+ bytes, the bundle lists \d+"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="lacks centroids/centroids.safetensors"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
 
 
 def test_other_saes_of_the_same_shape_are_refused_even_if_the_list_is_made_to_fit(copy):
@@ -240,14 +240,14 @@ def test_other_saes_of_the_same_shape_are_refused_even_if_the_list_is_made_to_fi
     two.write_bytes(first)
     sign(copy)
     with pytest.raises(ValueError, match="another SAE: at blocks.0.attn.hook_q its recon"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
 
 
 def test_heads_may_be_missing_where_only_layers_are_read(copy):
     shutil.rmtree(copy / "heads")
-    assert list(sqs.load_bundle(copy).saes) == HOOKS
+    assert list(sqs.hub.load_bundle(copy).saes) == HOOKS
     with pytest.raises(FileNotFoundError, match="lacks heads/"):
-        sqs.push_to_hub(copy, "alice/bundle", dry_run=True)
+        sqs.hub.push_to_hub(copy, "alice/bundle", dry_run=True)
 
 
 def test_what_is_read_must_be_on_the_list(copy):
@@ -255,20 +255,20 @@ def test_what_is_read_must_be_on_the_list(copy):
     for name in ("layers/query_saes.json", f"layers/{HOOKS[1]}/cfg.json"):
         change_index(copy, files={n: entry for n, entry in files.items() if n != name})
         with pytest.raises(ValueError, match=f"lists no {re.escape(name)}: save the bundle again"):
-            sqs.load_bundle(copy)
+            sqs.hub.load_bundle(copy)
     change_index(copy, files={n: e for n, e in files.items() if n != "centroids/centroids.json"})
     with pytest.raises(ValueError, match=r"lists no centroids/centroids\.json"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
 
 
 def test_a_card_that_leads_elsewhere_is_not_sent(copy, tmp_path):
     (tmp_path / "private.txt").write_text("a secret")
     (copy / "README.md").unlink()
     with pytest.raises(FileNotFoundError, match="no file .*README.md"):
-        sqs.push_to_hub(copy, "alice/bundle", dry_run=True)
+        sqs.hub.push_to_hub(copy, "alice/bundle", dry_run=True)
     (copy / "README.md").symlink_to(tmp_path / "private.txt")
     with pytest.raises(ValueError, match="README.md is a link to"):
-        sqs.push_to_hub(copy, "alice/bundle", dry_run=True)
+        sqs.hub.push_to_hub(copy, "alice/bundle", dry_run=True)
 
 
 def test_tables_that_would_not_come_back_are_refused_before_anything_is_written(
@@ -286,7 +286,7 @@ def test_tables_that_would_not_come_back_are_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
     table = pd.DataFrame({"rate": [0.5]}, index=pd.Index(["SAE"], name="method"))
     sqs.save_bundle(tmp_path / "b", model, saes, evaluation=table)
-    found = sqs.load_bundle(tmp_path / "b").evaluation
+    found = sqs.hub.load_bundle(tmp_path / "b").evaluation
     assert found.to_dict("records") == [{"method": "SAE", "rate": 0.5}]
 
 
@@ -313,7 +313,7 @@ def test_names_that_lead_elsewhere_are_refused(copy, name):
     files = json.loads((copy / "bundle.json").read_text())["files"]
     change_index(copy, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(ValueError, match=r"bundle.json is damaged .*String should match pattern"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
 
 
 def test_a_link_out_of_the_bundle_is_refused(copy, tmp_path):
@@ -321,27 +321,27 @@ def test_a_link_out_of_the_bundle_is_refused(copy, tmp_path):
     path.rename(tmp_path / "elsewhere.json")
     path.symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(ValueError, match=r"steerer.json is a link to .*elsewhere.json, outside of"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
 
 
 def test_lists_in_another_form_are_refused(copy):
     for files in (None, {}, [], {"a.json": 3}, {"a.json": {"bytes": -1, "sha256": "0"}}):
         change_index(copy, files=files)
         with pytest.raises(ValueError, match=r"bundle.json is damaged .*: files"):
-            sqs.load_bundle(copy)
+            sqs.hub.load_bundle(copy)
     change_index(copy, files={"a.json": {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(ValueError, match=r"lists no fingerprint\.safetensors"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
     change_index(copy, model=7)
     with pytest.raises(ValueError, match=r"bundle.json is damaged .*: model: .*, got 7"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
     change_index(copy, format="sae_query_steer.bundle/2")
     with pytest.raises(ValueError, match="got 'sae_query_steer.bundle/2'"):
-        sqs.load_bundle(copy)
+        sqs.hub.load_bundle(copy)
 
 
 def test_the_registry_block_names_every_head_with_its_metrics(folder, saes):
-    text = sqs.registry_entry(
+    text = sqs.hub.registry_entry(
         folder,
         release="tiny-llama-queries",
         repo_id="alice/bundle",
@@ -361,21 +361,21 @@ def test_the_registry_block_names_every_head_with_its_metrics(folder, saes):
     }
     assert "neuronpedia" not in block["saes"][0]
     with pytest.raises(ValueError, match="neuronpedia names 'x', which is no SAE of the bundle"):
-        sqs.registry_entry(folder, release="r", repo_id="a/b", neuronpedia={"x": "y"})
+        sqs.hub.registry_entry(folder, release="r", repo_id="a/b", neuronpedia={"x": "y"})
     with pytest.raises(ValueError, match="Repo id"):
-        sqs.registry_entry(folder, release="r", repo_id="not a repo!")
+        sqs.hub.registry_entry(folder, release="r", repo_id="not a repo!")
     with pytest.raises(ValueError, match="release=' ' is not allowed"):
-        sqs.registry_entry(folder, release=" ", repo_id="a/b")
+        sqs.hub.registry_entry(folder, release=" ", repo_id="a/b")
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(folder):
-    upload = sqs.push_to_hub(folder, "alice/bundle", dry_run=True)
+    upload = sqs.hub.push_to_hub(folder, "alice/bundle", dry_run=True)
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert set(upload.files) == there
     assert upload.url is None
     assert upload.n_bytes == sum(upload.files.values()) > 50_000
     with pytest.raises(ValueError, match="Repo id"):
-        sqs.push_to_hub(folder, "not a name/at all/", dry_run=True)
+        sqs.hub.push_to_hub(folder, "not a name/at all/", dry_run=True)
 
 
 def test_a_folder_stands_for_a_repository(folder, tiny_models, tmp_path):
@@ -393,7 +393,7 @@ def test_a_folder_stands_for_a_repository(folder, tiny_models, tmp_path):
 def test_the_commands(tmp_path, tiny_folder, saes, targets, steerer, examples, monkeypatch, capsys):
     saes.save(tmp_path / "saes")
     targets.save(tmp_path / "targets")
-    sqs.save_steerer(steerer, tmp_path / "steerer", saes="../saes", targets="../targets")
+    sqs.steering.save_steerer(steerer, tmp_path / "steerer", saes="../saes", targets="../targets")
     pd.DataFrame([dataclasses.asdict(e) for e in examples]).to_csv(tmp_path / "x.csv")
     pd.DataFrame({"a": [1]}).to_csv(tmp_path / "scores.csv", index=False)
     arguments = [
@@ -404,7 +404,7 @@ def test_the_commands(tmp_path, tiny_folder, saes, targets, steerer, examples, m
     ]
     run = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert "look at its README.md" in run.output
-    bundle = sqs.load_bundle(tmp_path / "bundle")
+    bundle = sqs.hub.load_bundle(tmp_path / "bundle")
     assert steerer_settings(bundle.steerer) == steerer_settings(steerer)
     assert bundle.data.n_examples == 48
     pushed = CliRunner().invoke(

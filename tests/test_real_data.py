@@ -5,16 +5,17 @@ import torch
 from conftest import HOSTS
 
 import sae_query_steer as sqs
+from sae_query_steer.data.tokenized import tokenize_example
 
 pytestmark = pytest.mark.slow
 
 PROMPTS = ["Once upon a time, there was", "Lily", "The big dog said that"]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "verbose": False}
 SCOPES = [
-    sqs.EveryPosition(),
+    sqs.scopes.EveryPosition(),
     sqs.LastPromptToken(),
-    sqs.ResponseTokens(),
-    sqs.LastPromptToken() | sqs.ResponseTokens(),
+    sqs.scopes.ResponseTokens(),
+    sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
 ]
 
 
@@ -49,7 +50,7 @@ def stories_saes(stories, questions, feedback) -> sqs.QuerySAEs:
         [e.prompt for e in questions] + [e.prompt + e.response for e in feedback],
         sqs.query_sites(model, [1, 3]),
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=32, k=6),
+            sae=sqs.sae.TopK(d_sae_per_head=32, k=6),
             training_tokens=60_000,
             train_batch_size_tokens=512,
             lr=3e-3,
@@ -90,7 +91,7 @@ def test_a_short_training_explains_most_of_the_real_queries(stories_saes):
 
 def test_prompts_are_read_as_the_hosts_read_them(stories, questions):
     for example in questions[::60]:
-        ours = sqs.tokenize_example(stories["bridge"], example)
+        ours = tokenize_example(stories["bridge"], example)
         for host in HOSTS:
             theirs = stories[host].to_tokens(example.prompt)[0]
             assert torch.equal(ours.tokens[: ours.prompt_length], theirs)
@@ -131,7 +132,7 @@ def test_bloom_levels_of_real_questions_are_six_classes_with_checks_by_site(
 
 def test_feedback_is_read_over_its_response_tokens(stories, stories_saes, feedback):
     model = stories["bridge"]
-    tokenized = sqs.tokenize_examples(model, feedback, span=sqs.ResponseTokens())
+    tokenized = sqs.tokenize_examples(model, feedback, span=sqs.scopes.ResponseTokens())
     targets = sqs.CentroidTargetBuilder(model, stories_saes).fit(tokenized)
     assert int(targets.counts.sum()) == sum(e.response_length for e in tokenized)
 

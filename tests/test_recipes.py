@@ -19,6 +19,7 @@ import sae_query_steer as sqs
 from sae_query_steer.cli.main import app
 from sae_query_steer.compare import DESCENTS
 from sae_query_steer.compare.methods import STRENGTHS
+from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.shapes import model_shape
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -136,8 +137,8 @@ def test_sae_descent_changes_the_query_at_the_end_of_the_chat_prompt(recipe):
     given = said[4][0][said[4][0].index("--prompt") + 1]
     tokenizer = sqs.load_model(str(model), device="cpu").tokenizer
     example = sqs.LabelledExample(prompt=given, label="none")
-    read = sqs.tokenize_example(example, tokenizer, chat_template=True).tokens
-    plain = sqs.tokenize_example(example, tokenizer).tokens
+    read = tokenize_example(example, tokenizer, chat_template=True).tokens
+    plain = tokenize_example(example, tokenizer).tokens
     trace = pd.read_csv(folder / steered / "trace.csv")
     assert set(trace["position"]) == {len(read) - 1}
     assert len(read) > len(plain)

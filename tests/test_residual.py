@@ -14,13 +14,13 @@ from sae_query_steer.steering.steerer import Steerer
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {
-    "every": sqs.EveryPosition(),
+    "every": sqs.scopes.EveryPosition(),
     "last prompt token": sqs.LastPromptToken(),
-    "both": sqs.LastPromptToken() | sqs.ResponseTokens(),
+    "both": sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
     "a function": lambda positions: positions.index % 3 == 1,
-    "after a token": sqs.AfterToken(24),
+    "after a token": sqs.scopes.AfterToken(24),
 }
-FEW = [SCOPES["last prompt token"], SCOPES["after a token"] | sqs.ResponseTokens()]
+FEW = [SCOPES["last prompt token"], SCOPES["after a token"] | sqs.scopes.ResponseTokens()]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "stop_at_eos": False}
 
 
@@ -36,7 +36,7 @@ def make(means):
     """Make one that visibly changes the tiny model, with some settings changed."""
 
     def make(**changes) -> Steerer:
-        settings = {"target": "create", "strength": 2.0, "scope": sqs.EveryPosition()}
+        settings = {"target": "create", "strength": 2.0, "scope": sqs.scopes.EveryPosition()}
         return residual_mean_difference(changes.pop("means", means), **{**settings, **changes})
 
     return make
@@ -83,7 +83,7 @@ def test_the_difference_is_added_at_the_scoped_positions_and_nowhere_else(
     tokens = model.to_tokens("w1 w20 w33 w7 w30 w2", prepend_bos=True)  # 7 tokens, a prompt of 4
     index = torch.arange(7)[None]
     scoped = scope(
-        sqs.Positions(
+        sqs.scopes.Positions(
             index=index, valid=index >= 0, prompt_lengths=torch.tensor([4]), tokens=tokens
         )
     )[0]
@@ -209,7 +209,11 @@ def test_a_residual_stream_that_is_not_finite_names_its_hook(model, make, means,
             ValueError,
             "strength must be",
         ),
-        ({"scope": sqs.LastResponseToken()}, ValueError, "LastResponseToken() can't be a scope"),
+        (
+            {"scope": sqs.scopes.LastResponseToken()},
+            ValueError,
+            "LastResponseToken() can't be a scope",
+        ),
         ({"layers": [1]}, ValueError, "no site at layer 1: there are some at [0, 2]"),
         ({"layers": [0, 0]}, ValueError, "layers must name each layer once, got [0, 0]"),
         ({"layers": []}, ValueError, "no site is left by layers=[]"),

@@ -265,7 +265,7 @@ sqs.train_query_saes(
     sqs.read_texts(sys.argv[2], text="question"),
     sqs.query_sites(model),
     sqs.TrainingConfig(
-        sae=sqs.TopK(d_sae_per_head=16, k=3),
+        sae=sqs.sae.TopK(d_sae_per_head=16, k=3),
         training_tokens=60 * 32,
         train_batch_size_tokens=32,
         context_size=16,

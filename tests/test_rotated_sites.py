@@ -29,7 +29,7 @@ def saes(tiny_models) -> sqs.QuerySAEs:
         torch.randint(4, 52, (32, 16), generator=torch.Generator().manual_seed(5)),
         sqs.query_sites(model, [0, 2], rotated=True),
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=16, k=3),
+            sae=sqs.sae.TopK(d_sae_per_head=16, k=3),
             training_tokens=1024,
             train_batch_size_tokens=128,
             lr=3e-3,
@@ -49,7 +49,7 @@ def make(tiny_models, saes, examples):
             "objective": sqs.SquaredDistance(),
             "n_steps": 3,
             "step_size": 0.3,
-            "scope": sqs.LastPromptToken() | sqs.ResponseTokens(),
+            "scope": sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
         }
         return sqs.LatentGradientSteerer(saes, targets, **{**settings, **changes})
 
@@ -77,7 +77,7 @@ def test_saes_and_centroids_of_rotated_sites_are_named_and_saved_as_such(saes, m
     assert list(make().targets.means) == NAMES
     saes.save(tmp_path / "saes")
     assert list(sqs.QuerySAEs.load(tmp_path / "saes")) == NAMES
-    assert sqs.split_heads(saes[NAMES[0]])[1].cfg.metadata.hook_name == NAMES[0]
+    assert sqs.sae.split_heads(saes[NAMES[0]])[1].cfg.metadata.hook_name == NAMES[0]
 
 
 def test_no_step_is_the_identity_and_steps_are_not(model, make):
@@ -110,14 +110,14 @@ def test_both_hosts_give_equal_steered_logits(tiny_models, make):
 def test_two_sites_of_one_layer_want_a_steerer_each(tiny_models):
     model = tiny_models["bridge"]
     sites = [sqs.query_sites(model, [0], rotated=value)[0] for value in (False, True)]
-    encoders = sqs.identity_encoders(sites)
+    encoders = sqs.sae.identity_encoders(sites)
     text = (
         "blocks.0.attn.hook_q and blocks.0.attn.hook_rot_q are sites of the same layer: make a "
         "steerer of each, and join them with JoinedSteerers"
     )
     with (
         pytest.raises(ValueError, match=f"^{re.escape(text)}$"),
-        sqs.attached_saes(model, encoders),
+        sqs.steering.attached_saes(model, encoders),
     ):
         pass
 

@@ -21,7 +21,7 @@ def make(saes, targets):
     """Make a steerer towards a class, with some settings changed."""
 
     def make(target: str, **changes) -> sqs.LatentGradientSteerer:
-        settings = {"objective": sqs.CentroidContrast(), "n_steps": 3, "step_size": 2.0}
+        settings = {"objective": sqs.objectives.CentroidContrast(), "n_steps": 3, "step_size": 2.0}
         return sqs.LatentGradientSteerer(saes, targets, target=target, **{**settings, **changes})
 
     return make
@@ -32,7 +32,7 @@ def refuses(text: str):
 
 
 def test_a_batch_equals_each_row_alone_with_its_own_steerer(model, make):
-    control = sqs.random_direction(make("remember"), seed=3)
+    control = sqs.baselines.random_direction(make("remember"), seed=3)
     steerers = [make("create"), control, make("apply")]
     with rowwise(steerers).apply(model):
         together = greedy_logits(model, PROMPTS)

@@ -58,46 +58,48 @@ def markers(tiny_models):
 # The scope for some of the rows, and whether it names position p of row r, whose tokens are t and
 # whose prompt has n tokens. Both are told the markers.
 KINDS = {
-    "prompt": (lambda rows, m: sqs.PromptTokens(), lambda p, r, t, n, m: p < n),
+    "prompt": (lambda rows, m: sqs.scopes.PromptTokens(), lambda p, r, t, n, m: p < n),
     "last prompt tokens": (
-        lambda rows, m: sqs.LastPromptTokens(3),
+        lambda rows, m: sqs.scopes.LastPromptTokens(3),
         lambda p, r, t, n, m: n - 3 <= p < n,
     ),
     "first response tokens": (
-        lambda rows, m: sqs.FirstResponseTokens(2),
+        lambda rows, m: sqs.scopes.FirstResponseTokens(2),
         lambda p, r, t, n, m: n <= p < n + 2,
     ),
-    "window": (lambda rows, m: sqs.Window(1, 5), lambda p, r, t, n, m: 1 <= p < 5),
+    "window": (lambda rows, m: sqs.scopes.Window(1, 5), lambda p, r, t, n, m: 1 <= p < 5),
     "around the prompt's end": (
-        lambda rows, m: sqs.WindowAroundPromptEnd(-2, 2),
+        lambda rows, m: sqs.scopes.WindowAroundPromptEnd(-2, 2),
         lambda p, r, t, n, m: n - 2 <= p < n + 2,
     ),
     "positions": (
-        lambda rows, m: sqs.AtPositions([0, 3, 7]),
+        lambda rows, m: sqs.scopes.AtPositions([0, 3, 7]),
         lambda p, r, t, n, m: p in (0, 3, 7),
     ),
     "positions by row": (
-        lambda rows, m: sqs.AtPositions([AT[r] for r in rows]),
+        lambda rows, m: sqs.scopes.AtPositions([AT[r] for r in rows]),
         lambda p, r, t, n, m: p in AT[r],
     ),
     "mask": (
-        lambda rows, m: sqs.RowMask(MASK[rows]),
+        lambda rows, m: sqs.scopes.RowMask(MASK[rows]),
         lambda p, r, t, n, m: p < 9 and bool(MASK[r, p]),
     ),
     "after a token": (
-        lambda rows, m: sqs.AfterToken(m),
+        lambda rows, m: sqs.scopes.AfterToken(m),
         lambda p, r, t, n, m: bool(set(t[:p]) & set(m)),
     ),
     "from a token on": (
-        lambda rows, m: sqs.AfterToken(m, inclusive=True),
+        lambda rows, m: sqs.scopes.AfterToken(m, inclusive=True),
         lambda p, r, t, n, m: bool(set(t[: p + 1]) & set(m)),
     ),
     "intersection": (
-        lambda rows, m: sqs.ResponseTokens() & ~sqs.AfterToken(m) & sqs.Window(3),
+        lambda rows, m: (
+            sqs.scopes.ResponseTokens() & ~sqs.scopes.AfterToken(m) & sqs.scopes.Window(3)
+        ),
         lambda p, r, t, n, m: p >= max(n, 3) and not set(t[:p]) & set(m),
     ),
     "complement": (
-        lambda rows, m: ~(sqs.LastPromptToken() | sqs.AtPositions([0])),
+        lambda rows, m: ~(sqs.LastPromptToken() | sqs.scopes.AtPositions([0])),
         lambda p, r, t, n, m: p not in (0, n - 1),
     ),
 }
@@ -196,7 +198,7 @@ def test_a_hand_written_loop_agrees_with_generate_and_the_next_one_starts_afresh
 
 
 def test_two_hand_written_loops_in_turns_keep_their_own_tokens_apart(model, markers):
-    scope = sqs.AfterToken(markers, inclusive=True)
+    scope = sqs.scopes.AfterToken(markers, inclusive=True)
     expected, loops = [], []
     with shove(model, scope).apply(model):
         for prompt in (PROMPTS[0], PROMPTS[2]):
@@ -214,7 +216,7 @@ def test_two_hand_written_loops_in_turns_keep_their_own_tokens_apart(model, mark
 
 def test_a_prompt_that_is_read_in_pieces_has_its_tokens(model):
     tokens = model.to_tokens(PROMPTS[2])
-    scope = sqs.AfterToken(int(tokens[0, 2]))
+    scope = sqs.scopes.AfterToken(int(tokens[0, 2]))
     with shove(model, scope).apply(model, record=True) as trace, torch.no_grad():
         cache = new_cache(model)
         for piece in (tokens[:, :3], tokens[:, 3:5], tokens[:, 5:]):
@@ -253,7 +255,7 @@ def test_a_marker_raises_where_the_cache_was_begun_outside(model, record):
     with torch.no_grad():
         read(model, tokens, cache)
         with (
-            shove(model, sqs.AfterToken(5)).apply(model, record=record),
+            shove(model, sqs.scopes.AfterToken(5)).apply(model, record=record),
             pytest.raises(ValueError, match=r"begin the KV cache inside apply\(\)"),
         ):
             model(tokens)  # another row, whose tokens are no concern of the cached one
@@ -262,7 +264,7 @@ def test_a_marker_raises_where_the_cache_was_begun_outside(model, record):
 
 def test_a_marker_that_is_also_padding_counts_only_where_it_is_real(model):
     pad = model.tokenizer.pad_token_id
-    with shove(model, sqs.AfterToken(pad) | sqs.AtPositions([0])).apply(
+    with shove(model, sqs.scopes.AfterToken(pad) | sqs.scopes.AtPositions([0])).apply(
         model, record=True
     ) as trace:
         tokens = greedy(model, PROMPTS)[0]
@@ -292,7 +294,7 @@ def test_a_users_function_sees_the_tokens_of_its_rows(model):
 
 def test_plain_pairs_read_tokens_that_they_are_given(model):
     tokens = model.to_tokens(PROMPTS[2])
-    steerer = shove(model, sqs.AfterToken(int(tokens[0, 2])))
+    steerer = shove(model, sqs.scopes.AfterToken(int(tokens[0, 2])))
     with steerer.apply(model):
         expected = model(tokens)
     pairs = steerer.fwd_hooks(model, tokens=tokens)
@@ -317,7 +319,9 @@ def test_a_forward_pass_outside_generate_needs_prompt_lengths_where_the_scope_do
             model(tokens)
 
 
-@pytest.mark.parametrize("scope", [sqs.AtPositions([[1], [2]]), sqs.RowMask(MASK[:2])], ids=repr)
+@pytest.mark.parametrize(
+    "scope", [sqs.scopes.AtPositions([[1], [2]]), sqs.scopes.RowMask(MASK[:2])], ids=repr
+)
 def test_other_rows_than_those_of_the_scope_are_refused_before_a_token_is_generated(model, scope):
     text = f"{scope!r} is for 2 rows, the batch has 3: give all prompts in one call of generate()"
     generated = []

@@ -164,7 +164,7 @@ def test_spans_of_unequal_length_are_patched_as_far_as_both_go(model, examples):
     table = sqs.interchange_effect(
         model,
         sqs.query_sites(model, [0]),
-        tokens(model, examples, span=sqs.ResponseTokens(), batch_size=4),
+        tokens(model, examples, span=sqs.scopes.ResponseTokens(), batch_size=4),
         n_pairs=6,
         per_head=False,
     )

@@ -15,7 +15,7 @@ GOOD = {
 
 
 def judged(n_sites=4, **changes):
-    return sqs.site_verdicts(pd.DataFrame([GOOD | changes]), n_sites=n_sites).iloc[0]
+    return sqs.diagnostics.site_verdicts(pd.DataFrame([GOOD | changes]), n_sites=n_sites).iloc[0]
 
 
 def test_a_class_effect_of_weight_that_the_latents_see_is_worth_a_steer():
@@ -65,8 +65,8 @@ def test_each_threshold_is_where_it_is_said_to_be():
 
 def test_the_more_sites_were_looked_at_the_more_is_wanted_of_each():
     table = pd.DataFrame([GOOD | {"class_effect": 0.25, "layer": i} for i in range(40)])
-    assert sqs.site_verdicts(table[:4])["steer_here"].all()
-    assert not sqs.site_verdicts(table)["steer_here"].any()
+    assert sqs.diagnostics.site_verdicts(table[:4])["steer_here"].all()
+    assert not sqs.diagnostics.site_verdicts(table)["steer_here"].any()
 
 
 def test_luck_alone_passes_as_seldom_as_is_said():
@@ -75,36 +75,42 @@ def test_luck_alone_passes_as_seldom_as_is_said():
     table = pd.DataFrame(GOOD, index=range(len(noise))).assign(
         class_effect=noise, class_effect_se=1.0
     )
-    found = sqs.site_verdicts(table, n_sites=20)["steer_here"].to_numpy().reshape(2000, 20)
+    found = (
+        sqs.diagnostics.site_verdicts(table, n_sites=20)["steer_here"].to_numpy().reshape(2000, 20)
+    )
     assert found.any(1).mean() == pytest.approx(0.05, abs=0.015)
 
 
 def test_separability_is_asked_only_where_it_is_in_the_table():
     table = pd.DataFrame([GOOD | {"accuracy_latents": 0.5}])
-    assert not sqs.site_verdicts(table)["steer_here"].any()
+    assert not sqs.diagnostics.site_verdicts(table)["steer_here"].any()
     alone = table.drop(columns=["accuracy_latents", "chance", "n_test"])
-    assert sqs.site_verdicts(alone)["steer_here"].all()
+    assert sqs.diagnostics.site_verdicts(alone)["steer_here"].all()
 
 
 def test_one_sentence_closes_the_table():
     # The head has the larger effect in nats, all heads together move more.
     head = GOOD | {"head": 3, "class_effect": 0.9, "moved": 0.2}
-    table = sqs.site_verdicts(pd.DataFrame([head, GOOD, GOOD | {"layer": 2, "moved": 0.1}]))
+    table = sqs.diagnostics.site_verdicts(
+        pd.DataFrame([head, GOOD, GOOD | {"layer": 2, "moved": 0.1}])
+    )
     assert closing_sentence(table).startswith("Steer here: layer 1 (50%); layer 1, head 3 (10%). ")
-    nothing = sqs.site_verdicts(table.assign(class_effect=[0.15, 0.1, -1.0]))
+    nothing = sqs.diagnostics.site_verdicts(table.assign(class_effect=[0.15, 0.1, -1.0]))
     assert closing_sentence(nothing) == (
         "Nothing to steer at any of these 3 sites. Largest total variation at layer 1: class "
         "effect 0.100 ± 0.100 nats, not above 2.1 standard errors."
     )
-    unknown = sqs.site_verdicts(pd.DataFrame([GOOD | {"class_effect_se": float("nan")}]))
+    unknown = sqs.diagnostics.site_verdicts(
+        pd.DataFrame([GOOD | {"class_effect_se": float("nan")}])
+    )
     assert closing_sentence(unknown).startswith("Nothing to steer at this site")
 
 
 def test_a_table_of_something_else_is_refused():
     with pytest.raises(ValueError, match=r"\['class_effect_se', 'moved'\] are missing"):
-        sqs.site_verdicts(pd.DataFrame([{"class_effect": 1.0, "moved_control": 0.0}]))
+        sqs.diagnostics.site_verdicts(pd.DataFrame([{"class_effect": 1.0, "moved_control": 0.0}]))
     with pytest.raises(ValueError, match="n_sites must be 1 or more, got 0"):
-        sqs.site_verdicts(pd.DataFrame([GOOD])[:0])
+        sqs.diagnostics.site_verdicts(pd.DataFrame([GOOD])[:0])
 
 
 def test_of_a_model_whose_queries_decide_nothing_it_says_so(tiny_folder, examples):
@@ -113,7 +119,7 @@ def test_of_a_model_whose_queries_decide_nothing_it_says_so(tiny_folder, example
         for block in model.blocks:
             block.attn.o.original_component.weight.zero_()
     tokenized = sqs.tokenize_examples(model, examples)
-    table = sqs.site_verdicts(
+    table = sqs.diagnostics.site_verdicts(
         sqs.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=24)
     )
     assert not table["steer_here"].any()

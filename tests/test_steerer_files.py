@@ -14,20 +14,26 @@ KINDS = {
     "plain": {},
     "by row": {"target": ["create", {"apply": 1, "create": -0.5}], "n_steps": [3, 5]},
     "bounded": {
-        "scope": sqs.LastPromptToken() | (sqs.FirstResponseTokens(3) & ~sqs.AtPositions([4])),
-        "schedule": sqs.ExponentialDecay(half_life=2.0),
-        "latents": sqs.GivenLatents({NAME: {0: [1, 2], 3: [4]}}),
-        "gate": sqs.PosteriorBelow(0.9),
+        "scope": sqs.LastPromptToken()
+        | (sqs.scopes.FirstResponseTokens(3) & ~sqs.scopes.AtPositions([4])),
+        "schedule": sqs.control.ExponentialDecay(half_life=2.0),
+        "latents": sqs.control.GivenLatents({NAME: {0: [1, 2], 3: [4]}}),
+        "gate": sqs.control.PosteriorBelow(0.9),
         "until": 0.8,
         "trust_radius": 2.0,
         "max_relative_change": 0.5,
         "keep_norm": True,
         "heads": {2: [0, 3]},
     },
-    "all but some": {"latents": sqs.ExceptLatents({NAME: {0: [1, 2], 3: [4]}})},
-    "marked": {"scope": sqs.AfterToken(20) | sqs.RowMask(torch.eye(2, 9, dtype=torch.bool))},
-    "probe": {"objective": sqs.LinearProbe(torch.arange(64.0).reshape(4, 16) / 64)},
-    "gaussian": {"objective": sqs.GaussianLogLikelihood(floor=0.3), "latents": sqs.TopLatents(3)},
+    "all but some": {"latents": sqs.control.ExceptLatents({NAME: {0: [1, 2], 3: [4]}})},
+    "marked": {
+        "scope": sqs.scopes.AfterToken(20) | sqs.scopes.RowMask(torch.eye(2, 9, dtype=torch.bool))
+    },
+    "probe": {"objective": sqs.objectives.LinearProbe(torch.arange(64.0).reshape(4, 16) / 64)},
+    "gaussian": {
+        "objective": sqs.objectives.GaussianLogLikelihood(floor=0.3),
+        "latents": sqs.control.TopLatents(3),
+    },
 }
 
 
@@ -55,8 +61,8 @@ def steered(model, steerer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_comes_back_steers_alike(tiny_models, make, tmp_path, kind):
     model, steerer = tiny_models["bridge"], make(**KINDS[kind])
-    sqs.save_steerer(steerer, tmp_path / "steerer")
-    loaded = sqs.load_steerer(tmp_path / "steerer")
+    sqs.steering.save_steerer(steerer, tmp_path / "steerer")
+    loaded = sqs.steering.load_steerer(tmp_path / "steerer")
     assert steerer_settings(loaded) == steerer_settings(steerer)
     before, after = steered(model, steerer), steered(model, loaded)
     assert before[0] == after[0]
@@ -66,11 +72,11 @@ def test_what_comes_back_steers_alike(tiny_models, make, tmp_path, kind):
 
 def test_dense_steerers_come_back_too(tiny_models, make, tmp_path, examples):
     model = tiny_models["bridge"]
-    dense = sqs.identity_encoders(sqs.query_sites(model, [2]))
+    dense = sqs.sae.identity_encoders(sqs.query_sites(model, [2]))
     centroids = sqs.CentroidTargetBuilder(model, dense).fit(sqs.tokenize_examples(model, examples))
     steerer = make(dense, centroids)
-    sqs.save_steerer(steerer, tmp_path / "dense")
-    loaded = sqs.load_steerer(tmp_path / "dense")
+    sqs.steering.save_steerer(steerer, tmp_path / "dense")
+    loaded = sqs.steering.load_steerer(tmp_path / "dense")
     assert loaded.saes == dense
     assert steered(model, loaded)[0] == steered(model, steerer)[0]
     assert not (tmp_path / "dense" / "saes").exists()
@@ -79,15 +85,15 @@ def test_dense_steerers_come_back_too(tiny_models, make, tmp_path, examples):
 def test_saes_and_centroids_may_be_referred_to(tiny_models, make, tmp_path, saes, targets):
     saes.save(tmp_path / "shared-saes")
     targets.save(tmp_path / "shared-targets")
-    sqs.save_steerer(
+    sqs.steering.save_steerer(
         make(), tmp_path / "steerer", saes="../shared-saes", targets=tmp_path / "shared-targets"
     )
     assert [p.name for p in (tmp_path / "steerer").iterdir()] == ["steerer.json"]
-    loaded = sqs.load_steerer(tmp_path / "steerer", follow_references=True)
+    loaded = sqs.steering.load_steerer(tmp_path / "steerer", follow_references=True)
     assert steered(tiny_models["bridge"], loaded)[0] == steered(tiny_models["bridge"], make())[0]
     (tmp_path / "shared-saes").rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError):
-        sqs.load_steerer(tmp_path / "steerer", follow_references=True)
+        sqs.steering.load_steerer(tmp_path / "steerer", follow_references=True)
 
 
 def test_functions_and_foreign_encoders_are_refused_and_nothing_is_written(make, tmp_path, untyped):
@@ -100,19 +106,19 @@ def test_functions_and_foreign_encoders_are_refused_and_nothing_is_written(make,
         ({"objective": Mine()}, r"objective=.*Mine\(\) can't be saved"),
     ):
         with pytest.raises(ValueError, match=message):
-            sqs.save_steerer(make(**changes), tmp_path / "steerer")
+            sqs.steering.save_steerer(make(**changes), tmp_path / "steerer")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_and_hostile_folders_are_refused(make, tmp_path):
-    sqs.save_steerer(make(), tmp_path / "steerer")
+    sqs.steering.save_steerer(make(), tmp_path / "steerer")
     path = tmp_path / "steerer" / "steerer.json"
     good = json.loads(path.read_text())
 
     def refused(message, **changes):
         path.write_text(json.dumps({**good, **changes}))
         with pytest.raises(ValueError, match=message):
-            sqs.load_steerer(tmp_path / "steerer")
+            sqs.steering.load_steerer(tmp_path / "steerer")
 
     settings = good["settings"]
     refused("format: .*, got 'other/1'", format="other/1")
@@ -124,4 +130,4 @@ def test_damaged_and_hostile_folders_are_refused(make, tmp_path):
     refused("is damaged: .*colour", settings={**settings, "colour": "red"})
     refused("no class 'nobody'", settings={**settings, "target": "nobody"})
     with pytest.raises(FileExistsError, match="exists: give another folder, or overwrite=True"):
-        sqs.save_steerer(make(), tmp_path / "steerer")
+        sqs.steering.save_steerer(make(), tmp_path / "steerer")

@@ -12,10 +12,10 @@ from sae_query_steer.scopes.positions import TokenPositions
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {
-    "every": sqs.EveryPosition(),
+    "every": sqs.scopes.EveryPosition(),
     "last prompt token": sqs.LastPromptToken(),
-    "response": sqs.ResponseTokens(),
-    "both": sqs.LastPromptToken() | sqs.ResponseTokens(),
+    "response": sqs.scopes.ResponseTokens(),
+    "both": sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
     "a function": lambda positions: positions.index % 3 == 1,
 }
 FEW = [SCOPES["both"], SCOPES["a function"]]
@@ -33,7 +33,7 @@ def make(saes, targets):
             "objective": sqs.SquaredDistance(),
             "n_steps": 4,
             "step_size": 0.5,
-            "scope": sqs.EveryPosition(),
+            "scope": sqs.scopes.EveryPosition(),
         }
         return sqs.LatentGradientSteerer(saes, targets, **{**settings, **changes})
 
@@ -85,7 +85,9 @@ def test_one_step_changes_the_scoped_positions_and_heads_and_nothing_else(model,
     tokens = tokens_of(model, "w1 w20 w33 w7 w30 w2")  # 7 tokens, a prompt of 4 and 3 after it
     index = torch.arange(7)[None]
     expected = scope(
-        sqs.Positions(index=index, valid=index >= 0, prompt_lengths=torch.tensor([4]), lengths=None)
+        sqs.scopes.Positions(
+            index=index, valid=index >= 0, prompt_lengths=torch.tensor([4]), lengths=None
+        )
     )[0]
     assert expected.any(), "a scope that names nothing shows nothing"
     for layer, heads in ((0, [1, 3]), (2, [0])):
@@ -113,7 +115,7 @@ def test_inside_generate_one_step_changes_the_scoped_positions_alone(model, make
         first = n - 1 if cache and step > 0 else 0
         index = torch.arange(first, n)[None]
         expected = scope(
-            sqs.Positions(
+            sqs.scopes.Positions(
                 index=index, valid=index >= 0, prompt_lengths=torch.tensor([4]), lengths=None
             )
         )[0]
@@ -195,7 +197,7 @@ def test_a_plain_forward_inside_a_stopped_stream_is_a_run_of_its_own(model, make
     tokens, other = tokens_of(model, PROMPTS[0]), tokens_of(model, PROMPTS[2])
     with make().apply(model):
         alone = model(other)
-    with make(scope=sqs.EveryPosition()).apply(model):
+    with make(scope=sqs.scopes.EveryPosition()).apply(model):
         stream = model.generate_stream(tokens, max_tokens_per_yield=2, **GREEDY)
         next(stream)
         assert torch.equal(model(other), alone)
@@ -213,7 +215,7 @@ def test_run_with_cache_sees_the_steered_query(model, make):
 
 def test_plain_pairs_do_in_one_forward_pass_what_apply_does(model, make):
     tokens = tokens_of(model, PROMPTS[2])
-    steerer = make(scope=sqs.LastPromptToken() | sqs.ResponseTokens())
+    steerer = make(scope=sqs.LastPromptToken() | sqs.scopes.ResponseTokens())
     with steerer.apply(model, prompt_lengths=[3]):
         expected = model(tokens)
     pairs = steerer.fwd_hooks(model, prompt_lengths=[3])
@@ -234,7 +236,7 @@ def test_plain_pairs_know_padding_from_a_mask(model, make, tiny_models):
 
 
 def test_pairs_inside_a_cached_generation_raise_where_positions_are_unknown(model, make):
-    pairs = make(scope=sqs.ResponseTokens()).fwd_hooks(model, prompt_lengths=4)
+    pairs = make(scope=sqs.scopes.ResponseTokens()).fwd_hooks(model, prompt_lengths=4)
     with (
         model.hooks(fwd_hooks=pairs),
         pytest.raises(ValueError, match="inside generate use apply"),
@@ -244,7 +246,7 @@ def test_pairs_inside_a_cached_generation_raise_where_positions_are_unknown(mode
 
 def test_a_prompt_relative_scope_outside_generate_asks_for_the_prompt_lengths(model, make):
     tokens = tokens_of(model, PROMPTS[0])
-    for scope in (sqs.LastPromptToken(), sqs.ResponseTokens()):
+    for scope in (sqs.LastPromptToken(), sqs.scopes.ResponseTokens()):
         with (
             make(scope=scope).apply(model),
             pytest.raises(ValueError, match="pass prompt_lengths="),
@@ -304,7 +306,7 @@ def test_steerers_nest_and_the_inner_one_sees_what_the_outer_one_did(model, make
 
 def test_the_global_random_state_is_left_as_it_was(model, make):
     before = torch.get_rng_state()
-    with make().apply(model, record=True), sqs.random_direction(make()).apply(model):
+    with make().apply(model, record=True), sqs.baselines.random_direction(make()).apply(model):
         generate(model, PROMPTS)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -340,9 +342,9 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
         ({"layers": 2}, TypeError, r"layers must be a list, such as \[2\], got 2"),
         ({"heads": 0}, TypeError, "heads must be a list"),
         ({"heads": [0.5]}, TypeError, "float"),
-        ({"scope": sqs.LastResponseToken()}, ValueError, "can't be a scope"),
+        ({"scope": sqs.scopes.LastResponseToken()}, ValueError, "can't be a scope"),
         (
-            {"scope": sqs.EveryPosition() | sqs.LastResponseToken()},
+            {"scope": sqs.scopes.EveryPosition() | sqs.scopes.LastResponseToken()},
             ValueError,
             "can't be a scope",
         ),
@@ -364,9 +366,9 @@ def test_encoders_that_do_not_fit_the_centroids_are_refused(untyped, saes, targe
         "step_size": 1.0,
     }
     with pytest.raises(ValueError, match="centroids of another SAE at blocks.0.attn.hook_q"):
-        sqs.LatentGradientSteerer(sqs.identity_encoders(sites), targets, **settings)
+        sqs.LatentGradientSteerer(sqs.sae.identity_encoders(sites), targets, **settings)
     with pytest.raises(ValueError, match="no centroids at blocks.1.attn.hook_q"):
-        sqs.LatentGradientSteerer(sqs.identity_encoders(sites[1:2]), targets, **settings)
+        sqs.LatentGradientSteerer(sqs.sae.identity_encoders(sites[1:2]), targets, **settings)
     with pytest.raises(ValueError, match="must hold at least one SAE"):
         sqs.LatentGradientSteerer({}, targets, **settings)
     with pytest.raises(TypeError, match="the encoder at blocks.0.attn.hook_q must be .*got str"):
@@ -459,7 +461,7 @@ def test_a_hand_written_loop_with_a_cache_steers_as_generate_does(tiny_models, m
 @pytest.mark.parametrize("inner", ["forward", "generate"])
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_users_hook_may_run_the_model_inside_the_model(model, make, inner, cache):
-    steerer = make(scope=sqs.LastPromptToken() | sqs.ResponseTokens())
+    steerer = make(scope=sqs.LastPromptToken() | sqs.scopes.ResponseTokens())
     other = tokens_of(model, PROMPTS[2])
     busy = []
 
@@ -514,11 +516,11 @@ def test_two_steerers_at_one_layer_act_one_after_the_other(model, make):
 def test_a_descent_that_diverges_is_not_written_into_the_model(tiny_models, targets, examples):
     model = tiny_models["bridge"]
     sites = sqs.query_sites(model, [0, 2])
-    dense = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(
+    dense = sqs.CentroidTargetBuilder(model, sqs.sae.identity_encoders(sites)).fit(
         sqs.tokenize_examples(model, examples)
     )
     steerer = sqs.LatentGradientSteerer(
-        sqs.identity_encoders(sites),
+        sqs.sae.identity_encoders(sites),
         dense,
         target="create",
         objective=sqs.SquaredDistance(),

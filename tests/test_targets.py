@@ -12,8 +12,8 @@ from sae_query_steer.targets.fingerprint import check_belongs, take_fingerprint
 NAME = "blocks.2.attn.hook_q"
 SPANS = {
     "last prompt token": (sqs.LastPromptToken(), lambda e: [e.prompt_length - 1]),
-    "response": (sqs.ResponseTokens(), lambda e: range(e.prompt_length, len(e.tokens))),
-    "last response token": (sqs.LastResponseToken(), lambda e: [len(e.tokens) - 1]),
+    "response": (sqs.scopes.ResponseTokens(), lambda e: range(e.prompt_length, len(e.tokens))),
+    "last response token": (sqs.scopes.LastResponseToken(), lambda e: [len(e.tokens) - 1]),
     "a function": (lambda p: p.index == 1, lambda e: [1]),
 }
 
@@ -66,7 +66,7 @@ def test_fit_starts_afresh_and_partial_fit_continues(model, saes, examples):
     assert torch.equal(again.counts, once.counts)
     assert torch.equal(again.means[NAME], once.means[NAME])
     assert torch.equal(builder.partial_fit(tokenized).targets_.counts, 2 * once.counts)
-    other = builder.fit(sqs.tokenize_examples(model, examples, span=sqs.ResponseTokens()))
+    other = builder.fit(sqs.tokenize_examples(model, examples, span=sqs.scopes.ResponseTokens()))
     assert int(other.counts.sum()) == sum(e.response_length for e in tokenized)
 
 
@@ -117,10 +117,10 @@ def test_saved_centroids_steer_as_before_on_the_other_host(tiny_models, saes, ta
                 saes,
                 centroids,
                 target="apply",
-                objective=sqs.CentroidContrast(),
+                objective=sqs.objectives.CentroidContrast(),
                 n_steps=1,
                 step_size=2.0,
-                scope=sqs.EveryPosition(),
+                scope=sqs.scopes.EveryPosition(),
             )
             with steerer.apply(host):
                 logits.append(host(host.to_tokens("w1 w2 w3")))
@@ -140,7 +140,7 @@ def test_a_failed_call_leaves_the_builder_as_it_was(model, saes, examples):
     with pytest.raises(ValueError, match="example 1 has the label 'analyze', which is not a class"):
         builder.partial_fit(sqs.tokenize_examples(model, [examples[0], bad]))
     for settings, name in (
-        ({"span": sqs.PromptTokens()}, "span"),
+        ({"span": sqs.scopes.PromptTokens()}, "span"),
         ({"prepend_bos": False}, "prepend_bos"),
     ):
         with pytest.raises(ValueError, match=f"different {name} cannot be combined"):
@@ -164,7 +164,7 @@ def test_examples_that_cannot_work_are_refused(model, saes, examples, untyped):
         fit([*examples, single])
     bare = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples]
     with pytest.raises(ValueError, match="has no token in the span"):
-        fit(bare, span=sqs.ResponseTokens())
+        fit(bare, span=sqs.scopes.ResponseTokens())
     with pytest.raises(ValueError, match=r"class 'create' has 0 example\(s\)"):
         fit(one_class, classes=["apply", "create"])
     with pytest.raises(ValueError, match="no examples were read"):
@@ -178,11 +178,11 @@ def test_builders_that_measure_different_things_do_not_merge(model, saes, exampl
     part = {NAME: saes[NAME]}
     one = sqs.CentroidTargetBuilder(model, part).partial_fit(tokenized)
     untrained = sqs.sae.QueryHeadTopKTrainingSAE(
-        sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
+        sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
     )
     for own, settings, message in (
         (saes, {}, "different sites"),
-        (part, {"span": sqs.ResponseTokens()}, "different span"),
+        (part, {"span": sqs.scopes.ResponseTokens()}, "different span"),
         (part, {"prepend_bos": False}, "different prepend_bos"),
         ({NAME: sqs.sae.to_inference(untrained)}, {}, "another SAE"),
     ):
@@ -197,7 +197,7 @@ def test_builders_that_measure_different_things_do_not_merge(model, saes, exampl
 def test_a_site_that_the_model_does_not_have_is_refused(tiny_models, untyped):
     site = sqs.QuerySite(layer=1, n_heads=2, d_head=16)
     with pytest.raises(ValueError, match="the site at layer 1 has 2 heads of 16"):
-        sqs.CentroidTargetBuilder(tiny_models["bridge"], sqs.identity_encoders([site]))
+        sqs.CentroidTargetBuilder(tiny_models["bridge"], sqs.sae.identity_encoders([site]))
 
 
 def test_a_fingerprint_does_not_see_a_users_hooks(model, saes):
@@ -209,7 +209,7 @@ def test_a_fingerprint_does_not_see_a_users_hooks(model, saes):
 
 
 def test_dense_centroids_save_and_load(model, examples, tmp_path):
-    encoders = sqs.identity_encoders(sqs.query_sites(model, [2]))
+    encoders = sqs.sae.identity_encoders(sqs.query_sites(model, [2]))
     targets = sqs.CentroidTargetBuilder(model, encoders).fit(sqs.tokenize_examples(model, examples))
     targets.save(tmp_path / "dense")
     assert torch.equal(

@@ -24,7 +24,7 @@ def steerer(saes, targets):
         objective=sqs.SquaredDistance(),
         n_steps=3,
         step_size=0.5,
-        scope=sqs.LastPromptToken() | sqs.ResponseTokens(),
+        scope=sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
         heads={0: [1, 3], 2: [0]},
     )
 

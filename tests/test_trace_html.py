@@ -168,7 +168,7 @@ def test_the_trace_of_a_generation_shows_its_steered_tokens(model, saes, targets
         objective=sqs.SquaredDistance(),
         n_steps=3,
         step_size=0.5,
-        scope=sqs.LastPromptToken() | sqs.ResponseTokens(),
+        scope=sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
     )
     with steerer.apply(model, record=True) as trace:
         model.generate(PROMPTS, max_new_tokens=3, do_sample=False, verbose=False)
@@ -179,4 +179,4 @@ def test_the_trace_of_a_generation_shows_its_steered_tokens(model, saes, targets
     first = table.drop_duplicates(["run", "row", "position"])["text"].tolist()
     assert [text for text in page.tokens if text != " … "] == first
     assert trace.to_html("posterior_after.create") != trace.to_html()
-    assert len(sqs.plot_posterior(table).data) == 2 * 2 * 2
+    assert len(sqs.plots.plot_posterior(table).data) == 2 * 2 * 2

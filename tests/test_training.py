@@ -71,7 +71,7 @@ def test_one_head_follows_a_solo_saelens_run_on_the_same_batches(scale):
     )
     with temporary_seed(0):
         ours = sqs.sae.QueryHeadTopKTrainingSAE(
-            sqs.QueryHeadTopKTrainingSAEConfig(
+            sqs.sae.QueryHeadTopKTrainingSAEConfig(
                 n_heads=n_heads, d_head=d_head, d_sae_per_head=24, k=2
             )
         )
@@ -352,7 +352,7 @@ def token_data_set() -> list[dict[str, list[int]]]:
 @pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from:UserWarning")
 def test_saelens_own_runner_trains_checkpoints_and_saves_our_saes(model, tmp_path):
     config = LanguageModelSAERunnerConfig(
-        sae=sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3),
+        sae=sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3),
         hook_name="blocks.1.attn.hook_q",
         output_path=str(tmp_path / "out"),
         **runner_settings(tmp_path),
@@ -376,8 +376,10 @@ def test_saelens_runner_of_several_saes_trains_ours_in_one_pass(model, tmp_path)
     names = {"a": "blocks.0.attn.hook_q", "b": "blocks.2.attn.hook_q"}
     config = MultiSAETrainingRunnerConfig(
         saes={
-            "a": sqs.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3),
-            "b": sqs.QueryHeadStandardTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=12),
+            "a": sqs.sae.QueryHeadTopKTrainingSAEConfig(
+                n_heads=4, d_head=8, d_sae_per_head=16, k=3
+            ),
+            "b": sqs.sae.QueryHeadStandardTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=12),
         },
         hook_names=names,
         output_path=str(tmp_path / "out"),

@@ -97,7 +97,7 @@ def test_a_layer_of_the_true_size_trains_and_takes_the_disk_that_was_estimated(d
     site = sqs.QuerySite(layer=0, n_heads=32, d_head=d_head)
     config = TrainingConfig(sae=SAE, training_tokens=64, train_batch_size_tokens=64)
     sae = sqs.sae.QueryHeadTopKTrainingSAE(
-        sqs.QueryHeadTopKTrainingSAEConfig(n_heads=32, d_head=d_head, **asdict(SAE))
+        sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=32, d_head=d_head, **asdict(SAE))
     )
     queries = torch.randn(64, site.d_in, generator=torch.Generator().manual_seed(0))
     before = sae.W_dec.detach().clone()

@@ -110,7 +110,7 @@ def steered(tutors):
             [e.prompt + e.response for e in examples],
             sites,
             sqs.TrainingConfig(
-                sae=sqs.TopK(d_sae_per_head=64, k=8),
+                sae=sqs.sae.TopK(d_sae_per_head=64, k=8),
                 training_tokens=100_000,
             ),
         )
@@ -120,7 +120,7 @@ def steered(tutors):
             saes, targets, target=[case.target for case in cases],
             objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0,
         )  # fmt: skip
-        random = sqs.random_direction(own, seed=1)
+        random = sqs.baselines.random_direction(own, seed=1)
         rows = {"unsteered": None, "SAE": own, "random": random}
         classifier = level_judge(n_per_level=100)
         for name, steerer in rows.items():

@@ -22,7 +22,7 @@ def make(saes, targets):
             "objective": sqs.SquaredDistance(),
             "n_steps": 3,
             "step_size": 0.3,
-            "scope": sqs.LastPromptToken() | sqs.ResponseTokens(),
+            "scope": sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
         }
         return sqs.LatentGradientSteerer(saes, targets, **{**settings, **changes})
 
@@ -117,5 +117,5 @@ def test_the_encoder_follows_the_device_of_the_activations(make, heads):
 
 
 def test_an_encoder_without_weights_is_everywhere(tiny_models):
-    (encoder,) = sqs.identity_encoders(sqs.query_sites(tiny_models["bridge"], [1])).values()
+    (encoder,) = sqs.sae.identity_encoders(sqs.query_sites(tiny_models["bridge"], [1])).values()
     assert on_device(encoder, "meta") is encoder

@@ -87,12 +87,12 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         [e.prompt + e.response for e in examples + opened],
         sites,
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=64, k=8),
+            sae=sqs.sae.TopK(d_sae_per_head=64, k=8),
             training_tokens=100_000,
             seed=args.seed,
         ),
     )
-    dense = sqs.identity_encoders(sites)
+    dense = sqs.sae.identity_encoders(sites)
     texts = GridCorpus("validation", seed=args.seed).examples(240)
     validation = sqs.tokenize_examples(model, texts)
     effect = sqs.interchange_effect(

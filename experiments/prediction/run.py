@@ -129,7 +129,7 @@ def measured(model: Any, task: Task, pairs: int) -> list[dict[str, Any]]:
         [e.prompt + e.response for e in task.training],
         sites,
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=64, k=8),
+            sae=sqs.sae.TopK(d_sae_per_head=64, k=8),
             training_tokens=60_000,
         ),
     )
@@ -138,7 +138,7 @@ def measured(model: Any, task: Task, pairs: int) -> list[dict[str, Any]]:
         for some in (task.training, task.looked_at, task.counterparts)
     )
     centroids = sqs.CentroidTargetBuilder(model, saes).fit(training)
-    queries = sqs.CentroidTargetBuilder(model, sqs.identity_encoders(sites)).fit(training)
+    queries = sqs.CentroidTargetBuilder(model, sqs.sae.identity_encoders(sites)).fit(training)
     steerer = sqs.LatentGradientSteerer(
         saes,
         centroids,

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import write_json
 
@@ -75,7 +76,7 @@ def main() -> None:
             texts,
             sites,
             sqs.TrainingConfig(
-                sae=sqs.TopK(d_sae_per_head=args.d_sae, k=args.k),
+                sae=sqs.sae.TopK(d_sae_per_head=args.d_sae, k=args.k),
                 training_tokens=args.tokens,
                 seed=args.seed,
             ),
@@ -83,7 +84,7 @@ def main() -> None:
         tables["saes"] = saes.metrics
     tasks = {
         "bloom questions, last prompt token": (bloom, sqs.LastPromptToken()),
-        "feedback verdicts, response tokens": (feedback, sqs.ResponseTokens()),
+        "feedback verdicts, response tokens": (feedback, sqs.scopes.ResponseTokens()),
     }
     targets = {}
     for name, (labelled, span) in tasks.items():
@@ -147,7 +148,7 @@ def fitting(examples: list[sqs.LabelledExample], model: Any) -> list[sqs.Labelle
     """Keep the examples that the model's context of 512 tokens holds."""
     n_ctx = int(model.cfg.n_ctx)
     return [
-        example for example in examples if len(sqs.tokenize_example(model, example).tokens) <= n_ctx
+        example for example in examples if len(tokenize_example(model, example).tokens) <= n_ctx
     ]
 
 

@@ -111,7 +111,7 @@ def main() -> None:
         every = explained_variance(model, together, held_out)
         n, chosen = held_out.numel(), {layer: [head] for layer, head in heads.items()}
         found = {
-            name: sqs.evaluate_saes(model, saes, held_out, n_tokens=n, heads=chosen)
+            name: sqs.diagnostics.evaluate_saes(model, saes, held_out, n_tokens=n, heads=chosen)
             for name, saes in sides.items()
         }
     mine = found.pop(OURS)
@@ -170,9 +170,9 @@ def given(heads: str) -> dict[int, int]:
 def widest_gaps(model: Any, rows: Tensor) -> dict[int, int]:
     """Return the head with the widest gap in the first, the middle and the last layer."""
     sites = sqs.query_sites(model)
-    encoders = sqs.identity_encoders([sites[0], sites[len(sites) // 2], sites[-1]])
+    encoders = sqs.sae.identity_encoders([sites[0], sites[len(sites) // 2], sites[-1]])
     every = range(sites[0].n_heads)
-    found = sqs.evaluate_saes(model, encoders, rows, n_tokens=rows.numel(), heads=every)
+    found = sqs.diagnostics.evaluate_saes(model, encoders, rows, n_tokens=rows.numel(), heads=every)
     widest = found.loc[(found["ce_mean"] - found["ce_clean"]).groupby(found["layer"]).idxmax()]
     return dict(zip(widest["layer"].tolist(), widest["head"].tolist(), strict=True))
 
@@ -194,7 +194,7 @@ def ours(
         rows,
         sqs.query_sites(model, layers),
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=args.d_sae, k=args.k),
+            sae=sqs.sae.TopK(d_sae_per_head=args.d_sae, k=args.k),
             training_tokens=args.tokens,
             train_batch_size_tokens=args.batch,
             lr=args.lr,
@@ -247,9 +247,9 @@ def in_place(saes: Mapping[str, Any], solo: Sequence[SAE[Any]]) -> dict[str, Any
     joined = dict(saes)
     for one in solo:
         name, head = one.cfg.metadata.hook_name, one.cfg.metadata.hook_head_index
-        parts = sqs.split_heads(saes[name])
+        parts = sqs.sae.split_heads(saes[name])
         parts[head] = one
-        joined[name] = sqs.join_heads(parts)
+        joined[name] = sqs.sae.join_heads(parts)
     return joined
 
 

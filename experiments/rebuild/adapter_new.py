@@ -87,7 +87,7 @@ def _of_tokenized(function: Any, before: int) -> Any:
 
 separability = _of_tokenized(sqs.separability, 2)
 interchange_effect = _of_tokenized(sqs.interchange_effect, 2)
-residual_means = _of_tokenized(sqs.residual_means, 1)
+residual_means = _of_tokenized(sqs.baselines.residual_means, 1)
 
 
 def achieved_effect(

@@ -138,7 +138,7 @@ def trained(
             [story for i, story in enumerate(stories) if i % 10] + others,
             sqs.query_sites(model),
             sqs.TrainingConfig(
-                sae=sqs.TopK(d_sae_per_head=D_SAE, k=K),
+                sae=sqs.sae.TopK(d_sae_per_head=D_SAE, k=K),
                 training_tokens=args.tokens,
                 train_batch_size_tokens=1024,
                 lr=1e-3,
@@ -165,7 +165,7 @@ def sites_table(
     """Return interchange effect and separability by layer, and by head of the best layer."""
     spans: dict[str, Span] = {"last prompt token": sqs.LastPromptToken()}
     if candidate.target is not None:  # several times as many tokens: of dialogue alone
-        spans["response tokens"] = sqs.ResponseTokens()
+        spans["response tokens"] = sqs.scopes.ResponseTokens()
     rows = []
     for name, span in spans.items():
         examples = sqs.tokenize_examples(model, candidate.parts["sites"], span=span)
@@ -264,7 +264,7 @@ def study(
     rows = []
     for name, span, some in (
         ("last prompt token", sqs.LastPromptToken(), examples),
-        ("all tokens of the text", sqs.ResponseTokens(), answered),
+        ("all tokens of the text", sqs.scopes.ResponseTokens(), answered),
     ):
         apart = sqs.separability(
             model, saes, sqs.tokenize_examples(model, some, span=span), seed=args.seed

@@ -32,10 +32,10 @@ from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import SiteHeads, Where
 
 PATCH = "real queries, all layers"
-LAST, ALL = sqs.LastPromptToken(), sqs.LastPromptToken() | sqs.ResponseTokens()
+LAST, ALL = sqs.LastPromptToken(), sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
 CONTRAST = Descent(
     name="contrast",
-    objective=sqs.CentroidContrast(),
+    objective=sqs.objectives.CentroidContrast(),
     n_steps=1,
     step_sizes=(1.0, 4.0, 16.0, 64.0),
 )
@@ -177,14 +177,14 @@ def steered(
     layers = [[site.layer for site in sites]]
     if candidate.kind != "open":
         layers.insert(0, [layer])
-    span: Span = LAST if scope == LAST else sqs.ResponseTokens()
+    span: Span = LAST if scope == LAST else sqs.scopes.ResponseTokens()
     name_of_span = scope_name(span)
     tokenized = sqs.tokenize_examples(model, examples, span=span)
     methods: list[Method] = []
-    for name, encoders in (("SAE descent", saes), ("dense", sqs.identity_encoders(sites))):
+    for name, encoders in (("SAE descent", saes), ("dense", sqs.sae.identity_encoders(sites))):
         targets = {name_of_span: sqs.CentroidTargetBuilder(model, encoders).fit(tokenized)}
         methods += descent_methods(name, encoders, targets, DESCENTS, layers=layers, scopes=[scope])
-    means = sqs.residual_means(model, tokenized, [2])
+    means = sqs.baselines.residual_means(model, tokenized, [2])
     methods += residual_methods(means, span=name_of_span, scope=scope, layers=[[2]])
     found = compare_methods(
         scorers["validation"], scorers["test"], methods, control_seeds=(0, 1, 2)

@@ -24,6 +24,7 @@ from experiments.stories.classes import (
     which_first,
 )
 from sae_query_steer.compare import continuations
+from sae_query_steer.data.tokenized import tokenize_example
 
 SHARES = {"sites": 0.4, "confirm": 0.25, "validation": 0.15, "test": 0.2}
 """Parts: where sites are looked for, looked at again, strengths chosen, and the table."""
@@ -115,7 +116,7 @@ def usable(
             continue
         example = sqs.LabelledExample(prompt=prompt, response=response, label=label)
         try:
-            sqs.tokenize_example(model, example)
+            tokenize_example(model, example)
         except ValueError:  # a token spans the end of the prompt
             continue
         found.append(example)

@@ -48,10 +48,10 @@ DISTANCE = replace(
 PROTOTYPE = next(d for d in DESCENTS if d.name == "prototype")
 SPANS = {
     "last prompt token": sqs.LastPromptToken(),
-    "last 4 prompt tokens": sqs.LastPromptTokens(4),
-    "prompt tokens": sqs.PromptTokens(),
-    "first response token": sqs.FirstResponseTokens(1),
-    "response tokens": sqs.ResponseTokens(),
+    "last 4 prompt tokens": sqs.scopes.LastPromptTokens(4),
+    "prompt tokens": sqs.scopes.PromptTokens(),
+    "first response token": sqs.scopes.FirstResponseTokens(1),
+    "response tokens": sqs.scopes.ResponseTokens(),
 }
 SETTINGS = DemoSettings()
 
@@ -91,7 +91,7 @@ class Ablations:
                 [e.prompt + e.response for e in self.requested + self.opened],
                 self.sites,
                 sqs.TrainingConfig(
-                    sae=sqs.TopK(d_sae_per_head=d_sae, k=k),
+                    sae=sqs.sae.TopK(d_sae_per_head=d_sae, k=k),
                     training_tokens=tokens,
                     seed=SETTINGS.seed,
                 ),

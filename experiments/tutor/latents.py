@@ -65,7 +65,7 @@ def main() -> None:
         [example.prompt + example.response for example in examples],
         sqs.query_sites(model, [1]),
         sqs.TrainingConfig(
-            sae=sqs.TopK(d_sae_per_head=64, k=8),
+            sae=sqs.sae.TopK(d_sae_per_head=64, k=8),
             training_tokens=args.tokens,
             seed=args.seed,
         ),
@@ -73,7 +73,7 @@ def main() -> None:
     targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
     told = TutorCorpus("validation", seed=args.seed)
     texts = told.examples(240)
-    tops = sqs.top_tokens(model, saes, [e.prompt + e.response for e in texts], k=10)
+    tops = sqs.diagnostics.top_tokens(model, saes, [e.prompt + e.response for e in texts], k=10)
     cases = {task: tutor_cases(task, "test", args.n, seed=args.seed + 2) for task in TASKS}
     scorer = TextScorer(
         model,
@@ -111,7 +111,7 @@ def moved_on(model: Any, steerer: sqs.LatentGradientSteerer, prompts: Sequence[A
     """Return what a steerer moves on prompts."""
     with steerer.apply(model, record=True) as trace:
         write_nothing(model, prompts)
-    return sqs.moved_latents(steerer, trace)
+    return sqs.diagnostics.moved_latents(steerer, trace)
 
 
 def write_nothing(model: Any, prompts: Sequence[Any]) -> None:
@@ -124,7 +124,7 @@ def shown(
     steerers: Mapping[Any, sqs.LatentGradientSteerer],
     moved: pd.DataFrame,
     prompts: Mapping[Any, Sequence[Any]],
-    tops: sqs.TopTokens,
+    tops: sqs.diagnostics.TopTokens,
     texts: Sequence[sqs.LabelledExample],
     n: int,
 ) -> pd.DataFrame:
@@ -184,7 +184,7 @@ def at_note(
 ) -> Any:
     """Return by head the attention at the target's note, if only some latents move or all but."""
     texts = [prompt.text for prompt in prompts]
-    table = sqs.latent_attention(model, steerer, texts, latents, without=without)
+    table = sqs.diagnostics.latent_attention(model, steerer, texts, latents, without=without)
     spans = [note_tokens(model, prompt, level) for prompt in prompts]
     rows, positions = table["row"], table["source_position"]
     there = [p in spans[r] for r, p in zip(rows, positions, strict=True)]

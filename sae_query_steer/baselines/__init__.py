@@ -1,1 +1,5 @@
-"""What descent on latents is compared with."""
+"""Baselines and controls, as edits in the same engine."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -35,6 +35,7 @@ from sae_query_steer.cli.options import (
     named,
     show,
 )
+from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.diagnostics.site_verdicts import closing_sentence
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.storage.folders import new_folder
@@ -144,7 +145,7 @@ def sites(
             pd.DataFrame(steered[["layer", "head", *_ACHIEVED]]).rename(columns=names),
             on=["layer", "head"],
         )
-    table = sqs.site_verdicts(table)
+    table = sqs.diagnostics.site_verdicts(table)
     show(pd.DataFrame(table[[name for name in _SHOWN if name in table.columns]]))
     typer.echo(closing_sentence(table))
     if out is not None:
@@ -199,7 +200,7 @@ def steer(
     )
 
     # Tokenised as `targets` tokenises, so that the steer meets the prompts it was made for.
-    given = sqs.tokenize_example(
+    given = tokenize_example(
         host,
         sqs.LabelledExample(prompt=prompt, label="none"),
         prepend_bos=bos,

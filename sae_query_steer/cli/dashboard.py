@@ -20,7 +20,7 @@ from sae_query_steer.cli.options import (
     load_host,
     load_saes,
 )
-from sae_query_steer.dashboards.writing import INDEX
+from sae_query_steer.dashboards.writing import INDEX, write_dashboards
 
 
 def dashboard(
@@ -73,7 +73,7 @@ def dashboard(
     picked = None if heads == "all" else _head_list(heads)
     centroids = None if targets is None else sqs.CentroidTargets.load(targets)
     host = load_host(model, device, dtype)
-    pages = sqs.write_dashboards(
+    pages = write_dashboards(
         host,
         load_saes(saes, host),
         documents,

@@ -15,18 +15,18 @@ from sae_query_steer.storage.folders import check_replaceable
 
 SPANS: dict[str, Callable[[], Span]] = {
     "last-prompt-token": sqs.LastPromptToken,
-    "response": sqs.ResponseTokens,
-    "last-response-token": sqs.LastResponseToken,
-    "every": sqs.EveryPosition,
-    "last-prompt-token+response": lambda: sqs.LastPromptToken() | sqs.ResponseTokens(),
+    "response": sqs.scopes.ResponseTokens,
+    "last-response-token": sqs.scopes.LastResponseToken,
+    "every": sqs.scopes.EveryPosition,
+    "last-prompt-token+response": lambda: sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
 }
 
-OBJECTIVES: dict[str, Callable[[], sqs.Objective]] = {
+OBJECTIVES: dict[str, Callable[[], sqs.objectives.Objective]] = {
     "prototype": sqs.PrototypeLogLikelihood,
     "distance": sqs.SquaredDistance,
-    "contrast": sqs.CentroidContrast,
-    "cosine": sqs.CosineSimilarity,
-    "gaussian": sqs.GaussianLogLikelihood,
+    "contrast": sqs.objectives.CentroidContrast,
+    "cosine": sqs.objectives.CosineSimilarity,
+    "gaussian": sqs.objectives.GaussianLogLikelihood,
 }
 
 ARCHITECTURES: dict[str, Callable[[int, int, float], config.Architecture]] = {

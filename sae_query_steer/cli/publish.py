@@ -66,7 +66,7 @@ def bundle(
         examples = labelled_examples(csv, prompt, response, label, bloom)
     table = None if evaluation is None else pd.read_csv(evaluation)
     centroids = None if targets is None else sqs.CentroidTargets.load(targets)
-    given = None if steerer is None else sqs.load_steerer(steerer, follow_references=True)
+    given = None if steerer is None else sqs.steering.load_steerer(steerer, follow_references=True)
     host = load_host(model, device, dtype)
     encoders = load_saes(saes, host)
     made = None
@@ -101,7 +101,7 @@ def push(
     ] = False,
 ) -> None:
     """Upload a bundle to Hugging Face's hub, in one commit."""
-    sent = sqs.push_to_hub(folder, repo_id, private=private, revision=revision, dry_run=dry_run)
+    sent = sqs.hub.push_to_hub(folder, repo_id, private=private, revision=revision, dry_run=dry_run)
     show(pd.DataFrame({"file": list(sent.files), "bytes": list(sent.files.values())}))
     what = "would send" if dry_run else "sent"
     typer.echo(f"{what} {len(sent.files)} files, {sent.n_bytes:,} bytes, to {repo_id}")
@@ -126,5 +126,6 @@ def registry_entry(
             raise ValueError(f"--neuronpedia {pair!r} is not allowed: give ID=NEURONPEDIA_ID")
         known[name] = there
     typer.echo(
-        sqs.registry_entry(folder, release=release, repo_id=repo_id, neuronpedia=known), nl=False
+        sqs.hub.registry_entry(folder, release=release, repo_id=repo_id, neuronpedia=known),
+        nl=False,
     )

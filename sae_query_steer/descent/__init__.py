@@ -1,1 +1,5 @@
-"""Where to, and how far: objectives, and gradient descent on them, without a model."""
+"""Gradient descent on objectives of latents, without a model."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
-"""Will it steer? What a site tells of the classes, and what it passes on."""
+"""Diagnostics: which sites can be steered, what a steer achieved, and what is in the SAEs."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,6 +5,15 @@ Importing this package registers its architectures with SAELens.
 
 import sae_lens  # noqa: F401  (first: its import hook imports this package, never half of it)
 
+from sae_query_steer.config import (
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    KLSparse,
+    MatryoshkaBatchTopK,
+    Standard,
+    TopK,
+)
 from sae_query_steer.sae.batchtopk import QueryHeadBatchTopKTrainingSAE
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.configs import (
@@ -36,6 +45,13 @@ from sae_query_steer.sae.standard import QueryHeadStandardSAE, QueryHeadStandard
 from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKTrainingSAE
 
 __all__ = [
+    "BatchTopK",
+    "Gated",
+    "JumpReLU",
+    "KLSparse",
+    "MatryoshkaBatchTopK",
+    "Standard",
+    "TopK",
     "IdentityEncoder",
     "QueryEncoder",
     "QueryHeadBatchTopKTrainingSAE",

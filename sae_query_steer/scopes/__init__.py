@@ -1,1 +1,5 @@
-"""Which tokens: spans, where centroids are taken, and scopes, where a steer acts."""
+"""Scopes: the tokens at which centroids are taken and at which edits act."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

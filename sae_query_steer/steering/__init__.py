@@ -1,1 +1,5 @@
-"""From centroids to text: the steerer in the model, and the trace of what it did."""
+"""Steering: edits, where they act, and the engine that applies them to a model."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,16 @@
+from .joins import AllOf as AllOf
+from .joins import AnyOf as AnyOf
+from .joins import Not as Not
+from .marked import AfterToken as AfterToken
+from .marked import AtPositions as AtPositions
+from .marked import RowMask as RowMask
+from .named import EveryPosition as EveryPosition
+from .named import FirstResponseTokens as FirstResponseTokens
+from .named import LastPromptToken as LastPromptToken
+from .named import LastPromptTokens as LastPromptTokens
+from .named import LastResponseToken as LastResponseToken
+from .named import PromptTokens as PromptTokens
+from .named import ResponseTokens as ResponseTokens
+from .named import Window as Window
+from .named import WindowAroundPromptEnd as WindowAroundPromptEnd
+from .positions import Positions as Positions

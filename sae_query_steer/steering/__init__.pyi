@@ -1,0 +1,11 @@
+from .attach import attached_saes as attached_saes
+from .edit import Edit as Edit
+from .engine import apply_edits as apply_edits
+from .files import load_steerer as load_steerer
+from .files import save_steerer as save_steerer
+from .joined import JoinedSteerers as JoinedSteerers
+from .latent_descent import LatentGradientSteerer as LatentGradientSteerer
+from .partial import partial_steerer as partial_steerer
+from .steerer import Steerer as Steerer
+from .trace import SteeringTrace as SteeringTrace
+from .where import Where as Where
