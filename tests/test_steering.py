@@ -18,7 +18,7 @@ SCOPES = {
     "both": sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
     "a function": lambda positions: positions.index % 3 == 1,
 }
-FEW = [SCOPES["both"], SCOPES["a function"]]
+FEW = {name: SCOPES[name] for name in ("both", "a function")}
 """The mask of every scope has its own tests; here it is one that moves on and one of no class."""
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "stop_at_eos": False}
 
@@ -67,7 +67,7 @@ def watched(model, steerer, run, hook_name):
 
 
 @pytest.mark.parametrize("nothing", [{"n_steps": 0}, {"step_size": 0.0}])
-@pytest.mark.parametrize("scope", FEW, ids=str)
+@pytest.mark.parametrize("scope", FEW.values(), ids=FEW)
 def test_no_step_leaves_the_logits_bitwise_unchanged(model, make, scope, nothing):
     steerer = make(scope=scope, **nothing)
     tokens = tokens_of(model, PROMPTS[0])
@@ -100,7 +100,7 @@ def test_one_step_changes_the_scoped_positions_and_heads_and_nothing_else(model,
 
 
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("scope", FEW, ids=str)
+@pytest.mark.parametrize("scope", FEW.values(), ids=FEW)
 def test_inside_generate_one_step_changes_the_scoped_positions_alone(model, make, scope, cache):
     steerer = make(scope=scope, n_steps=1, heads=[2])
     tokens = tokens_of(model, PROMPTS[0])  # 4 tokens
@@ -124,7 +124,7 @@ def test_inside_generate_one_step_changes_the_scoped_positions_alone(model, make
         assert torch.equal((q != steered).any(-1)[0], wanted)
 
 
-@pytest.mark.parametrize("scope", FEW, ids=str)
+@pytest.mark.parametrize("scope", FEW.values(), ids=FEW)
 def test_a_left_padded_token_tensor_is_steered_as_its_strings(
     tiny_models, make, scope, monkeypatch
 ):
@@ -138,7 +138,7 @@ def test_a_left_padded_token_tensor_is_steered_as_its_strings(
     torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scope", FEW, ids=str)
+@pytest.mark.parametrize("scope", FEW.values(), ids=FEW)
 def test_cache_on_equals_cache_off_and_a_batch_equals_its_rows(model, make, scope):
     steerer = make(scope=scope)
     with steerer.apply(model):
@@ -153,7 +153,7 @@ def test_cache_on_equals_cache_off_and_a_batch_equals_its_rows(model, make, scop
     assert not torch.allclose(logits, generate(model, PROMPTS)[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("scope", FEW, ids=str)
+@pytest.mark.parametrize("scope", FEW.values(), ids=FEW)
 def test_both_hosts_give_equal_steered_logits(tiny_models, make, scope):
     steerer = make(scope=scope)
     results = []
