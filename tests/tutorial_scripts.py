@@ -11,7 +11,7 @@ import nbformat
 
 TUTORIALS = Path(__file__).resolve().parents[1] / "tutorials"
 
-# A notebook shows the last expression of a cell; in a script it has no effect.
+# A notebook displays the last expression of a cell; in a script it has no effect.
 HEAD = "# pyright: reportUnusedExpression=false\n"
 
 
