@@ -17,9 +17,9 @@ from .descent import control as control
 from .descent import objectives as objectives
 from .descent.objectives import PrototypeLogLikelihood as PrototypeLogLikelihood
 from .descent.objectives import SquaredDistance as SquaredDistance
+from .diagnostics.class_separability import separability as separability
 from .diagnostics.interchange import achieved_effect as achieved_effect
 from .diagnostics.interchange import interchange_effect as interchange_effect
-from .diagnostics.separability import separability as separability
 from .hub.hub import from_pretrained as from_pretrained
 from .hub.saving import save_bundle as save_bundle
 from .models.loading import load_model as load_model

@@ -7,7 +7,7 @@ import torch
 from conftest import HOSTS
 
 import sae_query_steer as sqs
-from sae_query_steer.baselines.decoder_rows import class_latents, decoder_rows
+from sae_query_steer.baselines.rows import class_latents, decoder_rows
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKSAEConfig

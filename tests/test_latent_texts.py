@@ -162,7 +162,7 @@ def test_a_token_within_a_letter_or_a_word_reads_as_in_its_text():
 
 
 def latent_texts_around(*given):
-    from sae_query_steer.diagnostics.top_tokens import _around
+    from sae_query_steer.diagnostics.active_tokens import _around
 
     return _around(*given)
 

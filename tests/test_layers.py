@@ -68,3 +68,11 @@ def test_the_mathematics_and_the_data_import_no_backend(name):
         if part_of(path) == name:
             roots = {i.split(".")[0] for i in imports(path)}
             assert not roots & {"transformer_lens", "sae_lens"}, path
+
+
+@pytest.mark.parametrize("stub", sorted(FOLDER.rglob("__init__.pyi")), ids=lambda p: p.parent.name)
+def test_no_name_loaded_on_demand_is_that_of_a_module_beside_it(stub):
+    """Importing the module would set the attribute of the package to the module."""
+    lines = [line for line in ast.parse(stub.read_text()).body if isinstance(line, ast.ImportFrom)]
+    names = {alias.name for line in lines if line.module for alias in line.names}
+    assert not names & {path.stem for path in stub.parent.iterdir()}

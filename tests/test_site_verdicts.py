@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.diagnostics.site_verdicts import MIN_MOVED, closing_sentence
+from sae_query_steer.diagnostics.verdicts import MIN_MOVED, closing_sentence
 
 GOOD = {
     **{"layer": 1, "head": "all", "class_effect": 0.7, "class_effect_se": 0.1},

@@ -31,7 +31,7 @@ from sae_query_steer.compare.judges import RuleJudge
 from sae_query_steer.compare.methods import descent_methods, prompt_methods
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.diagnostics.interchange import achieved_effect
-from sae_query_steer.diagnostics.site_verdicts import site_verdicts
+from sae_query_steer.diagnostics.verdicts import site_verdicts
 from sae_query_steer.sites import ALL_HEADS
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.toy import TutorCorpus, restated_level, verb_level

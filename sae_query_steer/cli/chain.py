@@ -36,7 +36,7 @@ from sae_query_steer.cli.options import (
     show,
 )
 from sae_query_steer.data.tokenized import tokenize_example
-from sae_query_steer.diagnostics.site_verdicts import closing_sentence
+from sae_query_steer.diagnostics.verdicts import closing_sentence
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import write_json

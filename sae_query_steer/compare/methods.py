@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from sae_query_steer.baselines.decoder_rows import decoder_rows
 from sae_query_steer.baselines.residual import residual_mean_difference
+from sae_query_steer.baselines.rows import decoder_rows
 from sae_query_steer.baselines.simple import few_shot_prompt, random_direction
 from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.compare.descents import Descent

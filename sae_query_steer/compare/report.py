@@ -17,7 +17,7 @@ from sae_query_steer.compare import figures
 from sae_query_steer.compare.comparison import Comparison
 from sae_query_steer.compare.figures import best_row, is_control, row_names
 from sae_query_steer.compare.outcomes import MAX_PERPLEXITY_RATIO
-from sae_query_steer.diagnostics.site_verdicts import closing_sentence
+from sae_query_steer.diagnostics.verdicts import closing_sentence
 from sae_query_steer.storage.folders import check_replaceable, new_folder
 from sae_query_steer.storage.records import write_json
 

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 
 from sae_query_steer.data.tokenized import TokenizedExamples
+from sae_query_steer.diagnostics.class_separability import separability
 from sae_query_steer.diagnostics.interchange import interchange_effect
-from sae_query_steer.diagnostics.separability import separability
-from sae_query_steer.diagnostics.site_verdicts import site_verdicts
+from sae_query_steer.diagnostics.verdicts import site_verdicts
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_query_steer.dashboards.key_matches import decoder_directions
-from sae_query_steer.diagnostics.top_tokens import TopTokens
+from sae_query_steer.diagnostics.active_tokens import TopTokens
 from sae_query_steer.models.activations import pattern_hook, read_activations
 from sae_query_steer.models.loading import check_eager
 from sae_query_steer.sae.encoders import QueryEncoder

@@ -12,7 +12,7 @@ from sae_query_steer.dashboards.class_shares import class_shares
 from sae_query_steer.dashboards.key_matches import KeyMatches
 from sae_query_steer.dashboards.statistics import LatentStatistics
 from sae_query_steer.data.batches import PAD
-from sae_query_steer.diagnostics.top_tokens import TopTokens
+from sae_query_steer.diagnostics.active_tokens import TopTokens
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.targets.centroids import CentroidTargets
 

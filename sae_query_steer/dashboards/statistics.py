@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae_query_steer.dashboards.key_matches import KeyMeans
 from sae_query_steer.data.batches import row_batches
+from sae_query_steer.diagnostics.active_tokens import TopTokens
 from sae_query_steer.diagnostics.latent_texts import LATENTS_AT_ONCE
-from sae_query_steer.diagnostics.top_tokens import TopTokens
 from sae_query_steer.models.activations import check_finite, key_hook, read_activations
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
 

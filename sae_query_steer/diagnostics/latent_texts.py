@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_query_steer.data.batches import row_batches
 from sae_query_steer.data.token_rows import Texts, token_rows
 from sae_query_steer.data.tokenized import tokenizer_of
-from sae_query_steer.diagnostics.top_tokens import TopTokens
+from sae_query_steer.diagnostics.active_tokens import TopTokens
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
