@@ -89,16 +89,20 @@ def test_steer_says_when_no_position_was_met(folder):
         (0, {"--layers": "0-7"}, "no query site at layer 2: the model has 2 layers (0 to 1)"),
         (0, {"--layers": "one"}, "--layers 'one' is not allowed: give all, or such as 1,2 or 8-20"),
         (0, {"--arch": "relu"}, "--arch 'relu' is not allowed: choose from topk, batchtopk"),
-        (0, {"--text": "body"}, "there is no column 'body'"),
-        (0, {"--texts": "none.csv"}, "there is no file"),
-        (0, {"--texts": "model/config.json"}, "is of kind '.json': give .csv, .jsonl, .parquet"),
+        (0, {"--text": "body"}, "no column 'body'"),
+        (0, {"--texts": "none.csv"}, "no file"),
+        (
+            0,
+            {"--texts": "model/config.json"},
+            "must be .csv, .jsonl, .parquet, .txt or the folder of a dataset, got '.json'",
+        ),
         (0, {"--tokens": "1.5"}, "--tokens 1.5 is not allowed: give a whole number"),
-        (0, {"--lr": "nan"}, "lr=nan is not allowed: give a finite number above 0"),
-        (0, {"--k": "99"}, "k=99 is not allowed: give 1 to d_sae_per_head=16"),
+        (0, {"--lr": "nan"}, "lr must be a finite number > 0, got nan"),
+        (0, {"--k": "99"}, "k must be a whole number >= 1 and <= 16, got 99"),
         (0, {"--out": "saes"}, "exists: give another folder, or --overwrite"),
-        (1, {"--label": "grade"}, "there is no column 'grade'; the columns are"),
+        (1, {"--label": "grade"}, "no column 'grade'; the columns are"),
         (1, {"--span": "end"}, "--span 'end' is not allowed: choose from last-prompt-token"),
-        (1, {"--csv": "none.csv"}, "there is no file"),
+        (1, {"--csv": "none.csv"}, "no file"),
         (1, {"--saes": "none"}, "none"),
         (3, {"--target": "creation"}, "no class 'creation': the classes are"),
         (3, {"--objective": "nearest"}, "--objective 'nearest' is not allowed: choose from"),
@@ -139,7 +143,7 @@ def test_the_command_ends_with_one_line_and_status_two(tmp_path):
     )
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("sae-query-steer: there is no file")
+    assert line.startswith("sae-query-steer: no file")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

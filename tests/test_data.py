@@ -262,7 +262,7 @@ def test_part_of_the_examples_keeps_their_settings():
         ({"examples": []}, ValueError, "none"),
         ({"examples": [example("red")]}, TypeError, "LabelledExample"),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
-        ({"span": 3}, TypeError, "span=3"),
+        ({"span": 3}, TypeError, "span must be a scope"),
     ],
 )
 def test_what_is_no_set_of_examples_is_refused(untyped, settings, error, names):

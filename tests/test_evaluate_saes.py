@@ -217,8 +217,8 @@ def test_what_cannot_work_is_refused_before_the_model_runs(tiny_models, saes, ro
     [
         ({"heads": [0, 4]}, "no head 4 at layer 0: the heads are 0 to 3"),
         ({"heads": {2: [-1]}}, "no head -1 at layer 2: the heads are 0 to 3"),
-        ({"heads": {1: [0]}}, r"no SAE for layer 1: there is one for \[0, 2\]"),
-        ({"heads": [1, 1]}, r"heads=\[1, 1\] at layer 0 is not allowed: .*each once"),
+        ({"heads": {1: [0]}}, r"no site at layer 1: there are some at \[0, 2\]"),
+        ({"heads": [1, 1]}, r"heads at layer 0 must name at least one head, and each once"),
         ({"heads": []}, r"heads must name at least one head, got \[\].*'all'"),
         ({"heads": {}}, r"heads must name at least one head, got \{\}"),
         ({"heads": [1], "per_head": False}, r"must be None with per_head=False, got \[1\]"),
@@ -232,7 +232,7 @@ def test_heads_that_give_no_rows_are_refused_before_the_texts_are_read(
 
 
 def test_a_head_that_is_no_list_is_refused(tiny_models, saes, rows, untyped):
-    with pytest.raises(TypeError, match=r"heads=1 is not allowed: give a list, such as \[1\]"):
+    with pytest.raises(TypeError, match=r"heads must be a list, such as \[1\], got 1"):
         evaluate_saes(tiny_models["bridge"], saes, rows, heads=1)
 
 

@@ -35,7 +35,7 @@ def queries(n_batches: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def scaler_with(factors=FACTORS) -> HeadwiseScaler:
-    scaler = HeadwiseScaler()
+    scaler = HeadwiseScaler(3)
     scaler.scaling_factor = factors
     return scaler
 
@@ -75,7 +75,7 @@ def test_queries_are_scaled_in_any_number_of_axes_and_unchanged_without_factors(
     x, scaler = queries(2, torch.float64).flatten(-2), scaler_with()
     assert not torch.allclose(scaler.scale(x), x)
     assert torch.equal(scaler.scale(x)[1], scaler.scale(x[1]))
-    assert HeadwiseScaler().scale(x) is x
+    assert HeadwiseScaler(3).scale(x) is x
 
 
 @every_config

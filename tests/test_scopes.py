@@ -405,8 +405,8 @@ def test_every_scope_is_exported():
         *("FirstResponseTokens", "Window", "WindowAroundPromptEnd", "AtPositions", "RowMask"),
         "AfterToken",
     ):
-        assert name in sqs.__all__
-        assert getattr(sqs, name).__name__ == name
+        assert name in sqs.scopes.__all__
+        assert getattr(sqs.scopes, name).__name__ == name
 
 
 # --- What is refused, with the words.

@@ -184,7 +184,7 @@ def test_what_is_written_is_the_difference_of_two_decodings(model, make, saes, t
 
 def test_generate_stream_steers_as_generate_does(model, make):
     tokens = tokens_of(model, PROMPTS[0])
-    for scope in FEW:
+    for scope in FEW.values():
         with make(scope=scope).apply(model):
             whole = model.generate(tokens, **GREEDY)
             parts = list(model.generate_stream(tokens, max_tokens_per_yield=2, **GREEDY))
@@ -433,7 +433,7 @@ def test_prompt_lengths_that_do_not_fit_are_refused(untyped, model, make, length
 
 def test_a_hand_written_loop_with_a_cache_steers_as_generate_does(tiny_models, make):
     prompt = "w1 w20 w33"
-    for scope in FEW:
+    for scope in FEW.values():
         steerer = make(scope=scope)
         model = tiny_models["hooked"]
         with steerer.apply(model):

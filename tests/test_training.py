@@ -197,7 +197,7 @@ def test_packed_documents_are_joined_with_bos_and_cut_into_full_rows(model):
 
 
 def test_every_form_of_texts_is_accepted(bridge, texts, examples):
-    tokenized = sqs.tokenize_examples(model, examples)
+    tokenized = sqs.tokenize_examples(bridge, examples)
     for given in (
         texts,
         (text for text in texts),

@@ -145,9 +145,9 @@ def test_the_estimate_counts_what_its_formulas_say(tmp_path):
     ("change", "message"),
     [
         ({"--layers": "30-32"}, "no query site at layer 32: the model has 32 layers (0 to 31)"),
-        ({"--tokens": "100"}, "training_tokens=100 is less than one step of"),
-        ({"--context-size": "99999"}, "context_size=99999 is not allowed: give 2 to n_ctx=4096"),
-        ({"--flops": "0"}, "flops_per_second=0.0 is not allowed: give a number above 0, such as"),
+        ({"--tokens": "100"}, "training_tokens must be at least one step of"),
+        ({"--context-size": "99999"}, "context_size must be at most n_ctx=4096, got 99999"),
+        ({"--flops": "0"}, "flops_per_second must be above 0, such as"),
         ({"--dtype": "int8"}, "--dtype 'int8' is not allowed: choose from float32, bfloat16"),
         ({"--model": "/none/such"}, "no model folder /none/such"),
         ({"--dry-run": None, "--flops": "1e12"}, "--flops 1000000000000.0 is for --dry-run"),

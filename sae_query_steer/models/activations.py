@@ -88,8 +88,11 @@ def _eval_mode(model: Any, *, autocast: bool) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.autocast(device_type, torch.bfloat16, enabled=autocast):
+        if device_type == "meta":  # shapes only: autocast knows no such device
             yield
+        else:
+            with torch.autocast(device_type, torch.bfloat16, enabled=autocast):
+                yield
     finally:
         for module in training:
             module.training = True

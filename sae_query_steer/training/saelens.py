@@ -48,7 +48,7 @@ class HeadwiseTrainer(SAETrainer[Any, Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.activation_scaler = HeadwiseScaler()
+        self.activation_scaler = HeadwiseScaler(self.sae.cfg.n_heads)
         self.autocast_if_enabled = torch.autocast(
             torch.device(self.cfg.device).type, torch.bfloat16, enabled=self.cfg.autocast
         )

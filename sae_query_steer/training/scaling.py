@@ -1,5 +1,7 @@
 """SAELens's scaling of activations to mean norm sqrt(d_in), for each head on its own."""
 
+from collections.abc import Iterator
+
 from jaxtyping import Float
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor, float32, float64, no_grad, promote_types, stack, tensor
@@ -13,6 +15,24 @@ class HeadwiseScaler(ActivationScaler):
 
     scaling_factor: Float[Tensor, "head"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """In float64 on the CPU; None until it is estimated, and again once it is folded."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    @override
+    def estimate_scaling_factor(
+        self,
+        d_in: int,
+        data_provider: Iterator[Tensor],
+        n_batches_for_norm_estimate: int = 1000,
+    ) -> None:
+        """Estimate the factors from the next batches."""
+        del d_in  # of all heads together
+        norms = HeadNorms(self.n_heads)
+        for _ in range(n_batches_for_norm_estimate):
+            norms.update(next(data_provider))
+        self.scaling_factor = norms.factors()
 
     @override
     def scale(self, acts: FlatQueries) -> FlatQueries:
