@@ -135,10 +135,10 @@ def test_sae_descent_changes_the_query_at_the_end_of_the_chat_prompt(recipe):
     folder, model, said = recipe
     steered = Path(said[4][0][said[4][0].index("--out") + 1])
     given = said[4][0][said[4][0].index("--prompt") + 1]
-    tokenizer = sqs.load_model(str(model), device="cpu").tokenizer
+    loaded = sqs.load_model(str(model), device="cpu")
     example = sqs.LabelledExample(prompt=given, label="none")
-    read = tokenize_example(model, example, chat_template=True).tokens
-    plain = tokenize_example(model, example).tokens
+    read = tokenize_example(loaded, example, chat_template=True).tokens
+    plain = tokenize_example(loaded, example).tokens
     trace = pd.read_csv(folder / steered / "trace.csv")
     assert set(trace["position"]) == {len(read) - 1}
     assert len(read) > len(plain)
