@@ -42,7 +42,7 @@ CONFIGS = {
     "batchtopk": sae_classes.QueryHeadBatchTopKTrainingSAEConfig(**SIZES, k=2.7),
     "batchtopk, rows as they are": sae_classes.QueryHeadBatchTopKTrainingSAEConfig(
         **SIZES,
-        k=3,
+        k=3.0,
         rescale_acts_by_decoder_norm=False,
         topk_threshold_lr=0.1,
         aux_loss_coefficient=0.5,
@@ -58,7 +58,7 @@ CONFIGS = {
     ),
     "matryoshka, levels revive": sae_classes.QueryHeadMatryoshkaBatchTopKTrainingSAEConfig(
         **SIZES,
-        k=3,
+        k=3.0,
         matryoshka_widths=[3, 11],
         use_matryoshka_aux_loss=True,
         rescale_acts_by_decoder_norm=False,

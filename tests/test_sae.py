@@ -127,7 +127,7 @@ def test_sizes_that_contradict_the_heads_are_refused(change, message):
         ("BatchTopKTraining", {"k": 11.5}, "k must be .*11, got 11.5"),
         (
             "MatryoshkaBatchTopKTraining",
-            {"k": 2, "matryoshka_widths": [4, 9]},
+            {"k": 2.0, "matryoshka_widths": [4, 9]},
             r"matryoshka_widths must .*11, got \(4, 9\)",
         ),
     ],
