@@ -182,7 +182,7 @@ class BatchTopK(Architecture):
 
     name = "query_head_batchtopk"
 
-    k: float = 32
+    k: float = 32.0
     """Latents of one head that fire at a token on average."""
 
     aux_loss_coefficient: float = 1.0
