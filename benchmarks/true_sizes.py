@@ -21,7 +21,7 @@ from sae_lens.config import SAETrainerConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sae_query_steer as sqs
-from sae_query_steer.cli.options import DTYPES, layer_list
+from sae_query_steer.cli.options import index_list
 from sae_query_steer.sae import QueryHeadTopKTrainingSAE
 from sae_query_steer.training.saelens import HeadwiseTrainer
 
@@ -57,11 +57,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--device", default="cpu", help="where to run")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model's weights")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the model's weights")
     parser.add_argument("--autocast", action="store_true", help="train SAEs in bfloat16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    layers = layer_list(args.layers)
+    layers = index_list(args.layers)
     if layers is None:
         parser.error("--layers all is not allowed: name them, such as 8-20")
     table = [measure(name, max(layers) + 1, len(layers), args) for name in args.model]
@@ -74,7 +75,7 @@ def measure(name: str, n_blocks: int, n_sites: int, args: argparse.Namespace) ->
     config = AutoConfig.for_model(name, num_hidden_layers=1, vocab_size=512, **sizes)
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.dtype]).model
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).model
     block = sum(p.numel() for p in model.layers[0].parameters())
     rows = torch.randint(1, 512, (args.batch_tokens // args.context_size, args.context_size))
     rows = rows.to(args.device)

@@ -5,18 +5,19 @@ repository, the page of the command line from the command line itself, and the r
 public names of the package and its sub-namespaces.
 """
 
+import io
 import re
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
-from typer.cli import get_docs_for_click
 
-from sae_query_steer.cli.main import app
+from sae_query_steer.cli.main import COMMANDS, run
+from sae_query_steer.config import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff")
@@ -58,14 +59,18 @@ def reference() -> dict[str, str]:
 
 def command_line() -> str:
     """Return the help of all commands as Markdown."""
-    group = typer.main.get_group(app)
-    context = typer.Context(group, info_name="sae-query-steer")
-    commands = group.commands.values()
-    pages = [
-        get_docs_for_click(obj=command, ctx=context, indent=1, call_prefix="sae-query-steer")
-        for command in commands
-    ]
-    return "\n".join(["# Command line", "", group.help or "", "", *pages])
+    kinds = [kind.name.removeprefix("query_head_").replace("_", "-") for kind in ARCHITECTURES]
+    names = [command.__name__.replace("_", "-") for command in COMMANDS]
+    pages = [[], *([name] for name in names), *(["train", kind] for kind in kinds)]
+    return "# Command line\n" + "".join(map(_help_page, pages))
+
+
+def _help_page(command: list[str]) -> str:
+    text = io.StringIO()
+    with redirect_stdout(text), suppress(SystemExit):
+        run([*command, "--help"])
+    title = " ".join(["sae-query-steer", *command])
+    return f"\n## `{title}`\n\n```text\n{text.getvalue()}```\n"
 
 
 @event_priority(100)  # before the plugin that looks for notebooks

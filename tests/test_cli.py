@@ -1,5 +1,6 @@
 """The command line: the chain in four commands, and what it says to bad input."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,15 +9,11 @@ import sys
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke
 from wheel_check import chain, make_model, make_texts
 
 from sae_query_steer import QuerySAEs
-from sae_query_steer.cli.main import app
-from sae_query_steer.cli.options import ARCHITECTURES
-
-# What SAELens and TransformerLens warn of while a model boots is theirs to mend.
-runner = CliRunner()
+from sae_query_steer.config import ARCHITECTURES, TrainingConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def folder(tmp_path_factory):
     make_texts(folder / "texts.csv")
     outputs = []
     for arguments in chain(folder):
-        result = runner.invoke(app, arguments, catch_exceptions=False)
+        result = invoke(arguments, catch=False)
         assert result.exit_code == 0, result.output
         outputs.append(result.output)
     return folder, outputs
@@ -63,7 +60,7 @@ def test_sites_with_centroids_also_steers_each_site(folder, tmp_path):
     folder, (*_, plain, _) = folder
     arguments = [*chain(folder)[2], "--targets", str(folder / "targets")]
     arguments[arguments.index("--out") + 1] = str(tmp_path / "sites")
-    result = runner.invoke(app, arguments, catch_exceptions=False)
+    result = invoke(arguments, catch=False)
     assert "achieved_effect" in result.output
     assert "achieved_effect" not in plain
     table = pd.read_csv(tmp_path / "sites" / "sites.csv")
@@ -78,8 +75,8 @@ def test_steer_says_when_no_position_was_met(folder):
     arguments += ["--scope", "response", "--max-new-tokens", "1"]
     arguments.remove("8")
     arguments.remove("--max-new-tokens")
-    result = runner.invoke(app, arguments, catch_exceptions=False)
-    assert "No position was steered" in result.output
+    result = invoke(arguments, catch=False)
+    assert "No token was steered" in result.output
     assert "The text is unchanged." in result.output
 
 
@@ -87,32 +84,27 @@ def test_steer_says_when_no_position_was_met(folder):
     ("index", "change", "message"),
     [
         (0, {"--layers": "0-7"}, "no query site at layer 2: the model has 2 layers (0 to 1)"),
-        (0, {"--layers": "one"}, "--layers 'one' is not allowed: give all, or such as 1,2 or 8-20"),
-        (0, {"--arch": "relu"}, "--arch 'relu' is not allowed: choose from topk, batchtopk"),
+        (0, {"--layers": "one"}, "layers and heads must be all, or such as 1,2 or 8-20, got 'one'"),
         (0, {"--text": "body"}, "no column 'body'"),
         (0, {"--texts": "none.csv"}, "no file"),
-        (
-            0,
-            {"--texts": "model/config.json"},
-            "the folder of a dataset, got '.json'",
-        ),
-        (0, {"--tokens": "1.5"}, "--tokens 1.5 is not allowed: give a whole number"),
+        (0, {"--texts": "model/config.json"}, "must be .csv, .jsonl, .parquet"),
+        (0, {"--training-tokens": "1.5"}, "--training-tokens"),
         (0, {"--lr": "nan"}, "lr must be a finite number > 0, got nan"),
-        (0, {"--k": "99"}, "k must be a whole number >= 1 and <= 16, got 99"),
-        (0, {"--out": "saes"}, "exists: give another folder, or --overwrite"),
+        (0, {"--sae.k": "99"}, "k must be a whole number >= 1 and <= 16, got 99"),
+        (0, {"--out": "saes"}, "exists: give another folder, or overwrite"),
         (1, {"--label": "grade"}, "no column 'grade'; the columns are"),
-        (1, {"--span": "end"}, "--span 'end' is not allowed: choose from last-prompt-token"),
+        (1, {"--span": "end"}, "--span"),
         (1, {"--csv": "none.csv"}, "no file"),
         (1, {"--saes": "none"}, "none"),
         (3, {"--target": "creation"}, "no class 'creation': the classes are"),
-        (3, {"--objective": "nearest"}, "--objective 'nearest' is not allowed: choose from"),
-        (3, {"--step-size": "nan"}, "--step-size must be a finite number >= 0, got nan"),
+        (3, {"--objective": "nearest"}, "--objective"),
+        (3, {"--step-size": "nan"}, "step_size must be a finite number >= 0, got nan"),
         (3, {"--scope": "last-response-token"}, "LastResponseToken() can't be a scope"),
         (3, {"--model": "/none/such"}, "no model folder"),
-        (3, {"--prompt": " "}, "--prompt is blank"),
-        (3, {"--max-new-tokens": "0"}, "--max-new-tokens 0 is not allowed"),
-        (3, {"--saes": "targets"}, "is no folder that `train` wrote"),
-        (0, {"--layers": "1-0"}, "--layers '1-0' runs backwards: write 0-1"),
+        (3, {"--prompt": " "}, "--prompt must not be blank"),
+        (3, {"--max-new-tokens": "0"}, "--max-new-tokens must be a whole number >= 1, got 0"),
+        (3, {"--saes": "targets"}, "was not written by `train`"),
+        (0, {"--layers": "1-0"}, "got '1-0'"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_writes_nothing(folder, index, change, message):
@@ -126,9 +118,11 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(folder, index, chan
             arguments[arguments.index(option) + 1] = value
         else:
             arguments += [option, value]
-    result = runner.invoke(app, arguments)
+    result = invoke(arguments)
     assert message in f"{result.exception}"
-    assert isinstance(result.exception, ValueError | FileNotFoundError | FileExistsError)
+    assert isinstance(
+        result.exception, ValueError | TypeError | FileNotFoundError | FileExistsError
+    )
     assert not (folder / "elsewhere").exists()
 
 
@@ -146,11 +140,77 @@ def test_the_command_ends_with_one_line_and_status_two(tmp_path):
     assert line.startswith("sae-query-steer: no file")
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_architecture_trains_and_loads(folder, arch, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains_and_loads(folder, architecture, tmp_path):
     folder, _ = folder
-    arguments = [*chain(folder)[0], "--arch", arch, "--lr", "0.01"]
+    name = architecture.name.removeprefix("query_head_").replace("_", "-")
+    arguments = [*chain(folder)[0], "--lr", "0.01"]
+    arguments[1] = name
     arguments[arguments.index("--out") + 1] = str(tmp_path / "saes")
-    result = runner.invoke(app, arguments, catch_exceptions=False)
+    if "topk" not in name:
+        at = arguments.index("--sae.k")
+        del arguments[at : at + 2]
+    if name.startswith("matryoshka"):
+        arguments += ["--sae.matryoshka-widths", "4", "8", "16"]
+    result = invoke(arguments, catch=False)
     assert result.exit_code == 0, result.output
     assert len(QuerySAEs.load(tmp_path / "saes")) == 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_setting_is_an_option_with_its_description(architecture):
+    name = architecture.name.removeprefix("query_head_").replace("_", "-")
+    text = " ".join(invoke(["train", name, "--help"]).output.replace("│", " ").split())
+    for field in dataclasses.fields(architecture):
+        assert f"--sae.{field.name.replace('_', '-')}" in text
+    for field in dataclasses.fields(TrainingConfig):
+        assert field.name == "sae" or f"--{field.name.replace('_', '-')}" in text
+    assert "Latents of each head; a usual choice is 4 to 32 times d_head." in text
+    assert "Learning rate of Adam. (default: 0.001)" in text
+
+
+SLOW = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "pandas")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["train", "topk", "--help"], 0),
+        (["steer", "--modle", "x"], 2),
+        (
+            [
+                "targets",
+                "--model=m",
+                "--saes=s",
+                "--csv={csv}",
+                "--prompt=q",
+                "--label=l",
+                "--out=o",
+            ],
+            2,
+        ),
+        (
+            ["train", "topk", "--model=m", "--layers=1", "--texts={csv}", "--text=q", "--out=o"]
+            + ["--training-tokens=1000", "--sae.d-sae-per-head=64"],
+            2,
+        ),
+    ],
+    ids=["help", "help of train", "wrong option", "wrong column", "wrong column of texts"],
+)
+def test_help_and_refusals_import_no_slow_library(arguments, status, tmp_path):
+    (tmp_path / "t.csv").write_text("question,level\na,b\n", encoding="utf-8")
+    arguments = [argument.format(csv=tmp_path / "t.csv") for argument in arguments]
+    code = (
+        "import sys\n"
+        "from sae_query_steer.cli.main import main\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n"
+        f"    print([end.code or 0, *(name for name in {SLOW} if name in sys.modules)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str([status])
+    if "csv" in str(arguments):
+        assert "no column 'q'; the columns are ['question', 'level']" in done.stderr

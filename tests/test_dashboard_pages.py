@@ -8,10 +8,9 @@ import shutil
 import subprocess
 
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke
 
 import sae_query_steer as sqs
-from sae_query_steer.cli.main import app
 from sae_query_steer.dashboards import page as page_module
 from sae_query_steer.dashboards.attention_effect import attention_effect
 from sae_query_steer.dashboards.neuronpedia import write_batches
@@ -273,29 +272,26 @@ def test_the_command_writes_pages(tiny_folder, saes, targets, texts, tmp_path):
     saes.save(tmp_path / "saes")
     targets.save(tmp_path / "targets")
     (tmp_path / "texts.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    runner = CliRunner()
     start = ["dashboard", "--model", str(tiny_folder), "--saes", str(tmp_path / "saes")]
     start += ["--texts", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "pages")]
-    done = runner.invoke(
-        app, [*start, "--targets", str(tmp_path / "targets"), "--layers", "2", "--heads", "0-2"]
-    )
+    done = invoke([*start, "--targets", tmp_path / "targets", "--layers", "2", "--heads", "0-2"])
     assert done.exit_code == 0, done.output
     assert re.search(r"wrote .*blocks\.2\.attn\.hook_q\.html \(0\.\d MB\)", done.output)
     data = page_data((tmp_path / "pages" / f"{NAME}.html").read_text())
     assert [head["head"] for head in data["heads"]] == [0, 1, 2]
     assert set(data["classes"]) == {"remember", "apply", "create"}
-    more = ["--overwrite", "--joined", "--context-size", "8", "--tokens", "40"]
-    done = runner.invoke(app, [*start, *more], catch_exceptions=False)
+    more = ["--overwrite", "--concat-sequences", "--context-size", "8", "--n-tokens", "40"]
+    done = invoke([*start, *more], catch=False)
     data = page_data((tmp_path / "pages" / f"{NAME}.html").read_text())
     assert data["n_texts"] == 5
     for more, text in (
-        ([], "exists: give another folder, or --overwrite"),
+        ([], "exists: give another folder, or overwrite"),
         (["--overwrite", "--context-size", "4"], "more than context_size=4: give a larger"),
-        (["--overwrite", "--heads", "x"], "--heads 'x' is not allowed"),
+        (["--overwrite", "--heads", "x"], "got 'x'"),
         (["--overwrite", "--texts", "none.csv"], "no file"),
-        (["--overwrite", "--attention", "99"], "n_attention=99"),
+        (["--overwrite", "--n-attention", "99"], "n_attention=99"),
     ):
-        assert text in f"{runner.invoke(app, [*start, *more]).exception}"
+        assert text in f"{invoke([*start, *more]).exception}"
 
 
 @pytest.mark.slow

@@ -7,12 +7,11 @@ from functools import cache
 import pandas as pd
 import pytest
 import torch
+from command_line import invoke
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 import sae_query_steer as sqs
-from sae_query_steer.cli import tutor as commands
-from sae_query_steer.cli.main import app
+from sae_query_steer import compare
 from sae_query_steer.compare import (
     ComparisonLog,
     DemoSettings,
@@ -198,13 +197,12 @@ def test_settings_too_small_are_refused():
 
 
 def test_the_command_refuses_before_it_works(tmp_path):
-    runner = CliRunner()
     for arguments, message in (
-        (["--tutor", str(tmp_path)], "is not the folder of a tutor"),
-        (["--n", "1"], "n_test must be 6 or more, got 1"),
-        (["--quick", "--full"], "--quick and --full name two sizes: give one of them"),
+        (["--tutor", str(tmp_path)], "has no tutor.json"),
+        (["--n-test", "1"], "n_test must be 6 or more, got 1"),
+        (["--tutor", str(tmp_path), "--null"], "--tutor and --null"),
     ):
-        result = runner.invoke(app, ["demo", *arguments, "--out", str(tmp_path / "out")])
+        result = invoke(["demo", *arguments, "--out", tmp_path / "out"])
         assert message in str(result.exception)
         assert not (tmp_path / "out").exists()
 
@@ -213,11 +211,11 @@ def test_the_command_refuses_before_it_works(tmp_path):
 def test_the_command_writes_a_report_of_a_tutor_without_notes(tmp_path, monkeypatch):
     null = tmp_path / "null"
     make_tutor(null, notes=False)
-    monkeypatch.setattr(commands, "QUICK", replace(SMALL, n_test=6))
+    monkeypatch.setattr(compare, "QUICK", replace(SMALL, n_test=6))
     with_texts(monkeypatch, notes=False)
     out = tmp_path / "out"
-    arguments = ["demo", "--tutor", str(null), "--quick", "--out", str(out)]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    arguments = ["demo", "--tutor", str(null), "--size", "quick", "--out", str(out)]
+    result = invoke(arguments, catch=False)
     assert result.exit_code == 0
     assert f"wrote {out / 'report.html'}" in result.output
     rows = pd.read_csv(out / "table.csv")

@@ -8,22 +8,23 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import invoke
 from wheel_check import make_texts
 
 import sae_query_steer as sqs
-from sae_query_steer.cli.main import app
 from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.training.distributed import join_ranks, local_device, train_on_ranks
 
+MAIN = "from sae_query_steer.cli.main import main; main()"
 CONFIG = TrainingConfig(sae=TopK(d_sae_per_head=16, k=3), training_tokens=1024)
 
 
 def arguments(folder: Path, texts: Path, out: Path) -> list[str]:
     return [
-        "train", "--model", str(folder), "--device", "cpu",
-        "--layers", "all", "--texts", str(texts), "--text", "question", "--d-sae", "16",
-        "--k", "3", "--tokens", "2e3", "--batch-tokens", "128", "--context-size", "16",
+        "train", "topk", "--model", str(folder), "--device", "cpu",
+        "--layers", "all", "--texts", str(texts), "--text", "question",
+        "--sae.d-sae-per-head", "16", "--sae.k", "3", "--training-tokens", "2000",
+        "--train-batch-size-tokens", "128", "--context-size", "16",
         "--checkpoint-every", "4", "--out", str(out),
     ]  # fmt: skip
 
@@ -47,9 +48,9 @@ def one_and_two(tiny_folder, tmp_path_factory):
     one, two = (
         arguments(tiny_folder, folder / "texts.csv", folder / out) for out in ("one", "two")
     )
-    done = ran([sys.executable, *launch, "-m", "sae_query_steer", *two])
+    done = ran([sys.executable, *launch, "--no-python", sys.executable, "-c", MAIN, *two])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert CliRunner().invoke(app, one, catch_exceptions=False).exit_code == 0
+    assert invoke(one, catch=False).exit_code == 0
     return folder
 
 

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from command_line import invoke
 from hostile_kinds import sign
 from huggingface_hub import ModelCard
 from sae_lens import SAE
-from typer.testing import CliRunner
 from wheel_check import WORDS
 
 import sae_query_steer as sqs
-from sae_query_steer.cli.main import app, main
+from sae_query_steer.cli.main import main
 from sae_query_steer.config import KLSparse
 from sae_query_steer.hub.layout import head_folders, read_index
 from sae_query_steer.steering.files import steerer_settings
@@ -402,24 +402,20 @@ def test_the_commands(tmp_path, tiny_folder, saes, targets, steerer, examples, m
         *("--response", "response", "--label", "label", "--evaluation", tmp_path / "scores.csv"),
         *("--license", "mit", "--out", tmp_path / "bundle"),
     ]
-    run = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
-    assert "look at its README.md" in run.output
+    run = invoke(arguments, catch=False)
+    assert "read its README.md" in run.output
     bundle = sqs.hub.load_bundle(tmp_path / "bundle")
     assert steerer_settings(bundle.steerer) == steerer_settings(steerer)
     assert bundle.data.n_examples == 48
-    pushed = CliRunner().invoke(
-        app, ["push", str(tmp_path / "bundle"), "alice/b", "--dry-run"], catch_exceptions=False
-    )
+    pushed = invoke(["push", tmp_path / "bundle", "alice/b", "--dry-run"], catch=False)
     assert re.search(r"would send \d+ files, [\d,]+ bytes, to alice/b", pushed.output)
     entry = ["registry-entry", str(tmp_path / "bundle"), "--release", "r", "--repo-id", "alice/b"]
-    printed = CliRunner().invoke(
-        app, [*entry, "--neuronpedia", "blocks.0.attn.hook_q.1=x"], catch_exceptions=False
-    )
+    printed = invoke([*entry, "--neuronpedia", "blocks.0.attn.hook_q.1=x"], catch=False)
     assert yaml.safe_load(printed.output)["r"]["saes"][1]["neuronpedia"] == "x"
     monkeypatch.setattr("sys.argv", ["sae-query-steer", *entry, "--neuronpedia", "x"])
     with pytest.raises(SystemExit):
         main()
-    assert "--neuronpedia 'x' is not allowed" in capsys.readouterr().err
+    assert "--neuronpedia must be ID=NEURONPEDIA_ID, got 'x'" in capsys.readouterr().err
 
 
 def test_words_of_the_tiny_model_are_not_in_the_bundle(folder):

@@ -10,13 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from command_line import invoke
 from recipe_models import PUBLISHED, write_config, write_tiny
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 from wheel_check import WORDS
 
 import sae_query_steer as sqs
-from sae_query_steer.cli.main import app
 from sae_query_steer.compare import DESCENTS
 from sae_query_steer.compare.methods import STRENGTHS
 from sae_query_steer.data.tokenized import tokenize_example
@@ -32,7 +31,7 @@ SMALLER = {
     "12,14,16": "1",
     "1024": "16",
     "32": "3",
-    "50e6": "4096",
+    "50000000": "4096",
     "256": "24",
     "4096": "128",
     "192": "4",
@@ -59,7 +58,7 @@ def tiny(arguments: list[str], model: Path) -> list[str]:
 
 
 def run(arguments: list[str]) -> str:
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    done = invoke(arguments, catch=False)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -86,7 +85,7 @@ def recipe(request, tmp_path_factory):
         patch.chdir(folder)
         # Fewer strengths: which is best is not asked here.
         two = [dataclasses.replace(d, step_sizes=d.step_sizes[:2]) for d in DESCENTS]
-        patch.setattr("sae_query_steer.cli.sweep.DESCENTS", two)
+        patch.setattr("sae_query_steer.compare.DESCENTS", two)
         patch.setattr("sae_query_steer.compare.methods.STRENGTHS", STRENGTHS[:2])
         for arguments in commands(RECIPES[request.param][0]):
             said.append((arguments, run(tiny(arguments, model))))

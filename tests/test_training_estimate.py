@@ -5,14 +5,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from command_line import invoke
 from recipe_models import PUBLISHED, write_config, write_tiny
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM
-from typer.testing import CliRunner
 from wheel_check import word_tokenizer
 
 import sae_query_steer as sqs
-from sae_query_steer.cli.main import app
 from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.shapes import model_shape
@@ -145,12 +144,12 @@ def test_the_estimate_counts_what_its_formulas_say(tmp_path):
     ("change", "message"),
     [
         ({"--layers": "30-32"}, "no query site at layer 32: the model has 32 layers (0 to 31)"),
-        ({"--tokens": "100"}, "training_tokens must be at least one step of"),
+        ({"--training-tokens": "100"}, "training_tokens must be at least one step of"),
         ({"--context-size": "99999"}, "context_size must be at most n_ctx=4096, got 99999"),
-        ({"--flops": "0"}, "flops_per_second must be above 0, such as"),
-        ({"--dtype": "int8"}, "--dtype 'int8' is not allowed: choose from float32, bfloat16"),
+        ({"--flops": "0"}, "flops_per_second must be above 0"),
+        ({"--dtype": "int8"}, "--dtype"),
         ({"--model": "/none/such"}, "no model folder /none/such"),
-        ({"--dry-run": None, "--flops": "1e12"}, "--flops 1000000000000.0 is for --dry-run"),
+        ({"--dry-run": None, "--flops": "1e12"}, "--flops must be given with --dry-run only"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would_and_writes_nothing(change, message, tmp_path):
@@ -158,12 +157,14 @@ def test_a_dry_run_refuses_what_the_run_would_and_writes_nothing(change, message
     given = {
         "--model": write_config(PHI3, tmp_path / "config"),
         "--layers": "8-20",
+        "--training-tokens": "500000",
+        "--sae.d-sae-per-head": "64",
         "--texts": tmp_path / "texts.txt",
         "--out": tmp_path / "saes",
         "--dry-run": "",
     } | change
     words = [w for pair in given.items() if pair[1] is not None for w in map(str, pair) if w]
-    done = CliRunner().invoke(app, ["train", *words])
+    done = invoke(["train", "topk", *words])
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         raise done.exception
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config", "texts.txt"]

@@ -75,12 +75,16 @@ def chain(folder: Path) -> list[list[str]]:
     saes = ["--saes", str(folder / "saes")]
     return [
         [
-            "train", *model, "--layers", "0-1", "--texts", str(folder / "texts.csv"),
-            "--text", "question", "--d-sae", "16", "--k", "3", "--tokens", "4096",
-            "--batch-tokens", "128", "--context-size", "16", "--out", str(folder / "saes"),
+            "train", "topk", *model, "--layers", "0-1", "--texts", str(folder / "texts.csv"),
+            "--text", "question", "--sae.d-sae-per-head", "16", "--sae.k", "3",
+            "--training-tokens", "4096", "--train-batch-size-tokens", "128",
+            "--context-size", "16", "--out", str(folder / "saes"),
         ],
         ["targets", *model, *saes, *texts, "--bloom", "--out", str(folder / "targets")],
-        ["sites", *model, *saes, *texts, "--bloom", "--pairs", "6", "--out", str(folder / "sites")],
+        [
+            "sites", *model, *saes, *texts, "--bloom", "--n-pairs", "6",
+            "--out", str(folder / "sites"),
+        ],
         [
             "steer", *model, *saes, "--targets", str(folder / "targets"), "--target", "create",
             "--prompt", "w1 w2 w3", "--objective", "distance", "--step-size", "0.2",
@@ -103,7 +107,7 @@ def main() -> None:
             subprocess.run([command, *arguments], check=True, stdout=subprocess.DEVNULL)
         wrote = {p.name for p in (folder / "steered").iterdir()}
         assert wrote == {"trace.csv", "texts.json"}, wrote
-        demo = ["demo", "--quick", "--n", "12", "--out", str(folder / "demo")]
+        demo = ["demo", "--size", "quick", "--n-test", "12", "--out", str(folder / "demo")]
         subprocess.run([command, *demo], check=True, stdout=subprocess.DEVNULL)
         wrote = {p.name for p in (folder / "demo").iterdir()}
         bundle = ["--saes", str(folder / "saes"), "--targets", str(folder / "targets")]

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line. Its modules import torch and models only inside the commands."""

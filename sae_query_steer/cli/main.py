@@ -1,31 +1,37 @@
-"""The command line: the tutor's demo, and the chain on a model of your own."""
+"""The entry point of the command line."""
 
 import logging
+import sys
 import warnings
+from collections.abc import Sequence
 
-import typer
+import tyro
 
-from sae_query_steer.cli import chain, dashboard, publish, sweep, train, tutor
+from sae_query_steer.cli.compare import demo, sweep
+from sae_query_steer.cli.publish import bundle, dashboard, push, registry_entry
+from sae_query_steer.cli.steer import sites, steer, targets
+from sae_query_steer.cli.train import train
 
-app = typer.Typer(
-    help="Steer language models by gradient descent on sparse features of attention queries.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+COMMANDS = (
+    *(demo, train, targets, sites, steer, dashboard),
+    *(sweep, bundle, push, registry_entry),
 )
-for command in (
-    tutor.demo,
-    train.train,
-    chain.targets,
-    chain.sites,
-    chain.steer,
-    dashboard.dashboard,
-    sweep.sweep,
-    publish.bundle,
-    publish.push,
-    publish.registry_entry,
-):
-    app.command()(command)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one command.
+
+    Raises:
+        OSError, TypeError, ValueError: bad input.
+        SystemExit: help was asked for, or an option is wrong.
+    """
+    tyro.extras.subcommand_cli_from_dict(
+        {command.__name__.replace("_", "-"): command for command in COMMANDS},
+        prog="sae-query-steer",
+        description="Steer language models by gradient descent on sparse features of queries.",
+        args=list(arguments),
+        config=(tyro.conf.CascadeSubcommandArgs,),
+    )
 
 
 def main() -> None:
@@ -33,10 +39,10 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
-        app()
+        run(sys.argv[1:])
     except (ValueError, TypeError, OSError) as error:
-        said = str(error).strip()
-        if isinstance(error, OSError):  # the first line says it; what follows is about the hub
-            said = said.partition("\n")[0]
-        typer.echo(f"sae-query-steer: {said}", err=True)
+        text = str(error).strip()
+        if isinstance(error, OSError):  # the lines after the first are about the hub
+            text = text.partition("\n")[0]
+        sys.stderr.write(f"sae-query-steer: {text}\n")
         raise SystemExit(2) from None

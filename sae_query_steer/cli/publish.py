@@ -1,81 +1,166 @@
-"""`bundle`, `push` and `registry-entry`: what was trained, in a folder that others can load."""
+"""`dashboard`, `bundle`, `push` and `registry-entry`: what others can look at and load."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
-import typer
+import tyro
 
-import sae_query_steer as sqs
 from sae_query_steer.cli.options import (
-    Bloom,
-    Device,
-    Dtype,
+    FLAT,
+    ExampleOptions,
     Model,
-    Out,
-    Overwrite,
-    Response,
-    Saes,
-    check_free,
-    labelled_examples,
-    load_host,
+    Output,
+    Texts,
+    index_list,
     load_saes,
+    say,
     show,
 )
-from sae_query_steer.hub.layout import BUNDLE
-from sae_query_steer.steering.files import steerer_from_settings, steerer_settings
 
-Folder = Annotated[Path, typer.Argument(help="A bundle, of `bundle` or `save_bundle`.")]
+
+@dataclass(frozen=True, kw_only=True)
+class DashboardOptions:
+    """What the pages show."""
+
+    k: int = 10
+    """Top texts of each latent."""
+
+    context: int = 12
+    """Tokens on either side of a top token."""
+
+    n_attention: int | None = None
+    """Top tokens of each latent whose attention is shown; 0 for none."""
+
+    n_keys: int = 8
+    """Matching keys of each latent; 0 for none."""
+
+    n_tokens: int | None = None
+    """Tokens to read; all if unset."""
+
+    concat_sequences: bool = False
+    """Join documents into full rows."""
+
+    context_size: int | None = None
+    """Tokens of a row; the model's context if unset, 128 if joined."""
+
+    batch_size: int = 16
+    """Rows of a forward pass."""
+
+    prepend_bos: bool = True
+    """Begin every row with BOS."""
+
+    neuronpedia: bool = False
+    """Also write SAEDashboard's batches of features."""
+
+
+def dashboard(
+    *,
+    model: Model,
+    texts: Texts,
+    output: Output,
+    pages: Annotated[DashboardOptions, FLAT],
+    saes: Path,
+    targets: Path | None = None,
+    layers: str = "all",
+    heads: str = "all",
+) -> None:
+    """Write a page for each site that shows its latents; open it in a browser, offline too.
+
+    Args:
+        model: the language model.
+        texts: the texts.
+        output: the folder of pages.
+        pages: what they show.
+        saes: Folder that `train` wrote.
+        targets: Folder that `targets` wrote: also show the classes.
+        layers: Layers, such as 1,2 or 8-20 or all.
+        heads: Heads, such as 0,2 or 0-7 or all.
+    """
+    output.check("dashboards.json")
+    chosen = {"layers": index_list(layers), "heads": index_list(heads)}
+    texts.check()
+    from sae_query_steer.dashboards.writing import write_dashboards
+    from sae_query_steer.targets.centroids import CentroidTargets
+
+    documents = texts.read()
+    centroids = None if targets is None else CentroidTargets.load(targets)
+    loaded = model.load()
+    written = write_dashboards(
+        loaded,
+        load_saes(saes, loaded),
+        documents,
+        output.out,
+        targets=centroids,
+        overwrite=output.overwrite,
+        **chosen,
+        **asdict(pages),
+    )
+    for page in written.values():
+        say(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
 def bundle(
+    *,
     model: Model,
-    saes: Saes,
-    out: Out,
-    targets: Annotated[
-        Path | None, typer.Option("--targets", help="Folder that `targets` wrote.")
-    ] = None,
-    steerer: Annotated[
-        Path | None, typer.Option("--steerer", help="Folder that `save_steerer` wrote.")
-    ] = None,
-    csv: Annotated[
-        Path | None, typer.Option("--csv", help="The labelled texts, of which a hash is kept.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Column or template of the prompt.")] = None,
-    response: Response = None,
-    label: Annotated[str | None, typer.Option(help="Column of the class.")] = None,
-    bloom: Bloom = False,
-    evaluation: Annotated[
-        Path | None, typer.Option("--evaluation", help="CSV with a table of scores.")
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option("--model-name", help="The model's name on the hub.")
-    ] = None,
-    license: Annotated[str | None, typer.Option(help="Licence, such as mit.")] = None,
-    note: Annotated[str, typer.Option(help="A paragraph for the model card.")] = "",
-    device: Device = None,
-    dtype: Dtype = "float32",
-    overwrite: Overwrite = False,
+    output: Output,
+    saes: Path,
+    targets: Path | None = None,
+    steerer: Path | None = None,
+    csv: Path | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    label: str | None = None,
+    bloom: bool = False,
+    evaluation: Path | None = None,
+    model_name: str | None = None,
+    license: str | None = None,
+    note: str = "",
 ) -> None:
-    """Write SAEs, centroids, steerer and scores to a folder that can be published."""
-    check_free(out, overwrite, BUNDLE)
-    examples = None
+    """Write SAEs, centroids, steerer and scores to a folder that can be published.
+
+    Args:
+        model: the language model.
+        output: the folder of the bundle.
+        saes: Folder that `train` wrote.
+        targets: Folder that `targets` wrote.
+        steerer: Folder that `save_steerer` wrote.
+        csv: The labelled texts, of which a hash is stored; needs --prompt and --label.
+        prompt: Column of the prompt, or a template.
+        response: Column or template of the response, if any.
+        label: Column of the class.
+        bloom: Read the labels as Bloom levels.
+        evaluation: CSV with a table of scores.
+        model_name: The model's name on the hub.
+        license: Licence, such as mit.
+        note: A paragraph for the model card.
+    """
+    output.check("bundle.json")
+    given = None
     if csv is not None:
         if prompt is None or label is None:
             raise ValueError("--csv needs --prompt and --label: name the columns")
-        examples = labelled_examples(csv, prompt, response, label, bloom)
+        given = ExampleOptions(csv=csv, prompt=prompt, label=label, response=response, bloom=bloom)
+        given.check()
+    import pandas as pd
+
+    from sae_query_steer.hub import save_bundle
+    from sae_query_steer.steering import files
+    from sae_query_steer.targets.centroids import CentroidTargets
+
+    examples = None if given is None else given.read()
     table = None if evaluation is None else pd.read_csv(evaluation)
-    centroids = None if targets is None else sqs.CentroidTargets.load(targets)
-    given = None if steerer is None else sqs.steering.load_steerer(steerer, follow_references=True)
-    host = load_host(model, device, dtype)
-    encoders = load_saes(saes, host)
+    centroids = None if targets is None else CentroidTargets.load(targets)
+    stored = None if steerer is None else files.load_steerer(steerer, follow_references=True)
+    loaded = model.load()
+    encoders = load_saes(saes, loaded)
     made = None
-    if given is not None:
-        centroids = given.targets if centroids is None else centroids
-        made = steerer_from_settings(steerer_settings(given), encoders, centroids)
-    sqs.save_bundle(
-        out,
-        host,
+    if stored is not None:
+        centroids = stored.targets if centroids is None else centroids
+        made = files.steerer_from_settings(files.steerer_settings(stored), encoders, centroids)
+    save_bundle(
+        output.out,
+        loaded,
         encoders,
         targets=centroids,
         steerer=made,
@@ -84,48 +169,62 @@ def bundle(
         model_name=model_name,
         license=license,
         note=note,
-        overwrite=overwrite,
+        overwrite=output.overwrite,
     )
-    typer.echo(f"wrote {out}: look at its README.md, then push it")
+    say(f"wrote {output.out}: read its README.md, then push it")
 
 
 def push(
-    folder: Folder,
-    repo_id: Annotated[str, typer.Argument(help="USER/REPOSITORY on the hub.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make it private; if it is there, it must be.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all, and show what would be sent.")
-    ] = False,
+    folder: tyro.conf.Positional[Path],
+    repo_id: tyro.conf.Positional[str],
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
 ) -> None:
-    """Upload a bundle to Hugging Face's hub, in one commit."""
-    sent = sqs.hub.push_to_hub(folder, repo_id, private=private, revision=revision, dry_run=dry_run)
+    """Upload a bundle to Hugging Face's hub, in one commit.
+
+    Args:
+        folder: Folder that `bundle` wrote.
+        repo_id: USER/REPOSITORY on the hub.
+        private: Make the repository private; an existing one must be.
+        revision: Branch to commit to.
+        dry_run: Check everything, and show what would be sent.
+    """
+    import pandas as pd
+
+    from sae_query_steer.hub import push_to_hub
+
+    sent = push_to_hub(folder, repo_id, private=private, revision=revision, dry_run=dry_run)
     show(pd.DataFrame({"file": list(sent.files), "bytes": list(sent.files.values())}))
     what = "would send" if dry_run else "sent"
-    typer.echo(f"{what} {len(sent.files)} files, {sent.n_bytes:,} bytes, to {repo_id}")
+    say(f"{what} {len(sent.files)} files, {sent.n_bytes:,} bytes, to {repo_id}")
     if sent.url is not None:
-        typer.echo(sent.url)
+        say(sent.url)
 
 
 def registry_entry(
-    folder: Folder,
-    release: Annotated[str, typer.Option("--release", help="Name of the release in SAELens.")],
-    repo_id: Annotated[str, typer.Option("--repo-id", help="USER/REPOSITORY on the hub.")],
-    neuronpedia: Annotated[
-        list[str] | None,
-        typer.Option("--neuronpedia", help="ID=NEURONPEDIA_ID of an SAE; may be repeated."),
-    ] = None,
+    folder: tyro.conf.Positional[Path],
+    *,
+    release: str,
+    repo_id: str,
+    neuronpedia: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
 ) -> None:
-    """Print the block of a bundle for SAELens's pretrained_saes.yaml."""
+    """Write the block of a bundle for SAELens's pretrained_saes.yaml.
+
+    Args:
+        folder: Folder that `bundle` wrote.
+        release: Name of the release in SAELens.
+        repo_id: USER/REPOSITORY on the hub.
+        neuronpedia: ID=NEURONPEDIA_ID of an SAE; may be repeated.
+    """
     known = {}
-    for pair in neuronpedia or []:
+    for pair in neuronpedia:
         name, equals, there = pair.partition("=")
         if not (name and equals and there):
-            raise ValueError(f"--neuronpedia {pair!r} is not allowed: give ID=NEURONPEDIA_ID")
+            raise ValueError(f"--neuronpedia must be ID=NEURONPEDIA_ID, got {pair!r}")
         known[name] = there
-    typer.echo(
-        sqs.hub.registry_entry(folder, release=release, repo_id=repo_id, neuronpedia=known),
-        nl=False,
-    )
+    from sae_query_steer import hub
+
+    entry = hub.registry_entry(folder, release=release, repo_id=repo_id, neuronpedia=known)
+    say(entry.rstrip("\n"))

@@ -1,138 +1,119 @@
-"""`train`: SAEs of all heads of some layers, by one process or by several."""
+"""`train`: SAEs of all heads of some layers, in one process or in several."""
 
-import math
-from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Union
 
-import typer
+import tyro
 
-import sae_query_steer as sqs
-from sae_query_steer.cli.dry_run import say
-from sae_query_steer.cli.options import (
-    ARCHITECTURES,
-    DTYPES,
-    Bos,
-    Device,
-    Dtype,
-    Layers,
-    Model,
-    Out,
-    Overwrite,
-    Resume,
-    Seed,
-    check_free,
-    layer_list,
-    load_host,
-    named,
-    show,
-)
-from sae_query_steer.config import TrainingConfig
-from sae_query_steer.models.shapes import model_shape
-from sae_query_steer.training.distributed import local_device, train_on_ranks
-from sae_query_steer.training.estimate import estimate_training
+from sae_query_steer.cli.options import FLAT, Model, Output, Texts, index_list, say, show
+from sae_query_steer.config import ARCHITECTURES, TrainingConfig
+
+
+def _subcommand(architecture: type) -> object:
+    name = architecture.name.removeprefix("query_head_").replace("_", "-")
+    return Annotated[architecture, tyro.conf.subcommand(name, prefix_name=False)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainingConfig):
+    """Settings of the run."""
+
+    sae: Union[tuple(map(_subcommand, ARCHITECTURES))]  # noqa: UP007  # pyright: ignore
+    """Architecture of the SAEs and its settings."""
 
 
 def train(
+    *,
     model: Model,
-    layers: Layers,
-    texts: Annotated[
-        Path, typer.Option(help="CSV, JSON lines, Parquet, plain text, or a data set's folder.")
-    ],
-    out: Out,
-    text: Annotated[
-        str, typer.Option("--text", help="Column of the text, or a template over columns.")
-    ] = "text",
-    arch: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "topk",
-    d_sae: Annotated[int, typer.Option("--d-sae", help="Latents of each head.")] = 64,
-    k: Annotated[int, typer.Option(help="...topk: latents that may fire.")] = 8,
-    sparsity: Annotated[
-        float, typer.Option(help="Others: weight of the penalty that makes latents sparse.")
-    ] = 1.0,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Scale each head's queries to norm sqrt(d_head).")
-    ] = False,
-    tokens: Annotated[
-        float, typer.Option(help="Tokens to train on, such as 500000 or 50e6.")
-    ] = 500_000,
-    context_size: Annotated[int | None, typer.Option(help="Tokens of a row; 128 if unset.")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 512,
-    whole: Annotated[
-        bool, typer.Option("--whole-documents", help="Keep documents whole, one a row.")
-    ] = False,
-    bos: Bos = True,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    autocast: Annotated[
-        bool, typer.Option("--autocast", help="Mixed precision (bfloat16), model and SAEs.")
-    ] = False,
-    act_store_device: Annotated[
-        str, typer.Option(help="Where queries wait for their step, such as cpu.")
-    ] = "with_model",
-    prefetch: Annotated[
-        bool, typer.Option("--prefetch", help="Read the next queries while the SAEs train.")
-    ] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 1000,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the run will take, and end.")
-    ] = False,
-    flops: Annotated[
-        float | None,
-        typer.Option(help="With --dry-run: operations a second of a forward pass; gives the time."),
-    ] = None,
+    texts: Texts,
+    output: Output,
+    config: Annotated[TrainOptions, FLAT],
+    layers: str,
+    resume: bool = False,
+    dry_run: bool = False,
+    flops: float | None = None,
 ) -> None:
     """Train SAEs on the queries of all heads of some layers.
 
-    A run that was stopped goes on with --resume. Several processes share the layers:
-    torchrun --nproc-per-node N -m sae_query_steer train ...
-    With --dry-run the model's config is read and none of its weights, and nothing is written.
+    Several processes share the layers:
+    torchrun --nproc-per-node N --no-python sae-query-steer train ...
+
+    Args:
+        model: the language model.
+        texts: the texts.
+        output: the folder of SAEs.
+        config: settings of the run.
+        layers: Layers, such as 1,2 or 8-20 or all.
+        resume: Continue a stopped run with the same settings.
+        dry_run: Show what the run needs; reads the model's config only, and writes nothing.
+        flops: With --dry-run: operations a second of a forward pass, for the time.
     """
     if flops is not None and not dry_run:
-        raise ValueError(f"--flops {flops} is for --dry-run: give both, or neither")
-    check_free(out, overwrite or resume, "query_saes.json")
-    if not (math.isfinite(tokens) and tokens == int(tokens)):
-        raise ValueError(f"--tokens {tokens} is not allowed: give a whole number")
-    sae = named(ARCHITECTURES, arch, "--arch")(d_sae, k, sparsity)
-    if normalize:
-        sae = replace(sae, normalize_activations="expected_average_only_in")
-    config = TrainingConfig(
-        sae=sae,
-        training_tokens=int(tokens),
-        checkpoint_every=checkpoint_every,
-        context_size=context_size,
-        concat_sequences=not whole,
-        prepend_bos=bos,
-        lr=lr,
-        train_batch_size_tokens=batch_tokens,
-        seed=seed,
-        autocast=autocast,
-        autocast_lm=autocast,
-        act_store_device=act_store_device,
-        prefetch=prefetch,
-    )
-    documents = sqs.read_texts(texts, text=text)
+        raise ValueError(f"--flops must be given with --dry-run only, got {flops}")
+    if not resume:
+        output.check("query_saes.json")
+    chosen = index_list(layers)
+    texts.check()
+    from sae_query_steer.sites import query_sites
+    from sae_query_steer.training.distributed import local_device, train_on_ranks
+
+    documents = texts.read()
     if dry_run:
-        shape = model_shape(model)
-        sites = shape.sites(layer_list(layers))
-        estimate = estimate_training(
-            shape, sites, config, model_item=named(DTYPES, dtype, "--dtype").itemsize
-        )
-        say(shape, sites, estimate, documents, flops)
+        _show_needs(model, config, chosen, documents, flops)
         return
-    host = load_host(model, device or local_device(), dtype)
+    loaded = model.load(local_device())
     saes = train_on_ranks(
-        host,
+        loaded,
         documents,
-        sqs.query_sites(host, layer_list(layers)),
+        query_sites(loaded, chosen),
         config,
-        out=out,
+        out=output.out,
         resume=resume,
-        overwrite=overwrite,
+        overwrite=output.overwrite,
     )
     if saes.measured:
         show(saes.metrics)
-    typer.echo(f"wrote {out}")
+    say(f"wrote {output.out}")
+
+
+def _show_needs(
+    model: Model,
+    config: TrainingConfig,
+    layers: list[int] | None,
+    documents: list[str],
+    flops: float | None,
+) -> None:
+    """Write what a run needs; with the speed of a device, its time too."""
+    import torch
+
+    from sae_query_steer.models.shapes import model_shape
+    from sae_query_steer.training.estimate import FORWARD_RATIO, estimate_training
+
+    shape = model_shape(model.model)
+    sites = shape.sites(layers)
+    item = getattr(torch, model.dtype).itemsize
+    needs = estimate_training(shape, sites, config, model_item=item)
+    memory = needs.model_bytes + needs.training_bytes + needs.buffer_bytes
+    lines = [
+        ("model", f"{shape.n_parameters:,} weights, {shape.n_layers} layers"),
+        ("queries of a layer", f"{shape.n_heads} heads of {shape.d_head}"),
+        ("KV cache", f"{shape.key_value_numbers:,} numbers a token"),
+        ("sites", f"layers {', '.join(str(site.layer) for site in sites)}"),
+        ("texts", f"{len(documents):,}, {sum(map(len, documents)):,} characters"),
+        ("tokens", f"{needs.tokens:,} in {needs.n_steps:,} steps"),
+        ("memory at least", _gib(memory)),
+        ("  weights of the model", _gib(needs.model_bytes)),
+        ("  SAEs, gradients, Adam", _gib(needs.training_bytes)),
+        ("  queries to be shuffled", _gib(needs.buffer_bytes)),
+        ("disk", f"{_gib(needs.disk_bytes)} during the run, {_gib(needs.saved_bytes)} after"),
+        ("operations a token", f"{needs.model_flops:.3g} forward pass up to the last layer"),
+        ("", f"{needs.sae_flops:.3g} SAEs"),
+    ]
+    if flops is not None:
+        time = f"{needs.seconds(flops) / 3600:.2g} h at {flops:.3g} operations a second"
+        lines.append(("time, extrapolated", f"{time}, {FORWARD_RATIO} times the forward pass"))
+    say("\n".join(f"{what:<26}{value}" for what, value in lines))
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
