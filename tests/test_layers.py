@@ -10,7 +10,6 @@ import sae_query_steer
 PACKAGE = "sae_query_steer"
 FOLDER = Path(sae_query_steer.__file__).parent
 LAYERS = (
-    {"__main__"},
     {"cli"},
     {"compare", "dashboards", "hub"},
     {"baselines", "diagnostics", "plots", "toy"},

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -22,6 +22,7 @@ Enter = Callable[[], AbstractContextManager[None]]
 """Makes the context around one call of `generate`, or around each item of a stream."""
 
 
+@runtime_checkable
 class Listener(Protocol):
     """What hears of the calls of a model."""
 

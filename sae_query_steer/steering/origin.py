@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -11,6 +11,7 @@ from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import check_belongs
 
 
+@runtime_checkable
 class Origin(Protocol):
     """What an edit was made from: it knows which model it belongs to."""
 
