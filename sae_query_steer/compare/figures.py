@@ -95,7 +95,8 @@ def frontier_figure(found: Comparison) -> go.Figure:
     seen: list[str] = []
     if len(curves):
         curves = curves.assign(name=row_names(curves, found.rows))
-        for (task, name), part in curves.groupby(["task", "name"], sort=False):
+        for key, part in curves.groupby(["task", "name"], sort=False):
+            task, name = map(str, key) if isinstance(key, tuple) else (str(key), "")
             new = name not in seen
             seen += [name] if new else []
             line = seen.index(name)

@@ -103,7 +103,7 @@ def continuations(
         tokens += [_until_end(row, ends) for row in written[:, width:].cpu()]
         changes += _mean_changes([] if trace is None else trace.records, len(rows))
     return Continuations(
-        texts=[tokenizer.decode(row, skip_special_tokens=True) for row in tokens],
+        texts=[str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens],
         tokens=tokens,
         relative_changes=changes,
     )

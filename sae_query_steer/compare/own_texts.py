@@ -132,7 +132,10 @@ def compare_on_texts(
         for split, some in cases.items()
     ]
     return replace(
-        compare_methods(*scorers, methods), sites=table, judge=judge.held_out, settings=told
+        compare_methods(scorers[0], scorers[1], methods),
+        sites=table,
+        judge=judge.held_out,
+        settings=told,
     )
 
 
@@ -152,7 +155,9 @@ def split_four_ways(
 
     def halves(some: Sequence[LabelledExample], share: float) -> list[list[LabelledExample]]:
         labels = [str(example.label) for example in some]
-        return train_test_split(some, test_size=share, random_state=seed, stratify=labels)
+        return list(
+            map(list, train_test_split(some, test_size=share, random_state=seed, stratify=labels))
+        )
 
     steering, others = halves(list(examples), 0.6)
     judging, rest = halves(others, 2 / 3)

@@ -151,7 +151,7 @@ def achieved_effect(
             made.append(Patch(rows, columns, steered))
         return made[0], made[1]
 
-    heads = {at.site: at.heads for at in chosen.values()}
+    heads = {at.site: at.heads for at in chosen.values() if isinstance(at.site, QuerySite)}
     return trial.table(heads, patches, per_head=per_head, description="Steering queries")
 
 

@@ -110,7 +110,9 @@ class AttentionRecorder:
 
     def _keep(self, layer: int, pattern: Tensor) -> None:
         rows, columns, heads = self._steered.pop(layer)
-        positions, texts = self._tracker.positions, self._tracker.positions.tokens
+        positions = self._tracker.positions
+        assert positions is not None, "a pass of a tracked model has positions"
+        texts = positions.tokens
         if texts is None:
             return  # the input is embeddings: the source tokens are unknown
         run = self._tracker.run_number

@@ -128,6 +128,7 @@ def edit_hook(
         mask = select(scope, positions)
         tokens = positions.tokens_at(mask)
         rows, columns = tokens.row, tokens.column
+        assert columns is not None, "tokens of a running pass have columns"
         if len(rows) == 0:
             return None
         every = at.every and len(rows) == mask.numel()
@@ -232,6 +233,7 @@ class _Recorder:
     ) -> None:
         """Keep one change."""
         is_query = isinstance(at.site, QuerySite)
+        assert tokens.column is not None, "tokens of a running pass have columns"
         if self._attention is not None:
             self._attention.steered(at.site.layer, tokens.row, tokens.column, at.heads)
         self._trace.records.append(

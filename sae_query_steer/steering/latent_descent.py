@@ -242,7 +242,7 @@ class LatentDescent(Edit):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LatentGradientSteerer(LatentDescent, Steerer):
+class LatentGradientSteerer(LatentDescent, Steerer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Steers by gradient descent on sparse features of attention queries.
 
     At every scoped position, for every chosen head: z0 = encode(q), K projected gradient steps on

@@ -61,7 +61,7 @@ def train_on_ranks(
     rank, n = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if n > max(1, len(sites)):
         raise ValueError(f"processes must be at most one per layer, {len(sites)}, got {n}")
-    again = {"resume": resume, "overwrite": overwrite}
+    again: Any = {"resume": resume, "overwrite": overwrite}
     if n == 1 or (resume and (out / INDEX).is_file()):
         return train_query_saes(model, texts, sites, config, out=out, **again)
     check_replaceable(out, overwrite=overwrite, holding=INDEX)

@@ -32,7 +32,7 @@ class HeadwiseScaler(ActivationScaler):
         norms = HeadNorms(self.n_heads)
         for _ in range(n_batches_for_norm_estimate):
             norms.update(next(data_provider))
-        self.scaling_factor = norms.factors()
+        self.scaling_factor = norms.factors()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @override
     def scale(self, acts: FlatQueries) -> FlatQueries:
