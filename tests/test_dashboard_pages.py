@@ -210,7 +210,7 @@ def test_what_can_t_be_shown_is_refused_before_work_starts(
         ({"n_attention": 11}, "and n_attention up to k=10"),
         ({"context": -1}, "context=-1"),
         ({"heads": [7]}, "no head 7 at layer 0"),
-        ({"layers": [1]}, "no SAE for layer 1: there is one for"),
+        ({"layers": [1]}, "no site at layer 1: there are some at"),
         ({"saes": others, "targets": targets}, "another SAE|centroids"),
     ):
         given = {"saes": saes} | settings

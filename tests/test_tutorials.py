@@ -77,6 +77,7 @@ def run(kernel: AsyncKernelManager, name: str, parameters: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_01_steer_the_tutor(kernel):
     printed = run(
         kernel,
@@ -167,7 +168,6 @@ def test_08_compare_ways_to_steer(kernel):
     )
 
 
-@pytest.mark.slow
 def test_09_scopes_objectives_controls(kernel):
     run(kernel, "09_scopes_objectives_controls.ipynb", "TOKENS, N_EXAMPLES = 12_000, 120")
 
