@@ -169,7 +169,7 @@ def test_the_sizes_in_the_recipe_are_those_that_the_dry_run_says(
         for text in (said, told)
     ]
     assert without_texts[0] == without_texts[1]
-    assert "texts                     60 of " in said
+    assert "texts                     60, " in said
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("config", "dialogues.parquet", "feedback.csv"),
     ]

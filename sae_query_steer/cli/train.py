@@ -106,8 +106,8 @@ def _show_needs(
         ("  SAEs, gradients, Adam", _gib(needs.training_bytes)),
         ("  queries to be shuffled", _gib(needs.buffer_bytes)),
         ("disk", f"{_gib(needs.disk_bytes)} during the run, {_gib(needs.saved_bytes)} after"),
-        ("operations a token", f"{needs.model_flops:.3g} forward pass up to the last layer"),
-        ("", f"{needs.sae_flops:.3g} SAEs"),
+        ("operations a token", f"{needs.model_flops / 1e9:.2f}e9 forward pass up to the last layer"),
+        ("", f"{needs.sae_flops / 1e9:.2f}e9 SAEs"),
     ]
     if flops is not None:
         time = f"{needs.seconds(flops) / 3600:.2g} h at {flops:.3g} operations a second"
