@@ -1,35 +1,76 @@
-"""Names of the working tree, under which settings are written."""
+"""Names of the working tree, under which settings are written.
 
-import inspect
+They come from the modules that define them, so that the adapter does not depend on the front.
+"""
+
+# ruff: noqa: F403, F405
 from typing import Any
 
 from sae_lens import SAE
 
-import sae_query_steer as sqs
 import sae_query_steer.config as config_module
-from sae_query_steer import *  # noqa: F403
-from sae_query_steer import (
-    QuerySAEs,
-    SquaredDistance,
-)
+from sae_query_steer.baselines.decoder_rows import decoder_rows as DecoderRowsSteerer
+from sae_query_steer.baselines.residual import residual_mean_difference as ResidualMeanDifference
+from sae_query_steer.baselines.residual import residual_means as residual_means_of_tokens
+from sae_query_steer.baselines.simple import few_shot_prompt, mean_difference
+from sae_query_steer.baselines.simple import random_direction as RandomDirectionSteerer
 from sae_query_steer.compare.cases import cases_of
 from sae_query_steer.compare.comparison import compare_methods
 from sae_query_steer.compare.descents import Descent
 from sae_query_steer.compare.judges import RuleJudge
 from sae_query_steer.compare.methods import descent_methods, prompt_methods, residual_methods
 from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.token_rows import token_rows
+from sae_query_steer.data.tokenized import tokenize_examples
+from sae_query_steer.descent.control import *
+from sae_query_steer.descent.objectives import *
+from sae_query_steer.diagnostics import interchange as interchange_module
+from sae_query_steer.diagnostics import separability as separability_module
+from sae_query_steer.diagnostics.latent_texts import top_activating_texts
+from sae_query_steer.diagnostics.moved import moved_latents
+from sae_query_steer.diagnostics.sae_scores import evaluate_saes
+from sae_query_steer.diagnostics.site_verdicts import site_verdicts
+from sae_query_steer.sae.collection import QuerySAEs
+from sae_query_steer.sae.encoders import identity_encoders
+from sae_query_steer.scopes.joins import *
+from sae_query_steer.scopes.marked import *
+from sae_query_steer.scopes.named import *
+from sae_query_steer.sites import query_sites
+from sae_query_steer.steering.attach import attached_saes
+from sae_query_steer.steering.joined import JoinedSteerers
+from sae_query_steer.steering.partial import partial_steerer as PartialSteerer
+from sae_query_steer.steering.steerer import LatentGradientSteerer
+from sae_query_steer.targets.builder import CentroidTargetBuilder
+from sae_query_steer.training.train import train_query_saes
 
-__all__ = ["token_rows"]
+__all__ = [
+    "DecoderRowsSteerer",
+    "JoinedSteerers",
+    "LabelledExample",
+    "PartialSteerer",
+    "RandomDirectionSteerer",
+    "ResidualMeanDifference",
+    "attached_saes",
+    "evaluate_saes",
+    "few_shot_prompt",
+    "identity_encoders",
+    "mean_difference",
+    "moved_latents",
+    "query_sites",
+    "site_verdicts",
+    "token_rows",
+    "top_activating_texts",
+]
 
 ARCHITECTURES = {
-    "topk": "TopK",
-    "batchtopk": "BatchTopK",
-    "standard": "Standard",
-    "jumprelu": "JumpReLU",
-    "gated": "Gated",
-    "matryoshka": "MatryoshkaBatchTopK",
-    "kl_sparse": "KLSparse",
+    "topk": config_module.TopK,
+    "batchtopk": config_module.BatchTopK,
+    "standard": config_module.Standard,
+    "jumprelu": config_module.JumpReLU,
+    "gated": config_module.Gated,
+    "matryoshka": config_module.MatryoshkaBatchTopK,
+    "kl_sparse": config_module.KLSparse,
 }
 
 
@@ -45,49 +86,43 @@ def make_saes(given: dict[str, Any]) -> QuerySAEs:
 
 def train(model: Any, texts: Any, sites: Any, sae: tuple[str, dict], **how: Any) -> Any:
     """Return SAEs of an architecture with its settings."""
-    name = ARCHITECTURES[sae[0]]
-    if "config" not in inspect.signature(sqs.train_query_saes).parameters:
-        own = getattr(sqs, f"QueryHead{name}TrainingSAEConfig")(**sae[1])
-        return sqs.train_query_saes(model, texts, sites, sae=own, **how)
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in sae[1].items()}
-    config = config_module.TrainingConfig(sae=getattr(config_module, name)(**settings), **how)
-    return sqs.train_query_saes(model, texts, sites, config)
+    config = config_module.TrainingConfig(sae=ARCHITECTURES[sae[0]](**settings), **how)
+    return train_query_saes(model, texts, sites, config)
 
 
 def tokenized(model: Any, examples: Any, span: Any = None) -> Any:
     """Return tokenised examples."""
-    return sqs.tokenize_examples(model, examples, span=span)
-
-
-def _takes_span(function: Any) -> bool:
-    return "span" in inspect.signature(function).parameters
+    return tokenize_examples(model, examples, span=span)
 
 
 def centroid_targets(model: Any, saes: Any, examples: Any, span: Any) -> Any:
     """Return centroids of labelled examples."""
-    if _takes_span(sqs.CentroidTargetBuilder):
-        return sqs.CentroidTargetBuilder(model, saes, span=span).fit(examples)
-    return sqs.CentroidTargetBuilder(model, saes).fit(tokenized(model, examples, span))
+    return CentroidTargetBuilder(model, saes).fit(tokenized(model, examples, span))
 
 
-def _of_tokenized(function: Any, before: int) -> Any:
-    """Return a function that tokenises its argument after `before` others, and counterparts."""
-    if _takes_span(function):
-        return function
-
-    def called(model: Any, *given: Any, span: Any = None, **options: Any) -> Any:
-        own = [*given]
-        own[before - 1] = tokenized(model, own[before - 1], span)
-        if "counterparts" in options:
-            options["counterparts"] = tokenized(model, options["counterparts"], span)
-        return function(model, *own, **options)
-
-    return called
+def residual_means(model: Any, examples: Any, layers: Any) -> Any:
+    """Return mean residual streams of labelled examples."""
+    return residual_means_of_tokens(model, tokenized(model, examples), layers)
 
 
-separability = _of_tokenized(sqs.separability, 2)
-interchange_effect = _of_tokenized(sqs.interchange_effect, 2)
-residual_means = _of_tokenized(sqs.baselines.residual_means, 1)
+def residual_values(means: Any) -> dict[str, Any]:
+    """Return the means by layer."""
+    return {f"mean {name.split('.')[1]}": mean[:, 0] for name, mean in means.means.items()}
+
+
+def separability(model: Any, saes: Any, examples: Any, *, span: Any = None) -> Any:
+    """Return the table of `separability`."""
+    return separability_module.separability(model, saes, tokenized(model, examples, span))
+
+
+def interchange_effect(model: Any, sites: Any, examples: Any, **options: Any) -> Any:
+    """Return the table of `interchange_effect`."""
+    if "counterparts" in options:
+        options["counterparts"] = tokenized(model, options["counterparts"])
+    return interchange_module.interchange_effect(
+        model, sites, tokenized(model, examples), **options
+    )
 
 
 def achieved_effect(
@@ -102,23 +137,19 @@ def achieved_effect(
     **options: Any,
 ) -> Any:
     """Return the effect of a steerer of these settings."""
-    how = {"n_steps": n_steps, "step_size": step_size, "objective": objective or SquaredDistance()}
-    steerer = sqs.LatentGradientSteerer(saes, targets, target=targets.classes[0], **how)
-    return _of_tokenized(sqs.achieved_effect, 2)(model, steerer, examples, **options)
-
-
-def _named(new: str, old: str) -> Any:
-    return getattr(sqs, new if new in sqs.__all__ else old)
-
-
-DecoderRowsSteerer = _named("decoder_rows", "DecoderRowsSteerer")
-RandomDirectionSteerer = _named("random_direction", "RandomDirectionSteerer")
-ResidualMeanDifference = _named("residual_mean_difference", "ResidualMeanDifference")
-PartialSteerer = _named("partial_steerer", "PartialSteerer")
+    steerer = LatentGradientSteerer(
+        saes,
+        targets,
+        target=targets.classes[0],
+        objective=objective or SquaredDistance(),
+        n_steps=n_steps,
+        step_size=step_size,
+    )
+    return interchange_module.achieved_effect(model, steerer, tokenized(model, examples), **options)
 
 
 def sweep_tables(names: Any) -> dict[str, Any]:
-    """Return the tables of a small sweep on the tutor."""
+    """Return the tables of a small comparison on the tutor."""
     levels = (names.a, names.b, names.c)
 
     def rule(_prompt: str, text: str) -> str:

@@ -68,6 +68,11 @@ def tokenized(model: Any, examples: Any) -> Any:
     return tokenize_examples(examples, tokenizer_of(model))
 
 
+def residual_values(means: Any) -> dict[str, Any]:
+    """Return the means by layer."""
+    return {f"mean {layer}": mean for layer, mean in means.means.items()}
+
+
 def sweep_tables(names: Any) -> dict[str, Any]:
     """Return the tables of a small sweep on the tutor."""
     levels = (names.a, names.b, names.c)

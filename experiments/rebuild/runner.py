@@ -91,12 +91,6 @@ class Names:
             parts[f"variance {name}"] = targets.variances[name]
         return parts
 
-    def residual_values(self, means: Any) -> dict[str, Any]:
-        layers = {
-            key: key if isinstance(key, int) else int(key.split(".")[1]) for key in means.means
-        }
-        return {f"mean {layers[key]}": mean.flatten(1) for key, mean in means.means.items()}
-
     def token_values(self, examples: Any) -> dict[str, Any]:
         tokenized = self.adapter.tokenized(self.model, examples)
         return {
