@@ -1,48 +1,42 @@
-"""Names of the working tree, under which settings are written.
-
-They come from the modules that define them, so that the adapter does not depend on the front.
-"""
+"""Names of the working tree, under which settings are written."""
 
 # ruff: noqa: F403, F405
 from typing import Any
 
 from sae_lens import SAE
 
+import sae_query_steer as sqs
 import sae_query_steer.config as config_module
-from sae_query_steer.baselines.decoder_rows import decoder_rows as DecoderRowsSteerer
-from sae_query_steer.baselines.residual import residual_mean_difference as ResidualMeanDifference
-from sae_query_steer.baselines.residual import residual_means as residual_means_of_tokens
-from sae_query_steer.baselines.simple import few_shot_prompt, mean_difference
-from sae_query_steer.baselines.simple import random_direction as RandomDirectionSteerer
-from sae_query_steer.compare.cases import cases_of
-from sae_query_steer.compare.comparison import compare_methods
-from sae_query_steer.compare.descents import Descent
-from sae_query_steer.compare.judges import RuleJudge
-from sae_query_steer.compare.methods import descent_methods, prompt_methods, residual_methods
-from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.baselines import decoder_rows as DecoderRowsSteerer
+from sae_query_steer.baselines import few_shot_prompt, mean_difference
+from sae_query_steer.baselines import random_direction as RandomDirectionSteerer
+from sae_query_steer.baselines import residual_mean_difference as ResidualMeanDifference
+from sae_query_steer.compare import (
+    Descent,
+    RuleJudge,
+    TextScorer,
+    cases_of,
+    compare_methods,
+    descent_methods,
+    prompt_methods,
+    residual_methods,
+)
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.token_rows import token_rows
-from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.descent.control import *
 from sae_query_steer.descent.objectives import *
-from sae_query_steer.diagnostics import interchange as interchange_module
-from sae_query_steer.diagnostics import separability as separability_module
-from sae_query_steer.diagnostics.latent_texts import top_activating_texts
-from sae_query_steer.diagnostics.moved import moved_latents
-from sae_query_steer.diagnostics.sae_scores import evaluate_saes
-from sae_query_steer.diagnostics.site_verdicts import site_verdicts
+from sae_query_steer.diagnostics import (
+    evaluate_saes,
+    moved_latents,
+    site_verdicts,
+    top_activating_texts,
+)
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import identity_encoders
-from sae_query_steer.scopes.joins import *
-from sae_query_steer.scopes.marked import *
-from sae_query_steer.scopes.named import *
+from sae_query_steer.scopes import *
 from sae_query_steer.sites import query_sites
-from sae_query_steer.steering.attach import attached_saes
-from sae_query_steer.steering.joined import JoinedSteerers
-from sae_query_steer.steering.partial import partial_steerer as PartialSteerer
-from sae_query_steer.steering.steerer import LatentGradientSteerer
-from sae_query_steer.targets.builder import CentroidTargetBuilder
-from sae_query_steer.training.train import train_query_saes
+from sae_query_steer.steering import JoinedSteerers, LatentGradientSteerer, attached_saes
+from sae_query_steer.steering import partial_steerer as PartialSteerer
 
 __all__ = [
     "DecoderRowsSteerer",
@@ -88,22 +82,22 @@ def train(model: Any, texts: Any, sites: Any, sae: tuple[str, dict], **how: Any)
     """Return SAEs of an architecture with its settings."""
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in sae[1].items()}
     config = config_module.TrainingConfig(sae=ARCHITECTURES[sae[0]](**settings), **how)
-    return train_query_saes(model, texts, sites, config)
+    return sqs.train_query_saes(model, texts, sites, config)
 
 
 def tokenized(model: Any, examples: Any, span: Any = None) -> Any:
     """Return tokenised examples."""
-    return tokenize_examples(model, examples, span=span)
+    return sqs.tokenize_examples(model, examples, span=span)
 
 
 def centroid_targets(model: Any, saes: Any, examples: Any, span: Any) -> Any:
     """Return centroids of labelled examples."""
-    return CentroidTargetBuilder(model, saes).fit(tokenized(model, examples, span))
+    return sqs.CentroidTargetBuilder(model, saes).fit(tokenized(model, examples, span))
 
 
 def residual_means(model: Any, examples: Any, layers: Any) -> Any:
     """Return mean residual streams of labelled examples."""
-    return residual_means_of_tokens(model, tokenized(model, examples), layers)
+    return sqs.baselines.residual_means(model, tokenized(model, examples), layers)
 
 
 def residual_values(means: Any) -> dict[str, Any]:
@@ -113,16 +107,14 @@ def residual_values(means: Any) -> dict[str, Any]:
 
 def separability(model: Any, saes: Any, examples: Any, *, span: Any = None) -> Any:
     """Return the table of `separability`."""
-    return separability_module.separability(model, saes, tokenized(model, examples, span))
+    return sqs.separability(model, saes, tokenized(model, examples, span))
 
 
 def interchange_effect(model: Any, sites: Any, examples: Any, **options: Any) -> Any:
     """Return the table of `interchange_effect`."""
     if "counterparts" in options:
         options["counterparts"] = tokenized(model, options["counterparts"])
-    return interchange_module.interchange_effect(
-        model, sites, tokenized(model, examples), **options
-    )
+    return sqs.interchange_effect(model, sites, tokenized(model, examples), **options)
 
 
 def achieved_effect(
@@ -145,7 +137,7 @@ def achieved_effect(
         n_steps=n_steps,
         step_size=step_size,
     )
-    return interchange_module.achieved_effect(model, steerer, tokenized(model, examples), **options)
+    return sqs.achieved_effect(model, steerer, tokenized(model, examples), **options)
 
 
 def sweep_tables(names: Any) -> dict[str, Any]:
