@@ -219,7 +219,10 @@ def tested(copy: Path, tests: list[str]) -> tuple[str, float, str]:
 
                 # Plugins that the fork has inherited can't be rewritten; it does not matter here.
                 quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-                code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *quiet, *tests]))
+                # All tests, under runtime type checks: what CI does in its two runs.
+                checks = ["-m", "", "--jaxtyping-packages=sae_query_steer,beartype.beartype"]
+                options = ["-x", "-q", "-p", "no:cacheprovider", *quiet, *checks]
+                code = int(pytest.main([*options, *tests]))
             except BaseException:
                 traceback.print_exc()
             sys.stdout.flush()
