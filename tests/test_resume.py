@@ -81,7 +81,7 @@ def assert_equal(first, second) -> None:
 CONFIGS = {
     "topk": TOPK,
     "standard": Standard(d_sae_per_head=16, l1_coefficient=0.5, l1_warm_up_steps=15),
-    "batchtopk": BatchTopK(d_sae_per_head=16, k=3),
+    "batchtopk": BatchTopK(d_sae_per_head=16, k=3.0),
     "jumprelu": JumpReLU(d_sae_per_head=16, l0_coefficient=0.5, l0_warm_up_steps=15),
     "gated": Gated(d_sae_per_head=16, l1_coefficient=0.5),
     "kl-sparse": KLSparse(d_sae_per_head=16, kl_coefficient=0.5),

@@ -106,7 +106,10 @@ def _show_needs(
         ("  SAEs, gradients, Adam", _gib(needs.training_bytes)),
         ("  queries to be shuffled", _gib(needs.buffer_bytes)),
         ("disk", f"{_gib(needs.disk_bytes)} during the run, {_gib(needs.saved_bytes)} after"),
-        ("operations a token", f"{needs.model_flops / 1e9:.2f}e9 forward pass up to the last layer"),
+        (
+            "operations a token",
+            f"{needs.model_flops / 1e9:.2f}e9 forward pass up to the last layer",
+        ),
         ("", f"{needs.sae_flops / 1e9:.2f}e9 SAEs"),
     ]
     if flops is not None:

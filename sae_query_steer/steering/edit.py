@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ class Edit(ABC):
         """Return what a trace is to know: `method`, `classes`, `target`, `row_targets`."""
         return {"method": type(self).__name__}
 
-    def to(self, device: str | torch.device) -> Self:
+    def to(self, device: str | torch.device) -> "Edit":
         """Return this edit with its weights on a device."""
         del device
         return self

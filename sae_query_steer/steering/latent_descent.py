@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,8 @@ from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import Heads, SiteHeads, Where
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import check_shapes
+
+_Descent = TypeVar("_Descent", bound="LatentDescent")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ class LatentDescent(Edit):
             **target_labels([target_name(target) for target in each(self.target, "target")]),
         }
 
-    def to(self, device: str | torch.device) -> Self:
+    def to(self: _Descent, device: str | torch.device) -> _Descent:
         """Return it with its SAEs on a device; what is not there already is copied.
 
         Centroids need no moving: they follow the activations, layer by layer.

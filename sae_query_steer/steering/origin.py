@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -19,7 +19,7 @@ class Origin(Protocol):
         """Raise ValueError unless it belongs to this model."""
         ...
 
-    def to(self, device: str | torch.device) -> Self:
+    def to(self, device: str | torch.device) -> Any:
         """Return it with its weights on a device."""
         ...
 
