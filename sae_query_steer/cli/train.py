@@ -94,6 +94,7 @@ def _show_needs(
     item = getattr(torch, model.dtype).itemsize
     needs = estimate_training(shape, sites, config, model_item=item)
     memory = needs.model_bytes + needs.training_bytes + needs.buffer_bytes
+    model_flops, sae_flops = needs.model_flops / 1e9, needs.sae_flops / 1e9
     lines = [
         ("model", f"{shape.n_parameters:,} weights, {shape.n_layers} layers"),
         ("queries of a layer", f"{shape.n_heads} heads of {shape.d_head}"),
