@@ -109,9 +109,9 @@ def _show_needs(
         ("disk", f"{_gib(needs.disk_bytes)} during the run, {_gib(needs.saved_bytes)} after"),
         (
             "operations a token",
-            f"{needs.model_flops / 1e9:.2f}e9 forward pass up to the last layer",
+            f"{model_flops:.2f}e9 forward pass up to the last layer",
         ),
-        ("", f"{needs.sae_flops / 1e9:.2f}e9 SAEs"),
+        ("", f"{sae_flops:.2f}e9 SAEs"),
     ]
     if flops is not None:
         time = f"{needs.seconds(flops) / 3600:.2g} h at {flops:.3g} operations a second"

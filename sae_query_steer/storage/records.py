@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 import pandas as pd
 from pydantic import (
@@ -36,7 +36,11 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def read_record(folder: str | Path, name: str, kind: type[T]) -> T:
+@overload
+def read_record(folder: str | Path, name: str, kind: type[T]) -> T: ...
+@overload
+def read_record(folder: str | Path, name: str, kind: Any) -> Any: ...
+def read_record(folder: str | Path, name: str, kind: Any) -> Any:
     """Read a JSON file of a folder into a `Record` (or any type that pydantic validates).
 
     Args:
