@@ -163,7 +163,6 @@ def bundle_folder() -> Path:
         model,
         saes,
         steerer=steerer,
-        examples=examples,
         evaluation=pd.DataFrame({"layer": [0, 1], "rate": [0.5, float("nan")]}),
     )
     return folder / "bundle"

@@ -69,7 +69,7 @@ refused(FileExistsError, lambda: sqs.hub.push_to_hub(folder, "alice/theirs"),
 refused(FileExistsError, lambda: sqs.hub.push_to_hub(folder, "alice/theirs", revision="v2"),
         "and no bundle")
 refused(ValueError, lambda: sqs.hub.push_to_hub(folder, "alice/second", private=True),
-        "alice/second is there already and public: nothing was sent")
+        "alice/second exists and is public: nothing was sent")
 refused(FileNotFoundError, lambda: sqs.from_pretrained("alice/theirs"), "is no bundle")
 refused(RepositoryNotFoundError, lambda: sqs.from_pretrained("alice/nobody"), "404")
 refused(HfHubHTTPError, lambda: sqs.hub.push_to_hub(folder, "alice/new", token="wrong"), "401")

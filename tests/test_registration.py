@@ -12,7 +12,6 @@ from sae_query_steer.sae import to_inference
 ORDERS = {
     "ours first": "import sys, sae_query_steer\nassert 'sae_lens' not in sys.modules\n",
     "theirs first": "import sys, sae_lens, sae_query_steer\n",
-    "a module of ours first": "import sys, sae_query_steer.sae.topk\n",
 }
 
 LOADS = """
@@ -42,8 +41,8 @@ runner = LanguageModelSAETrainingRunner(
     LanguageModelSAERunnerConfig(
         sae=sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3),
         hook_name="blocks.1.attn.hook_q",
-        output_path=f"{sys.argv[2]}/out",
-        checkpoint_path=f"{sys.argv[2]}/checkpoints",
+        output_path=f"{sys.argv[4]}/out",
+        checkpoint_path=f"{sys.argv[4]}/checkpoints",
         model_name="tiny",
         dataset_path="",
         is_dataset_tokenized=True,
@@ -56,32 +55,30 @@ runner = LanguageModelSAETrainingRunner(
         logger=LoggingConfig(log_to_wandb=False),
     ),
     override_dataset=[{"tokens": row} for row in torch.randint(4, 52, (400, 16)).tolist()],
-    override_model=TransformerBridge.boot_transformers(sys.argv[1], device="cpu"),
+    override_model=TransformerBridge.boot_transformers(sys.argv[3], device="cpu"),
 )
 assert type(runner.run()).__name__ == "QueryHeadTopKTrainingSAE"
 """
 
 
-def run(code: str, *arguments: object) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_saelens_loads_and_trains_our_saes(order, tiny_folder, tmp_path):
+    sae = to_inference(trained_like(CONFIGS["topk"]))
+    sae.save_model(tmp_path / "sae")
+    arguments = (tmp_path / "sae", float(sae.W_enc.sum()), tiny_folder, tmp_path)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            ORDERS[order] + LOADS + TRAINS,
+            *map(str, arguments),
+        ],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
-def test_saelens_loads_our_saes_from_disk_and_from_the_hub(order, tmp_path):
-    sae = to_inference(trained_like(CONFIGS["topk"]))
-    sae.save_model(tmp_path)
-    run(ORDERS[order] + LOADS, tmp_path, float(sae.W_enc.sum()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["ours first", "theirs first"])
-def test_saelens_own_runner_trains_our_saes(order, tiny_folder, tmp_path):
-    run(ORDERS[order] + TRAINS, tiny_folder, tmp_path)

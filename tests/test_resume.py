@@ -246,12 +246,29 @@ def test_where_activations_wait_and_when_they_are_read_changes_no_number(tiny_mo
     assert_equal(train(model), train(model, act_store_device="cpu", prefetch=True))
 
 
-SCRIPT = """
+def run_of_60_steps(folder: Path, texts: Path, out: Path) -> None:
+    model = sqs.load_model(str(folder), device="cpu")
+    config = TrainingConfig(
+        sae=TOPK,
+        training_tokens=60 * 32,
+        train_batch_size_tokens=32,
+        context_size=16,
+        n_batches_in_buffer=4,
+        checkpoint_every=7,
+        metric_tokens=64,
+    )
+    texts = sqs.read_texts(texts, text="question")
+    sqs.train_query_saes(model, texts, sqs.query_sites(model), config, out=out, resume=True)
+
+
+SCRIPT = f"""
 import signal, sys, torch
+from pathlib import Path
 # As in a terminal: whoever runs the tests in the background has it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
-import sae_query_steer as sqs
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_resume import run_of_60_steps
 from sae_query_steer.training.checkpoints import Checkpoints
 
 seen = Checkpoints.__call__
@@ -259,23 +276,7 @@ def told(self, trainer):
     seen(self, trainer)
     print(trainer.n_training_steps, flush=True)
 Checkpoints.__call__ = told
-model = sqs.load_model(sys.argv[1], device="cpu")
-sqs.train_query_saes(
-    model,
-    sqs.read_texts(sys.argv[2], text="question"),
-    sqs.query_sites(model),
-    sqs.TrainingConfig(
-        sae=sqs.sae.TopK(d_sae_per_head=16, k=3),
-        training_tokens=60 * 32,
-        train_batch_size_tokens=32,
-        context_size=16,
-        n_batches_in_buffer=4,
-        checkpoint_every=7,
-        metric_tokens=64,
-    ),
-    out=sys.argv[3],
-    resume=True,
-)
+run_of_60_steps(*map(Path, sys.argv[1:]))
 """
 
 
@@ -301,29 +302,25 @@ def steps_until(process: subprocess.Popen, last: int) -> list[int]:
     return steps
 
 
-@pytest.fixture(scope="module")
-def never_stopped(tiny_folder, tmp_path_factory):
-    """What a process writes that is left alone."""
-    folder = tmp_path_factory.mktemp("whole")
-    with started(tiny_folder, folder, "saes") as process:
-        assert steps_until(process, -1)[0] <= 2
-        assert process.wait(60) == 0
-    return sqs.QuerySAEs.load(folder / "saes")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_is_killed_goes_on_where_it_was(tiny_folder, never_stopped, tmp_path, kind):
+def test_a_process_that_is_killed_thrice_ends_with_the_weights_of_one_never_stopped(
+    tiny_folder, tmp_path
+):
+    out, first = tmp_path / "saes", 1
+    for kind, last in ((signal.SIGKILL, 16), (signal.SIGINT, 30), (signal.SIGTERM, 44)):
+        with started(tiny_folder, tmp_path, "saes") as process:
+            steps = steps_until(process, last)
+            assert first - 2 <= steps[0] <= first, "more was lost than the steps since a state"
+            assert steps[-1] == last
+            process.send_signal(kind)
+            assert process.wait(60) != 0
+        assert not out.exists()
+        first = last
     with started(tiny_folder, tmp_path, "saes") as process:
-        assert steps_until(process, 23)[-1] == 23
-        process.send_signal(kind)
-        assert process.wait(60) != 0
-    assert not (tmp_path / "saes").exists()
-    with started(tiny_folder, tmp_path, "saes") as process:
-        first = steps_until(process, -1)[0]
-        assert 21 <= first <= 23, "more was lost than the steps since the last state"
+        steps_until(process, -1)
         assert process.wait(60) == 0
-    assert_equal(sqs.QuerySAEs.load(tmp_path / "saes"), never_stopped)
+    run_of_60_steps(tiny_folder, tmp_path / "texts.csv", tmp_path / "whole")
+    assert_equal(sqs.QuerySAEs.load(out), sqs.QuerySAEs.load(tmp_path / "whole"))
 
 
 def test_no_signal_handler_is_left_behind(tiny_models, tmp_path):

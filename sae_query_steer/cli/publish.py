@@ -8,7 +8,6 @@ import tyro
 
 from sae_query_steer.cli.options import (
     FLAT,
-    ExampleOptions,
     Model,
     Output,
     Texts,
@@ -107,11 +106,6 @@ def bundle(
     saes: Path,
     targets: Path | None = None,
     steerer: Path | None = None,
-    csv: Path | None = None,
-    prompt: str | None = None,
-    response: str | None = None,
-    label: str | None = None,
-    bloom: bool = False,
     evaluation: Path | None = None,
     model_name: str | None = None,
     license: str | None = None,
@@ -125,30 +119,18 @@ def bundle(
         saes: Folder that `train` wrote.
         targets: Folder that `targets` wrote.
         steerer: Folder that `save_steerer` wrote.
-        csv: The labelled texts, of which a hash is stored; needs --prompt and --label.
-        prompt: Column of the prompt, or a template.
-        response: Column or template of the response, if any.
-        label: Column of the class.
-        bloom: Read the labels as Bloom levels.
         evaluation: CSV with a table of scores.
         model_name: The model's name on the hub.
         license: Licence, such as mit.
         note: A paragraph for the model card.
     """
     output.check("bundle.json")
-    given = None
-    if csv is not None:
-        if prompt is None or label is None:
-            raise ValueError("--csv needs --prompt and --label: name the columns")
-        given = ExampleOptions(csv=csv, prompt=prompt, label=label, response=response, bloom=bloom)
-        given.check()
     import pandas as pd
 
     from sae_query_steer.hub import save_bundle
     from sae_query_steer.steering import files
     from sae_query_steer.targets.centroids import CentroidTargets
 
-    examples = None if given is None else given.read()
     table = None if evaluation is None else pd.read_csv(evaluation)
     centroids = None if targets is None else CentroidTargets.load(targets)
     stored = None if steerer is None else files.load_steerer(steerer, follow_references=True)
@@ -164,7 +146,6 @@ def bundle(
         encoders,
         targets=centroids,
         steerer=made,
-        examples=examples,
         evaluation=table,
         model_name=model_name,
         license=license,

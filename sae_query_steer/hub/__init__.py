@@ -1,9 +1,8 @@
 """Bundles: SAEs, centroids and a steerer in one folder, for the hub and for SAELens's registry."""
 
-from sae_query_steer.hub.bundle import Bundle, load_bundle
+from sae_query_steer.hub.bundle import Bundle, load_bundle, save_bundle
 from sae_query_steer.hub.hub import Upload, from_pretrained, push_to_hub
 from sae_query_steer.hub.registry import registry_entry
-from sae_query_steer.hub.saving import save_bundle
 
 __all__ = [
     "Bundle",

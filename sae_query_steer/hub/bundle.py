@@ -1,44 +1,64 @@
-"""`Bundle` and `load_bundle`: the parts of a bundle, read back and checked together."""
+"""`Bundle`, `save_bundle`, `load_bundle`: SAEs, centroids, steerer and scores in one folder."""
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from sae_lens import TrainingSAE
 
-from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.hub.card import model_card
 from sae_query_steer.hub.layout import (
+    BUNDLE,
+    CARD,
     CENTROIDS,
     EVALUATION,
     FINGERPRINT,
+    HEADS,
     LAYERS,
     STEERER,
-    DataFacts,
+    BundleIndex,
     Evaluation,
     ModelFacts,
     check_files,
+    head_folders,
+    list_files,
     read_index,
 )
 from sae_query_steer.models.fingerprint import (
     Fingerprint,
+    check_queries,
     check_reconstructions,
     default_tolerance,
     dtype_name,
     read_fingerprint,
-    relative_difference,
 )
-from sae_query_steer.models.loading import model_name
+from sae_query_steer.models.loading import model_name as name_of
 from sae_query_steer.sae.collection import QuerySAEs
-from sae_query_steer.steering.files import steerer_from_settings
+from sae_query_steer.sae.core import QueryHeadSAE
+from sae_query_steer.sae.encoders import encoder_sites
+from sae_query_steer.sae.heads import PLAIN, split_heads
+from sae_query_steer.steering.files import steerer_from_settings, steerer_settings
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
-from sae_query_steer.storage.records import read_json, read_record
-from sae_query_steer.storage.tensors import FLOATS, INTEGERS, read_tensors
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import (
+    read_json,
+    read_record,
+    rows_table,
+    table_rows,
+    write_json,
+    write_record,
+)
+from sae_query_steer.storage.tensors import read_tensors, write_tensors
 from sae_query_steer.targets.centroids import CentroidTargets
-from sae_query_steer.targets.fingerprint import check_shapes, reconstructions
+from sae_query_steer.targets.fingerprint import (
+    check_belongs,
+    check_devices,
+    check_shapes,
+    reconstructions,
+    take_fingerprint,
+)
 
 _SIZES = ("n_layers", "n_heads", "d_head", "d_model", "d_vocab")
 
@@ -62,49 +82,30 @@ class Bundle:
     model: ModelFacts
     """Name, sizes and number format of the model that it was made on."""
 
-    data: DataFacts | None
-    """Number, classes and hash of the labelled examples, if they were recorded."""
-
     fingerprint: Fingerprint
     """The model's queries on fixed tokens, and the SAEs' reconstructions of them."""
 
-    def check(self, model: Any, examples: Iterable[LabelledExample] | None = None) -> None:
-        """Raise unless the bundle was made on this model, and with these examples in any order.
+    def check(self, model: Any) -> None:
+        """Raise unless the bundle was made on this model, by its sizes and its fingerprint.
 
         The model's name does not count: it is another on the hub than in a folder.
 
         Raises:
-            ValueError: another model, or other examples; the message shows both sides.
+            ValueError: another model; the message shows both sides.
         """
-        self._check_model(model)
-        if examples is None:
-            return
-        if self.data is None:
-            raise ValueError("the bundle records no examples: it was saved without examples=")
-        if self.data != (here := data_facts(examples)):
-            raise ValueError(
-                f"other examples than the bundle's:\n  in the bundle: {self.data}"
-                f"\n  here:          {here}\nTake the same texts and labels, or make new centroids"
-            )
-
-    def _check_model(self, model: Any) -> None:
         here, stored = model_facts(model), self.fingerprint
-        sides = f"\n  in the bundle: {self.model}\n  here:          {here}"
-        remedy = "\nLoad the model that the bundle names, or train SAEs on yours"
-        if any(getattr(self.model, size) != getattr(here, size) for size in _SIZES):
-            raise ValueError(f"another model than the bundle's:{sides}{remedy}")
-        if int(stored.tokens.max()) >= here.d_vocab:
-            raise ValueError(f"the bundle's fingerprint has tokens outside the vocabulary:{sides}")
-        queries = read_fingerprint(model, stored.queries, stored.tokens)
-        tolerance = default_tolerance(here.dtype, stored.dtype)
-        lines = [
-            f"\n  at {name} the queries differ by {difference:.3g} (relative), allowed is "
-            f"{tolerance:g}"
-            for name, query in queries.items()
-            if not (difference := relative_difference(query, stored.queries[name])) <= tolerance
-        ]
-        if lines:
-            raise ValueError(f"another model than the bundle's:{sides}{''.join(lines[:3])}{remedy}")
+        try:
+            for size in _SIZES:
+                if getattr(self.model, size) != getattr(here, size):
+                    raise ValueError(f"{size} differs")
+            queries = read_fingerprint(model, stored.queries, stored.tokens)
+            tolerance = default_tolerance(here.dtype, stored.dtype)
+            check_queries(stored, queries, tolerance=tolerance)
+        except ValueError as error:
+            raise ValueError(
+                f"another model than the bundle's:\n  in the bundle: {self.model}\n  here:"
+                f"          {here}\n{error}"
+            ) from error
 
 
 def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = None) -> Bundle:
@@ -131,7 +132,12 @@ def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = N
     saes = QuerySAEs.load(folder / LAYERS, device=device)
     if tuple(saes) != index.hook_names:
         raise ValueError(f"{folder} lists {index.hook_names} and holds SAEs at {list(saes)}")
-    fingerprint = _read_fingerprint(folder, index.hook_names, index.model.dtype)
+    expected = Fingerprint.expected_tensors(index.hook_names)
+    tensors = read_tensors(folder, FINGERPRINT, expected)
+    try:
+        fingerprint = Fingerprint.from_tensors(tensors, index.hook_names, index.model.dtype)
+    except ValueError as error:
+        raise ValueError(f"{folder / FINGERPRINT} is damaged: {error}") from error
     stored = {name: query.to(device) for name, query in fingerprint.queries.items()}
     dtypes = {str(sae.dtype).removeprefix("torch.") for sae in saes.values()}
     tolerance = default_tolerance(fingerprint.dtype, *dtypes)
@@ -158,7 +164,6 @@ def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = N
         steerer=steerer,
         evaluation=evaluation,
         model=index.model,
-        data=index.data,
         fingerprint=fingerprint,
     )
     if model is not None:
@@ -166,40 +171,129 @@ def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = N
     return bundle
 
 
-def _read_fingerprint(folder: Path, hook_names: tuple[str, ...], dtype: str) -> Fingerprint:
-    expected = {f"{part}.{n}": (FLOATS, None) for n in hook_names for part in _PARTS}
-    tensors = read_tensors(folder, FINGERPRINT, expected | {"tokens": (INTEGERS, None)})
-    queries, made = ({n: tensors[f"{part}.{n}"] for n in hook_names} for part in _PARTS)
-    try:
-        return Fingerprint(
-            tokens=tensors["tokens"], queries=queries, reconstructions=made, dtype=dtype
-        )
-    except ValueError as error:
-        raise ValueError(f"{folder / FINGERPRINT} is damaged: {error}") from error
-
-
-_PARTS = ("query", "reconstruction")
-
-
 def model_facts(model: Any, name: str | None = None) -> ModelFacts:
     """Return a model's name, sizes and number format."""
     sizes = {size: int(getattr(model.cfg, size)) for size in _SIZES}
-    return ModelFacts(name=name or model_name(model), dtype=dtype_name(model), **sizes)
+    return ModelFacts(name=name or name_of(model), dtype=dtype_name(model), **sizes)
 
 
-def data_facts(examples: Iterable[LabelledExample]) -> DataFacts:
-    """Return the number of labelled examples, of each class, and a hash that ignores their order.
+def save_bundle(
+    folder: str | Path,
+    model: Any,
+    saes: QuerySAEs,
+    *,
+    targets: CentroidTargets | None = None,
+    steerer: LatentGradientSteerer | None = None,
+    evaluation: pd.DataFrame | None = None,
+    model_name: str | None = None,
+    license: str | None = None,
+    note: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Write a bundle, whole or not at all: SAEs, and what there is beside them.
+
+    Args:
+        folder: the folder to make.
+        model: the model that the SAEs were trained on: its fingerprint is taken.
+        saes: the SAEs; those of an architecture that SAELens knows are also written head by head.
+        targets: centroids of these SAEs; None takes those of the steerer.
+        steerer: a steerer over exactly these SAEs and centroids.
+        evaluation: a table of scores, such as that of `evaluate_saes` or of a sweep; numbers and
+            texts, and an index with meaning becomes columns.
+        model_name: the model's name on the hub, such as "mistralai/Mistral-7B-Instruct-v0.1"; None
+            takes that by which it was loaded. With a slash the card names it as base model.
+        license: licence of the bundle by its name on the hub, such as "mit".
+        note: a paragraph for the card: what it is for, and what you saw.
+        overwrite: replace a bundle that is there.
 
     Raises:
-        TypeError: something else than labelled examples.
+        FileExistsError: the folder exists and `overwrite` is False, or it is something else.
+        TypeError: SAEs that are not those of all heads, or are still in training.
+        ValueError: the SAEs, the centroids or the steerer do not belong together or to the model,
+            a setting of the steerer is a function of your own, or the table can't be written.
     """
-    given = list(examples)
-    if not all(isinstance(example, LabelledExample) for example in given):
-        kinds = sorted({type(example).__name__ for example in given})
-        raise TypeError(f"examples must be LabelledExample (their texts are hashed), got {kinds}")
-    texts = sorted(json.dumps([str(e.label), e.prompt, e.response]) for e in given)
-    return DataFacts(
-        n_examples=len(given),
-        classes=dict(sorted(Counter(str(e.label) for e in given).items())),
-        sha256=hashlib.sha256("\n".join(texts).encode()).hexdigest(),
-    )
+    if steerer is not None and targets is None:
+        targets = steerer.targets
+    _check_together(model, saes, targets, steerer)
+    settings = None if steerer is None else steerer_settings(steerer)
+    facts = model_facts(model, model_name)
+    evaluation = None if evaluation is None else _readable(evaluation)
+    with new_folder(folder, overwrite=overwrite, holding=BUNDLE) as new:
+        saes.save(new / LAYERS)
+        for name, sae in saes.items():
+            if sae.cfg.architecture() in PLAIN:
+                for head, one in enumerate(split_heads(sae)):
+                    one.cfg.metadata.model_name = facts.name
+                    one.cfg.metadata.hook_name = name
+                    one.save_model(new / HEADS / f"{name}.{head}")
+        if targets is not None:
+            targets.save(new / CENTROIDS)
+        if settings is not None:
+            write_json(new / STEERER, settings)
+        if evaluation is not None:
+            write_record(new / EVALUATION, Evaluation(rows=evaluation))
+        write_tensors(new / FINGERPRINT, take_fingerprint(model, saes).to_tensors())
+        files = list_files(new)
+        index = BundleIndex(
+            format="sae_query_steer.bundle/1",
+            sae_query_steer=version("sae-query-steer"),
+            model=facts,
+            hook_names=tuple(saes),
+            files=files,
+        )
+        card = model_card(
+            saes,
+            facts,
+            targets=targets,
+            steerer=settings,
+            evaluation=evaluation,
+            heads=head_folders(files),
+            license=license,
+            note=note,
+        )
+        (new / CARD).write_text(card, encoding="utf-8")
+        write_record(new / BUNDLE, index)
+
+
+def _check_together(
+    model: Any,
+    saes: QuerySAEs,
+    targets: CentroidTargets | None,
+    steerer: LatentGradientSteerer | None,
+) -> None:
+    if not isinstance(saes, QuerySAEs):
+        raise TypeError(
+            f"saes is a {type(saes).__name__}: give QuerySAEs, such as of QuerySAEs.load"
+        )
+    for name, site in encoder_sites(saes).items():
+        site.check(model)
+        if not isinstance(saes[name], QueryHeadSAE) or isinstance(saes[name], TrainingSAE):
+            raise TypeError(f"the SAE at {name} is still in training: give to_inference(sae)")
+    check_devices(model, saes)
+    if steerer is not None:
+        if steerer.targets is not targets:
+            raise ValueError("the steerer has other centroids than targets=: give one of the two")
+        if steerer.saes.keys() != saes.keys() or any(steerer.saes[n] is not saes[n] for n in saes):
+            raise ValueError(
+                f"the steerer's SAEs are at {list(steerer.saes)} and not the bundle's, at "
+                f"{list(saes)}: make it over the bundle's SAEs, with layers=[...] to steer some"
+            )
+    if targets is not None:
+        check_shapes(targets, saes)
+        check_belongs(model, saes, targets)
+
+
+def _readable(evaluation: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of which nothing is lost when it is written and read back."""
+    has_index = not isinstance(evaluation.index, pd.RangeIndex)
+    table = evaluation.reset_index() if has_index else evaluation
+    if not len(table) or not table.columns.is_unique:
+        raise ValueError(
+            f"evaluation must have rows, and different names of columns, got {len(table)} rows and "
+            f"the columns {list(table.columns)}"
+        )
+    try:
+        rows_table(table_rows(table))
+    except ValueError as error:
+        raise ValueError(f"evaluation cannot be saved: {error}; make such cells text") from error
+    return table

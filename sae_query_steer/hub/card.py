@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
-from sae_query_steer.hub.layout import DataFacts, ModelFacts
+from sae_query_steer.hub.layout import ModelFacts
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.storage.markdown import markdown_table
 from sae_query_steer.targets.centroids import CentroidTargets
@@ -30,7 +30,6 @@ def model_card(
     saes: QuerySAEs,
     model: ModelFacts,
     *,
-    data: DataFacts | None,
     targets: CentroidTargets | None,
     steerer: Mapping[str, Any] | None,
     evaluation: pd.DataFrame | None,
@@ -43,7 +42,6 @@ def model_card(
     Args:
         saes: its SAEs, with their metrics and settings where these are known.
         model: the model that they were trained on.
-        data: the labelled examples of its centroids.
         targets: its centroids.
         steerer: the settings of its steerer.
         evaluation: its table of scores.
@@ -73,21 +71,17 @@ def model_card(
         sizes=sorted(sizes),
         settings=saes.settings and json.dumps(saes.settings, indent=1),
         metrics=_table(saes.metrics if saes.measured else None),
-        centroids=targets and _centroids(targets, data),
+        centroids=targets and _centroids(targets),
         steerer=steerer and json.dumps(steerer, indent=1),
         evaluation=_table(evaluation),
     )
     return str(card)
 
 
-def _centroids(targets: CentroidTargets, data: DataFacts | None) -> str:
-    counts = ", ".join(
-        f"{label} {int(n)}" for label, n in zip(targets.classes, targets.counts, strict=True)
-    )
-    text = f"Mean and variance of each class's latents; span `{targets.span}`; tokens: {counts}."
-    if data is not None:
-        text += f" Of {data.n_examples} labelled examples (SHA-256 `{data.sha256}`)."
-    return text
+def _centroids(targets: CentroidTargets) -> str:
+    pairs = zip(targets.classes, targets.counts, strict=True)
+    counts = ", ".join(f"{label} {int(n)}" for label, n in pairs)
+    return f"Mean and variance of each class's latents; span `{targets.span}`; tokens: {counts}."
 
 
 def _table(table: pd.DataFrame | None) -> str | None:

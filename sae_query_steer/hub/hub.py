@@ -19,7 +19,6 @@ from huggingface_hub.errors import (
     DryRunError,
     EntryNotFoundError,
     LocalEntryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -85,63 +84,43 @@ def push_to_hub(
     validate_repo_id(repo_id)
     folder = Path(folder)
     load_bundle(folder)
-    index = read_index(folder)
-    files = index.files
-    check_files(folder, {n: files[n] for n in files.keys() - index.shared.keys()})
-    card = _card(folder).replace(REPOSITORY, repo_id).encode()
+    files = read_index(folder).files
+    check_files(folder, files)
+    card = inside(folder, CARD)
     sizes = {name: listed.bytes for name, listed in files.items()}
-    sizes |= {BUNDLE: (folder / BUNDLE).stat().st_size, CARD: len(card)}
+    sizes |= {name: size_of(inside(folder, name)) for name in (BUNDLE, CARD)}
+    if sizes[CARD] > MAX_JSON:
+        raise ValueError(f"{card} must have at most {MAX_JSON} bytes, got {sizes[CARD]}")
     if dry_run:
         return Upload(repo_id=repo_id, files=sizes, url=None)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.model_info(repo_id).private:
         raise ValueError(
-            f"{repo_id} is there already and public: nothing was sent; make it private on the hub, "
-            "or give another repository"
+            f"{repo_id} exists and is public: nothing was sent; make it private on the hub, or "
+            "give another repository"
         )
-    try:
-        gone = _left_over(api, repo_id, revision, sizes)
-    except RevisionNotFoundError:  # a branch that is to be made begins as main is
-        gone = _left_over(api, repo_id, None, sizes)
-        api.create_branch(repo_id, branch=str(revision))
+    there = set(api.list_repo_files(repo_id))
+    if BUNDLE not in there and (others := sorted(there - {CARD, ".gitattributes"})):
+        raise FileExistsError(
+            f"{repo_id} holds {len(others)} other files, such as {others[0]}, and no bundle: "
+            "nothing was sent; give a repository of its own"
+        )
+    if revision is not None:  # a new branch begins as main
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = set(api.list_repo_files(repo_id, revision=revision))
+    gone: set[str] = set()
+    if BUNDLE in there:
+        earlier = api.hf_hub_download(repo_id, BUNDLE, revision=revision)
+        gone = there & (read_index(Path(earlier).parent).files.keys() - sizes.keys())
+    text = card.read_text(encoding="utf-8").replace(REPOSITORY, repo_id)
     operations = [
         *(CommitOperationDelete(path_in_repo=name) for name in sorted(gone)),
-        *(
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name))
-            for name in (*files, BUNDLE)
-        ),
-        CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card),
+        *(CommitOperationAdd(name, str(folder / name)) for name in (*files, BUNDLE)),
+        CommitOperationAdd(CARD, text.encode()),
     ]
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return Upload(repo_id=repo_id, files=sizes, url=commit.commit_url)
-
-
-def _card(folder: Path) -> str:
-    path = inside(folder, CARD)
-    if size_of(path) > MAX_JSON:
-        raise ValueError(f"{path} has {size_of(path)} bytes: a card is sent up to {MAX_JSON}")
-    return path.read_text(encoding="utf-8")
-
-
-def _left_over(
-    api: HfApi, repo_id: str, revision: str | None, sizes: Mapping[str, int]
-) -> set[str]:
-    """Return what an earlier bundle in a repository listed and the new one does not.
-
-    Raises:
-        FileExistsError: there are other files in it, and no bundle.
-    """
-    there = set(api.list_repo_files(repo_id, revision=revision))
-    if BUNDLE not in there:
-        if others := sorted(there - {CARD, ".gitattributes"}):
-            raise FileExistsError(
-                f"{repo_id} holds {len(others)} other files, such as {others[0]}, and no bundle: "
-                "nothing was sent; give a repository of its own"
-            )
-        return set()
-    index = api.hf_hub_download(repo_id, BUNDLE, revision=revision)
-    return there & (read_index(Path(index).parent).files.keys() - sizes.keys())
 
 
 def from_pretrained(

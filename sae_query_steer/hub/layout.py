@@ -1,7 +1,7 @@
 """Where the parts of a bundle are, and `bundle.json`, the list of its files by size and hash.
 
 README.md                        the model card
-bundle.json                      model, data, sites, and size and SHA-256 of every file below
+bundle.json                      model, sites, and size and SHA-256 of every file below
 fingerprint.safetensors          queries on fixed tokens, which identify the model
 layers/blocks.L.attn.hook_q/     all heads of a layer: a SAELens folder that needs this package
 heads/blocks.L.attn.hook_q.H/    one head: a SAELens folder that plain SAELens reads
@@ -63,19 +63,6 @@ class ModelFacts(Record):
     dtype: str
 
 
-class DataFacts(Record):
-    """The labelled examples that centroids were made of."""
-
-    n_examples: int
-    """Their number."""
-
-    classes: dict[str, int]
-    """Their number by class."""
-
-    sha256: str
-    """Hash of labels and texts; their order does not matter."""
-
-
 class Evaluation(Record):
     """What `evaluation.json` holds."""
 
@@ -91,7 +78,6 @@ class BundleIndex(Record):
     """Version of the package that wrote it."""
 
     model: ModelFacts
-    data: DataFacts | None
     hook_names: tuple[str, ...]
     files: Annotated[dict[FileName, ListedFile], Field(min_length=1, max_length=MAX_FILES)]
 
@@ -132,7 +118,7 @@ def head_folders(files: Iterable[str]) -> dict[str, str]:
     found = {folder.removeprefix(f"{HEADS}/"): folder for folder in folders}
     for name in found:
         if re.fullmatch(r"blocks\.\d+\.attn\.hook_(rot_)?q\.\d+", name) is None:
-            raise ValueError(f"{HEADS}/{name} is not named after a query head's SAE")
+            raise ValueError(f"{HEADS}/{name} must be named after the SAE of a query head")
     return dict(sorted(found.items(), key=lambda item: list(map(int, re.findall(r"\d+", item[0])))))
 
 
@@ -157,18 +143,14 @@ def check_files(folder: Path, files: Mapping[str, ListedFile]) -> None:
     for name, listed in files.items():
         path = inside(folder, name)
         try:
-            size = size_of(path)
+            found = size_of(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder} lacks {name}: fetch it again, whole") from error
-        if size != listed.bytes:  # before a byte is read
+        # The size first, so that a file that is too large is not read.
+        if found != listed.bytes or (found := sha256(path)) != listed.sha256:
             raise ValueError(
-                f"{path} has {size} bytes, the bundle lists {listed.bytes}: fetch the bundle "
-                "again, or save it again"
-            )
-        if sha256(path) != listed.sha256:
-            raise ValueError(
-                f"{path} is not the file that the bundle lists (SHA-256 differs): fetch the "
-                "bundle again, or save it again"
+                f"{path} is not the file that the bundle lists ({listed.bytes} bytes, SHA-256 "
+                f"{listed.sha256}), got {found}: fetch the bundle again, or save it again"
             )
 
 

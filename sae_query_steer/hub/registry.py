@@ -1,19 +1,16 @@
 """The entry of a bundle in SAELens's `pretrained_saes.yaml`, for a pull request there."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from huggingface_hub.utils import validate_repo_id
 
 from sae_query_steer.hub.layout import LAYERS, head_folders, read_index
 from sae_query_steer.sae.collection import INDEX, SAEsIndex
 from sae_query_steer.storage.records import read_record
-
-_LARGEST = 1e9
-"""No number of latents is larger, and NaN is not smaller."""
 
 
 def registry_entry(
@@ -39,43 +36,33 @@ def registry_entry(
         ValueError: the folder is no bundle, or holds no SAE that plain SAELens reads; a name is
             empty; or a Neuronpedia id is of an SAE that it does not hold.
     """
-    folder = Path(folder)
     index = read_index(folder)
     validate_repo_id(repo_id)
     if not release.strip():
-        raise ValueError(f"release={release!r} is not allowed: give its name")
-    heads = head_folders(index.files)
+        raise ValueError(f"release must be the name of the release, got {release!r}")
+    heads, known = head_folders(index.files), dict(neuronpedia or {})
     if not heads:
         raise ValueError(
             f"{folder} holds no SAE of a single head: SAELens has no architecture for these, and "
-            "its registry can't name them"
+            "its registry cannot name them"
         )
-    known = dict(neuronpedia or {})
     if strangers := known.keys() - heads.keys():
         raise ValueError(
-            f"neuronpedia names {sorted(strangers)[0]!r}, which is no SAE of the bundle: its ids "
-            f"are {', '.join(list(heads)[:3])}, ..."
+            f"neuronpedia must have ids of the bundle's SAEs, such as {next(iter(heads))!r}, got "
+            f"{min(strangers)!r}"
         )
-    metrics = _metrics(read_record(folder, f"{LAYERS}/{INDEX}", SAEsIndex).metrics)
+    table = read_record(folder, f"{LAYERS}/{INDEX}", SAEsIndex).metrics
+    rows = [] if table is None else table.to_dict("records")
+    metrics = {(row.get("layer"), row.get("head")): row for row in rows}
     saes = []
     for name, path in heads.items():
         entry: dict[str, Any] = {"id": name, "path": path}
-        hook_name, _, head = name.rpartition(".")
-        row = metrics.get((int(hook_name.split(".")[1]), int(head)), {})
+        row = metrics.get((int(name.split(".")[1]), int(name.rpartition(".")[2])), {})
         for ours, theirs in (("l0", "l0"), ("explained_variance", "variance_explained")):
-            value = row.get(ours)
-            if isinstance(value, float | int) and abs(value) < _LARGEST:
+            if isinstance(value := row.get(ours), float | int) and math.isfinite(value):
                 entry[theirs] = round(float(value), 4)
         if name in known:
             entry["neuronpedia"] = known[name]
         saes.append(entry)
     block = {release: {"repo_id": repo_id, "model": index.model.name, "saes": saes}}
     return yaml.safe_dump(block, sort_keys=False, allow_unicode=True)
-
-
-def _metrics(table: pd.DataFrame | None) -> dict[tuple[int, int], dict[str, Any]]:
-    found = {}
-    for row in [] if table is None else table.to_dict("records"):
-        if type(row.get("head")) is int and type(row.get("layer")) is int:
-            found[row["layer"], row["head"]] = row
-    return found

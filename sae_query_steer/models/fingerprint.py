@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.models.activations import read_activations, without_hooks
+from sae_query_steer.storage.tensors import FLOATS, INTEGERS, Spec
 
+_PARTS = ("query", "reconstruction")
 MAX_TOKENS = 1024
 """Largest number of tokens of a fingerprint that is read from a file; ours have 12."""
 
@@ -58,6 +60,32 @@ class Fingerprint:
                 )
             if not bool(query.isfinite().all() & reconstruction.isfinite().all()):
                 raise ValueError(f"the fingerprint at {name} holds values that are not finite")
+
+    @staticmethod
+    def expected_tensors(hook_names: Iterable[str]) -> dict[str, Spec]:
+        """Return the names and number formats of `to_tensors`."""
+        parts = {f"{part}.{n}": (FLOATS, None) for n in hook_names for part in _PARTS}
+        return parts | {"fingerprint.tokens": (INTEGERS, None)}
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, for a safetensors file."""
+        groups = zip(_PARTS, (self.queries, self.reconstructions), strict=True)
+        tensors = {f"{part}.{name}": t for part, group in groups for name, t in group.items()}
+        return tensors | {"fingerprint.tokens": self.tokens}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], hook_names: Iterable[str], dtype: str
+    ) -> "Fingerprint":
+        """Return the fingerprint whose `to_tensors` are among these.
+
+        Raises:
+            ValueError: the tensors do not fit each other.
+        """
+        names = tuple(hook_names)
+        queries, made = ({n: tensors[f"{part}.{n}"] for n in names} for part in _PARTS)
+        tokens = tensors["fingerprint.tokens"]
+        return cls(tokens=tokens, queries=queries, reconstructions=made, dtype=dtype)
 
 
 def fingerprint_tokens(d_vocab: int) -> Int[Tensor, "2 6"]:

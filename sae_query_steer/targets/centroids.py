@@ -13,7 +13,6 @@ from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import Record, read_record, write_record
 from sae_query_steer.storage.tensors import FLOATS, INTEGERS, read_tensors, write_tensors
 
-_GROUPS = ("mean", "variance", "query", "reconstruction")
 _TENSORS = "centroids.safetensors"
 _SETTINGS = "centroids.json"
 CENTROID_FILES = (_SETTINGS, _TENSORS)
@@ -116,14 +115,17 @@ class CentroidTargets:
         Raises:
             FileExistsError: the folder exists and `overwrite` is False.
         """
-        tensors = {"counts": self.counts, "fingerprint.tokens": self.fingerprint.tokens}
-        for prefix, group in self._groups().items():
-            tensors |= {f"{prefix}.{i}": group[name] for i, name in enumerate(self.means)}
+        names = tuple(self.means)
+        fingerprint = self.fingerprint.to_tensors()
+        expected = Fingerprint.expected_tensors(names)
+        tensors = {"counts": self.counts, **{name: fingerprint[name] for name in expected}}
+        for name in names:
+            tensors |= {f"mean.{name}": self.means[name], f"variance.{name}": self.variances[name]}
         settings = _Settings(
             format="sae_query_steer.centroids/1",
             classes=tuple(str(name) for name in self.classes),
             span=self.span,
-            hook_names=tuple(self.means),
+            hook_names=names,
             model_dtype=self.fingerprint.dtype,
         )
         with new_folder(folder, overwrite=overwrite, holding=_SETTINGS) as new:
@@ -139,36 +141,18 @@ class CentroidTargets:
             ValueError: a file is damaged, of another format, or its parts do not fit.
         """
         settings = read_record(folder, _SETTINGS, _Settings)
-        hook_names = settings.hook_names
-        expected = {name: (INTEGERS, None) for name in ("counts", "fingerprint.tokens")}
-        expected |= {f"{g}.{i}": (FLOATS, None) for g in _GROUPS for i in range(len(hook_names))}
+        names = settings.hook_names
+        expected = {f"{part}.{n}": (FLOATS, None) for n in names for part in ("mean", "variance")}
+        expected |= {"counts": (INTEGERS, None), **Fingerprint.expected_tensors(names)}
         tensors = read_tensors(folder, _TENSORS, expected)
-        means, variances, queries, reconstructions = (
-            {name: tensors[f"{group}.{i}"] for i, name in enumerate(hook_names)}
-            for group in _GROUPS
-        )
         try:
-            fingerprint = Fingerprint(
-                tokens=tensors["fingerprint.tokens"],
-                queries=queries,
-                reconstructions=reconstructions,
-                dtype=settings.model_dtype,
-            )
             return cls(
                 classes=settings.classes,
-                means=means,
-                variances=variances,
+                means={name: tensors[f"mean.{name}"] for name in names},
+                variances={name: tensors[f"variance.{name}"] for name in names},
                 counts=tensors["counts"],
                 span=settings.span,
-                fingerprint=fingerprint,
+                fingerprint=Fingerprint.from_tensors(tensors, names, settings.model_dtype),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error
-
-    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
-        return {
-            "mean": self.means,
-            "variance": self.variances,
-            "query": self.fingerprint.queries,
-            "reconstruction": self.fingerprint.reconstructions,
-        }
