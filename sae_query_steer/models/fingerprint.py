@@ -64,8 +64,8 @@ class Fingerprint:
     @staticmethod
     def expected_tensors(hook_names: Iterable[str]) -> dict[str, Spec]:
         """Return the names and number formats of `to_tensors`."""
-        parts = {f"{part}.{n}": (FLOATS, None) for n in hook_names for part in _PARTS}
-        return parts | {"fingerprint.tokens": (INTEGERS, None)}
+        names = [f"{part}.{name}" for name in hook_names for part in _PARTS]
+        return {**dict.fromkeys(names, (FLOATS, None)), "fingerprint.tokens": (INTEGERS, None)}
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, for a safetensors file."""
