@@ -15,6 +15,12 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "verbose": False}
 
 
 @pytest.fixture
+def model(tiny_models):
+    """One backend: `test_steering` compares the two."""
+    return tiny_models["bridge"]
+
+
+@pytest.fixture
 def make(saes, targets):
     """Make a steerer of layer 2 towards "create", with changes."""
 

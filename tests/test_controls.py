@@ -48,7 +48,7 @@ def test_top_latents_are_those_whose_variance_the_class_explains_best():
         best = sorted(range(7), key=shares.__getitem__)[-2:]
         assert chosen[head].nonzero().flatten().tolist() == sorted(best)
     assert TopLatents(99)(z, goal, NAME, [0, 1, 2]).all()
-    with pytest.raises(ValueError, match="TopLatents.*variances"):
+    with pytest.raises(ValueError, match="variances"):
         TopLatents(2)(z, Goal.towards(goal.centroids, 1), NAME, [0])
 
 
@@ -60,7 +60,7 @@ def test_given_latents_are_chosen_by_hook_name_and_head():
     assert torch.equal(ExceptLatents(latents)(z[:, :2], goal, NAME, [1, 2]), ~chosen)
     assert ExceptLatents({})(z, goal, NAME, [0, 1, 2]).all()
     assert torch.equal(ActiveLatents()(z, goal, NAME, [0, 1, 2]), z > 0)
-    with pytest.raises(ValueError, match=f"no latent 7 at {NAME} head 0: .* 0 to 6"):
+    with pytest.raises(ValueError, match=f"latent at {NAME} head 0 must .* <= 6, got 7"):
         GivenLatents({NAME: {0: [7]}})(z, goal, NAME, [0, 1, 2])
 
 
@@ -72,9 +72,9 @@ def test_gates_are_open_where_their_condition_holds():
     assert torch.equal(below, posterior < value)
     assert below.any() and not below.all()
     assert torch.equal(opened(LatentAbove(3, 0.2), z, goal), z[..., 3] > 0.2)
-    with pytest.raises(ValueError, match=r"\[5, 3\], got \[5, 3, 7\]"):
+    with pytest.raises(ValueError, match=r"\[5, 3\], got torch.bool \[5, 3, 7\]"):
         opened(lambda z, goal: z > 0, z, goal)
-    with pytest.raises(TypeError, match="boolean, got torch.float32"):
+    with pytest.raises(ValueError, match=r"torch.bool \[5, 3\], got torch.float32"):
         opened(lambda z, goal: z[..., 0], z, goal)
 
 
@@ -90,8 +90,8 @@ def test_schedules_give_factors_by_age():
     [
         (lambda age: -age - 1, "0 or more, got -5 to -1"),
         (lambda age: age / 0, "finite"),
-        (lambda age: 3, r"shape \[5\], got 3"),
-        (lambda age: age[:1], r"shape \[5\], got \[1\]"),
+        (lambda age: 3, r"\[5\], got 3"),
+        (lambda age: age[:1], r"\[5\], got torch.float32 \[1\]"),
     ],
 )
 def test_a_schedule_that_gives_no_factors_is_refused(schedule, text):

@@ -15,10 +15,10 @@ LAYERS = (
     {"baselines", "diagnostics", "plots", "toy"},
     {"steering"},
     {"targets", "training"},
-    {"sae"},
-    {"models"},
+    {"models", "sae"},
     {"config", "data", "descent"},
-    {"arguments", "bloom", "scopes", "sites", "storage"},
+    {"scopes", "sites"},
+    {"arguments", "bloom", "storage"},
 )
 """From top to bottom. A folder or root module imports from lower layers and from itself only."""
 

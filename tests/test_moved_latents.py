@@ -282,7 +282,7 @@ def test_other_traces_and_wrong_numbers_are_refused(tiny_models, make, untyped):
         ),
         (
             lambda: deltas(model, make(latents=sqs.control.ExceptLatents({NAME: {3: [16]}}))),
-            "no latent 16 at blocks.2.attn.hook_q head 3: the latents are 0 to 15",
+            "a latent at blocks.2.attn.hook_q head 3 must be a whole number >= 0 and <= 15, got 16",
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(text)):

@@ -10,15 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sae_query_steer as sqs
-from sae_query_steer.scopes.joins import (
-    AllOf,
-    AnyOf,
-    Cuts,
-    Not,
-    all_cases,
-    check_scope,
-    needs_tokens,
-)
+from sae_query_steer.scopes.joins import AllOf, AnyOf, Not, check_scope, needs_tokens
 from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
 from sae_query_steer.scopes.named import (
     EveryPosition,
@@ -82,10 +74,6 @@ def named(tree, row: Row, p: int) -> bool:
     raise AssertionError(tree)
 
 
-class Never(Exception):
-    """A part of a tree was refused as one that can never hold."""
-
-
 def third(positions: Positions) -> torch.Tensor:
     return positions.index % 3 == 1
 
@@ -95,19 +83,12 @@ def build(tree):
     match tree:
         case (("any" | "all") as kind, *parts):
             made = [build(part) for part in parts]
-            classes = {"any": AnyOf, "all": AllOf}
-            try:
-                if len(parts) == 2 and not all(part is third for part in made):
-                    return made[0] | made[1] if kind == "any" else made[0] & made[1]
-                return classes[kind](*made)
-            except ValueError as error:
-                raise Never(tree) from error
+            if len(parts) == 2 and not all(part is third for part in made):
+                return made[0] | made[1] if kind == "any" else made[0] & made[1]
+            return {"any": AnyOf, "all": AllOf}[kind](*made)
         case ("not", part):
             made = build(part)
-            try:
-                return Not(made) if made is third else ~made
-            except ValueError as error:
-                raise Never(tree) from error
+            return Not(made) if made is third else ~made
         case ("mask", lists):
             return RowMask(torch.tensor(lists))
         case ("function",):
@@ -140,7 +121,7 @@ def just(*values):
     return st.sampled_from([(value,) for value in values])
 
 
-DECIDABLE = (
+NAMED = (
     just("every", "last", "response", "prompt")
     | st.tuples(st.just("last k"), st.integers(1, 5))
     | st.tuples(st.just("first n"), st.integers(1, 5))
@@ -218,20 +199,15 @@ def positions_of(valid, tokens, rows, start, stop, at_padding):
 
 
 @pytest.mark.slow
-@settings(max_examples=1100, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data(), batches(), st.integers(-3, 9))
 def test_a_random_scope_names_what_the_slow_reference_names_in_one_pass_and_step_by_step(
     data, batch, at_padding
 ):
     valid, tokens, rows = batch
     width = valid.shape[1]
-    tree = data.draw(expressions(DECIDABLE | marked(len(rows))))
-    try:
-        scope = build(tree)
-    except Never as never:
-        (part,) = never.args
-        assert not any(named(part, row, p) for row in rows for p in range(len(row.tokens)))
-        return
+    tree = data.draw(expressions(NAMED | marked(len(rows))))
+    scope = build(tree)
     check_scope(scope, name="scope", generating=True)
     expected = torch.zeros_like(valid)
     for row in rows:
@@ -245,43 +221,6 @@ def test_a_random_scope_names_what_the_slow_reference_names_in_one_pass_and_step
             for start, stop in zip(edges[:-1], edges[1:], strict=True)
         ]
         assert torch.equal(torch.cat(steps, dim=1), expected)
-
-
-@pytest.mark.slow
-@settings(max_examples=300, deadline=None)
-@given(expressions(DECIDABLE))
-def test_an_expression_is_refused_exactly_when_no_token_of_any_row_is_in_it(tree):
-    # All numbers are below 13: no scope changes beyond, and none of its parts is refused in error.
-    rows = [Row(0, [], prompt) for prompt in range(1, 40)]
-
-    def holds(part):
-        return any(named(part, row, p) for row in rows for p in range(40))
-
-    def parts(part):
-        yield part
-        for inner in part[1:] if part[0] in ("any", "all", "not") else ():
-            yield from parts(inner)
-
-    try:
-        build(tree)
-    except Never as never:
-        assert not holds(never.args[0])
-    else:
-        assert all(map(holds, parts(tree)))
-
-
-def test_the_cases_of_two_cuts_are_all_there_are():
-    cases = all_cases(Cuts(absolute=frozenset({2}), from_prompt_end=frozenset({0})))
-    assert all(p >= 0 and prompt >= 1 for p, prompt in cases)
-    assert {(p >= 2, p >= prompt) for p, prompt in cases} == {
-        (False, False),
-        (False, True),
-        (True, False),
-        (True, True),
-    }
-    # Position 0 is always prompt: a prompt has at least one token.
-    cases = all_cases(Cuts(absolute=frozenset({1}), from_prompt_end=frozenset({0})))
-    assert (False, True) not in {(p >= 1, p >= prompt) for p, prompt in cases}
 
 
 # --- A table to read: 5 tokens of which 3 are prompt, 7 of which 4, 3 that are all prompt.
@@ -330,15 +269,12 @@ def test_tokens_by_position_leave_padding_out():
 
 
 def test_plain_forward_passes_are_told_their_tokens():
-    positions = fixed_positions(3, 7, TOKENS.device, None, VALID, TOKENS)
+    hidden = torch.zeros(3, 7, 4)
+    positions = fixed_positions(hidden, None, VALID, TOKENS)
     assert torch.equal(positions.tokens, ROWS.tokens)
-    assert fixed_positions(3, 7, TOKENS.device, None, VALID).tokens is None
-    text = (
-        "tokens of shape [3, 6] do not fit a forward pass of [batch pos] = [3, 7]: fwd_hooks sees "
-        "whole rows; inside generate use apply"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        fixed_positions(3, 7, TOKENS.device, None, VALID, TOKENS[:, 1:])
+    assert fixed_positions(hidden, None, VALID).tokens is None
+    with pytest.raises(ValueError, match=r"tokens must .* \[3, 7\], got \[3, 6\]: fwd_hooks"):
+        fixed_positions(hidden, None, VALID, TOKENS[:, 1:])
 
 
 def test_scopes_print_as_they_are_written_and_brackets_stand_where_they_are_needed():
@@ -377,7 +313,6 @@ def test_numbers_and_ids_may_come_as_tensors_arrays_and_ranges(untyped):
     assert AtPositions(torch.tensor([3, 7])) == AtPositions(range(3, 8, 4)) == AtPositions([3, 7])
     assert AtPositions([range(1, 2), range(2)]) == AtPositions([[1], [0, 1]])
     assert AfterToken(torch.tensor(5)) == AfterToken(np.int64(5)) == AfterToken([5])
-    assert type(LastPromptTokens(np.int64(3)).k) is int
 
 
 def test_a_mask_that_is_changed_afterwards_does_not_change_the_scope():
@@ -411,189 +346,41 @@ def test_every_scope_is_exported():
 
 # --- What is refused, with the words.
 
-CONTRADICTIONS = {
-    "PromptTokens() & ResponseTokens()": lambda: PromptTokens() & ResponseTokens(),
-    "LastPromptToken() & ResponseTokens()": lambda: LastPromptToken() & ResponseTokens(),
-    "LastPromptTokens(k=3) & FirstResponseTokens(n=3)": lambda: (
-        LastPromptTokens(3) & FirstResponseTokens(3)
-    ),
-    "Window(start=0, stop=3) & Window(start=3, stop=None)": lambda: Window(0, 3) & Window(3),
-    "Window(start=0, stop=1) & ResponseTokens()": lambda: Window(0, 1) & ResponseTokens(),
-    "AtPositions(positions=(3, 7)) & Window(start=4, stop=7)": lambda: (
-        AtPositions([3, 7]) & Window(4, 7)
-    ),
-    "~EveryPosition()": lambda: ~EveryPosition(),
-    "~(PromptTokens() | ResponseTokens())": lambda: ~(PromptTokens() | ResponseTokens()),
-    "LastPromptToken() & ~LastPromptTokens(k=2)": lambda: LastPromptToken() & ~LastPromptTokens(2),
-    "PromptTokens() & AfterToken(token=(9,), inclusive=False) & ResponseTokens()": lambda: AllOf(
-        PromptTokens(), AfterToken(9), ResponseTokens()
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_a_scope_that_can_never_hold_is_refused_where_it_is_written(name):
-    text = (
-        f"{name} can never hold: no position of any row is in it; to steer in one scope or the "
-        "other, join them with |"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        CONTRADICTIONS[name]()
-
-
-def test_what_hangs_on_tokens_rows_or_a_users_function_is_not_refused():
-    mask = RowMask(torch.ones(1, 1).bool())
-    for unknown in (AfterToken(9), AtPositions([[0]]), mask, LastResponseToken()):
-        assert repr(ResponseTokens() & unknown)
-        assert repr(PromptTokens() & ~unknown)
-    assert repr(third & ResponseTokens())
-
 
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (
-            lambda: LastPromptTokens(0),
-            ValueError,
-            "LastPromptTokens: k must be a whole number, 1 or more; got 0",
-        ),
-        (
-            lambda: FirstResponseTokens(0),
-            ValueError,
-            "FirstResponseTokens: n must be a whole number, 1 or more; got 0",
-        ),
-        (
-            lambda: FirstResponseTokens(2.0),
-            TypeError,
-            "FirstResponseTokens: n must be a whole number, 1 or more; got 2.0",
-        ),
-        (
-            lambda: LastPromptTokens(True),
-            TypeError,
-            "LastPromptTokens: k must be a whole number, 1 or more; got True",
-        ),
-        (
-            lambda: Window(-3),
-            ValueError,
-            "Window: start must be a whole number, 0 or more; got -3 (positions count from the "
-            "row's start; see WindowAroundPromptEnd)",
-        ),
-        (
-            lambda: Window(0, "end"),
-            TypeError,
-            "Window: stop must be a whole number, 0 or more; got 'end' (positions count from the "
-            "row's start; see WindowAroundPromptEnd)",
-        ),
-        (
-            lambda: Window(5, 5),
-            ValueError,
-            "Window(start=5, stop=5) names no position: stop is the position after the last, so it "
-            "must be above start; for position 5 alone give stop=6",
-        ),
+        (lambda: LastPromptTokens(0), ValueError, "k must be a whole number >= 1, got 0"),
+        (lambda: LastPromptTokens(True), TypeError, "k must be a whole number >= 1, got True"),
+        (lambda: FirstResponseTokens(2.0), TypeError, "n must be a whole number >= 1, got 2.0"),
+        (lambda: Window(-3), ValueError, "start must be a whole number >= 0, got -3"),
+        (lambda: Window(0, "end"), TypeError, "stop must be a whole number > 0, got 'end'"),
+        (lambda: Window(5, 5), ValueError, "stop must be a whole number > 5, got 5"),
         (
             lambda: WindowAroundPromptEnd(2, -1),
             ValueError,
-            "WindowAroundPromptEnd(start=2, stop=-1) names no position: stop is the position after "
-            "the last, so it must be above start; for position 2 alone give stop=3",
+            "stop must be a whole number > 2, got -1",
         ),
-        (
-            lambda: WindowAroundPromptEnd(0.5),
-            TypeError,
-            "WindowAroundPromptEnd: start must be a whole number; got 0.5",
-        ),
-        (
-            lambda: AtPositions(3),
-            TypeError,
-            "AtPositions(3) is not allowed: give a list of positions, such as [3, 7], or a list of "
-            "lists, one for each row",
-        ),
-        (
-            lambda: AtPositions("37"),
-            TypeError,
-            "AtPositions('37') is not allowed: give a list of positions, such as [3, 7], or a list "
-            "of lists, one for each row",
-        ),
-        (
-            lambda: AtPositions([3, [7]]),
-            TypeError,
-            "AtPositions([3, [7]]) mixes positions and lists of them: give positions for all rows, "
-            "or a list for each row",
-        ),
-        (
-            lambda: AtPositions([3, -1]),
-            ValueError,
-            "AtPositions([3, -1]): a position must be a whole number, 0 or more; got -1",
-        ),
-        (
-            lambda: AtPositions([[3], [1.0]]),
-            TypeError,
-            "AtPositions([[3], [1.0]]): a position must be a whole number, 0 or more; got 1.0",
-        ),
-        (
-            lambda: AtPositions([]),
-            ValueError,
-            "AtPositions([]) names no position: give at least one",
-        ),
-        (
-            lambda: AtPositions([[], []]),
-            ValueError,
-            "AtPositions([[], []]) names no position: give at least one",
-        ),
-        (
-            lambda: RowMask([[True]]),
-            TypeError,
-            "RowMask([[True]]) is not allowed: give a boolean tensor [batch, positions], such as "
-            "tokens == marker",
-        ),
-        (
-            lambda: RowMask(torch.ones(2, 3)),
-            TypeError,
-            "RowMask(torch.float32 [2, 3]) is not allowed: give a boolean tensor [batch, "
-            "positions], such as tokens == marker",
-        ),
-        (
-            lambda: RowMask(torch.ones(3).bool()),
-            TypeError,
-            "RowMask(torch.bool [3]) is not allowed: give a boolean tensor [batch, positions], "
-            "such as tokens == marker",
-        ),
-        (
-            lambda: RowMask(torch.zeros(2, 3).bool()),
-            ValueError,
-            "the RowMask of [2, 3] names no position: it is False everywhere",
-        ),
-        (
-            lambda: AfterToken(-1),
-            ValueError,
-            "AfterToken(-1): an id must be a whole number, 0 or more; got -1 (text becomes ids by "
-            "model.to_tokens or the tokenizer)",
-        ),
-        (
-            lambda: AfterToken("###"),
-            TypeError,
-            "AfterToken('###'): an id must be a whole number, 0 or more; got '###' (text becomes "
-            "ids by model.to_tokens or the tokenizer)",
-        ),
-        (
-            lambda: AfterToken([]),
-            ValueError,
-            "AfterToken([]) has no marker: give at least one id",
-        ),
-        (lambda: AllOf(), ValueError, "AllOf() needs at least one scope; got none"),
-        (
-            lambda: PromptTokens() & Window,
-            TypeError,
-            "scope=Window is a class: write scope=Window()",
-        ),
-        (
-            lambda: Not(PromptTokens),
-            TypeError,
-            "scope=PromptTokens is a class: write scope=PromptTokens()",
-        ),
+        (lambda: WindowAroundPromptEnd(0.5), TypeError, "start must be a whole number, got 0.5"),
+        (lambda: AtPositions(3), ValueError, "positions must be a list such as [3, 7]"),
+        (lambda: AtPositions("37"), TypeError, "positions must be a whole number >= 0, got '37'"),
+        (lambda: AtPositions([3, -1]), ValueError, "positions must be a whole number >= 0, got -1"),
+        (lambda: AtPositions([[3], [1.0]]), TypeError, "positions must be a whole number >= 0"),
+        (lambda: AtPositions([]), ValueError, "positions must be a list such as [3, 7]"),
+        (lambda: AtPositions([[], []]), ValueError, "one for each row, got ((), ())"),
+        (lambda: RowMask(torch.ones(2, 3)), ValueError, "mask must be a boolean tensor"),
+        (lambda: RowMask(torch.ones(3).bool()), ValueError, "got torch.bool [3]"),
+        (lambda: RowMask(torch.zeros(2, 3).bool()), ValueError, "True somewhere"),
+        (lambda: AfterToken(-1), ValueError, "token must be a whole number >= 0, got -1"),
+        (lambda: AfterToken("###"), TypeError, "token must be a whole number >= 0, got '###'"),
+        (lambda: AfterToken([]), ValueError, "token must have at least one id"),
+        (lambda: AllOf(), ValueError, "AllOf must have at least one scope"),
+        (lambda: PromptTokens() & Window, TypeError, "scope must be a scope, such as"),
+        (lambda: Not(PromptTokens), TypeError, "scope must be a scope, such as"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_construction(untyped, make, error, text):
-    with pytest.raises(error, match=f"^{re.escape(text)}$"):
+    with pytest.raises(error, match=re.escape(text)):
         make()
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.goals import Goal, Latents
-from sae_query_steer.descent.objectives import check_result, posterior_of_target
+from sae_query_steer.descent.objectives import posterior_of_target
+from sae_query_steer.scopes.positions import check_result
 
 Gate: TypeAlias = Callable[[Tensor, Goal], Tensor]
 """From latents [token head d_latent] and the goal to True where to steer, [token head]."""
@@ -58,7 +59,6 @@ class ActiveLatents:
         self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]
     ) -> Bool[Tensor, "*batch head d_latent"]:
         """Return where `z` is not zero."""
-        del goal, hook_name, heads
         return z != 0
 
 
@@ -82,11 +82,8 @@ class TopLatents:
         Raises:
             ValueError: the goal has no variances.
         """
-        del z, hook_name, heads
-        if goal.variances is None:
-            raise ValueError(f"{self!r} needs the class variances: use Goal(variances=...)")
         between = goal.centroids.var(0, correction=0)
-        total = between + goal.variances.mean(0)
+        total = between + goal.known_variances.mean(0)
         share = torch.where(total > 0, between / total, 0.0)
         best = share.topk(min(self.m, share.shape[-1]), dim=-1).indices
         return torch.zeros_like(share, dtype=torch.bool).scatter(-1, best, True)
@@ -110,7 +107,6 @@ class GivenLatents:
         Raises:
             ValueError: a latent that does not exist.
         """
-        del goal
         return _given(self.latents, z, hook_name, heads)
 
 
@@ -135,7 +131,6 @@ class ExceptLatents:
         Raises:
             ValueError: a latent that does not exist.
         """
-        del goal
         return ~_given(self.latents, z, hook_name, heads)
 
 
@@ -169,7 +164,6 @@ class LatentAbove:
 
     def __call__(self, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
         """Return where to steer."""
-        del goal
         return z[..., self.latent] > self.value
 
 
@@ -207,14 +201,9 @@ def opened(gate: Gate, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
     """Return where a gate allows steering.
 
     Raises:
-        TypeError: the gate does not return booleans.
-        ValueError: it does not return one for each token and head.
+        ValueError: the gate does not return a boolean for each token and head.
     """
-    where = gate(z, goal)
-    check_result(where, z.shape[:-1], f"the value of {gate!r}")
-    if where.dtype != torch.bool:
-        raise TypeError(f"the value of {gate!r} must be boolean, got {where.dtype}")
-    return where
+    return check_result(gate(z, goal), z.shape[:-1], f"the value of {gate!r}", torch.bool)
 
 
 def _check_latents(latents: Any) -> None:
@@ -232,10 +221,7 @@ def _given(latents: LatentsByHead, z: Latents, hook_name: str, heads: Sequence[i
     chosen = torch.zeros(z.shape[-2:], dtype=torch.bool, device=z.device)
     for place, head in enumerate(heads):
         for latent in latents.get(hook_name, {}).get(head, ()):
-            if not 0 <= latent < z.shape[-1]:
-                raise ValueError(
-                    f"no latent {latent} at {hook_name} head {head}: the latents are 0 to "
-                    f"{z.shape[-1] - 1}"
-                )
+            name = f"a latent at {hook_name} head {head}"
+            check_number(name, latent, whole=True, least=0, most=z.shape[-1] - 1)
             chosen[place, latent] = True
     return chosen

@@ -1,6 +1,5 @@
 """The goal of a descent: the centroid of each class, and a weight for each class."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +8,8 @@ import torch
 from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from sae_query_steer.arguments import check_number
 
 Latents = Float[Tensor, "*batch head d_latent"]
 """Latents of some heads of a site."""
@@ -45,6 +46,13 @@ class Goal:
         weights = torch.zeros(len(centroids), dtype=centroids.dtype, device=centroids.device)
         weights[target] = 1
         return cls(centroids=centroids, weights=weights, variances=variances)
+
+    @property
+    def known_variances(self) -> Centroids:
+        """`variances`, or a ValueError without any."""
+        if self.variances is None:
+            raise ValueError("this objective or choice of latents needs Goal(variances=...)")
+        return self.variances
 
     @cached_property
     def total(self) -> Float[Tensor, "*batch 1 1"]:
@@ -116,8 +124,7 @@ def weights_of(target: Target, classes: tuple[str, ...]) -> Float[Tensor, " clas
     for name, weight in named.items():
         if name not in classes:
             raise ValueError(f"no class {str(name)!r}: the classes are {list(classes)}")
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of {str(name)!r} must be finite, got {weight}")
+        check_number(f"the weight of {str(name)!r}", weight)
     if not any(named.values()):
         raise ValueError(f"target must have a weight other than 0, got {named}")
     return torch.tensor([float(named.get(name, 0.0)) for name in classes])

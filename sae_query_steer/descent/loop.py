@@ -10,31 +10,38 @@ The plain loop takes any objective. Some objectives allow faster methods with th
 - prototype with a lower bound: the same loop in place, with fewer operations per step.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.control import Bounds
-from sae_query_steer.descent.fast import fast_descent, max_steps
 from sae_query_steer.descent.goals import Goal, Latents
-from sae_query_steer.descent.objectives import Objective, check_result, posterior_of_target
+from sae_query_steer.descent.objectives import (
+    CentroidContrast,
+    LinearProbe,
+    Objective,
+    PrototypeLogLikelihood,
+    SquaredDistance,
+    posterior_of_target,
+)
+from sae_query_steer.scopes.positions import check_result
 
 Steps = int | Int[Tensor, "*batch"]
 StepSize = float | Float[Tensor, "*batch"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DescentResult:
+class DescentResult(NamedTuple):
     """The final latents, and the loss of every step if recorded."""
 
     z: Latents
     """The latents after the last step."""
 
-    loss: Float[Tensor, "steps *batch head"] | None
+    loss: Float[Tensor, "steps *batch head"] | None = None
     """Loss before the first step and after each: `n_steps + 1` rows; None unless recorded."""
 
 
@@ -69,21 +76,20 @@ def descend(
     Source: arXiv 2502.18644 for gradient descent in the latent space; the projection onto the
     SAE's latent range and the faster methods are our choice.
     """
-    bounds = Bounds() if bounds is None else bounds
+    bounds = bounds or Bounds()
     if isinstance(n_steps, int) and isinstance(step_size, int | float):
         check_number("n_steps", n_steps, whole=True, least=0)
         check_number("step_size", step_size, least=0)
         if (n_steps == 0 or step_size == 0) and not record_loss:
-            return DescentResult(z=z, loss=None)
-    fast = fast_descent(z, goal, objective, _spread(n_steps, z), _spread(step_size, z), bounds)
+            return DescentResult(z)
+    fast = fast_descent(z, goal, objective, n_steps, step_size, bounds)
     if fast is not None and not record_loss:
-        return DescentResult(z=fast, loss=None)
+        return DescentResult(fast)
     slow = plain_descent(z, goal, objective, n_steps, step_size, bounds, record_loss)
     if fast is None or slow.loss is None:
         return slow
     # Recording must not change the result.
-    last = _loss(objective, fast, goal)[None]
-    return DescentResult(z=fast, loss=torch.cat([slow.loss[:-1], last]))
+    return DescentResult(fast, torch.cat([slow.loss[:-1], _loss(objective, fast, goal)[None]]))
 
 
 def plain_descent(
@@ -100,9 +106,10 @@ def plain_descent(
     In each step the movable latents move, then the way from the start is shortened to the trust
     region, then the lower bound is applied; the start satisfies both, so neither undoes the other.
     """
-    start, size, left = z, _spread(step_size, z, tensor=True), _spread(n_steps, z, tensor=True)
-    losses = [_loss(objective, z, goal)] if record_loss else []
-    for step in range(max_steps(left)):
+    left = torch.as_tensor(n_steps, device=z.device)[..., None, None]
+    size = torch.as_tensor(step_size, device=z.device, dtype=z.dtype)[..., None, None]
+    start, losses = z, [_loss(objective, z, goal)] if record_loss else []
+    for step in range(_most(left)):
         gradient = objective.gradient(z, goal)
         check_result(gradient, z.shape, f"the gradient of {objective!r}")
         moves = (left > step) & (size > 0)
@@ -121,19 +128,132 @@ def plain_descent(
         z = torch.where(moves, moved, z)
         if record_loss:
             losses.append(_loss(objective, z, goal))
-    return DescentResult(z=z, loss=torch.stack(losses) if record_loss else None)
-
-
-def _spread(value: Any, z: Tensor, tensor: bool = False) -> Any:
-    """Return a value for each row as [*batch 1 1]; a number as it is, or as a tensor."""
-    if isinstance(value, Tensor):
-        return value.to(z.device)[..., None, None]
-    if not tensor:
-        return value
-    return torch.tensor(value, device=z.device, dtype=z.dtype if isinstance(value, float) else None)
+    return DescentResult(z, torch.stack(losses) if record_loss else None)
 
 
 def _loss(objective: Objective, z: Latents, goal: Goal) -> Tensor:
-    loss = objective.loss(z, goal)
-    check_result(loss, z.shape[:-1], f"the loss of {objective!r}")
-    return loss
+    return check_result(objective.loss(z, goal), z.shape[:-1], f"the loss of {objective!r}")
+
+
+def _most(n_steps: int | Tensor) -> int:
+    if isinstance(n_steps, Tensor):
+        return int(n_steps.max()) if n_steps.numel() else 0
+    return n_steps
+
+
+def fast_descent(
+    z: Latents,
+    goal: Goal,
+    objective: Objective,
+    n_steps: Steps,
+    step_size: StepSize,
+    bounds: Bounds,
+) -> Latents | None:
+    """Return the end of a descent, or None if only the plain loop applies; Args as `descend`."""
+    lower, movable = bounds.lower, bounds.movable
+    if bounds.radius is not None or bounds.until is not None:
+        return None
+    if lower is not None and z.numel() and float(z.detach().min()) < lower:
+        return None  # the first step would raise a latent that a later one can lower again
+    n_steps, step_size = _spread(n_steps, z), _spread(step_size, z)
+    kind = type(objective)  # exactly: a subclass may have another gradient
+    if kind is SquaredDistance:
+        end = _squared_distance(z, goal, n_steps, step_size, lower)
+    elif kind in (CentroidContrast, LinearProbe):
+        end = z - n_steps * step_size * objective.gradient(z, goal)
+        end = end if lower is None else end.clamp(min=lower)
+    elif isinstance(objective, PrototypeLogLikelihood) and kind is PrototypeLogLikelihood:
+        end = _prototype(z, goal, n_steps, step_size, objective.temperature, bounds)
+    else:
+        return None
+    return end if end is None or movable is None else torch.where(movable, end, z)
+
+
+def _spread(value: Any, z: Tensor) -> Any:
+    """Return a value for each row as [*batch 1 1], and a number unchanged."""
+    return value.to(z.device)[..., None, None] if isinstance(value, Tensor) else value
+
+
+def _squared_distance(
+    z: Tensor, goal: Goal, n_steps: Any, step_size: Any, lower: float | None
+) -> Tensor | None:
+    total = goal.total if goal.shared_total is None else goal.shared_total
+    shrink = step_size * total
+    if not torch.as_tensor(total > 0).all():
+        return None
+    if lower is not None and (goal.least_of_point < lower or torch.as_tensor(shrink > 1).any()):
+        return None
+    if not isinstance(shrink, Tensor) and shrink > 2:
+        # It diverges: a tensor overflows to infinity, where a Python number raises.
+        shrink = torch.tensor(shrink, dtype=z.dtype, device=z.device)
+    left = (1 - shrink) ** n_steps
+    # Where left is 1, return the start itself, not up to rounding.
+    if not isinstance(left, Tensor):
+        return z if left == 1 else torch.lerp(z, goal.point, 1 - left)
+    return torch.where(left == 1, z, torch.lerp(z, goal.point, (1 - left).to(z)))
+
+
+def _prototype(
+    z: Tensor, goal: Goal, n_steps: Any, step_size: Any, temperature: float, bounds: Bounds
+) -> Tensor | None:
+    """Descend in place, with few operations per step, over all rows of a head at once."""
+    if z.requires_grad and torch.is_grad_enabled():
+        return None  # in-place operations have no gradient
+
+    def by_head(latents: Tensor) -> Tensor:
+        return rearrange(latents, "... head d -> head (...) d")
+
+    latents = by_head(z).clone(memory_format=torch.contiguous_format)
+    norms, centroids = goal.half_squares, goal.by_head
+    if temperature != 1:
+        norms, centroids = norms / temperature, centroids / temperature
+    # Rows last: the long product is fastest this way.
+    scores = torch.baddbmm(norms, centroids, latents.mT, beta=-1)  # [head class row]
+    basis, take = _steps(goal, n_steps, step_size, temperature, scores)
+    if bounds.lower is None and bounds.movable is None:
+        # The latents stay in the span of the centroids: only the scores need to move.
+        products, moved = centroids @ basis.mT, torch.zeros_like(scores)
+        for step in range(_most(n_steps)):
+            taken = take(step)
+            moved += taken
+            scores.baddbmm_(products, taken, alpha=-1)
+        latents.baddbmm_(moved.mT, basis, alpha=-1)
+        return latents.transpose(0, 1).reshape(z.shape)
+    still = None if bounds.movable is None else ~by_head(bounds.movable.expand(z.shape))
+    start = latents.clone()
+    for step in range(_most(n_steps)):
+        latents.baddbmm_(take(step).mT, basis, alpha=-1)
+        if bounds.lower is not None:
+            latents.clamp_(min=bounds.lower)
+        if still is not None:
+            torch.where(still, start, latents, out=latents)
+        torch.baddbmm(norms, centroids, latents.mT, beta=-1, out=scores)
+    return latents.transpose(0, 1).reshape(z.shape)
+
+
+def _steps(
+    goal: Goal, n_steps: Any, step_size: Any, temperature: float, scores: Tensor
+) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """Return a basis [head class d_latent] and a function `take(step)`: its share [head class row].
+
+    A step subtracts a (s sum_k p_k c_k - c_w) from the latents, a the step size over T. If all rows
+    share weights, steps and sizes, that is sum_k p_k a (s c_k - c_w), because p sums to 1: a step
+    then costs no more than the posterior. `take` reads the current `scores`.
+    """
+    taken, rate, total = torch.empty_like(scores), step_size / temperature, goal.shared_total
+    if total is not None and not isinstance(rate, Tensor) and not isinstance(n_steps, Tensor):
+        basis = rate * (total * goal.by_head - goal.pull[:, None])
+        return basis, lambda _step: torch.softmax(scores, 1, out=taken)
+
+    def by_row(value: Any) -> Tensor:
+        value = torch.atleast_1d(torch.as_tensor(value, device=scores.device))
+        return rearrange(value, "... k -> 1 k (...)")
+
+    wanted, totals, left = by_row(goal.weights), by_row(goal.total[..., 0]), by_row(n_steps)
+    rates = by_row(rate).to(scores)
+
+    def take(step: int) -> Tensor:
+        torch.softmax(scores, 1, out=taken)
+        return taken.mul_(totals).sub_(wanted).mul_(rates * (left > step))
+
+    return goal.by_head, take

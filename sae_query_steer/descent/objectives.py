@@ -6,11 +6,11 @@ independently. With class weights w_k, s = sum_k w_k and c_w = sum_k w_k c_k.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields
+from typing import Protocol, runtime_checkable
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -159,9 +159,7 @@ class GaussianLogLikelihood:
         return z * mixed(weights, precision) - mixed(weights, precision * goal.centroids)
 
     def _precision(self, goal: Goal) -> Centroids:
-        if goal.variances is None:
-            raise ValueError(f"{self!r} needs the class variances: use Goal(variances=...)")
-        return 1 / (goal.variances + self.floor)
+        return 1 / (goal.known_variances + self.floor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,9 +198,6 @@ class AutogradObjective:
     function: Callable[[Tensor, Goal], Tensor] = field(repr=False)
     """From latents [*batch head d_latent] and the goal to a loss [*batch head]."""
 
-    name: str = "function"
-    """Name in the repr."""
-
     def loss(self, z: Latents, goal: Goal) -> Loss:
         """Return the value of the function."""
         return self.function(z, goal)
@@ -210,11 +205,8 @@ class AutogradObjective:
     def gradient(self, z: Latents, goal: Goal) -> Latents:
         """Return its gradient, independently for each row and head."""
         with torch.inference_mode(False), torch.enable_grad():
-            plain = Goal(
-                centroids=goal.centroids.clone(),
-                weights=goal.weights.clone(),
-                variances=None if goal.variances is None else goal.variances.clone(),
-            )
+            tensors = {part.name: getattr(goal, part.name) for part in fields(goal)}
+            plain = Goal(**{name: t if t is None else t.clone() for name, t in tensors.items()})
             leaf = z.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self.function(leaf, plain).sum(), leaf)
         return gradient
@@ -229,8 +221,7 @@ def class_scores(
     in softmax and argmax; leaving it out avoids a loss of precision.
     """
     inner = einsum(z, centroids, "... head d, k head d -> ... head k")
-    norms = rearrange(centroids.square().sum(-1), "k head -> head k")
-    return (inner - norms / 2) / temperature
+    return (inner - centroids.square().sum(-1).mT / 2) / temperature
 
 
 def posterior_of_target(
@@ -252,23 +243,12 @@ def squared_distances(
 
     Computed from the differences: the expanded square is inaccurate close to a centroid.
     """
-    squares = [(z - centroid).square() for centroid in centroids]
-    if precision is not None:
-        squares = [square * scale for square, scale in zip(squares, precision, strict=True)]
-    return torch.stack([square.sum(-1) for square in squares], -1)
+    scales = torch.ones_like(centroids) if precision is None else precision
+    pairs = zip(centroids, scales, strict=True)
+    return torch.stack([((z - c).square() * scale).sum(-1) for c, scale in pairs], -1)
 
 
 def mixed(weights: Float[Tensor, "*batch #head class"], values: Centroids) -> Latents:
     """Return the weighted sum over classes; weights with a head axis of 1 serve all heads."""
     weights = weights.expand(*weights.shape[:-2], values.shape[1], -1)
     return einsum(weights, values, "... head k, k head d -> ... head d")
-
-
-def check_result(value: Any, shape: torch.Size, name: str) -> None:
-    """Raise ValueError unless what a user's function returned is a tensor of this shape.
-
-    A tensor of another shape would be broadcast.
-    """
-    if not isinstance(value, Tensor) or value.shape != shape:
-        given = list(value.shape) if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"{name} must be a tensor of shape {list(shape)}, got {given}")

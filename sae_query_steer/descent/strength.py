@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.descent.control import Schedule
-from sae_query_steer.descent.objectives import check_result
-from sae_query_steer.scopes.positions import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions, check_result
 
 Queries = Float[Tensor, "token head d_head"]
 
@@ -48,8 +47,7 @@ def scheduled(schedule: Schedule, age: Float[Tensor, " token"]) -> Float[Tensor,
     Raises:
         ValueError: the schedule does not return one finite factor, 0 or more, for each token.
     """
-    factors = schedule(age)
-    check_result(factors, age.shape, f"the value of {schedule!r}")
+    factors = check_result(schedule(age), age.shape, f"the value of {schedule!r}")
     if not bool((factors.isfinite() & (factors >= 0)).all()):
         raise ValueError(
             f"the factors of {schedule!r} must be finite and 0 or more, got {factors.min():g} to "
@@ -77,8 +75,8 @@ def limited(
         return torch.where((delta == 0).all(-1, keepdim=True), delta, turned)
     if max_relative_change is None:
         return delta
-    size, most = delta.norm(dim=-1, keepdim=True), queries.norm(dim=-1, keepdim=True)
-    most = max_relative_change * most
+    size = delta.norm(dim=-1, keepdim=True)
+    most = max_relative_change * queries.norm(dim=-1, keepdim=True)
     return torch.where(size > most, delta * (most / size), delta)
 
 

@@ -24,8 +24,7 @@ from sae_query_steer.scopes.positions import (
     PromptLengths,
     as_lengths,
     by_position,
-    check_lengths,
-    expand_lengths,
+    row_lengths,
 )
 
 
@@ -275,8 +274,7 @@ class PositionTracker:
         if run.prompt_lengths is None and generating:
             run.prompt_lengths = run.columns.sum(1)
         if run.prompt_lengths is not None and not run.prompts_fit:
-            run.prompt_lengths = expand_lengths(run.prompt_lengths, batch).to(valid.device)
-            check_lengths(run.prompt_lengths, run.columns)
+            run.prompt_lengths = row_lengths(run.prompt_lengths, run.columns)
             run.prompts_fit = True  # a row only grows: what fits its beginning fits it later on
         tokens = None
         if run.tokens is not None and run.tokens.shape == run.columns.shape:

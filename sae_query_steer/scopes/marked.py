@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_query_steer.scopes.joins import Cuts, Joinable
-from sae_query_steer.scopes.named import check_whole_number
-from sae_query_steer.scopes.positions import Positions, check_rows, known_tokens
+from sae_query_steer.arguments import check_number
+from sae_query_steer.scopes.joins import Joinable
+from sae_query_steer.scopes.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -27,37 +27,13 @@ class AtPositions(Joinable):
     """Absolute positions, the same for all rows, or a list for each row of the batch, in order."""
 
     def __post_init__(self) -> None:
-        given: Any = _as_list(self.positions)
-        if not isinstance(given, list):
-            raise TypeError(
-                f"AtPositions({given!r}) is not allowed: give a list of positions, such as [3, 7], "
-                "or a list of lists, one for each row"
+        given = _counts("positions", self.positions)
+        if not isinstance(given, tuple) or all(row == () for row in given):
+            raise ValueError(
+                "positions must be a list such as [3, 7], or a list of lists, one for each row, "
+                f"got {given!r}"
             )
-        given = [_as_list(part) for part in given]
-        by_row = [isinstance(part, list) for part in given]
-        if any(by_row) and not all(by_row):
-            raise TypeError(
-                f"AtPositions({given!r}) mixes positions and lists of them: give positions for all "
-                "rows, or a list for each row"
-            )
-        name = f"AtPositions({given!r})"
-        rows = [
-            tuple(check_whole_number(name, "a position", number, at_least=0) for number in row)
-            for row in (given if any(by_row) else [given])
-        ]
-        if not any(rows):
-            raise ValueError(f"{name} names no position: give at least one")
-        object.__setattr__(self, "positions", tuple(rows) if any(by_row) else rows[0])
-
-    def _cuts(self) -> Cuts | None:
-        if self._by_row:
-            return None
-        own: Any = self.positions
-        return Cuts(absolute=frozenset(end for p in own for end in (p, p + 1)))
-
-    @property
-    def _by_row(self) -> bool:
-        return isinstance(self.positions[0], tuple)
+        object.__setattr__(self, "positions", given)
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the columns at these positions.
@@ -65,11 +41,11 @@ class AtPositions(Joinable):
         Raises:
             ValueError: there is a list for each row, of another number of rows.
         """
-        index = positions.index
-        if not self._by_row:
-            return torch.isin(index, index.new_tensor(self.positions))
-        check_rows(positions, self, len(self.positions))
-        rows = zip(index, self.positions, strict=True)
+        index, own = positions.index, tuple(self.positions)
+        if not isinstance(own[0], tuple):
+            return torch.isin(index, index.new_tensor(own))
+        _check_rows(positions, self, len(own))
+        rows = zip(index, own, strict=True)
         return torch.stack([torch.isin(row, index.new_tensor(own)) for row, own in rows])
 
 
@@ -85,16 +61,11 @@ class RowMask(Joinable):
     """One row for each row of the batch, in order."""
 
     def __post_init__(self) -> None:
-        mask: Any = self.mask
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
-            came = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-            raise TypeError(
-                f"RowMask({came}) is not allowed: give a boolean tensor [batch, positions], "
-                "such as tokens == marker"
-            )
-        if not bool(mask.any()):
+        mask: Any = torch.as_tensor(self.mask)
+        if mask.dtype != torch.bool or mask.ndim != 2 or not mask.any():
             raise ValueError(
-                f"the RowMask of {list(mask.shape)} names no position: it is False everywhere"
+                "mask must be a boolean tensor [batch, positions], such as tokens == marker, and "
+                f"True somewhere, got {mask.dtype} {list(mask.shape)}"
             )
         object.__setattr__(self, "mask", mask.detach().clone())
 
@@ -108,11 +79,10 @@ class RowMask(Joinable):
         Raises:
             ValueError: the batch has another number of rows.
         """
-        check_rows(positions, self, len(self.mask))
+        _check_rows(positions, self, len(self.mask))
         index, width = positions.index, self.mask.shape[1]
         inside = (index >= 0) & (index < width)
-        marked = self.mask.to(index.device).gather(1, index.clamp(0, width - 1))
-        return inside & marked
+        return inside & self.mask.to(index.device).gather(1, index.clamp(0, width - 1))
 
 
 @dataclass(frozen=True)
@@ -132,25 +102,42 @@ class AfterToken(Joinable):
     """It reads `Positions.tokens`."""
 
     def __post_init__(self) -> None:
-        ids: Any = _as_list(self.token)
-        ids, name = ids if isinstance(ids, list) else [ids], f"AfterToken({ids!r})"
+        ids = _counts("token", self.token)
+        ids = ids if isinstance(ids, tuple) else (ids,)
         if not ids:
-            raise ValueError(f"{name} has no marker: give at least one id")
-        remedy = "text becomes ids by model.to_tokens or the tokenizer"
-        own = (check_whole_number(name, "an id", i, at_least=0, remedy=remedy) for i in ids)
-        object.__setattr__(self, "token", tuple(own))
+            raise ValueError("token must have at least one id, got none")
+        object.__setattr__(self, "token", ids)
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
-        """Return the columns behind the row's first marker."""
-        tokens = known_tokens(positions, self)
+        """Return the columns behind the row's first marker.
+
+        Raises:
+            ValueError: the tokens are not known.
+        """
+        tokens = positions.tokens
+        if tokens is None:
+            raise ValueError(
+                f"{self!r} must know the tokens of each row from its beginning, and this forward "
+                "pass does not show them: give the model text or token ids and no embeddings, "
+                "begin the KV cache inside apply(), and pass tokens=[batch pos] to fwd_hooks()"
+            )
         marker = torch.isin(tokens, tokens.new_tensor(self.token))
-        seen = marker.any(1)
         first = marker.long().argmax(1) + (0 if self.inclusive else 1)
-        return seen[:, None] & (positions.index >= first[:, None])
+        return marker.any(1, keepdim=True) & (positions.index >= first[:, None])
 
 
-def _as_list(value: Any) -> Any:
-    """Return a sequence, tensor or array as a list, and anything else as it is."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+def _counts(name: str, value: Any) -> Any:
+    """Return whole numbers in lists, tensors or arrays, nested ones too, as tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_counts(name, part) for part in value)
+    check_number(name, value, whole=True, least=0)
+    return value
+
+
+def _check_rows(positions: Positions, scope: object, rows: int) -> None:
+    if rows != len(positions.index):
+        raise ValueError(
+            f"{scope!r} is for {rows} rows, the batch has {len(positions.index)}: give all prompts "
+            "in one call of generate(), in order"
+        )

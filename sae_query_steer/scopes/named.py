@@ -3,24 +3,21 @@
 All join with `|`, `&` and `~`, and all mean absolute positions without padding.
 """
 
-import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sae_query_steer.scopes.joins import Cuts, Joinable
-from sae_query_steer.scopes.positions import Positions, known_prompt_lengths
+from sae_query_steer.arguments import check_number
+from sae_query_steer.scopes.joins import Joinable
+from sae_query_steer.scopes.positions import NO_PROMPT, Positions
 
 
 @dataclass(frozen=True)
 class EveryPosition(Joinable):
     """Every real token of the row; never padding."""
-
-    def _cuts(self) -> Cuts:
-        return Cuts()
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the real columns."""
@@ -28,19 +25,20 @@ class EveryPosition(Joinable):
 
 
 class _AroundPromptEnd(Joinable):
-    """Positions between two limits, counted from the prompt's end: 0 is the token after it."""
+    """Positions from `start` up to `stop`, counted from the prompt's end: 0 is the token after it.
 
-    def _limits(self) -> tuple[int | None, int | None]:
-        """Return the first position and the one after the last; None means without limit."""
-        raise NotImplementedError
+    None means without limit.
+    """
 
-    def _cuts(self) -> Cuts:
-        return Cuts(from_prompt_end=frozenset(end for end in self._limits() if end is not None))
+    start: int | None
+    stop: int | None
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the columns whose distance from the prompt's end is within the limits."""
-        from_end = positions.index - known_prompt_lengths(positions, self)[:, None]
-        return _between(from_end, *self._limits())
+        if positions.prompt_lengths is None:
+            raise ValueError(f"{self!r} must know {NO_PROMPT}, or use EveryPosition()")
+        from_end = positions.index - positions.prompt_lengths[:, None]
+        return _between(from_end, self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class PromptTokens(_AroundPromptEnd):
     As a scope it acts once per call of `generate`, on the forward pass that reads the prompt.
     """
 
-    def _limits(self) -> tuple[int | None, int | None]:
-        return None, 0
+    start, stop = None, 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,7 @@ class LastPromptToken(_AroundPromptEnd):
     As a scope it acts once per call of `generate`, on the forward pass that reads the prompt.
     """
 
-    def _limits(self) -> tuple[int | None, int | None]:
-        return -1, 0
+    start, stop = -1, 0
 
 
 @dataclass(frozen=True)
@@ -77,19 +73,22 @@ class LastPromptTokens(_AroundPromptEnd):
     k: int
     """How many, 1 or more."""
 
-    def __post_init__(self) -> None:
-        _store_number(self, "k", at_least=1)
+    stop = 0
 
-    def _limits(self) -> tuple[int | None, int | None]:
-        return -self.k, 0
+    def __post_init__(self) -> None:
+        check_number("k", self.k, whole=True, least=1)
+
+    @property
+    def start(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The first position."""
+        return -self.k
 
 
 @dataclass(frozen=True)
 class ResponseTokens(_AroundPromptEnd):
     """Every token after the prompt: the response of an example, or the generated tokens."""
 
-    def _limits(self) -> tuple[int | None, int | None]:
-        return 0, None
+    start, stop = 0, None
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,15 @@ class FirstResponseTokens(_AroundPromptEnd):
     n: int
     """How many, 1 or more."""
 
-    def __post_init__(self) -> None:
-        _store_number(self, "n", at_least=1)
+    start = 0
 
-    def _limits(self) -> tuple[int | None, int | None]:
-        return 0, self.n
+    def __post_init__(self) -> None:
+        check_number("n", self.n, whole=True, least=1)
+
+    @property
+    def stop(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The position after the last."""
+        return self.n
 
 
 @dataclass(frozen=True)
@@ -138,18 +141,12 @@ class Window(Joinable):
     """The first position, 0 or more."""
 
     stop: int | None = None
-    """The position after the last; None means without end."""
+    """The position after the last, above `start`; None means without end."""
 
     def __post_init__(self) -> None:
-        remedy = "positions count from the row's start; see WindowAroundPromptEnd"
-        _store_number(self, "start", at_least=0, remedy=remedy)
+        check_number("start", self.start, whole=True, least=0)
         if self.stop is not None:
-            _store_number(self, "stop", at_least=0, remedy=remedy)
-            _check_order(self, self.start, self.stop)
-
-    def _cuts(self) -> Cuts:
-        ends = () if self.stop is None else (self.stop,)
-        return Cuts(absolute=frozenset({self.start, *ends}))
+            check_number("stop", self.stop, whole=True, above=self.start)
 
     def __call__(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Return the columns whose position is in the window."""
@@ -168,17 +165,13 @@ class WindowAroundPromptEnd(_AroundPromptEnd):
     """The first position; None means from the row's first token."""
 
     stop: int | None = None
-    """The position after the last; None means without end."""
+    """The position after the last, above `start`; None means without end."""
 
     def __post_init__(self) -> None:
-        for name in ("start", "stop"):
-            if getattr(self, name) is not None:
-                _store_number(self, name)
-        if self.start is not None and self.stop is not None:
-            _check_order(self, self.start, self.stop)
-
-    def _limits(self) -> tuple[int | None, int | None]:
-        return self.start, self.stop
+        if self.start is not None:
+            check_number("start", self.start, whole=True)
+        if self.stop is not None:
+            check_number("stop", self.stop, whole=True, above=self.start)
 
 
 def _between(values: Tensor, start: int | None, stop: int | None) -> Tensor:
@@ -186,38 +179,3 @@ def _between(values: Tensor, start: int | None, stop: int | None) -> Tensor:
     if start is not None:
         inside &= values >= start
     return inside if stop is None else inside & (values < stop)
-
-
-def check_whole_number(
-    scope: str, name: str, value: Any, *, at_least: int | None = None, remedy: str | None = None
-) -> int:
-    """Return a setting of a scope as an int.
-
-    Raises:
-        TypeError: it is no whole number.
-        ValueError: it is too small.
-    """
-    wanted = "a whole number" + ("" if at_least is None else f", {at_least} or more")
-    text = f"{scope}: {name} must be {wanted}; got {value!r}" + (f" ({remedy})" if remedy else "")
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(text)
-    if at_least is not None and operator.index(value) < at_least:
-        raise ValueError(text)
-    return operator.index(value)
-
-
-def _store_number(
-    scope: Any, name: str, *, at_least: int | None = None, remedy: str | None = None
-) -> None:
-    number = check_whole_number(
-        type(scope).__name__, name, getattr(scope, name), at_least=at_least, remedy=remedy
-    )
-    object.__setattr__(scope, name, number)
-
-
-def _check_order(scope: object, start: int, stop: int) -> None:
-    if stop <= start:
-        raise ValueError(
-            f"{scope!r} names no position: stop is the position after the last, so it must be "
-            f"above start; for position {start} alone give stop={start + 1}"
-        )

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 import torch
-from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -84,10 +83,7 @@ class TokenPositions:
             ValueError: the prompt lengths are unknown.
         """
         if self.prompt_lengths is None:
-            raise ValueError(
-                "a schedule needs to know where the prompt ends, and this forward pass does not "
-                "come from generate() or generate_stream(): pass prompt_lengths=[...]"
-            )
+            raise ValueError(f"a schedule needs to know {NO_PROMPT}")
         lengths = self.prompt_lengths.to(self.position.device)[self.row]
         return (self.position - lengths + 1).clamp(min=0).float()
 
@@ -110,120 +106,70 @@ Scope: TypeAlias = Callable[[Positions], Tensor]
 Span: TypeAlias = Scope
 """A scope that says where centroids are taken."""
 
+NO_PROMPT = (
+    "where the prompt ends, and this forward pass does not come from generate() or "
+    "generate_stream(): pass prompt_lengths=[...], the tokens of each row's prompt with BOS"
+)
+
 
 def select(scope: Scope, positions: Positions) -> Bool[Tensor, "batch pos"]:
-    """Return the real columns that a scope names.
-
-    Args:
-        scope: a scope of this module, or a user's function of the same form.
-        positions: where the columns of this forward pass stand.
-
-    Returns:
-        A mask over [batch pos] in which padding is always False.
+    """Return the real columns that a scope names: a mask in which padding is always False.
 
     Raises:
-        TypeError: the scope returned something other than a boolean tensor.
-        ValueError: its shape is not [batch pos], or it needs prompt lengths that are unknown.
-
-    Source: our choice.
+        ValueError: the scope did not return a boolean tensor [batch pos], or it needs prompt
+            lengths or tokens that are unknown.
     """
-    mask = scope(positions)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(
-            f"the scope {scope!r} returned {_describe(mask)}: it must return a boolean tensor "
-            "of shape [batch pos]"
-        )
-    if mask.shape != positions.valid.shape:
-        raise ValueError(
-            f"the scope {scope!r} returned shape {list(mask.shape)}: this forward pass has "
-            f"[batch pos] = {list(positions.valid.shape)}"
-        )
+    mask = check_result(scope(positions), positions.valid.shape, f"scope {scope!r}", torch.bool)
     return mask & positions.valid
 
 
-def known_prompt_lengths(positions: Positions, scope: object) -> Int[Tensor, " batch"]:
-    """Return the prompt lengths that a scope needs.
+def check_result(
+    value: Tensor, shape: torch.Size, name: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return what a user's function returned, if it is a tensor of this shape.
 
     Raises:
-        ValueError: they are unknown.
+        ValueError: it is not; a tensor of another shape would be broadcast.
     """
-    if positions.prompt_lengths is None:
-        raise ValueError(
-            f"{scope!r} must know where the prompt ends, and this forward pass did not come from "
-            "generate() or generate_stream(): pass prompt_lengths=[...] (tokens of each row's "
-            "prompt, BOS included), or use EveryPosition()"
-        )
-    return positions.prompt_lengths
-
-
-def known_tokens(positions: Positions, scope: object) -> Int[Tensor, "batch length"]:
-    """Return the tokens that a scope needs.
-
-    Raises:
-        ValueError: they are not known.
-    """
-    if positions.tokens is None:
-        raise ValueError(
-            f"{scope!r} must know the tokens of each row from its beginning, and this forward pass "
-            "does not show them: give the model text or token ids and no embeddings, begin the KV "
-            "cache inside apply(), and pass tokens=[batch pos] to fwd_hooks()"
-        )
-    return positions.tokens
-
-
-def check_rows(positions: Positions, scope: object, rows: int) -> None:
-    """Raise unless a scope that differs from row to row has something for each row.
-
-    Raises:
-        ValueError: the message gives both numbers.
-    """
-    if rows != len(positions.index):
-        raise ValueError(
-            f"{scope!r} is for {rows} rows, the batch has {len(positions.index)}: give all prompts "
-            "in one call of generate(), in order"
-        )
-
-
-def _describe(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{type(value).__name__}"
+    if isinstance(value, Tensor) and value.shape == shape and dtype in (None, value.dtype):
+        return value
+    given = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    wanted = "" if dtype is None else f"{dtype} "
+    raise ValueError(f"{name} must return a tensor of {wanted}{list(shape)}, got {given}")
 
 
 def fixed_positions(
-    batch: int,
-    n_pos: int,
-    device: torch.device,
+    activation: Tensor,
     prompt_lengths: PromptLengths | None,
     attention_mask: Tensor | None,
     tokens: Tensor | None = None,
 ) -> Positions:
     """Return the positions of one forward pass over whole rows, without a cache.
 
+    Args:
+        activation: [batch pos ...].
+        prompt_lengths: of each row; None if unknown.
+        attention_mask: 0 where a column is padding, [batch pos]; None means no padding.
+        tokens: ids [batch pos]; None if unknown.
+
     Raises:
         ValueError: mask, prompt lengths or tokens don't fit the rows, as when a decode step with a
             KV cache sees one column of a row.
     """
-    if attention_mask is None:
-        valid = torch.ones(batch, n_pos, dtype=torch.bool, device=device)
-    elif attention_mask.shape != (batch, n_pos):
-        raise ValueError(
-            f"attention_mask of shape {list(attention_mask.shape)} does not fit a forward pass of "
-            f"[batch pos] = {[batch, n_pos]}: fwd_hooks sees whole rows; inside generate use apply"
-        )
-    else:
-        valid = attention_mask.bool().to(device)
+    shape, device = activation.shape[:2], activation.device
+    for name, value in (("attention_mask", attention_mask), ("tokens", tokens)):
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"{name} must have the shape of the forward pass, {list(shape)}, got "
+                f"{list(value.shape)}: fwd_hooks sees whole rows; inside generate use apply"
+            )
+    valid = torch.ones(shape) if attention_mask is None else attention_mask
+    valid = valid.bool().to(device)
     lengths = as_lengths(prompt_lengths)
-    if lengths is not None:
-        lengths = expand_lengths(lengths, batch).to(device)
-        check_lengths(lengths, valid)
-    if tokens is not None and tokens.shape != (batch, n_pos):
-        raise ValueError(
-            f"tokens of shape {list(tokens.shape)} do not fit a forward pass of [batch pos] = "
-            f"{[batch, n_pos]}: fwd_hooks sees whole rows; inside generate use apply"
-        )
     return Positions(
         index=valid.long().cumsum(1) - 1,
         valid=valid,
-        prompt_lengths=lengths,
+        prompt_lengths=None if lengths is None else row_lengths(lengths, valid),
         tokens=None if tokens is None else by_position(tokens.to(device), valid),
     )
 
@@ -243,50 +189,39 @@ def by_position(
 
 
 def as_lengths(lengths: PromptLengths | None) -> Int[Tensor, " batch"] | None:
-    """Return prompt lengths as a tensor.
-
-    Raises:
-        ValueError: a length is below 1, or they are not whole numbers in one row.
-    """
+    """Return prompt lengths as a tensor, or raise ValueError unless they are counts of tokens."""
     if lengths is None:
         return None
-    tensor = (
-        torch.as_tensor(lengths).reshape(-1)
-        if isinstance(lengths, int)
-        else torch.as_tensor(lengths)
-    )
+    tensor = torch.atleast_1d(torch.as_tensor(lengths))
     if tensor.ndim != 1 or tensor.is_floating_point() or len(tensor) == 0 or int(tensor.min()) < 1:
         raise ValueError(
-            f"prompt_lengths={lengths!r} is not allowed: give one whole number of 1 or more for "
-            "each row (BOS included, padding not)"
+            "prompt_lengths must be one whole number of 1 or more for each row (BOS included, "
+            f"padding not), got {lengths!r}"
         )
     return tensor.long()
 
 
-def expand_lengths(lengths: Int[Tensor, " n"], batch: int) -> Int[Tensor, " batch"]:
-    """Return one length for each row; a single length serves all.
+def row_lengths(
+    lengths: Int[Tensor, " n"], columns: Bool[Tensor, "batch total"]
+) -> Int[Tensor, " batch"]:
+    """Return one prompt length for each row; a single one serves all.
+
+    Args:
+        lengths: of `as_lengths`.
+        columns: False where a column of the rows so far is padding.
 
     Raises:
-        ValueError: there are neither one nor `batch` of them.
+        ValueError: there are more or fewer than rows, or one is longer than its row so far.
     """
-    if len(lengths) == 1:
-        return repeat(lengths, "1 -> b", b=batch)
-    if len(lengths) != batch:
+    if len(lengths) not in (1, len(columns)):
         raise ValueError(
-            f"prompt_lengths has {len(lengths)} entries: the forward pass has {batch} rows"
+            f"prompt_lengths has {len(lengths)} entries: the forward pass has {len(columns)} rows"
         )
-    return lengths
-
-
-def check_lengths(lengths: Int[Tensor, " batch"], columns: Bool[Tensor, "batch total"]) -> None:
-    """Raise if a prompt is said to be longer than its row is so far.
-
-    Raises:
-        ValueError: the message gives both.
-    """
+    lengths = lengths.expand(len(columns)).to(columns.device)
     if bool((lengths > columns.sum(1)).any()):
         raise ValueError(
             f"prompt_lengths={lengths.tolist()} exceed rows of {columns.sum(1).tolist()} tokens: "
             "give the tokens of each row's prompt. (fwd_hooks sees whole rows without a KV cache: "
             "inside generate use apply)"
         )
+    return lengths

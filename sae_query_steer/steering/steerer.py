@@ -133,10 +133,7 @@ class Steerer:
         self.check_model(model)
 
         def positions(activation: Tensor) -> Positions:
-            batch, n_pos = activation.shape[:2]
-            return fixed_positions(
-                batch, n_pos, activation.device, prompt_lengths, attention_mask, tokens
-            )
+            return fixed_positions(activation, prompt_lengths, attention_mask, tokens)
 
         return [
             (name, edit_hook(self.edit, at, self.where.scope, positions))
