@@ -74,7 +74,7 @@ def test_gates_are_open_where_their_condition_holds():
     assert torch.equal(opened(LatentAbove(3, 0.2), z, goal), z[..., 3] > 0.2)
     with pytest.raises(ValueError, match=r"\[5, 3\], got torch.bool \[5, 3, 7\]"):
         opened(lambda z, goal: z > 0, z, goal)
-    with pytest.raises(ValueError, match=r"torch.bool \[5, 3\], got torch.float32"):
+    with pytest.raises(ValueError, match=r"shape \[5, 3\], got torch.float32"):
         opened(lambda z, goal: z[..., 0], z, goal)
 
 

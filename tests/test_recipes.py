@@ -19,7 +19,6 @@ import sae_query_steer as sqs
 from sae_query_steer.compare import DESCENTS
 from sae_query_steer.compare.methods import STRENGTHS
 from sae_query_steer.data.tokenized import tokenize_example
-from sae_query_steer.models.shapes import model_shape
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
 RECIPES = re.findall(r"```sh\n(.*?)```.*?```\n(.*?)```", DOCS, re.S)
@@ -108,6 +107,7 @@ def test_every_size_of_the_recipes_is_made_smaller_for_the_test():
     assert {word for word in words if re.fullmatch(r"[\d,-]{2,}", word)} <= set(SMALLER)
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_recipe_run_in_order_and_write_their_folders(recipe):
     folder, _, said = recipe
     outs = [Path(words[words.index("--out") + 1]) for words, _ in said]
@@ -130,6 +130,7 @@ def test_the_commands_of_a_recipe_run_in_order_and_write_their_folders(recipe):
     assert (settings["chat_template"], settings["dtype"]) == (True, "bfloat16")
 
 
+@pytest.mark.slow
 def test_sae_descent_changes_the_query_at_the_end_of_the_chat_prompt(recipe):
     folder, model, said = recipe
     steered = Path(said[4][0][said[4][0].index("--out") + 1])
@@ -173,27 +174,3 @@ def test_the_sizes_in_the_recipe_are_those_that_the_dry_run_says(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("config", "dialogues.parquet", "feedback.csv"),
     ]
-
-
-def test_the_recipe_says_what_a_sweep_keeps_in_memory(tmp_path):
-    mistral, phi3 = (
-        model_shape(str(write_config(name, tmp_path / name))).key_value_numbers for name in MODELS
-    )
-    tokens, vocabulary = 60 * 300, PUBLISHED[MODELS[0]]["vocab_size"]
-    said = (
-        f"60 rows of 300 tokens are {tokens * mistral * 2 / 2**30:.1f} GiB for Mistral",
-        f"and {tokens * phi3 * 2 / 2**30:.1f} GiB for Phi-3",
-        f"the logits of as many tokens, {tokens * vocabulary * 2 / 2**30:.1f} GiB",
-        f"another {60 * 80 * vocabulary * 4 / 2**30:.1f} GiB in 32 bits",
-        f"{4096 * 32 * 1024 * 4 / 2**30:.1f} GiB for 4,096 tokens",
-    )
-    for sentence in said:
-        assert sentence in " ".join(DOCS.split()), sentence
-
-
-def test_the_recipe_says_how_many_strengths_a_sweep_tries():
-    steps = {descent.name: len(descent.step_sizes) for descent in DESCENTS}
-    tried = 2 * steps["squared distance"] + 2 * len(STRENGTHS)
-    in_all = 2 * sum(steps.values()) + 2 * len(STRENGTHS)
-    assert f"{tried} strengths for each layer" in DOCS
-    assert f"({in_all} with all objectives)" in DOCS

@@ -329,7 +329,7 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
         ({"objective": "prototype"}, TypeError, "objective must be .* got 'prototype'"),
         ({"objective": sqs.SquaredDistance}, TypeError, "objective must be"),
         ({"scope": "all"}, TypeError, "scope must be a scope"),
-        ({"scope": sqs.LastPromptToken}, TypeError, r"write scope=LastPromptToken\(\)"),
+        ({"scope": sqs.LastPromptToken}, TypeError, "scope must be a scope, .*LastPromptToken'"),
         ({"n_steps": -1}, ValueError, "n_steps must be .* got -1"),
         ({"step_size": float("nan")}, ValueError, "step_size must be .* got nan"),
         ({"step_size": float("inf")}, ValueError, "step_size must be .* got inf"),

@@ -1,25 +1,25 @@
-"""Groups of options that commands share; each says what it stands for and reads it.
+"""Groups of options that commands share, and how they are read.
 
-Nothing slow is imported before a command has checked its options and the columns of its files.
+The names of the package load on first use: nothing slow is imported before a command has checked
+its options and the columns of its files.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from sae_query_steer.arguments import check_number
+import sae_query_steer as sqs
 from sae_query_steer.data.files import check_columns
-from sae_query_steer.storage.folders import check_replaceable
+from sae_query_steer.storage.folders import check_replaceable, new_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sae_query_steer.data.examples import LabelledExample
     from sae_query_steer.data.tokenized import TokenizedExamples
-    from sae_query_steer.sae.collection import QuerySAEs
     from sae_query_steer.scopes.positions import Span
 
 FLAT = tyro.conf.arg(name="")
@@ -28,7 +28,6 @@ FLAT = tyro.conf.arg(name="")
 SpanName = Literal[
     "last-prompt-token", "response", "last-response-token", "every", "last-prompt-token+response"
 ]
-ObjectiveName = Literal["prototype", "distance", "contrast", "cosine", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +47,21 @@ class ModelOptions:
         """Return the model; `device` is used where none was given."""
         import torch
 
-        from sae_query_steer.models.loading import load_model
-
         dtype = getattr(torch, self.dtype)
-        return load_model(self.model, device=self.device or device, dtype=dtype)
+        return sqs.load_model(self.model, device=self.device or device, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWithSAEsOptions(ModelOptions):
+    """The language model and its SAEs."""
+
+    saes: Path
+    """Folder that `train` wrote."""
+
+    def load_both(self) -> "tuple[Any, sqs.QuerySAEs]":
+        """Return the model and the SAEs, on one device."""
+        model = self.load()
+        return model, sqs.QuerySAEs.load(self.saes, device=str(model.cfg.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +74,17 @@ class TextOptions:
     text: str = "text"
     """Column of the text, or a template over columns."""
 
-    def check(self) -> None:
-        """Raise unless the file has the columns."""
+    def __post_init__(self) -> None:
         check_columns(self.texts, [self.text])
 
     def read(self) -> list[str]:
         """Return the texts."""
-        from sae_query_steer.data.readers import read_texts
-
-        return read_texts(self.texts, text=self.text)
+        return sqs.read_texts(self.texts, text=self.text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleOptions:
-    """Labelled examples."""
+    """Labelled examples, and their tokens at which centroids are taken."""
 
     csv: Path
     """File of labelled texts, one a row: CSV, JSON lines or Parquet."""
@@ -94,52 +101,30 @@ class ExampleOptions:
     bloom: bool = False
     """Read the labels as Bloom levels, 1956 names too."""
 
-    def check(self) -> None:
-        """Raise unless the file has the columns."""
-        check_columns(self.csv, [self.prompt, self.response, self.label])
-
-    def read(self) -> "list[LabelledExample]":
-        """Return the examples."""
-        from sae_query_steer.bloom import BloomLevel
-        from sae_query_steer.data.readers import read_examples
-
-        return read_examples(
-            self.csv,
-            prompt=self.prompt,
-            response=self.response,
-            label=self.label,
-            parse_label=BloomLevel.parse if self.bloom else str,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenOptions:
-    """How examples are tokenised."""
-
-    prepend_bos: bool = True
-    """Begin every prompt with BOS."""
+    span: SpanName = "last-prompt-token"
+    """Tokens at which queries are read."""
 
     chat_template: bool = False
     """Use the tokenizer's chat template."""
 
+    def __post_init__(self) -> None:
+        check_columns(self.csv, [self.prompt, self.response, self.label])
 
-@dataclass(frozen=True, kw_only=True)
-class SpanOptions(TokenOptions):
-    """How examples are tokenised, and their tokens that count."""
+    def read(self) -> "list[sqs.LabelledExample]":
+        """Return the examples."""
+        return sqs.read_examples(
+            self.csv,
+            prompt=self.prompt,
+            response=self.response,
+            label=self.label,
+            parse_label=sqs.BloomLevel.parse if self.bloom else str,
+        )
 
-    span: SpanName = "last-prompt-token"
-    """Tokens at which queries are read."""
-
-    def tokenize(self, model: Any, examples: "list[LabelledExample]") -> "TokenizedExamples":
-        """Return the tokenised examples."""
-        from sae_query_steer.data.tokenized import tokenize_examples
-
-        return tokenize_examples(
-            model,
-            examples,
-            span=span_of(self.span),
-            prepend_bos=self.prepend_bos,
-            chat_template=self.chat_template,
+    def tokenized(self, model: Any) -> "TokenizedExamples":
+        """Return the examples as tokens."""
+        span = span_of(self.span)
+        return sqs.tokenize_examples(
+            model, self.read(), span=span, chat_template=self.chat_template
         )
 
 
@@ -166,80 +151,33 @@ class OptionalOutput(OutputOptions):
     out: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Folder to write; nothing is written if unset."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class SteeringOptions:
-    """How to steer."""
-
-    target: str
-    """Class to steer towards."""
-
-    objective: ObjectiveName = "prototype"
-    """What descent lowers: prototype log-likelihood, distance to the centroid, contrast of
-    centroids, cosine or Gaussian."""
-
-    n_steps: int = 20
-    """Gradient steps at each token."""
-
-    step_size: float = 1.0
-    """Size of a step."""
-
-    scope: SpanName = "last-prompt-token"
-    """Tokens at which queries are changed."""
-
-    layers: str = "all"
-    """Layers, such as 1,2 or 8-20 or all."""
-
-    def __post_init__(self) -> None:
-        check_number("n_steps", self.n_steps, whole=True, least=0)
-        check_number("step_size", self.step_size, least=0)
-        index_list(self.layers)
-
-    def steerer(self, saes: "QuerySAEs", targets: Path) -> Any:
-        """Return the steerer towards centroids in a folder."""
-        from sae_query_steer.descent import objectives
-        from sae_query_steer.steering.latent_descent import LatentGradientSteerer
-        from sae_query_steer.targets.centroids import CentroidTargets
-
-        kinds = {
-            "prototype": objectives.PrototypeLogLikelihood,
-            "distance": objectives.SquaredDistance,
-            "contrast": objectives.CentroidContrast,
-            "cosine": objectives.CosineSimilarity,
-            "gaussian": objectives.GaussianLogLikelihood,
-        }
-        return LatentGradientSteerer(
-            saes,
-            CentroidTargets.load(targets),
-            target=self.target,
-            objective=kinds[self.objective](),
-            n_steps=self.n_steps,
-            step_size=self.step_size,
-            scope=span_of(self.scope),
-            layers=index_list(self.layers),
-        )
+    def write(self, files: Mapping[str, str]) -> None:
+        """Write texts to the folder by file name; by the first name the folder is known."""
+        if self.out is not None:
+            holding = next(iter(files))
+            with new_folder(self.out, overwrite=self.overwrite, holding=holding) as new:
+                for name, text in files.items():
+                    (new / name).write_text(text, encoding="utf-8")
+            say(f"wrote {self.out}")
 
 
 Model = Annotated[ModelOptions, FLAT]
+ModelWithSAEs = Annotated[ModelWithSAEsOptions, FLAT]
 Texts = Annotated[TextOptions, FLAT]
 Examples = Annotated[ExampleOptions, FLAT]
-Tokens = Annotated[TokenOptions, FLAT]
-Span_ = Annotated[SpanOptions, FLAT]
 Output = Annotated[OutputOptions, FLAT]
 Optional = Annotated[OptionalOutput, FLAT]
-Steering = Annotated[SteeringOptions, FLAT]
 
 
 def span_of(name: SpanName) -> "Span":
     """Return the span of a name."""
-    from sae_query_steer.scopes import named
-
+    last, response = sqs.LastPromptToken(), sqs.scopes.ResponseTokens()
     return {
-        "last-prompt-token": named.LastPromptToken(),
-        "response": named.ResponseTokens(),
-        "last-response-token": named.LastResponseToken(),
-        "every": named.EveryPosition(),
-        "last-prompt-token+response": named.LastPromptToken() | named.ResponseTokens(),
+        "last-prompt-token": last,
+        "response": response,
+        "last-response-token": sqs.scopes.LastResponseToken(),
+        "every": sqs.scopes.EveryPosition(),
+        "last-prompt-token+response": last | response,
     }[name]
 
 
@@ -261,15 +199,6 @@ def index_list(text: str) -> list[int] | None:
     return chosen
 
 
-def load_saes(folder: Path, model: Any) -> "QuerySAEs":
-    """Return the SAEs of a folder, on the model's device."""
-    from sae_query_steer.sae.collection import INDEX, QuerySAEs
-
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"--saes {folder} was not written by `train`: it has no {INDEX}")
-    return QuerySAEs.load(folder, device=str(model.cfg.device))
-
-
 def say(text: str) -> None:
     """Write a line to standard output."""
     sys.stdout.write(f"{text}\n")
@@ -278,7 +207,4 @@ def say(text: str) -> None:
 
 def show(table: "pd.DataFrame") -> None:
     """Write a table, numbers with three digits."""
-    import pandas as pd
-
-    with pd.option_context("display.width", 160, "display.max_columns", None):
-        say(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    say(table.to_string(index=False, float_format="{:.3f}".format))

@@ -1,99 +1,59 @@
 """`dashboard`, `bundle`, `push` and `registry-entry`: what others can look at and load."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from sae_query_steer.cli.options import (
-    FLAT,
-    Model,
-    Output,
-    Texts,
-    index_list,
-    load_saes,
-    say,
-    show,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DashboardOptions:
-    """What the pages show."""
-
-    k: int = 10
-    """Top texts of each latent."""
-
-    context: int = 12
-    """Tokens on either side of a top token."""
-
-    n_attention: int | None = None
-    """Top tokens of each latent whose attention is shown; 0 for none."""
-
-    n_keys: int = 8
-    """Matching keys of each latent; 0 for none."""
-
-    n_tokens: int | None = None
-    """Tokens to read; all if unset."""
-
-    concat_sequences: bool = False
-    """Join documents into full rows."""
-
-    context_size: int | None = None
-    """Tokens of a row; the model's context if unset, 128 if joined."""
-
-    batch_size: int = 16
-    """Rows of a forward pass."""
-
-    prepend_bos: bool = True
-    """Begin every row with BOS."""
-
-    neuronpedia: bool = False
-    """Also write SAEDashboard's batches of features."""
+import sae_query_steer as sqs
+from sae_query_steer.cli.options import ModelWithSAEs, Output, Texts, index_list, say, show
 
 
 def dashboard(
     *,
-    model: Model,
+    model: ModelWithSAEs,
     texts: Texts,
     output: Output,
-    pages: Annotated[DashboardOptions, FLAT],
-    saes: Path,
     targets: Path | None = None,
     layers: str = "all",
     heads: str = "all",
+    k: int = 10,
+    n_tokens: int | None = None,
+    context_size: int | None = None,
+    batch_size: int = 16,
+    neuronpedia: bool = False,
 ) -> None:
     """Write a page for each site that shows its latents; open it in a browser, offline too.
 
     Args:
-        model: the language model.
+        model: the language model and its SAEs.
         texts: the texts.
         output: the folder of pages.
-        pages: what they show.
-        saes: Folder that `train` wrote.
         targets: Folder that `targets` wrote: also show the classes.
         layers: Layers, such as 1,2 or 8-20 or all.
         heads: Heads, such as 0,2 or 0-7 or all.
+        k: Top texts of each latent.
+        n_tokens: Tokens to read; all if unset.
+        context_size: Tokens of a row; the model's context if unset.
+        batch_size: Rows of a forward pass.
+        neuronpedia: Also write SAEDashboard's batches of features.
     """
     output.check("dashboards.json")
     chosen = {"layers": index_list(layers), "heads": index_list(heads)}
-    texts.check()
+    reading = {"n_tokens": n_tokens, "context_size": context_size, "batch_size": batch_size}
     from sae_query_steer.dashboards.writing import write_dashboards
-    from sae_query_steer.targets.centroids import CentroidTargets
 
-    documents = texts.read()
-    centroids = None if targets is None else CentroidTargets.load(targets)
-    loaded = model.load()
+    centroids = None if targets is None else sqs.CentroidTargets.load(targets)
     written = write_dashboards(
-        loaded,
-        load_saes(saes, loaded),
-        documents,
+        *model.load_both(),
+        texts.read(),
         output.out,
         targets=centroids,
+        k=k,
+        neuronpedia=neuronpedia,
         overwrite=output.overwrite,
         **chosen,
-        **asdict(pages),
+        **reading,
     )
     for page in written.values():
         say(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
@@ -101,9 +61,8 @@ def dashboard(
 
 def bundle(
     *,
-    model: Model,
+    model: ModelWithSAEs,
     output: Output,
-    saes: Path,
     targets: Path | None = None,
     steerer: Path | None = None,
     evaluation: Path | None = None,
@@ -114,9 +73,8 @@ def bundle(
     """Write SAEs, centroids, steerer and scores to a folder that can be published.
 
     Args:
-        model: the language model.
+        model: the language model and its SAEs.
         output: the folder of the bundle.
-        saes: Folder that `train` wrote.
         targets: Folder that `targets` wrote.
         steerer: Folder that `save_steerer` wrote.
         evaluation: CSV with a table of scores.
@@ -127,26 +85,18 @@ def bundle(
     output.check("bundle.json")
     import pandas as pd
 
-    from sae_query_steer.hub import save_bundle
-    from sae_query_steer.steering import files
-    from sae_query_steer.targets.centroids import CentroidTargets
-
-    table = None if evaluation is None else pd.read_csv(evaluation)
-    centroids = None if targets is None else CentroidTargets.load(targets)
-    stored = None if steerer is None else files.load_steerer(steerer, follow_references=True)
-    loaded = model.load()
-    encoders = load_saes(saes, loaded)
-    made = None
-    if stored is not None:
-        centroids = stored.targets if centroids is None else centroids
-        made = files.steerer_from_settings(files.steerer_settings(stored), encoders, centroids)
-    save_bundle(
+    made, centroids = None, None if targets is None else sqs.CentroidTargets.load(targets)
+    loaded, saes = model.load_both()
+    if steerer is not None:
+        made = sqs.steering.load_steerer(steerer, follow_references=True)
+        made = replace(made, saes=saes, targets=centroids or made.targets)
+    sqs.save_bundle(
         output.out,
         loaded,
-        encoders,
+        saes,
         targets=centroids,
         steerer=made,
-        evaluation=table,
+        evaluation=None if evaluation is None else pd.read_csv(evaluation),
         model_name=model_name,
         license=license,
         note=note,
@@ -174,14 +124,10 @@ def push(
     """
     import pandas as pd
 
-    from sae_query_steer.hub import push_to_hub
-
-    sent = push_to_hub(folder, repo_id, private=private, revision=revision, dry_run=dry_run)
+    sent = sqs.hub.push_to_hub(folder, repo_id, private=private, revision=revision, dry_run=dry_run)
     show(pd.DataFrame({"file": list(sent.files), "bytes": list(sent.files.values())}))
     what = "would send" if dry_run else "sent"
-    say(f"{what} {len(sent.files)} files, {sent.n_bytes:,} bytes, to {repo_id}")
-    if sent.url is not None:
-        say(sent.url)
+    say(f"{what} {len(sent.files)} files, {sent.n_bytes:,} bytes, to {sent.url or repo_id}")
 
 
 def registry_entry(
@@ -189,7 +135,7 @@ def registry_entry(
     *,
     release: str,
     repo_id: str,
-    neuronpedia: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    neuronpedia: dict[str, str] | None = None,
 ) -> None:
     """Write the block of a bundle for SAELens's pretrained_saes.yaml.
 
@@ -197,15 +143,8 @@ def registry_entry(
         folder: Folder that `bundle` wrote.
         release: Name of the release in SAELens.
         repo_id: USER/REPOSITORY on the hub.
-        neuronpedia: ID=NEURONPEDIA_ID of an SAE; may be repeated.
+        neuronpedia: Pairs of the ID of an SAE and its ID on Neuronpedia.
     """
-    known = {}
-    for pair in neuronpedia:
-        name, equals, there = pair.partition("=")
-        if not (name and equals and there):
-            raise ValueError(f"--neuronpedia must be ID=NEURONPEDIA_ID, got {pair!r}")
-        known[name] = there
-    from sae_query_steer import hub
-
-    entry = hub.registry_entry(folder, release=release, repo_id=repo_id, neuronpedia=known)
+    known = neuronpedia or {}
+    entry = sqs.hub.registry_entry(folder, release=release, repo_id=repo_id, neuronpedia=known)
     say(entry.rstrip("\n"))

@@ -5,6 +5,7 @@ from typing import Annotated, Union
 
 import tyro
 
+import sae_query_steer as sqs
 from sae_query_steer.cli.options import FLAT, Model, Output, Texts, index_list, say, show
 from sae_query_steer.config import ARCHITECTURES, TrainingConfig
 
@@ -48,29 +49,18 @@ def train(
         dry_run: Show what the run needs; reads the model's config only, and writes nothing.
         flops: With --dry-run: operations a second of a forward pass, for the time.
     """
-    if flops is not None and not dry_run:
-        raise ValueError(f"--flops must be given with --dry-run only, got {flops}")
     if not resume:
         output.check("query_saes.json")
     chosen = index_list(layers)
-    texts.check()
-    from sae_query_steer.sites import query_sites
-    from sae_query_steer.training.distributed import local_device, train_on_ranks
-
     documents = texts.read()
     if dry_run:
-        _show_needs(model, config, chosen, documents, flops)
-        return
+        return _show_needs(model, config, chosen, documents, flops)
+    from sae_query_steer.training.distributed import local_device, train_on_ranks
+
     loaded = model.load(local_device())
-    saes = train_on_ranks(
-        loaded,
-        documents,
-        query_sites(loaded, chosen),
-        config,
-        out=output.out,
-        resume=resume,
-        overwrite=output.overwrite,
-    )
+    again = {"resume": resume, "overwrite": output.overwrite}
+    sites = sqs.query_sites(loaded, chosen)
+    saes = train_on_ranks(loaded, documents, sites, config, out=output.out, **again)
     if saes.measured:
         show(saes.metrics)
     say(f"wrote {output.out}")
@@ -83,40 +73,36 @@ def _show_needs(
     documents: list[str],
     flops: float | None,
 ) -> None:
-    """Write what a run needs; with the speed of a device, its time too."""
     import torch
 
     from sae_query_steer.models.shapes import model_shape
-    from sae_query_steer.training.estimate import FORWARD_RATIO, estimate_training
+    from sae_query_steer.training.estimate import estimate_training
 
     shape = model_shape(model.model)
     sites = shape.sites(layers)
     item = getattr(torch, model.dtype).itemsize
     needs = estimate_training(shape, sites, config, model_item=item)
-    memory = needs.model_bytes + needs.training_bytes + needs.buffer_bytes
-    model_flops, sae_flops = needs.model_flops / 1e9, needs.sae_flops / 1e9
-    lines = [
-        ("model", f"{shape.n_parameters:,} weights, {shape.n_layers} layers"),
-        ("queries of a layer", f"{shape.n_heads} heads of {shape.d_head}"),
-        ("KV cache", f"{shape.key_value_numbers:,} numbers a token"),
-        ("sites", f"layers {', '.join(str(site.layer) for site in sites)}"),
-        ("texts", f"{len(documents):,}, {sum(map(len, documents)):,} characters"),
-        ("tokens", f"{needs.tokens:,} in {needs.n_steps:,} steps"),
-        ("memory at least", _gib(memory)),
-        ("  weights of the model", _gib(needs.model_bytes)),
-        ("  SAEs, gradients, Adam", _gib(needs.training_bytes)),
-        ("  queries to be shuffled", _gib(needs.buffer_bytes)),
-        ("disk", f"{_gib(needs.disk_bytes)} during the run, {_gib(needs.saved_bytes)} after"),
-        (
-            "operations a token",
-            f"{model_flops:.2f}e9 forward pass up to the last layer",
-        ),
-        ("", f"{sae_flops:.2f}e9 SAEs"),
-    ]
+    memory = {
+        "weights of the model": needs.model_bytes,
+        "SAEs, gradients, Adam": needs.training_bytes,
+        "queries to be shuffled": needs.buffer_bytes,
+    }
+    lines = {
+        "model": f"{shape.n_parameters:,} weights, {shape.n_layers} layers",
+        "queries of a layer": f"{shape.n_heads} heads of {shape.d_head}",
+        "KV cache": f"{shape.key_value_numbers:,} numbers a token",
+        "sites": f"layers {', '.join(str(site.layer) for site in sites)}",
+        "texts": f"{len(documents):,}, {sum(map(len, documents)):,} characters",
+        "tokens": f"{needs.tokens:,} in {needs.n_steps:,} steps",
+        "memory at least": _gib(sum(memory.values())),
+        **{f"  {part}": _gib(n_bytes) for part, n_bytes in memory.items()},
+        "disk": f"{_gib(needs.disk_bytes)} during the run, {_gib(needs.saved_bytes)} after",
+        "operations a token": f"{needs.model_flops / 1e9:.2f}e9 model, "
+        f"{needs.sae_flops / 1e9:.2f}e9 SAEs",
+    }
     if flops is not None:
-        time = f"{needs.seconds(flops) / 3600:.2g} h at {flops:.3g} operations a second"
-        lines.append(("time, extrapolated", f"{time}, {FORWARD_RATIO} times the forward pass"))
-    say("\n".join(f"{what:<26}{value}" for what, value in lines))
+        lines["time, extrapolated"] = f"{needs.seconds(flops) / 3600:.2g} h at {flops:.3g} a second"
+    say("\n".join(f"{what:<26}{value}" for what, value in lines.items()))
 
 
 def _gib(n_bytes: int) -> str:

@@ -7,7 +7,7 @@ independently. With class weights w_k, s = sum_k w_k and c_w = sum_k w_k c_k.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import einsum
@@ -205,8 +205,9 @@ class AutogradObjective:
     def gradient(self, z: Latents, goal: Goal) -> Latents:
         """Return its gradient, independently for each row and head."""
         with torch.inference_mode(False), torch.enable_grad():
-            tensors = {part.name: getattr(goal, part.name) for part in fields(goal)}
-            plain = Goal(**{name: t if t is None else t.clone() for name, t in tensors.items()})
+            tensors = {f.name: getattr(goal, f.name) for f in fields(goal)}
+            copies: Any = {name: t if t is None else t.clone() for name, t in tensors.items()}
+            plain = Goal(**copies)
             leaf = z.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self.function(leaf, plain).sum(), leaf)
         return gradient

@@ -119,8 +119,8 @@ def select(scope: Scope, positions: Positions) -> Bool[Tensor, "batch pos"]:
         ValueError: the scope did not return a boolean tensor [batch pos], or it needs prompt
             lengths or tokens that are unknown.
     """
-    mask = check_result(scope(positions), positions.valid.shape, f"scope {scope!r}", torch.bool)
-    return mask & positions.valid
+    valid = positions.valid
+    return check_result(scope(positions), valid.shape, f"the mask of {scope!r}", torch.bool) & valid
 
 
 def check_result(
@@ -135,7 +135,7 @@ def check_result(
         return value
     given = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
     wanted = "" if dtype is None else f"{dtype} "
-    raise ValueError(f"{name} must return a tensor of {wanted}{list(shape)}, got {given}")
+    raise ValueError(f"{name} must be a {wanted}tensor of shape {list(shape)}, got {given}")
 
 
 def fixed_positions(
