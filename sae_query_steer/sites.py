@@ -2,12 +2,15 @@
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 ALL_HEADS = "all"
 """Value of the column `head` of a table for all heads of a layer together."""
+
+_QUERIES = re.compile(r"blocks\.(0|[1-9]\d*)\.attn\.hook_(rot_)?q")
+_OTHER = re.compile(r"blocks\.(0|[1-9]\d*)\.(attn\.hook_(k|rot_k|v|z)|hook_resid_(pre|mid|post))")
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -38,11 +41,11 @@ class QuerySite:
         Raises:
             ValueError: the name is not that of a query hook point.
         """
-        match = re.fullmatch(r"blocks\.(0|[1-9]\d*)\.attn\.hook_(rot_)?q", hook_name)
+        match = _QUERIES.fullmatch(hook_name)
         if match is None:
             raise ValueError(
-                f"{hook_name!r} is no query hook point: the names are blocks.L.attn.hook_q and, "
-                "after rotary embedding, blocks.L.attn.hook_rot_q"
+                f"{hook_name!r} is no query hook point: those are blocks.L.attn.hook_q and, after "
+                "rotary embedding, blocks.L.attn.hook_rot_q"
             )
         return cls(layer=int(match[1]), n_heads=n_heads, d_head=d_head, rotated=bool(match[2]))
 
@@ -54,25 +57,10 @@ class QuerySite:
     def check(self, model: Any) -> None:
         """Raise unless a model has this site.
 
-        Args:
-            model: a HookedTransformer or a TransformerBridge.
-
         Raises:
             ValueError: the model has no such layer or hook point, or other heads there.
         """
-        check_layer(self.layer, int(model.cfg.n_layers))
-        if self.hook_name not in model.hook_dict:
-            which = "rotated" if self.rotated else "its"
-            raise ValueError(
-                f"no hook point {self.hook_name}: this architecture does not expose {which} "
-                f"queries; its attention has {_attention_hooks(model, self.layer)}"
-            )
-        here = (int(model.cfg.n_heads), int(model.cfg.d_head))
-        if (self.n_heads, self.d_head) != here:
-            raise ValueError(
-                f"the site at layer {self.layer} has {self.n_heads} heads of {self.d_head}: the "
-                f"model has {here[0]} heads of {here[1]}; use the model that the site belongs to"
-            )
+        _check(self, model)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -104,15 +92,9 @@ class Site:
         Raises:
             ValueError: the name is not that of such a hook point, or the model has none there.
         """
-        n_heads, d_head = int(model.cfg.n_heads), int(model.cfg.d_head)
-        if ".hook_resid_" in hook_name:
-            n_heads, d_head = 1, int(model.cfg.d_model)
-        elif not hook_name.endswith("hook_z"):
-            n_heads = int(getattr(model.cfg, "n_key_value_heads", None) or n_heads)
+        n_heads, d_head = _sizes(model, hook_name)
         site = cls(hook_name=hook_name, n_heads=n_heads, d_head=d_head)
-        check_layer(site.layer, int(model.cfg.n_layers))
-        if hook_name not in model.hook_dict:
-            raise ValueError(f"no hook point {hook_name}: this architecture does not expose it")
+        site.check(model)
         return site
 
     @property
@@ -126,15 +108,7 @@ class Site:
         Raises:
             ValueError: the model has no such layer or hook point, or other sizes there.
         """
-        here = Site.of(model, self.hook_name)
-        if self != here:
-            raise ValueError(
-                f"the site {self.hook_name} has {self.n_heads} heads of {self.d_head}: the model "
-                f"has {here.n_heads} heads of {here.d_head}"
-            )
-
-
-_OTHER = re.compile(r"blocks\.(0|[1-9]\d*)\.(attn\.hook_(k|rot_k|v|z)|hook_resid_(pre|mid|post))")
+        _check(self, model)
 
 
 def query_sites(
@@ -156,22 +130,13 @@ def query_sites(
 
     Source: arXiv 2502.18644 trains its SAEs on the query activations.
     """
-    if isinstance(layers, int | float | str):
-        raise TypeError(f"layers must be a list, such as [{layers}], got {layers!r}")
     every = range(int(model.cfg.n_layers))
     chosen = [operator.index(layer) for layer in (every if layers is None else layers)]
-    if not chosen:
-        raise ValueError("layers must have at least one layer, or be None for all, got []")
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers must have each layer once, got {chosen}")
-    sites = tuple(
-        QuerySite(
-            layer=n, n_heads=int(model.cfg.n_heads), d_head=int(model.cfg.d_head), rotated=rotated
-        )
-        for n in sorted(chosen)
-    )
-    for site in sites:
-        site.check(model)
+    if len(set(chosen)) != len(chosen) or not chosen:
+        raise ValueError(f"layers must have at least one layer, and each once, got {chosen}")
+    sizes = {"n_heads": int(model.cfg.n_heads), "d_head": int(model.cfg.d_head)}
+    sites = tuple(QuerySite(layer=n, rotated=rotated, **sizes) for n in sorted(chosen))
+    check_sites(model, sites)
     return sites
 
 
@@ -183,21 +148,36 @@ def check_layer(layer: int, n_layers: int) -> None:
         )
 
 
-def check_sites(sites: Iterable[QuerySite]) -> None:
-    """Raise unless this is a list of one or more sites.
-
-    Raises:
-        TypeError: it has something else, such as the index of a layer.
-        ValueError: it is empty.
-    """
-    if isinstance(sites, QuerySite) or not all(isinstance(site, QuerySite) for site in sites):
-        raise TypeError(
-            f"sites must be a list of sites, from query_sites(model, layers=[...]), got {sites!r}"
+def check_sites(model: Any, sites: Sequence[QuerySite]) -> None:
+    """Raise ValueError unless this is a list of one or more sites of a model, and not of layers."""
+    if not sites or not all(isinstance(site, QuerySite) for site in sites):
+        raise ValueError(
+            f"sites must have at least one site, from query_sites(model, layers=[...]), got {sites}"
         )
-    if not list(sites):
-        raise ValueError("sites must have at least one site, from query_sites(model), got none")
+    for site in sites:
+        site.check(model)
 
 
-def _attention_hooks(model: Any, layer: int) -> list[str]:
-    prefix = f"blocks.{layer}.attn."
-    return sorted(name.removeprefix(prefix) for name in model.hook_dict if name.startswith(prefix))
+def _sizes(model: Any, hook_name: str) -> tuple[int, int]:
+    """Return heads and dimension of a head at a hook point."""
+    if "hook_resid_" in hook_name:
+        return 1, int(model.cfg.d_model)
+    grouped = hook_name.endswith(("_k", "_v")) and getattr(model.cfg, "n_key_value_heads", None)
+    return int(grouped or model.cfg.n_heads), int(model.cfg.d_head)
+
+
+def _check(site: QuerySite | Site, model: Any) -> None:
+    check_layer(site.layer, int(model.cfg.n_layers))
+    if site.hook_name not in model.hook_dict:
+        attention = f"blocks.{site.layer}.attn."
+        here = sorted(name for name in model.hook_dict if name.startswith(attention))
+        raise ValueError(
+            f"no hook point {site.hook_name}: this architecture does not expose it; its attention "
+            f"has {[name.removeprefix(attention) for name in here]}"
+        )
+    n_heads, d_head = _sizes(model, site.hook_name)
+    if (site.n_heads, site.d_head) != (n_heads, d_head):
+        raise ValueError(
+            f"the site at layer {site.layer} has {site.n_heads} heads of {site.d_head}: the model "
+            f"has {n_heads} heads of {d_head}; use the model that the site belongs to"
+        )

@@ -157,11 +157,11 @@ def test_a_class_where_an_instance_is_meant_is_no_scope():
         check_scope(LastPromptToken, name="scope")
 
 
-def test_a_function_joins_from_the_left_and_prints_by_its_name():
+def test_a_function_joins_and_prints_by_its_name():
     def second(positions):
         return positions.index == 1
 
-    joined = second | LastPromptToken()
+    joined = LastPromptToken() | second
     assert isinstance(joined, AnyOf)
-    assert repr(joined).endswith("second | LastPromptToken()")
+    assert repr(joined).startswith("LastPromptToken() | ") and repr(joined).endswith("second")
     assert "0x" not in repr(joined)

@@ -83,7 +83,7 @@ def build(tree):
     match tree:
         case (("any" | "all") as kind, *parts):
             made = [build(part) for part in parts]
-            if len(parts) == 2 and not all(part is third for part in made):
+            if len(parts) == 2 and made[0] is not third:
                 return made[0] | made[1] if kind == "any" else made[0] & made[1]
             return {"any": AnyOf, "all": AllOf}[kind](*made)
         case ("not", part):
@@ -287,7 +287,7 @@ def test_scopes_print_as_they_are_written_and_brackets_stand_where_they_are_need
     )
     assert repr(~(prompt & Window(2))) == "~(PromptTokens() & Window(start=2, stop=None))"
     assert repr(~~prompt) == "~~PromptTokens()"
-    assert repr(third & prompt) == f"{__name__}.third & PromptTokens()"
+    assert repr(prompt & third) == f"PromptTokens() & {__name__}.third"
     assert repr(Not(third)) == f"~{__name__}.third"
     assert repr(AfterToken(9)) == "AfterToken(token=(9,), inclusive=False)"
     assert repr(AtPositions([3, 7])) == "AtPositions(positions=(3, 7))"

@@ -56,14 +56,10 @@ def test_a_layer_that_the_model_does_not_have_is_refused(model, layer):
         query_sites(model, [0, layer])
 
 
-def test_naming_no_layer_is_refused(model):
-    with refuses("layers", "at least one", "[]"):
-        query_sites(model, [])
-
-
-def test_naming_a_layer_twice_is_refused(model):
-    with refuses("layers", "once", [1, 0, 1]):
-        query_sites(model, [1, 0, 1])
+@pytest.mark.parametrize("layers", [[], [1, 0, 1]])
+def test_naming_no_layer_or_one_twice_is_refused(model, layers):
+    with refuses("layers", "at least one", "once", layers):
+        query_sites(model, layers)
 
 
 @pytest.mark.parametrize(("n_heads", "d_head"), [(2, 8), (4, 16)])

@@ -317,10 +317,8 @@ def test_damaged_or_hostile_folders_are_refused(saes, tmp_path):
 
 def test_sites_that_are_no_sites_and_data_sets_that_are_no_split_are_named(tiny_models, untyped):
     model = tiny_models["bridge"]
-    with pytest.raises(TypeError, match=r"sites must be .* \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"sites must have .* \[1, 2\]"):
         small(model, ["w0"], [1, 2])
-    with pytest.raises(TypeError, match=r"layers must be a list, such as \[1\], got 1"):
-        sqs.query_sites(model, 1)
     with pytest.raises(TypeError, match="texts is a DatasetDict: give one split"):
         small(model, DatasetDict({"train": Dataset.from_dict({"text": ["w0"]})}))
 

@@ -87,7 +87,7 @@ def chain(folder: Path) -> list[list[str]]:
         ],
         [
             "steer", *model, *saes, "--targets", str(folder / "targets"), "--target", "create",
-            "--prompt", "w1 w2 w3", "--objective", "distance", "--step-size", "0.2",
+            "--prompt", "w1 w2 w3", "--objective", "squared-distance", "--step-size", "0.2",
             "--max-new-tokens", "8", "--out", str(folder / "steered"),
         ],
     ]  # fmt: skip

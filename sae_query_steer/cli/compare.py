@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import sae_query_steer as sqs
 from sae_query_steer.cli.options import (
@@ -15,9 +15,6 @@ from sae_query_steer.cli.options import (
     show,
     span_of,
 )
-
-if TYPE_CHECKING:
-    from sae_query_steer.compare import Comparison
 
 
 def sweep(
@@ -60,7 +57,7 @@ def sweep(
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--objectives must be all, or some of {list(known)}, got {unknown}")
 
-    def compare(log: Path) -> "Comparison":
+    def compare(log: Path) -> "sqs.compare.Comparison":
         labelled = examples.read()
         loaded, saes = model.load_both()
         stored = asdict(examples) | {"csv": str(examples.csv), "saes": str(model.saes)}
@@ -114,7 +111,7 @@ def demo(
     settings = replace(sizes.get(size, sqs.compare.DemoSettings()), seed=seed)
     settings = settings if n_test is None else replace(settings, n_test=n_test)
 
-    def compare(log: Path) -> "Comparison":
+    def compare(log: Path) -> "sqs.compare.Comparison":
         model = sqs.load_tutor(notes=not null, device=device)
         return sqs.compare.run_demo(model, notes=not null, settings=settings, log=log)
 
@@ -129,7 +126,7 @@ def demo(
     say(f"wrote {out / 'report.html'}")
 
 
-def _show(found: "Comparison") -> None:
+def _show(found: "sqs.compare.Comparison") -> None:
     from sae_query_steer.compare.report import display_rows, verdict
 
     show(display_rows(found))

@@ -4,11 +4,14 @@ The names of the package load on first use: nothing slow is imported before a co
 its options and the columns of its files.
 """
 
+import operator
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,17 +19,15 @@ import sae_query_steer as sqs
 from sae_query_steer.data.files import check_columns
 from sae_query_steer.storage.folders import check_replaceable, new_folder
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sae_query_steer.data.tokenized import TokenizedExamples
-    from sae_query_steer.scopes.positions import Span
-
 FLAT = tyro.conf.arg(name="")
 """The options of a group have no prefix."""
 
 SpanName = Literal[
-    "last-prompt-token", "response", "last-response-token", "every", "last-prompt-token+response"
+    "last-prompt-token",
+    "response-tokens",
+    "last-prompt-token+response-tokens",
+    "last-response-token",
+    "every-position",
 ]
 
 
@@ -120,12 +121,10 @@ class ExampleOptions:
             parse_label=sqs.BloomLevel.parse if self.bloom else str,
         )
 
-    def tokenized(self, model: Any) -> "TokenizedExamples":
+    def tokenized(self, model: Any) -> Any:
         """Return the examples as tokens."""
-        span = span_of(self.span)
-        return sqs.tokenize_examples(
-            model, self.read(), span=span, chat_template=self.chat_template
-        )
+        chosen = {"span": span_of(self.span), "chat_template": self.chat_template}
+        return sqs.tokenize_examples(model, self.read(), **chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,34 +168,29 @@ Output = Annotated[OutputOptions, FLAT]
 Optional = Annotated[OptionalOutput, FLAT]
 
 
-def span_of(name: SpanName) -> "Span":
-    """Return the span of a name."""
-    last, response = sqs.LastPromptToken(), sqs.scopes.ResponseTokens()
-    return {
-        "last-prompt-token": last,
-        "response": response,
-        "last-response-token": sqs.scopes.LastResponseToken(),
-        "every": sqs.scopes.EveryPosition(),
-        "last-prompt-token+response": last | response,
-    }[name]
+def class_named(name: str, module: Any) -> Any:
+    """Return the class of a module by its name in words: last-prompt-token is LastPromptToken."""
+    return getattr(module, name.title().replace("-", ""))
+
+
+def span_of(name: SpanName) -> Any:
+    """Return the scope of a name."""
+    parts = [class_named(part, sqs.scopes)() for part in name.split("+")]
+    return reduce(operator.or_, parts)
 
 
 def index_list(text: str) -> list[int] | None:
     """Return the layers or heads of a text such as "1,2" or "8-20"; None for "all".
 
     Raises:
-        ValueError: another form, or a range that decreases.
+        ValueError: another form.
     """
     if text == "all":
         return None
-    chosen: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        last = last or first
-        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-            raise ValueError(f"layers and heads must be all, or such as 1,2 or 8-20, got {text!r}")
-        chosen += range(int(first), int(last) + 1)
-    return chosen
+    if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) is None:
+        raise ValueError(f"layers and heads must be all, or such as 1,2 or 8-20, got {text!r}")
+    ends = [part.split("-") for part in text.split(",")]
+    return [n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)]
 
 
 def say(text: str) -> None:
@@ -205,6 +199,6 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def show(table: "pd.DataFrame") -> None:
-    """Write a table, numbers with three digits."""
+def show(table: Any) -> None:
+    """Write a table of pandas, numbers with three digits."""
     say(table.to_string(index=False, float_format="{:.3f}".format))

@@ -12,11 +12,20 @@ from sae_query_steer.cli.options import (
     Optional,
     Output,
     SpanName,
+    class_named,
     index_list,
     say,
     show,
     span_of,
 )
+
+ObjectiveName = Literal[
+    "prototype-log-likelihood",
+    "squared-distance",
+    "centroid-contrast",
+    "cosine-similarity",
+    "gaussian-log-likelihood",
+]
 
 _ACHIEVED = ("class_effect", "class_effect_se", "moved", "moved_control")
 
@@ -100,7 +109,7 @@ def steer(
     targets: Path,
     target: str,
     prompt: str,
-    objective: Literal["prototype", "distance", "contrast", "cosine", "gaussian"] = "prototype",
+    objective: ObjectiveName = "prototype-log-likelihood",
     n_steps: int = 20,
     step_size: float = 1.0,
     scope: SpanName = "last-prompt-token",
@@ -116,8 +125,7 @@ def steer(
         targets: Folder that `targets` wrote.
         target: Class to steer towards.
         prompt: The prompt.
-        objective: What descent lowers: prototype log-likelihood, distance to the centroid,
-            contrast of centroids, cosine or Gaussian.
+        objective: What descent lowers.
         n_steps: Gradient steps at each token.
         step_size: Size of a step.
         scope: Tokens at which queries are changed.
@@ -130,19 +138,12 @@ def steer(
     check_number("--n-steps", n_steps, whole=True, least=0)
     check_number("--step-size", step_size, least=0)
     check_number("--max-new-tokens", max_new_tokens, whole=True, least=1)
-    kinds = {
-        "prototype": sqs.PrototypeLogLikelihood,
-        "distance": sqs.SquaredDistance,
-        "contrast": sqs.objectives.CentroidContrast,
-        "cosine": sqs.objectives.CosineSimilarity,
-        "gaussian": sqs.objectives.GaussianLogLikelihood,
-    }
     loaded, saes = model.load_both()
     steerer = sqs.LatentGradientSteerer(
         saes,
         sqs.CentroidTargets.load(targets),
         target=target,
-        objective=kinds[objective](),
+        objective=class_named(objective, sqs.objectives)(),
         n_steps=n_steps,
         step_size=step_size,
         scope=span_of(scope),

@@ -75,9 +75,7 @@ def interchange_effect(
 
     Source: interchange interventions as in causal abstraction.
     """
-    check_sites(sites)
-    for site in sites:
-        site.check(model)
+    check_sites(model, sites)
     trial = Trial(model, examples, counterparts, n_pairs=n_pairs, seed=seed)
     queries = _source_queries(trial, [site.hook_name for site in sites])
 

@@ -24,14 +24,8 @@ class Joinable:
     def __or__(self, other: Scope) -> "AnyOf":
         return AnyOf(self, other)
 
-    def __ror__(self, other: Scope) -> "AnyOf":
-        return AnyOf(other, self)
-
     def __and__(self, other: Scope) -> "AllOf":
         return AllOf(self, other)
-
-    def __rand__(self, other: Scope) -> "AllOf":
-        return AllOf(other, self)
 
     def __invert__(self) -> "Not":
         return Not(self)  # pyright: ignore[reportArgumentType]

@@ -83,9 +83,7 @@ def train_query_saes(
 
     Source: arXiv 2502.18644 (SAEs on queries); training is SAELens's.
     """
-    check_sites(sites)
-    for site in sites:
-        site.check(model)
+    check_sites(model, sites)
     if out is None and (resume or overwrite):
         raise ValueError("resume and overwrite need a folder: give out=")
     out = None if out is None else Path(out)
