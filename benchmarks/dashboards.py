@@ -10,6 +10,7 @@ takes the times: to be ready, and to answer the first search of all texts, index
 """
 
 import argparse
+import json
 import re
 import resource
 import shutil
@@ -22,7 +23,6 @@ from pathlib import Path
 import pandas as pd
 
 import sae_query_steer as sqs
-from sae_query_steer.dashboards.page import page_data
 from sae_query_steer.dashboards.writing import write_dashboards
 from sae_query_steer.toy import TutorCorpus
 
@@ -54,7 +54,8 @@ def main() -> None:
         began = time.perf_counter()
         (page,) = write_dashboards(model, saes, texts, out, targets=targets).values()
         row: dict[str, object] = {"write_s": round(time.perf_counter() - began)}
-        data = page_data(page.read_text(encoding="utf-8"))
+        (held,) = re.findall(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"))
+        data = json.loads(held)
         fired = [n for head in data["heads"] for n in head["fired"]]
         row |= {
             "latents": len(fired),

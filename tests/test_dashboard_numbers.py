@@ -8,16 +8,15 @@ import torch
 import sae_query_steer as sqs
 from sae_query_steer.dashboards import attention_effect as effect_module
 from sae_query_steer.dashboards import key_matches as key_module
-from sae_query_steer.dashboards import statistics as statistics_module
 from sae_query_steer.dashboards.attention_effect import attention_effect
-from sae_query_steer.dashboards.class_shares import class_shares
-from sae_query_steer.dashboards.key_matches import KeyMeans, decoder_directions, key_matches
-from sae_query_steer.dashboards.statistics import read_again
+from sae_query_steer.dashboards.key_matches import KeyMeans, key_matches
+from sae_query_steer.dashboards.site_data import class_shares
+from sae_query_steer.dashboards.statistics import N_BINS, read_again
 from sae_query_steer.data.batches import PAD
 
 LAYER, HEADS = 2, (3, 1)
 NAME = f"blocks.{LAYER}.attn.hook_q"
-K, CONTEXT, BINS, N_LOOKS = 4, 3, 7, 3
+K, CONTEXT, N_LOOKS = 4, 3, 3
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +39,10 @@ def alone(model, row, hooks=()):
     return [cache[name][0] for name in names]
 
 
-def test_histogram_mean_and_surroundings_are_those_of_a_loop(model, saes, texts, monkeypatch):
-    monkeypatch.setattr(statistics_module, "LATENTS_AT_ONCE", 2 * 16 * 5)
-    monkeypatch.setattr(statistics_module, "PAIRS_AT_ONCE", 11 * K)
+def test_histogram_mean_and_surroundings_are_those_of_a_loop(model, saes, texts):
     tops = found_on(model, saes, texts)
     found, keys = read_again(
-        model, {NAME: saes[NAME]}, tops, context=CONTEXT, keys=False, batch_size=5, n_bins=BINS
+        model, {NAME: saes[NAME]}, tops, context=CONTEXT, keys=False, batch_size=5
     )
     assert keys == {}
     found = found[NAME]
@@ -55,7 +52,7 @@ def test_histogram_mean_and_surroundings_are_those_of_a_loop(model, saes, texts,
         latents |= {(row, p): z[p] for p in range(1, len(z))}  # BOS does not count
     stacked = torch.stack(list(latents.values()))
     assert len(stacked) == tops.n_tokens
-    torch.testing.assert_close(found.mean, stacked.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.total, stacked.relu().sum(0), rtol=1e-5, atol=1e-4)
     width, checked = tops.rows.shape[1], 0
     for h in range(len(HEADS)):
         for i in range(16):
@@ -64,7 +61,7 @@ def test_histogram_mean_and_surroundings_are_those_of_a_loop(model, saes, texts,
             own = found.histogram[h, i]
             assert own.sum() == len(values) == tops.n_fired[NAME][h, i]
             if len(values):
-                expected = torch.histc(values, BINS, 0, largest)
+                expected = torch.histc(values, N_BINS, 0, largest)
                 assert (own - expected).abs().sum() <= 2, "one value may lie on an edge"
             for rank in range(K):
                 place = int(tops.places[NAME][h, i, rank])
@@ -86,10 +83,13 @@ def test_attention_without_a_latent_is_that_of_a_query_without_its_part(
     tops = found_on(model, saes, texts)
     site = sqs.query_sites(model, [LAYER])[0]
     sae = saes[NAME]
+    places = tops.places[NAME][..., :N_LOOKS]
     wide = attention_effect(model, site, sae, tops, n_tokens=N_LOOKS, n_sources=3)
     monkeypatch.setattr(effect_module, "PATTERN_AT_ONCE", 3 * 4 * tops.rows.shape[1] ** 2)
     found = attention_effect(model, site, sae, tops, n_tokens=N_LOOKS, n_sources=3)
-    torch.testing.assert_close(wide.moved, found.moved, rtol=0, atol=1e-5)
+    assert set(wide) == set(found) == set(map(tuple, (places >= 0).nonzero().tolist()))
+    for key, look in found.items():
+        assert wide[key].moved == pytest.approx(look.moved, abs=1e-5)
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
     width, largest, compared = tops.rows.shape[1], 0.0, 0
     for h, head in enumerate(HEADS):
@@ -97,8 +97,8 @@ def test_attention_without_a_latent_is_that_of_a_query_without_its_part(
             for rank in range(N_LOOKS):
                 place = int(tops.places[NAME][h, i, rank])
                 if place < 0:
-                    assert (found.positions[h, i, rank] == -1).all()
                     continue
+                look = found[h, i, rank]
                 row, position = tops.rows[place // width], place % width
                 query, _, plain = alone(model, row)
                 latents = sae.encode(query[position][None])[0]
@@ -113,16 +113,15 @@ def test_attention_without_a_latent_is_that_of_a_query_without_its_part(
 
                 off = alone(model, row, [(NAME, change)])[2]
                 moved = (plain - off)[head, position].abs()
-                assert float(found.moved[h, i, rank]) == pytest.approx(
-                    float(moved.sum() / 2), abs=1e-5
+                assert look.moved == pytest.approx(float(moved.sum() / 2), abs=1e-5)
+                spots, on, without = (
+                    torch.tensor(column) for column in zip(*look.sources, strict=True)
                 )
-                n = min(3, position + 1)
-                expected = moved.topk(n).values
-                spots = found.positions[h, i, rank][:n]
+                expected = moved.topk(min(3, position + 1)).values[: len(spots)]
                 torch.testing.assert_close(moved[spots], expected, rtol=0, atol=1e-5)
-                for kept, truth in ((found.on, plain), (found.off, off)):
+                for kept, truth in ((on, plain), (without, off)):
                     there = truth[head, position, spots]
-                    torch.testing.assert_close(kept[h, i, rank][:n], there, rtol=0, atol=1e-5)
+                    torch.testing.assert_close(kept, there, rtol=0, atol=1e-5)
                 largest = max(largest, float(moved.sum() / 2))
                 compared += 1
     assert compared > 12
@@ -131,24 +130,24 @@ def test_attention_without_a_latent_is_that_of_a_query_without_its_part(
 
 def test_no_two_latents_are_switched_off_at_one_token_of_a_copy():
     places = torch.tensor([[[5, 9], [5, -1], [5, 14]], [[5, 3], [-1, -1], [22, 9]]])
-    jobs = effect_module._jobs(places, width=10)
-    assert len(jobs.index) == 9
+    passes = effect_module._passes(places, 10, n_heads=2, batch_size=3)
     spots = set()
-    for (head, latent, rank), copy in zip(jobs.index.tolist(), jobs.copy.tolist(), strict=True):
-        place = int(places[head, latent, rank])
-        assert int(jobs.row_of_copy[copy]) == place // 10
-        spots.add((copy, head, place))
+    for number, own in enumerate(passes):
+        assert own.groupby(["row", "copy"]).ngroups <= 3
+        for job in own.itertuples():
+            assert int(places[job.head, job.latent, job.rank]) == job.row * 10 + job.position
+            spots.add((number, job.copy, job.head, job.row, job.position))
     assert len(spots) == 9
-    assert jobs.row_of_copy.tolist() == [0, 0, 0, 1, 2], "three latents of a head share token 5"
+    assert [sorted(set(own.groupby(["row", "copy"]).groups)) for own in passes] == [
+        [(0, 0), (0, 1), (0, 2)],
+        [(1, 0), (2, 0)],
+    ], "three latents of a head share token 5"
 
 
-def test_matching_keys_are_those_with_the_largest_product_with_the_decoder_row(
-    model, saes, texts, monkeypatch
-):
-    monkeypatch.setattr(key_module, "SCORES_AT_ONCE", 40)
+def test_matching_keys_are_those_with_the_largest_product_with_the_decoder_row(model, saes, texts):
     sae, tops = saes[NAME], found_on(model, saes, texts)
     _, keys = read_again(model, {NAME: sae}, tops, context=0, keys=True, batch_size=5)
-    found = key_matches(keys[NAME], sae, HEADS, n=3)
+    ids, found = key_matches(keys[NAME], sae, HEADS, n=3)
     by_token, every = {}, []
     for row in tops.rows:
         own = alone(model, row)[1]
@@ -170,32 +169,21 @@ def test_matching_keys_are_those_with_the_largest_product_with_the_decoder_row(
                 for token, kept in often.items()
             }
             best = sorted(scores.values(), reverse=True)[:3]
-            assert found.scores[h, i].tolist() == pytest.approx(best, abs=1e-5)
-            named = [scores[token] for token in found.ids[h, i].tolist()]
+            assert found[h, i].tolist() == pytest.approx(best, abs=1e-5)
+            named = [scores[token] for token in ids[h, i].tolist()]
             assert named == pytest.approx(best, abs=1e-5)
 
 
-def test_the_commonest_ids_are_kept_and_all_where_none_is_common():
+def test_the_commonest_ids_are_kept_and_all_where_none_is_common(monkeypatch):
     rows = torch.tensor([[4, 4, 4, 7, 7, 9], [9, 9, 9, 7, 8, PAD]])
     assert KeyMeans(rows).ids.tolist() == [4, 7, 9]
-    assert KeyMeans(rows, max_ids=2).ids.tolist() == [4, 9]
-    assert KeyMeans(rows[:1, 3:], min_seen=3).ids.tolist() == [7, 9]
-    with pytest.raises(ValueError, match="no keys were read"):
-        KeyMeans(rows).beyond_mean()
-
-
-def test_a_direction_is_what_one_unit_of_a_latent_adds(saes, monkeypatch):
-    identity = sqs.sae.IdentityEncoder(n_heads=4, d_head=8)
-    assert torch.equal(decoder_directions(identity, (2, 0)), torch.eye(8).expand(2, -1, -1))
-    sae = saes[NAME]
-    one = torch.zeros(4, 16)
-    one[3, 5] = 1
-    added = (sae.decode(one) - sae.decode(torch.zeros(4, 16)))[3]
-    torch.testing.assert_close(decoder_directions(sae, HEADS)[0, 5], added, rtol=0, atol=1e-6)
+    assert KeyMeans(rows[:1, 3:]).ids.tolist() == [7, 9]
+    monkeypatch.setattr(key_module, "MAX_IDS", 2)
+    assert KeyMeans(rows).ids.tolist() == [4, 9]
 
 
 def test_the_share_of_a_latent_is_between_over_total(saes, targets, examples, tiny_models):
-    found = class_shares(targets, NAME, HEADS)
+    share, highest, found = (part[list(HEADS)] for part in class_shares(targets, NAME))
     model, sae = tiny_models["bridge"], saes[NAME]
     values, labels = [], []
     for example in examples:
@@ -209,13 +197,15 @@ def test_the_share_of_a_latent_is_between_over_total(saes, targets, examples, ti
         (values[labels == k] - values[labels == k].mean(0)).square().sum(0) for k in range(3)
     )
     live = total > 1e-12
-    expected = torch.where(live, 1 - within / total, 0.0).float()
-    torch.testing.assert_close(found.share, expected, rtol=0, atol=1e-4)
-    assert ((found.highest >= 0) == live).all()
+    expected = torch.where(live, 1 - within / total, 0.0)
+    torch.testing.assert_close(share, expected, rtol=0, atol=1e-4)
+    assert ((highest >= 0) == live).all()
     means = torch.stack([values[labels == k].mean(0) for k in range(3)], dim=-1)
-    torch.testing.assert_close(found.means, means.float(), rtol=0, atol=1e-5)
-    assert torch.equal(found.highest[live], means.argmax(-1)[live])
+    torch.testing.assert_close(found, means, rtol=0, atol=1e-5)
+    assert torch.equal(highest[live], means.argmax(-1)[live])
     silent = {name: torch.zeros_like(mean) for name, mean in targets.means.items()}
-    none = class_shares(dataclasses.replace(targets, means=silent, variances=silent), NAME, HEADS)
-    assert (none.share == 0).all()
-    assert (none.highest == -1).all()
+    share, highest, _ = class_shares(
+        dataclasses.replace(targets, means=silent, variances=silent), NAME
+    )
+    assert (share == 0).all()
+    assert (highest == -1).all()

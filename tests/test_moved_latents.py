@@ -258,7 +258,7 @@ def test_other_traces_and_wrong_numbers_are_refused(tiny_models, make, untyped):
     for call, text in (
         (
             lambda: sqs.diagnostics.most_moved(table, 0),
-            "m=0 is not allowed: give 1 or more latents",
+            "m must be a whole number >= 1, got 0",
         ),
         (
             lambda: sqs.diagnostics.most_moved(two, 1),
@@ -270,11 +270,11 @@ def test_other_traces_and_wrong_numbers_are_refused(tiny_models, make, untyped):
         ),
         (
             lambda: sqs.diagnostics.latent_attention(model, steerer, [], EVERY),
-            "prompts=[] is not allowed",
+            "one text or more, got []",
         ),
         (
             lambda: sqs.diagnostics.latent_attention(model, steerer, "w1", EVERY),
-            "prompts='w1' is not allowed",
+            "one text or more, got 'w1'",
         ),
         (
             lambda: sqs.diagnostics.latent_attention(model, steerer, PROMPTS, {}),

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_query_steer.dashboards.key_matches import decoder_directions
-from sae_query_steer.diagnostics.active_tokens import TopTokens
+from sae_query_steer.diagnostics.latent_texts import TopTokens
+from sae_query_steer.diagnostics.moved import decoder_rows
 from sae_query_steer.models.activations import pattern_hook, read_activations
-from sae_query_steer.models.loading import check_eager
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.sites import QuerySite
 
@@ -19,21 +19,15 @@ PATTERN_AT_ONCE = 2**24
 """Numbers of an attention pattern that are held together: 64 MiB in 32 bits."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionEffect:
-    """The attention that each latent of some heads moves at its first top tokens."""
+@dataclass(frozen=True)
+class Look:
+    """Where a head looks at one of a latent's top tokens, with the latent and without."""
 
-    moved: Float[Tensor, "head d_latent rank"]
+    moved: float
     """Share of the head's attention that goes elsewhere without the latent (total variation)."""
 
-    positions: Int[Tensor, "head d_latent rank source"]
-    """Source tokens with the largest changes, by position in the text; -1 where there are fewer."""
-
-    on: Float[Tensor, "head d_latent rank source"]
-    """Attention to them as it is."""
-
-    off: Float[Tensor, "head d_latent rank source"]
-    """Attention to them with the latent at 0."""
+    sources: list[tuple[int, float, float]]
+    """Position of the tokens with the largest changes, attention to it with and without."""
 
 
 @torch.no_grad()
@@ -46,16 +40,13 @@ def attention_effect(
     n_tokens: int,
     n_sources: int = 6,
     batch_size: int = 16,
-) -> AttentionEffect:
+) -> dict[tuple[int, int, int], Look]:
     """Return the attention of each latent's head at its top tokens, with the latent and without.
 
-    Without latent i, at activation z_i, the query is q - z_i w_i with w_i its decoder row: the
-    difference of two decodings, so that the SAE's error stays. The model itself computes the
-    attention, so rotary embedding, soft caps, windows and shared keys are what they are.
-
-    A token's query decides nothing but where that token looks. So one forward pass of a row
-    switches one latent off at every token and head; a row is read as often as the most latents
-    share a token and head of it.
+    Without latent i, at activation z_i, the query is q - z_i w_i with w_i its decoder row, so that
+    the SAE's error stays. The model itself computes the attention, so rotary embedding, soft caps,
+    windows and shared keys are what they are. A token's query decides nothing but where that token
+    looks, so one forward pass of a row switches one latent off at every token and head.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
@@ -66,105 +57,67 @@ def attention_effect(
         n_sources: source tokens to keep of each.
         batch_size: rows of a forward pass, at most.
 
+    Returns:
+        By index of the head in `tops.heads`, latent and rank of the top token.
+
     Source: our choice.
     """
-    heads = tops.heads[site.hook_name]
+    heads, width = tops.heads[site.hook_name], tops.rows.shape[1]
     places = tops.places[site.hook_name][..., :n_tokens]
-    values = tops.activations[site.hook_name][..., :n_tokens]
-    directions = decoder_directions(encoder, heads)
-    width, shape = tops.rows.shape[1], (*places.shape, n_sources)
-    moved = torch.zeros(places.shape)
-    positions = torch.full(shape, -1)
-    on, off = torch.zeros(shape), torch.zeros(shape)
-    jobs = _jobs(places, width)
-    batches = _batches(jobs, tops, site.n_heads, batch_size)
-    pattern = pattern_hook(site.layer)
-    with tqdm(total=len(jobs.index), desc=f"Attention, layer {site.layer}", unit="latent") as bar:
-        for part in batches:
-            head, latent, rank = jobs.index[part].unbind(-1)
-            place = places[head, latent, rank]
-            position, copy = place % width, jobs.copy[part] - int(jobs.copy[part][0])
-            rows = jobs.row_of_copy[jobs.copy[part].unique()]
+    directions = decoder_rows(encoder, heads).float().cpu()
+    found: dict[tuple[int, int, int], Look] = {}
+    with tqdm(total=int((places >= 0).sum()), desc="Switching latents off", unit="latent") as bar:
+        for own in _passes(places, width, site.n_heads, batch_size):
+            head, latent, rank, position = torch.tensor(
+                own[["head", "latent", "rank", "position"]].to_numpy()
+            ).T
+            copies = own.groupby(["row", "copy"])
+            copy = torch.tensor(copies.ngroup().to_numpy())
             # Attention is causal: what stands behind the last of these tokens decides nothing.
-            tokens = tops.rows[rows, : int(position.max()) + 1].clamp(min=0)
+            rows = tops.rows[copies["row"].first().tolist(), : int(position.max()) + 1]
             index = torch.tensor(heads)[head]
-            change = torch.zeros(*tokens.shape, site.n_heads, site.d_head)
-            step = values[head, latent, rank, None] * directions[head, latent].float().cpu()
-            change[copy, position, index] = -step
-            distinct, of_distinct = rows.unique(return_inverse=True)
-            first = torch.zeros_like(distinct).scatter_(0, of_distinct, torch.arange(len(rows)))
-            plain = read_activations(model, tokens[first], [pattern])[pattern]
-            without = _pattern_with_change(model, tokens, site, change)
-            before = _looking(plain, of_distinct[copy], index, position)
-            after = _looking(without, copy, index, position)
-            n = min(n_sources, before.shape[-1])
-            difference = (before - after).abs()
-            most = difference.topk(n, dim=-1)
-            seen = most.values > 0
-            moved[head, latent, rank] = difference.sum(-1) / 2
-            spot = head, latent, rank
-            positions[(*spot, slice(n))] = torch.where(seen, most.indices, -1)
-            on[(*spot, slice(n))] = before.gather(-1, most.indices) * seen
-            off[(*spot, slice(n))] = after.gather(-1, most.indices) * seen
-            bar.update(len(part))
-    return AttentionEffect(moved=moved, positions=positions, on=on, off=off)
+            change = torch.zeros(*rows.shape, site.n_heads, site.d_head)
+            activation = tops.activations[site.hook_name][head, latent, rank, None]
+            change[copy, position, index] = -activation * directions[head, latent]
+            on, off = (
+                _pattern(model, rows, site, added)[copy, index, position]
+                for added in (torch.zeros_like(change), change)
+            )
+            difference = (on - off).abs()
+            most = difference.topk(min(n_sources, difference.shape[-1]), dim=-1)
+            columns = (most.indices, on.gather(-1, most.indices), off.gather(-1, most.indices))
+            keys = zip(head.tolist(), latent.tolist(), rank.tolist(), strict=True)
+            for i, key in enumerate(keys):
+                seen = most.values[i] > 0
+                sources = zip(*(column[i, seen].tolist() for column in columns), strict=True)
+                found[key] = Look(float(difference[i].sum()) / 2, list(sources))
+            bar.update(len(own))
+    return found
 
 
-def _pattern_with_change(
-    model: Any, tokens: Tensor, site: QuerySite, change: Float[Tensor, "batch pos head d_head"]
+def _passes(places: Tensor, width: int, n_heads: int, batch_size: int) -> list[pd.DataFrame]:
+    """Return the latents that each forward pass switches off, in copies of rows.
+
+    In no copy of a row two latents share a token and head.
+    """
+    jobs = pd.DataFrame((places >= 0).nonzero().numpy(), columns=["head", "latent", "rank"])
+    place = places[places >= 0].numpy()
+    jobs["row"], jobs["position"] = place // width, place % width
+    jobs["copy"] = jobs.groupby(["row", "position", "head"]).cumcount()
+    at_once = max(1, min(batch_size, PATTERN_AT_ONCE // (n_heads * width**2)))
+    number = jobs.groupby(["row", "copy"]).ngroup() // at_once
+    return [own for _, own in jobs.groupby(number)]
+
+
+def _pattern(
+    model: Any, rows: Tensor, site: QuerySite, added: Float[Tensor, "batch pos head d_head"]
 ) -> Float[Tensor, "batch head query key"]:
     """Return the attention pattern of a site's layer with something added to its queries."""
-    check_eager(model)
 
     def add(query: Tensor, hook: Any) -> Tensor:
         del hook  # its name differs between the backends
-        return query + change.to(query).reshape(query.shape)
+        return query + added.to(query).reshape(query.shape)
 
     name = pattern_hook(site.layer)
-    return read_activations(model, tokens, [name], fwd_hooks=[(site.hook_name, add)])[name]
-
-
-def _looking(
-    pattern: Float[Tensor, "batch head query key"], row: Tensor, head: Tensor, position: Tensor
-) -> Float[Tensor, "token key"]:
-    """Return where single tokens look, on the CPU: the rest of a pattern stays where it is."""
-    device = pattern.device
-    return pattern[row.to(device), head.to(device), position.to(device)].float().cpu()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Jobs:
-    """Latents to switch off, ordered by the copy of the row in which each is switched off."""
-
-    index: Int[Tensor, "job 3"]
-    """Index of the head, latent, rank."""
-
-    copy: Int[Tensor, " job"]
-    """Which copy of a row; in no copy two latents share a token and head."""
-
-    row_of_copy: Int[Tensor, " copy"]
-    """Which row each copy is of."""
-
-
-def _jobs(places: Int[Tensor, "head d_latent rank"], width: int) -> _Jobs:
-    index = (places >= 0).nonzero()
-    place = places[tuple(index.unbind(-1))]
-    where = place * len(places) + index[:, 0]
-    order = where.argsort(stable=True)
-    ordered = where[order]
-    # The how manieth latent of its token and head.
-    slot = torch.empty_like(where)
-    slot[order] = torch.arange(len(where)) - torch.searchsorted(ordered, ordered)
-    n_slots = int(slot.max()) + 1 if len(slot) else 1
-    copies, copy = (place // width * n_slots + slot).unique(return_inverse=True)
-    order = copy.argsort(stable=True)
-    return _Jobs(index=index[order], copy=copy[order], row_of_copy=copies // n_slots)
-
-
-def _batches(jobs: _Jobs, tops: TopTokens, n_heads: int, batch_size: int) -> list[Tensor]:
-    """Return the jobs of each forward pass: all of some copies, few enough for the memory."""
-    if not len(jobs.index):
-        return []
-    at_once = max(1, min(batch_size, PATTERN_AT_ONCE // (n_heads * tops.rows.shape[1] ** 2)))
-    batch = jobs.copy // at_once
-    return list(torch.arange(len(batch)).split(torch.bincount(batch).tolist()))
+    read = read_activations(model, rows, [name], fwd_hooks=[(site.hook_name, add)])
+    return read[name].float().cpu()

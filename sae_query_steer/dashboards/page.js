@@ -10,11 +10,12 @@ const latentOf = (item) => item % perHead;
 const value = (item, column) => headOf(item)[column][latentOf(item)];
 const density = (item) => value(item, "fired") / Math.max(1, data.n_tokens);
 const hash = (item) => `#${headOf(item).head}-${latentOf(item)}`;
-const pieces = (text) => data.tokens.slice(text[3], text[3] + text[5]).map((i) => words[i]);
+const pieces = (text) => data.texts[text[1]].slice(text[3], text[3] + text[4]).map((i) => words[i]);
+const topWord = (text) => words[data.texts[text[1]][text[2]]];
 const every = (list, step, from = 0) => list.filter((_, i) => i >= from && (i - from) % step === 0);
 
 function topWords(item) {
-  return [...new Set(value(item, "texts").map((text) => words[data.tokens[text[3] + text[4]]]))];
+  return [...new Set(value(item, "texts").map(topWord))];
 }
 
 const ORDERS = [
@@ -156,17 +157,15 @@ function textPart(item) {
   const texts = value(item, "texts");
   const line = (text) => {
     const activations = new Map();
-    for (let i = 6; i < text.length; i += 2) activations.set(text[i], text[i + 1]);
+    for (let i = 5; i < text.length; i += 2) activations.set(text[i], text[i + 1]);
     return make("li", {}, make("span", { cls: "act", title: `text ${text[1]}, position ${text[2]}` }, number(text[0])),
-      shaded(pieces(text), activations, value(item, "max"), text[4]));
+      shaded(pieces(text), activations, value(item, "max"), text[2] - text[3]));
   };
   const list = (some) => make("ol", { cls: "texts" }, ...some.map(line)), rest = texts.slice(FIRST);
-  const fewer = data.k < data.k_kept ? ` ${data.k} of the ${data.k_kept} texts of each latent, so that the page is not too large.` : "";
   return [
     make("h3", {}, "Texts where it is most active"),
     texts.length ? list(texts.slice(0, FIRST)) : make("p", { cls: "note" }, "It fires at none of the tokens that were read."),
     rest.length ? make("details", {}, make("summary", {}, `${rest.length} more`), list(rest)) : "",
-    fewer ? make("p", { cls: "note" }, fewer) : "",
   ];
 }
 
@@ -178,15 +177,15 @@ function attentionPart(item) {
     make("p", { cls: "note" }, "Attention from the top token to the tokens where it changes most; blue: as it is, grey: with the latent at 0."),
   ];
   looks.forEach((look, rank) => {
-    const body = make("tbody", {});
-    for (let i = 1; i < look.length; i += 4) {
-      const [position, word, on, off] = look.slice(i, i + 4), bar = (size) => make("div", { style: { width: `${100 * size}%` } });
-      body.append(make("tr", {}, make("td", { cls: "token", title: `position ${position}` }, visible(words[word])), make("td", { cls: "n small" }, String(position)),
+    const text = texts[rank], body = make("tbody", {});
+    for (let i = 1; i < look.length; i += 3) {
+      const [position, on, off] = look.slice(i, i + 3), bar = (size) => make("div", { style: { width: `${100 * size}%` } });
+      const word = words[data.texts[text[1]][position]];
+      body.append(make("tr", {}, make("td", { cls: "token", title: `position ${position}` }, visible(word)), make("td", { cls: "n small" }, String(position)),
         make("td", { cls: "pair" }, bar(on), bar(off)), make("td", { cls: "n" }, on.toFixed(3)), make("td", { cls: "n" }, off.toFixed(3)),
         make("td", { cls: "n" }, (on >= off ? "+" : "−") + Math.abs(on - off).toFixed(3))));
     }
-    const text = texts[rank];
-    const where = text ? `At ${visible(words[data.tokens[text[3] + text[4]]]).trim()} (text ${text[1]}, position ${text[2]}): ` : "At the next top token: ";
+    const where = `At ${visible(topWord(text)).trim()} (text ${text[1]}, position ${text[2]}): `;
     const header = make("tr", {}, ...["token", "position", "", "with", "without", "change"].map((name, i) => make("th", { scope: "col", cls: i === 1 || i > 2 ? "n" : null }, name)));
     parts.push(make("div", { cls: "look" }, make("p", {}, `${where}it moves ${share(look[0])} of the head's attention.`),
       look.length > 1 ? make("table", {}, make("thead", {}, header), body) : ""));

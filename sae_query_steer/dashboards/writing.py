@@ -1,29 +1,33 @@
-"""`write_dashboards`: a page for each site, with all its latents."""
+"""`write_dashboards`: a self-contained page for each site, with all its latents."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+
+from sae_query_steer.arguments import check_number
 from sae_query_steer.dashboards.attention_effect import attention_effect
 from sae_query_steer.dashboards.key_matches import key_matches
 from sae_query_steer.dashboards.neuronpedia import write_batches
-from sae_query_steer.dashboards.page import PAGES, dashboard_html
-from sae_query_steer.dashboards.site_data import SiteDashboard
+from sae_query_steer.dashboards.site_data import site_data
 from sae_query_steer.dashboards.statistics import read_again
 from sae_query_steer.data.token_rows import Texts
-from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.diagnostics.latent_texts import top_tokens
 from sae_query_steer.models.activations import check_hook_point, key_hook, pattern_hook
 from sae_query_steer.models.loading import check_eager, model_name
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
-from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.steering.where import chosen_heads
 from sae_query_steer.storage.folders import check_replaceable, new_folder
 from sae_query_steer.storage.records import write_json
 from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.fingerprint import check_belongs, check_shapes
 
 INDEX = "dashboards.json"
 """The file that every folder of dashboards holds."""
+
+PAGES = Environment(loader=PackageLoader("sae_query_steer.dashboards", ""), autoescape=True)
+PAGES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
 
 
 def write_dashboards(
@@ -35,7 +39,7 @@ def write_dashboards(
     targets: CentroidTargets | None = None,
     k: int = 10,
     context: int = 12,
-    n_attention: int | None = None,
+    n_attention: int = 2,
     n_keys: int = 8,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
@@ -56,14 +60,13 @@ def write_dashboards(
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
-        saes: encoders by hook name.
+        saes: query-head SAEs or identity encoders by hook name.
         texts: in any form that `train_query_saes` takes.
         folder: the folder to make, whole or not at all.
         targets: centroids of classes that were made with these SAEs on this model.
-        k: texts of each latent. A page of more than 60 MB shows fewer, and says so.
+        k: texts of each latent; the size of a page grows with it.
         context: tokens on either side of a top token.
-        n_attention: top tokens of each latent at which its attention is looked at, 0 to k;
-            None means 2, or k where that is less.
+        n_attention: top tokens of each latent at which its attention is looked at; 0 for none.
         n_keys: tokens with matching keys of each latent; 0 for none.
         layers: which layers; None means all that have an SAE.
         heads: which heads: the same in each layer, or by layer; None means all.
@@ -86,53 +89,34 @@ def write_dashboards(
     Source: our choice, after sae_vis and Neuronpedia; what they show of logits is left out, because
     a query writes none.
     """
-    n_attention = min(2, max(k, 0)) if n_attention is None else n_attention
-    if context < 0 or n_keys < 0 or not 0 <= n_attention <= max(k, 0):
-        raise ValueError(
-            f"context={context}, n_attention={n_attention} and n_keys={n_keys} are not allowed: "
-            f"give 0 or more, and n_attention up to k={k}"
-        )
+    for name, value in (("context", context), ("n_attention", n_attention), ("n_keys", n_keys)):
+        check_number(name, value, whole=True, least=0)
     folder = Path(folder)
     check_replaceable(folder, overwrite=overwrite, holding=INDEX)
     every = encoder_sites(saes)
     picked = chosen_heads(every, layers, heads)
-    saes = {name: saes[name] for name in picked}
-    sites = {name: every[name] for name in picked}
+    saes, sites = {n: saes[n] for n in picked}, {n: every[n] for n in picked}
     for site in sites.values():
         site.check(model)
-        for wanted, point, option in (
-            (n_keys, key_hook(site), "n_keys"),
-            (n_attention, pattern_hook(site.layer), "n_attention"),
-        ):
-            try:
-                if wanted:
-                    check_hook_point(model, point)
-            except ValueError as error:
-                raise ValueError(f"{error}; to leave this out give {option}=0") from error
+        _check_shown(model, key_hook(site), "n_keys", n_keys)
+        _check_shown(model, pattern_hook(site.layer), "n_attention", n_attention)
     if n_attention:
         check_eager(model)
     if targets is not None:
-        _check_targets(model, saes, targets)
-    tops = top_tokens(
-        model,
-        saes,
-        texts,
-        k=k,
-        heads={sites[name].layer: own for name, own in picked.items()},
-        batch_size=batch_size,
-        ignore_bos=ignore_bos,
-        **reading,
-    )
-    statistics, keys = read_again(
-        model,
-        saes,
-        tops,
-        context=context,
-        keys=n_keys > 0,
-        ignore_bos=ignore_bos,
-        batch_size=batch_size,
-    )
-    pages: dict[str, str] = {}
+        check_shapes(targets, saes)
+        check_belongs(model, saes, targets)
+    looked = {"ignore_bos": ignore_bos, "batch_size": batch_size}
+    by_layer = {sites[name].layer: own for name, own in picked.items()}
+    tops = top_tokens(model, saes, texts, k=k, heads=by_layer, **looked, **reading)
+    statistics, keys = read_again(model, saes, tops, context=context, keys=n_keys > 0, **looked)
+    pages = {name: f"{name}.html" for name in sites}
+    settings = {
+        "model": model_name(model),
+        "tokens": tops.n_tokens,
+        "texts": len(tops.rows),
+        "top texts of a latent": k,
+        "classes": ", ".join(map(str, targets.classes)) if targets else "none given",
+    }
     with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
         for name, site in sites.items():
             attention = None
@@ -140,39 +124,28 @@ def write_dashboards(
                 attention = attention_effect(
                     model, site, saes[name], tops, n_tokens=n_attention, batch_size=batch_size
                 )
-            dashboard = SiteDashboard(
-                site=site,
-                model_name=model_name(model),
-                tops=tops,
-                statistics=statistics[name],
+            data = site_data(
+                site,
+                model_name(model),
+                tops,
+                statistics[name],
                 attention=attention,
                 keys=key_matches(keys[name], saes[name], picked[name], n=n_keys) if keys else None,
                 targets=targets,
             )
-            pages[name] = f"{name}.html"
-            (new / pages[name]).write_text(dashboard_html(dashboard), encoding="utf-8")
+            page = PAGES.get_template("page.html").render(data=data)
+            (new / pages[name]).write_text(page, encoding="utf-8")
             if neuronpedia:
-                write_batches(dashboard, new / "neuronpedia" / name)
-        settings = {
-            "model": model_name(model),
-            "tokens": tops.n_tokens,
-            "texts": len(tops.rows),
-            "top texts of a latent": k,
-            "classes": ", ".join(map(str, targets.classes)) if targets else "none given",
-        }
+                write_batches(data, new / "neuronpedia" / name)
         index = PAGES.get_template("index.html").render(pages=pages, settings=settings)
         (new / "index.html").write_text(index, encoding="utf-8")
         write_json(new / INDEX, {"pages": pages, "settings": settings})
     return {name: folder / file for name, file in pages.items()}
 
 
-def _check_targets(model: Any, saes: Mapping[str, QueryEncoder], targets: CentroidTargets) -> None:
-    """Raise unless centroids belong to a model and its SAEs: as a steerer that never moves does."""
-    LatentGradientSteerer(
-        saes,
-        targets,
-        target=targets.classes[0],
-        objective=CentroidContrast(),
-        n_steps=0,
-        step_size=0.0,
-    ).check_model(model)
+def _check_shown(model: Any, hook_name: str, option: str, n: int) -> None:
+    try:
+        if n:
+            check_hook_point(model, hook_name)
+    except ValueError as error:
+        raise ValueError(f"{error}; to leave this out give {option}=0") from error

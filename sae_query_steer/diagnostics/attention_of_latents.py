@@ -23,10 +23,8 @@ def latent_attention(
 
     Each latent moves as the whole steer moves it, or stays where it was, by a `partial_steerer`.
     Attention is no sum of what single latents cause: where another token holds nearly all of it, a
-    latent alone may change nothing that shows, and the same latent may be what the whole steer
-    can't do without. So look from both sides. The heads of one layer know
-    nothing of each other: where a single layer is steered, one call tells of a latent of every
-    head at once. Of several layers the later ones read what the earlier ones made.
+    latent alone may change little, and the whole steer still need it. So look from both sides.
+    The heads of one layer do not affect each other, so one call shows a latent of every head.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
@@ -47,11 +45,10 @@ def latent_attention(
     Source: our choice.
     """
     if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts={prompts!r} is not allowed: give a list of one text or more")
+        raise ValueError(f"prompts must be a list of one text or more, got {prompts!r}")
     given = GivenLatents(latents)  # refuses to name none
     chosen = ExceptLatents(latents) if without else given
-    part = partial_steerer(steerer, latents=chosen)
-    with part.apply(model, record_attention=True) as trace:
+    with partial_steerer(steerer, latents=chosen).apply(model, record_attention=True) as trace:
         model.generate(
             list(prompts),
             max_new_tokens=max_new_tokens,
@@ -60,9 +57,8 @@ def latent_attention(
             verbose=False,
         )
     table = trace.attention_change(model)
+    sites = steerer.where.chosen
     named = [
-        (table["layer"] == steerer.where.chosen[name].site.layer) & table["head"].isin(list(heads))
-        for name, heads in latents.items()
-        if name in steerer.where.chosen
+        (sites[n].site.layer, head) for n, own in latents.items() if n in sites for head in own
     ]
-    return table.loc[pd.concat(named, axis=1).any(axis=1)].reset_index(drop=True)
+    return table[table.set_index(["layer", "head"]).index.isin(named)].reset_index(drop=True)

@@ -1,25 +1,126 @@
-"""Find the tokens at which latents are most active, for all latents in one pass."""
+"""The tokens at which latents are most active, for all latents in one pass over the texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.data.batches import row_batches
+from sae_query_steer.arguments import check_number
+from sae_query_steer.data.batches import PAD, row_batches
 from sae_query_steer.data.token_rows import Texts, token_rows
 from sae_query_steer.data.tokenized import tokenizer_of
-from sae_query_steer.diagnostics.active_tokens import TopTokens
-from sae_query_steer.models.activations import read_activations
+from sae_query_steer.models.activations import check_finite, read_activations
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites
 from sae_query_steer.steering.where import chosen_heads
 from sae_query_steer.targets.fingerprint import check_devices
 
-LATENTS_AT_ONCE = 2**24
-"""Activations encoded together: 64 MiB in 32 bits."""
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TopTokens:
+    """The k tokens at which each latent of some heads is most active, in texts that are kept."""
+
+    rows: Int[Tensor, "row pos"]
+    """The texts' token ids, one text a row, -1 after its end."""
+
+    heads: Mapping[str, tuple[int, ...]]
+    """The heads, by hook name."""
+
+    activations: Mapping[str, Float[Tensor, "head d_latent k"]]
+    """By hook name, largest first; 0 where a latent fires at fewer than k tokens."""
+
+    places: Mapping[str, Int[Tensor, "head d_latent k"]]
+    """Where: row * rows.shape[1] + position; -1 where the activation is 0."""
+
+    n_fired: Mapping[str, Int[Tensor, "head d_latent"]]
+    """At how many of the tokens each latent fires."""
+
+    n_tokens: int
+    """Tokens that were read, without BOS if it was left out."""
+
+    bos: int
+    """Id of the BOS token; -1 if there is none."""
+
+    tokenizer: Any
+    """Turns ids into text."""
+
+    def table(
+        self,
+        hook_name: str,
+        head: int,
+        latents: Sequence[int] | None = None,
+        *,
+        context: int = 10,
+    ) -> pd.DataFrame:
+        """Return the top tokens of latents of a head, with the text on both sides.
+
+        Args:
+            hook_name: the site.
+            head: the head.
+            latents: which, in this order; None means all that fire.
+            context: tokens of text on either side, without the row's BOS.
+
+        Returns:
+            A row for each latent and token, the most active first, with hook_name, head, latent,
+            rank (from 1), activation, frequency (share of all tokens at which the latent fires),
+            row and position of the token (absolute; BOS counts), token (its id), left, text,
+            right. left + text + right is the text as it is there. A latent that never fires has
+            no rows.
+
+        Raises:
+            ValueError: a site, head or latent that was not read.
+        """
+        if head not in self.heads.get(hook_name, ()):
+            raise ValueError(f"head {head} at {hook_name} was not read: there are {self.heads}")
+        check_number("context", context, whole=True, least=0)
+        place = self.heads[hook_name].index(head)
+        activations, places = self.activations[hook_name][place], self.places[hook_name][place]
+        fired, width = self.n_fired[hook_name][place].double(), self.rows.shape[1]
+        chosen = torch.arange(len(fired)) if latents is None else torch.tensor(latents).long()
+        for latent in chosen[(chosen < 0) | (chosen >= len(fired))].tolist():
+            raise ValueError(
+                f"no latent {latent} at {hook_name} head {head}: they are 0 to {len(fired) - 1}"
+            )
+        index, rank = (activations[chosen] > 0).nonzero(as_tuple=True)
+        latent = chosen[index]
+        row, position = places[latent, rank] // width, places[latent, rank] % width
+        spots = zip(row.tolist(), position.tolist(), strict=True)
+        around = [self._around(self.rows[r], p, context) for r, p in spots]
+        columns = {
+            "latent": latent,
+            "rank": rank + 1,
+            "activation": activations[latent, rank].double(),
+            "frequency": fired[latent] / max(1, self.n_tokens),
+            "row": row,
+            "position": position,
+            "token": self.rows[row, position],
+        }
+        table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+        table.insert(0, "hook_name", hook_name)
+        table.insert(1, "head", head)
+        texts = pd.DataFrame(around, columns=["left", "text", "right"], dtype=object)
+        return pd.concat([table, texts], axis=1)
+
+    def _around(self, row: Tensor, at: int, context: int) -> tuple[str, str, str]:
+        """Return the text before a token, its own and the text after it.
+
+        A token decoded alone can differ from its part of the text: its leading space is lost, or it
+        is part of a character. So the pieces are differences of longer and longer decoded texts.
+        """
+        ids = row[row != PAD].tolist()
+        first = max(int(ids[0] == self.bos and at > 0), at - context)
+        left, upto, whole = (
+            self.tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)
+            for end in (at, at + 1, at + 1 + context)
+        )
+        text_from = len(commonprefix([left, upto]))
+        right_from = max(text_from, len(commonprefix([upto, whole])))
+        return whole[:text_from], whole[text_from:right_from], whole[right_from:]
 
 
 @torch.no_grad()
@@ -56,117 +157,97 @@ def top_tokens(
 
     Raises:
         ValueError: a number below 1, a site, head or layer that does not exist, unusable texts, an
-            SAE on another device, or a model that is being steered.
+            SAE on another device, a query that is not finite, or a model that is being steered.
     """
-    if k < 1 or batch_size < 1 or (n_tokens is not None and n_tokens < 1):
-        raise ValueError(
-            f"k, batch_size and n_tokens must be 1 or more, got k={k}, batch_size={batch_size} and "
-            f"n_tokens={n_tokens}"
-        )
+    for name, value in (("k", k), ("batch_size", batch_size), ("n_tokens", n_tokens)):
+        check_number(name, 1 if value is None else value, whole=True, least=1)
     sites = encoder_sites(saes)
     for site in sites.values():
         site.check(model)
     picked = chosen_heads(sites, None, heads)
     check_devices(model, saes)
     check_not_steered(model)
-    tokenizer = tokenizer_of(model)
+    tokenizer: Any = tokenizer_of(model)
     reading.setdefault("concat_sequences", False)
     if not reading["concat_sequences"] and reading.get("context_size") is None:
         reading["context_size"] = int(model.cfg.n_ctx)
     rows = token_rows(model, texts, **reading).long()
     if n_tokens is not None:
         rows = rows[: max(1, n_tokens // rows.shape[1])]
-    found = {name: _TopK(saes[name], some, k) for name, some in picked.items()}
-    n_read = 0
-    for start, tokens, real in row_batches(rows, batch_size, "Reading latents"):
-        counted = real & (tokens != tokenizer.bos_token_id) if ignore_bos else real
-        row, position = counted.nonzero(as_tuple=True)
-        n_read += len(row)
-        places = (start + row) * rows.shape[1] + position
-        for name, queries in read_activations(model, tokens, list(found)).items():
-            here = queries[row.to(queries.device), position.to(queries.device)]
-            found[name].update(here[:, list(picked[name])], places)
+    bos = -1 if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+    found = {name: _TopK((len(own), saes[name].d_latent), k) for name, own in picked.items()}
+    for row, latents, _ in latents_by_row(
+        model, saes, picked, rows, skip=bos if ignore_bos else None, batch_size=batch_size
+    ):
+        for name, own in latents.items():
+            found[name].update(own, row * rows.shape[1])
+    counted = rows != PAD
     return TopTokens(
         rows=rows,
         heads=picked,
         activations={name: top.values.cpu() for name, top in found.items()},
         places={name: top.places.cpu() for name, top in found.items()},
         n_fired={name: top.n_fired.cpu() for name, top in found.items()},
-        n_tokens=n_read,
+        n_tokens=int((counted & (rows != bos) if ignore_bos else counted).sum()),
+        bos=bos,
         tokenizer=tokenizer,
     )
 
 
-def top_activating_texts(
+def latents_by_row(
     model: Any,
     saes: Mapping[str, QueryEncoder],
-    texts: Texts,
-    hook_name: str,
-    head: int,
-    latents: Sequence[int] | None = None,
+    heads: Mapping[str, Sequence[int]],
+    rows: Int[Tensor, "row pos"],
     *,
-    k: int = 10,
-    context: int = 10,
-    **reading: Any,
-) -> pd.DataFrame:
-    """Return `TopTokens.table` for latents of one head.
-
-    For latents of several heads call `top_tokens` once, and its `table` for each.
+    skip: int | None,
+    batch_size: int,
+    also: Sequence[str] = (),
+) -> Iterator[tuple[int, dict[str, Float[Tensor, "pos head d_latent"]], dict[str, Tensor]]]:
+    """Yield of each row its index, its latents above 0 by hook name, and other activations.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge.
+        model: the model.
         saes: encoders by hook name.
-        texts: in any form that `token_rows` takes.
-        hook_name: the site.
-        head: the head.
-        latents: which; None means all that fire.
-        k: tokens of each latent.
-        context: tokens of text on either side.
-        reading: further options of `top_tokens`.
-
-    Raises:
-        ValueError: as `top_tokens` and `TopTokens.table`.
+        heads: which heads, by hook name.
+        rows: token ids, padded with -1; padding is not in the result.
+        skip: id of the token whose latents are given as 0.
+        batch_size: rows of a forward pass.
+        also: further hook points to read.
     """
-    if hook_name not in saes:
-        raise ValueError(f"no SAE at {hook_name}: there is one at {sorted(saes)}")
-    found = top_tokens(model, {hook_name: saes[hook_name]}, texts, k=k, heads=[head], **reading)
-    return found.table(hook_name, head, latents, context=context)
+    encoders = {
+        name: at_heads(saes[name], own, device_of(saes[name]) or "cpu")
+        for name, own in heads.items()
+    }
+    for start, tokens, real in row_batches(rows, batch_size, "Reading latents"):
+        found = read_activations(model, tokens, [*heads, *also])
+        for i, length in enumerate(real.sum(1).tolist()):
+            counted, latents = tokens[i, :length] != (PAD if skip is None else skip), {}
+            for name, encoder in encoders.items():
+                queries = found[name][i, :length, list(heads[name])]
+                check_finite(queries, name)
+                z = encoder.encode(queries.to(device_of(encoder) or "cpu")).float().relu()
+                latents[name] = z * counted[:, None, None].to(z.device)
+            yield start + i, latents, {name: found[name][i, :length] for name in also}
 
 
 class _TopK:
     """The k largest activations above 0 so far of every latent of some heads of a site."""
 
-    def __init__(self, encoder: QueryEncoder, heads: Sequence[int], k: int) -> None:
-        device = device_of(encoder) or torch.device("cpu")
-        self._encoder = at_heads(encoder, heads, device)
-        shape = (len(heads), encoder.d_latent)
-        self.values = torch.zeros(*shape, k, device=device)
-        self.places = torch.full((*shape, k), -1, device=device)
-        self.n_fired = torch.zeros(shape, dtype=torch.long, device=device)
+    def __init__(self, shape: tuple[int, int], k: int) -> None:
+        self.values = torch.zeros(*shape, k)
+        self.places = torch.full((*shape, k), -1)
+        self.n_fired = torch.zeros(shape, dtype=torch.long)
 
-    def update(self, queries: Float[Tensor, "token head d_head"], places: Tensor) -> None:
-        at_once = max(1, LATENTS_AT_ONCE // self.n_fired.numel())
-        device = self.values.device
-        for own, where in zip(queries.split(at_once), places.split(at_once), strict=True):
-            latents = self._encoder.encode(own.to(device)).float()
-            self.n_fired += (latents > 0).sum(0)
-            self._merge(latents.flatten(1), where.to(device))
-
-    def _merge(self, latents: Float[Tensor, "token latent"], places: Tensor) -> None:
-        """Merge the activations that exceed the last of a latent's k."""
-        k = self.values.shape[-1]
-        values, kept = self.values.view(-1, k), self.places.view(-1, k)
-        token, latent = (latents > values[:, -1]).nonzero(as_tuple=True)
-        touched = latent.unique()
-        # Old ones first, then in the order of the texts: stable sorts keep equals so.
-        value = torch.cat([values[touched].flatten(), latents[token, latent]])
-        place = torch.cat([kept[touched].flatten(), places[token]])
-        latent = torch.cat([touched.repeat_interleave(k), latent])
-        order = value.argsort(descending=True, stable=True)
-        order = order[latent[order].argsort(stable=True)]
-        value, place, latent = value[order], place[order], latent[order]
-        rank = torch.arange(len(latent), device=latent.device)
-        rank -= torch.searchsorted(latent, latent)
-        best = rank < k
-        values[latent[best], rank[best]] = value[best]
-        kept[latent[best], rank[best]] = place[best]
+    def update(self, latents: Float[Tensor, "pos head d_latent"], first: int) -> None:
+        """Merge the latents of a row whose first token has the place `first`."""
+        k, latents = self.values.shape[-1], latents.to(self.values.device)
+        self.n_fired += (latents > 0).sum(0)
+        larger = (latents > self.values[..., -1]).any(0)
+        new = latents[:, larger].T
+        values = torch.cat([self.values[larger], new], dim=1)
+        places = torch.arange(first, first + len(latents), device=new.device).expand(len(new), -1)
+        places = torch.cat([self.places[larger], places], dim=1)
+        # Stable, and kept tokens come first: of equals the earlier is kept.
+        order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+        self.values[larger], self.places[larger] = values.gather(1, order), places.gather(1, order)

@@ -1,12 +1,13 @@
 """Which latents did it: by how much a steer moved each of them, and how much of it each made."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_query_steer.arguments import check_number
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import (
     IdentityEncoder,
@@ -28,9 +29,8 @@ ByHead = dict[str, dict[int, list[int]]]
 def moved_latents(steerer: Steerer, trace: SteeringTrace) -> pd.DataFrame:
     """Return which latents a steer moved, those that made most of its change first.
 
-    The descents of the trace are run again on the queries that it recorded, so that nothing about
-    single latents has to be kept meanwhile. A position that is computed again, as in every step of
-    `generate` without a KV cache, counts once.
+    The descents of the trace are run again on the queries that it recorded. A position that is
+    computed again, as in every step of `generate` without a KV cache, counts once.
 
     With dz_i how far latent i of a head moved at a token, w_i its decoder row and
     dq = sum_i dz_i w_i the change of the query (before `max_relative_change` or `keep_norm`
@@ -65,22 +65,31 @@ def moved_latents(steerer: Steerer, trace: SteeringTrace) -> pd.DataFrame:
             "the trace holds no steered token: use `with steerer.apply(model, record=True) as "
             "trace`, and steer some token in it"
         )
-    edit = _moving(steerer)
+    edit = steerer.edit
+    if not isinstance(edit, LatentDescent | PartOfLatents):
+        raise TypeError(
+            f"the edit of the steerer must move latents, got {type(edit).__name__}: give a "
+            "LatentGradientSteerer or a partial_steerer"
+        )
     at_layer = {at.site.layer: at for at in steerer.where.chosen.values()}
-    sums: dict[tuple[str, str], _Sums] = {}
+    sums: dict[tuple[str, str], dict[str, Tensor]] = {}
     seen: set[tuple[int, int, int, int]] = set()
     for record in trace.records:
-        at = at_layer.get(record.layer)
-        move = _again(edit, at, record)
-        assert at is not None, "checked by _again"
-        weights = _decoder_rows(edit.saes[at.hook_name])[list(at.heads)]
+        move, at = _again(edit, at_layer.get(record.layer), record)
+        weights = decoder_rows(edit.saes[at.hook_name], at.heads)
         for target, tokens in _new_tokens(trace, record, seen).items():
-            sums.setdefault((at.hook_name, target), _Sums()).update(move, weights, tokens)
-    parts = [
-        _table(found, target, steerer.where.chosen[name]) for (name, target), found in sums.items()
-    ]
-    keys = ["layer", "head", "target", "rank"]
-    return pd.concat(parts, ignore_index=True).sort_values(keys).reset_index(drop=True)
+            parts = _sums(move, weights, tokens)
+            before = sums.get((at.hook_name, str(target)), {})
+            sums[at.hook_name, str(target)] = {k: v + before.get(k, 0) for k, v in parts.items()}
+    table = pd.concat(
+        [_table(own, target, steerer.where.chosen[name]) for (name, target), own in sums.items()]
+    )
+    keys = ["layer", "head", "target"]
+    table = table[table["moved"] > 0].sort_values(
+        [*keys, "share"], ascending=[True, True, True, False], kind="stable", ignore_index=True
+    )
+    table.insert(4, "rank", table.groupby(keys).cumcount() + 1)
+    return table
 
 
 def most_moved(table: pd.DataFrame, m: int, *, target: str | None = None) -> ByHead:
@@ -97,66 +106,42 @@ def most_moved(table: pd.DataFrame, m: int, *, target: str | None = None) -> ByH
     Raises:
         ValueError: m below 1, a target that the table does not have, or several and none named.
     """
-    if m < 1:
-        raise ValueError(f"m={m} is not allowed: give 1 or more latents of each head")
-    there = [str(name) for name in table["target"].unique()]
-    if target is None and len(there) > 1:
-        raise ValueError(f"the table has the targets {there}: name one with target")
-    if target is not None:
-        if str(target) not in there:
-            raise ValueError(f"the table has no target {str(target)!r}: it has {there}")
-        table = table.loc[table["target"] == str(target)]
+    check_number("m", m, whole=True, least=1)
+    targets = table["target"].unique().tolist()
+    if target is None and len(targets) > 1:
+        raise ValueError(f"the table has the targets {targets}: name one with target")
+    if target is not None and str(target) not in targets:
+        raise ValueError(f"the table has no target {str(target)!r}: it has {targets}")
+    own = table["target"] == str(targets[0] if target is None else target)
     chosen: ByHead = {}
-    top = table.loc[table["rank"] <= m].sort_values("rank")
-    for name, heads in top.groupby("hook_name"):
-        own = heads.groupby("head")["latent"].agg(list)
-        chosen[str(name)] = dict(zip(own.index.tolist(), own.tolist(), strict=True))
+    rows = table[own & (table["rank"] <= m)].sort_values("rank")
+    for name, head, latent in rows[["hook_name", "head", "latent"]].to_numpy().tolist():
+        chosen.setdefault(name, {}).setdefault(head, []).append(latent)
     return chosen
 
 
-@dataclass(eq=False)
-class _Sums:
-    """Sums over the tokens of one site and target, [head d_latent] each."""
+def decoder_rows(
+    encoder: QueryEncoder, heads: Sequence[int]
+) -> Float[Tensor, "head d_latent d_head"]:
+    """Return what one unit of each latent of some heads adds to the query.
 
-    n: int = 0
-    by_name: dict[str, Tensor] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def update(
-        self, move: LatentMove, weights: Float[Tensor, "head d_latent d_head"], tokens: Tensor
-    ) -> None:
-        tokens = tokens.to(move.before.device)
-        before, after = move.before[tokens].double(), move.after[tokens].double()
-        weights = weights.to(before)
-        change = after - before
-        whole = torch.einsum("thi,hid->thd", change, weights)
-        led = torch.einsum("thd,hid->thi", whole, weights) * change
-        point = torch.where(move.goal.total > 0, move.goal.point, torch.nan).double()
-        point = point[tokens] if point.ndim == 3 else point.expand_as(before)
-        parts = {
-            "moved": (change != 0).double(),
-            "change": change,
-            "before": before,
-            "after": after,
-            "centroid": point,
-            "length": change.abs() * weights.norm(dim=-1),
-            "led": led,
-            "square": whole.square().sum(-1, keepdim=True),
-        }
-        for name, part in parts.items():
-            part = part.sum(0).cpu()
-            self.by_name[name] = self.by_name[name] + part if name in self.by_name else part
-        self.n += len(before)
+    Raises:
+        TypeError: an encoder without decoder rows.
+    """
+    if isinstance(encoder, QueryHeadSAE):
+        return encoder.W_dec.detach()[list(heads)]
+    if isinstance(encoder, IdentityEncoder):
+        return torch.eye(encoder.d_head).expand(len(heads), -1, -1)
+    raise TypeError(
+        f"the encoder is a {type(encoder).__name__}: only query-head SAEs and IdentityEncoder have "
+        "decoder rows"
+    )
 
 
 def _again(
     edit: LatentDescent | PartOfLatents, at: SiteHeads | None, record: TraceRecord
-) -> LatentMove:
-    """Return the move of a record.
-
-    Raises:
-        ValueError: this steerer would have made another change.
-    """
+) -> tuple[LatentMove, SiteHeads]:
+    """Return the move of a record; raise if this steerer would have made another change."""
     if record.query is not None and record.places is not None and at is not None:
         query = record.query.to(device_of(edit.saes[at.hook_name]) or record.query.device)
         query = in_32_bits(query)
@@ -165,7 +150,7 @@ def _again(
             delta = edit.decoded(query, at, move).detach().cpu()
             recorded = record.change.delta
             if float((delta - recorded).norm()) <= 1e-3 * float(recorded.norm()):
-                return move
+                return move, at
     raise ValueError(
         f"the trace is that of another steerer: at layer {record.layer} this one would have "
         "changed the queries otherwise; give the steerer that was applied"
@@ -174,7 +159,7 @@ def _again(
 
 def _new_tokens(
     trace: SteeringTrace, record: TraceRecord, seen: set[tuple[int, int, int, int]]
-) -> dict[str, Tensor]:
+) -> dict[str, list[int]]:
     """Return by target the tokens of a record that were not seen before, and note them."""
     tokens: dict[str, list[int]] = {}
     pairs = zip(record.row.tolist(), record.position.tolist(), strict=True)
@@ -184,53 +169,44 @@ def _new_tokens(
             seen.add(key)
             target = trace.row_targets[row] if trace.row_targets else trace.target
             tokens.setdefault(target, []).append(index)
-    return {target: torch.tensor(own) for target, own in tokens.items()}
+    return tokens
 
 
-def _decoder_rows(encoder: QueryEncoder) -> Float[Tensor, "head d_latent d_head"]:
-    if isinstance(encoder, QueryHeadSAE):
-        return encoder.W_dec.detach()
-    if isinstance(encoder, IdentityEncoder):
-        return torch.eye(encoder.d_head).expand(encoder.n_heads, -1, -1)
-    raise TypeError(
-        f"the encoder is a {type(encoder).__name__}: only query-head SAEs and IdentityEncoder have "
-        "decoder rows"
-    )
+@torch.no_grad()
+def _sums(
+    move: LatentMove, weights: Float[Tensor, "head d_latent d_head"], tokens: list[int]
+) -> dict[str, Tensor]:
+    """Return sums over tokens of what `_table` needs, [head d_latent] or one number a head."""
+    before, after = move.before[tokens].double(), move.after[tokens].double()
+    weights = weights.to(before)
+    change = after - before
+    whole = torch.einsum("thi,hid->thd", change, weights)
+    led = torch.einsum("thd,hid->thi", whole, weights) * change
+    point = torch.where(move.goal.total > 0, move.goal.point, torch.nan).double()
+    parts = {
+        "length": change.abs() * weights.norm(dim=-1),
+        "led": led,
+        "square": whole.square().sum(-1, keepdim=True),
+        "moved": (change != 0).double(),
+        "change": change,
+        "before": before,
+        "after": after,
+        "centroid": point[tokens] if point.ndim == 3 else point.expand_as(before),
+    }
+    sums = {name: part.sum(0).cpu() for name, part in parts.items()}
+    return sums | {"n_tokens": torch.tensor(len(tokens))}
 
 
-def _moving(steerer: Steerer) -> LatentDescent | PartOfLatents:
-    edit = steerer.edit
-    if not isinstance(edit, LatentDescent | PartOfLatents):
-        raise TypeError(
-            f"the edit of the steerer must move latents, got {type(edit).__name__}: give a "
-            "LatentGradientSteerer or a partial_steerer"
-        )
-    return edit
-
-
-def _table(found: _Sums, target: str, at: SiteHeads) -> pd.DataFrame:
-    sums = found.by_name
-    length = sums["length"].sum(-1, keepdim=True)
+def _table(sums: dict[str, Tensor], target: str, at: SiteHeads) -> pd.DataFrame:
+    length, n_tokens = sums["length"].sum(-1, keepdim=True), int(sums["n_tokens"])
     columns = {
         "share": torch.where(length > 0, sums["length"] / length, 0.0),
         "projection": torch.where(sums["square"] > 0, sums["led"] / sums["square"], 0.0),
-        **{key: sums[key] / found.n for key in ("moved", "change", "before", "after", "centroid")},
+        **{key: sums[key] / n_tokens for key in ("moved", "change", "before", "after", "centroid")},
     }
-    n_heads, d_latent = sums["moved"].shape
-    table = pd.DataFrame(
-        {
-            "hook_name": at.hook_name,
-            "layer": at.site.layer,
-            "head": torch.tensor(at.heads).repeat_interleave(d_latent).numpy(),
-            "target": str(target),
-            "rank": 0,
-            "latent": torch.arange(d_latent).repeat(n_heads).numpy(),
-            **{key: value.flatten().numpy() for key, value in columns.items()},
-            "n_tokens": found.n,
-        }
+    index = pd.MultiIndex.from_product(
+        [[at.hook_name], [at.site.layer], at.heads, [target], range(sums["moved"].shape[-1])],
+        names=["hook_name", "layer", "head", "target", "latent"],
     )
-    table = table.loc[table["moved"] > 0].sort_values(
-        ["head", "share"], ascending=[True, False], kind="stable"
-    )
-    table["rank"] = table.groupby("head").cumcount() + 1
-    return table
+    table = pd.DataFrame({name: v.flatten().numpy() for name, v in columns.items()}, index=index)
+    return table.reset_index().assign(n_tokens=n_tokens)
