@@ -10,58 +10,49 @@ class BloomLevel(enum.StrEnum):
     as for any str: compare `order` for the order of the levels.
 
     Source: the six levels are those of Anderson & Krathwohl 2001, a revision of Bloom 1956. The
-    wording of the definitions and the choice of verbs are ours.
+    choice of verbs is ours.
     """
-
-    definition: str
-    """What a learner does at this level, in one sentence."""
 
     verbs: tuple[str, ...]
     """Typical verbs of tasks at this level; each verb belongs to one level."""
 
     _names: tuple[str, ...]
 
-    def __new__(cls, value: str, definition: str, verbs: str, names: str) -> "BloomLevel":
+    def __new__(cls, value: str, verbs: str, names: str) -> "BloomLevel":
         """Make a member; `names` are those that `parse` takes beside the value."""
         level = str.__new__(cls, value)
         level._value_, level._names = value, (value, *names.split())
-        level.definition, level.verbs = definition, tuple(verbs.split())
+        level.verbs = tuple(verbs.split())
         return level
 
     REMEMBER = (
         "remember",
-        "Bring facts, terms or procedures back from memory as they were learned.",
         "define identify label list match name recall recite repeat",
         "remembering remembrance knowledge",
     )
     UNDERSTAND = (
         "understand",
-        "Make sense of what was learned and say it in one's own words.",
         "classify describe discuss explain illustrate interpret paraphrase summarize translate",
         "understanding comprehension",
     )
     APPLY = (
         "apply",
-        "Carry out a known procedure or use a known idea in a concrete situation.",
         "calculate demonstrate execute implement operate perform sketch solve use",
         "applying application",
     )
     ANALYZE = (
         "analyze",
-        "Take something apart and find how the parts relate to each other and to the whole.",
         "attribute categorize compare contrast deconstruct differentiate distinguish examine "
         "organize",
         "analyse analyzing analysing analysis",
     )
     EVALUATE = (
         "evaluate",
-        "Judge something by criteria or standards and give reasons for the judgement.",
         "appraise argue assess critique defend judge justify rate recommend",
         "evaluating evaluation",
     )
     CREATE = (
         "create",
-        "Put elements together into something new that forms a working whole.",
         "compose construct design develop devise formulate generate invent plan produce",
         "creating creation synthesis",
     )

@@ -30,14 +30,6 @@ def test_a_level_survives_json_and_pickle():
         assert pickle.loads(pickle.dumps(level)) is level
 
 
-def test_every_level_has_one_sentence_of_definition():
-    definitions = [level.definition for level in BloomLevel]
-    assert len(set(definitions)) == 6
-    for definition in definitions:
-        assert definition[0].isupper()
-        assert definition.index(".") == len(definition) - 1
-
-
 def test_every_level_has_eight_to_twelve_verbs_and_shares_none():
     for level in BloomLevel:
         assert 8 <= len(level.verbs) <= 12

@@ -149,7 +149,6 @@ def test_a_query_of_constant_norm_turns_towards_the_changed_query():
         (lambda: TopLatents(0), ValueError, "m .*whole number >= 1, got 0"),
         (lambda: GivenLatents({NAME: {}}), ValueError, "latents .*at least one"),
         (lambda: GivenLatents({NAME: {0: ["x"]}}), TypeError, "latents .*'x'"),
-        (lambda: ExceptLatents([NAME]), TypeError, "latents .*hook_q"),
         (lambda: PosteriorBelow(0.0), ValueError, "value .*> 0 and <= 1, got 0.0"),
         (lambda: ExponentialDecay(half_life=0.0), ValueError, "half_life .*> 0, got 0.0"),
         (lambda: LinearWarmUp(-2), ValueError, "n .*> 0, got -2"),

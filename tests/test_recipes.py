@@ -115,7 +115,7 @@ def test_the_commands_of_a_recipe_run_in_order_and_write_their_folders(recipe):
     assert sorted(path.name for path in (folder / top).iterdir()) == [
         *("saes", "sites", "steered", "sweep", "targets"),
     ]
-    assert "memory at least" in said[0][1]
+    assert "memory of the SAEs" in said[0][1]
     assert "explained_variance" in said[1][1]
     for label in BLOOM:
         assert [label, "20"] in [line.split() for line in said[2][1].splitlines()]
@@ -170,7 +170,7 @@ def test_the_sizes_in_the_recipe_are_those_that_the_dry_run_says(
         for text in (said, told)
     ]
     assert without_texts[0] == without_texts[1]
-    assert "texts                     60, " in said
+    assert "texts                60, " in said
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("config", "dialogues.parquet", "feedback.csv"),
     ]

@@ -82,11 +82,6 @@ def _show_needs(
     sites = shape.sites(layers)
     item = getattr(torch, model.dtype).itemsize
     needs = estimate_training(shape, sites, config, model_item=item)
-    memory = {
-        "weights of the model": needs.model_bytes,
-        "SAEs, gradients, Adam": needs.training_bytes,
-        "queries to be shuffled": needs.buffer_bytes,
-    }
     lines = {
         "model": f"{shape.n_parameters:,} weights, {shape.n_layers} layers",
         "queries of a layer": f"{shape.n_heads} heads of {shape.d_head}",
@@ -94,15 +89,15 @@ def _show_needs(
         "sites": f"layers {', '.join(str(site.layer) for site in sites)}",
         "texts": f"{len(documents):,}, {sum(map(len, documents)):,} characters",
         "tokens": f"{needs.tokens:,} in {needs.n_steps:,} steps",
-        "memory at least": _gib(sum(memory.values())),
-        **{f"  {part}": _gib(n_bytes) for part, n_bytes in memory.items()},
+        "memory of the model": _gib(needs.model_bytes),
+        "memory of the SAEs": f"{_gib(needs.training_bytes)} with gradients and Adam",
+        "memory of queries": f"{_gib(needs.buffer_bytes)} to be shuffled",
         "disk": f"{_gib(needs.disk_bytes)} during the run, {_gib(needs.saved_bytes)} after",
-        "operations a token": f"{needs.model_flops / 1e9:.2f}e9 model, "
-        f"{needs.sae_flops / 1e9:.2f}e9 SAEs",
+        "operations a token": f"{needs.model_flops:.3g} model, {needs.sae_flops:.3g} SAEs",
     }
     if flops is not None:
         lines["time, extrapolated"] = f"{needs.seconds(flops) / 3600:.2g} h at {flops:.3g} a second"
-    say("\n".join(f"{what:<26}{value}" for what, value in lines.items()))
+    say("\n".join(f"{what:<21}{value}" for what, value in lines.items()))
 
 
 def _gib(n_bytes: int) -> str:

@@ -1,9 +1,8 @@
 """Control of a descent: bounds, latents that may move, gates and schedules."""
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -206,15 +205,11 @@ def opened(gate: Gate, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
     return check_result(gate(z, goal), z.shape[:-1], f"the value of {gate!r}", torch.bool)
 
 
-def _check_latents(latents: Any) -> None:
-    try:
-        for heads in latents.values():
-            for head, indices in heads.items():
-                _ = [operator.index(n) for n in (head, *indices)]
-    except (AttributeError, TypeError) as error:
-        raise TypeError(
-            f"latents must be {{hook name: {{head: [latent, ...]}}}}, got {latents!r:.200}"
-        ) from error
+def _check_latents(latents: LatentsByHead) -> None:
+    for heads in latents.values():
+        for head, indices in heads.items():
+            for number in (head, *indices):
+                check_number("heads and latents", number, whole=True, least=0)
 
 
 def _given(latents: LatentsByHead, z: Latents, hook_name: str, heads: Sequence[int]) -> ByHead:
