@@ -126,7 +126,7 @@ def test_it_refuses_what_it_cannot_steer(model, saes, targets, examples):
             sqs.tokenize_examples(model, [*examples, *unknown]),
             n_pairs=40,
         )
-    with pytest.raises(ValueError, match="n_pairs must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="n_pairs must be a whole number >= 1, got 0"):
         sqs.achieved_effect(
             model, steerer_to(targets, saes), sqs.tokenize_examples(model, examples), n_pairs=0
         )
@@ -144,7 +144,8 @@ def counterparts_of(examples):
     ]
 
 
-def test_a_counterpart_gives_its_own_queries_and_is_its_own_aim(model, examples):
+def test_a_counterpart_gives_its_own_queries_and_is_its_own_aim(tiny_models, examples):
+    model = tiny_models["hooked"]
     others = counterparts_of(examples)
     site = sqs.query_sites(model, [1])[0]
     prompts = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples]
@@ -171,7 +172,8 @@ def test_a_counterpart_gives_its_own_queries_and_is_its_own_aim(model, examples)
     assert row["toward_share"] == pytest.approx(row["toward_class"] / row["class_gap"], rel=1e-3)
 
 
-def test_counterparts_of_equal_length_give_the_last_layer_all_that_it_can(model, examples):
+def test_counterparts_of_equal_length_give_the_last_layer_all_that_it_can(tiny_models, examples):
+    model = tiny_models["hooked"]
     # The next token of the counterpart itself has no gap left: a receiver equal to it moves 0.
     prompts = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples]
     same = [sqs.LabelledExample(prompt=e.prompt, label="other" + e.label) for e in prompts]
@@ -180,7 +182,8 @@ def test_counterparts_of_equal_length_give_the_last_layer_all_that_it_can(model,
     assert table["kl"].abs().max() < 1e-6
 
 
-def test_the_gap_leaves_the_donor_out_of_its_class(model, examples):
+def test_the_gap_leaves_the_donor_out_of_its_class(tiny_models, examples):
+    model = tiny_models["hooked"]
     prompts = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in examples[:9]]
     labels = [e.label for e in prompts]
     table = effect(model, sqs.query_sites(model, [0]), prompts, n_pairs=7, seed=2)
@@ -193,7 +196,8 @@ def test_the_gap_leaves_the_donor_out_of_its_class(model, examples):
     assert table["class_gap"].iloc[0] == pytest.approx(sum(gaps) / 7, rel=1e-2, abs=1e-4)
 
 
-def test_counterparts_that_do_not_fit_are_refused(model, examples):
+def test_counterparts_that_do_not_fit_are_refused(tiny_models, examples):
+    model = tiny_models["hooked"]
     others = counterparts_of(examples)
     sites = sqs.query_sites(model, [0])
     with pytest.raises(ValueError, match="one for each of the 48 examples.*got 47"):

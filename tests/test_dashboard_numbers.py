@@ -77,8 +77,9 @@ def test_histogram_mean_and_surroundings_are_those_of_a_loop(model, saes, texts)
 
 
 def test_attention_without_a_latent_is_that_of_a_query_without_its_part(
-    model, saes, texts, monkeypatch
+    tiny_models, saes, texts, monkeypatch
 ):
+    model = tiny_models["hooked"]
     # Few rows a pass, and copies of rows: several latents have one top token.
     tops = found_on(model, saes, texts)
     site = sqs.query_sites(model, [LAYER])[0]
@@ -144,7 +145,10 @@ def test_no_two_latents_are_switched_off_at_one_token_of_a_copy():
     ], "three latents of a head share token 5"
 
 
-def test_matching_keys_are_those_with_the_largest_product_with_the_decoder_row(model, saes, texts):
+def test_matching_keys_are_those_with_the_largest_product_with_the_decoder_row(
+    tiny_models, saes, texts
+):
+    model = tiny_models["hooked"]
     sae, tops = saes[NAME], found_on(model, saes, texts)
     _, keys = read_again(model, {NAME: sae}, tops, context=0, keys=True, batch_size=5)
     ids, found = key_matches(keys[NAME], sae, HEADS, n=3)

@@ -75,7 +75,8 @@ def test_merging_keeps_the_earlier_of_equals():
     assert top.n_fired.tolist() == [[4, 2]]
 
 
-def test_the_text_on_both_sides_is_the_document_and_ends_with_it(model, saes, texts):
+def test_the_text_on_both_sides_is_the_document_and_ends_with_it(tiny_models, saes, texts):
+    model = tiny_models["hooked"]
     found = sqs.diagnostics.top_tokens(model, saes, texts, k=K)
     table = found.table(NAME, 1, context=2)
     assert set(table["row"]) <= set(range(len(texts)))
@@ -123,7 +124,8 @@ def test_joined_documents_are_rows_too(tiny_models, saes, texts):
     assert found.n_tokens == len(places) < 48
 
 
-def test_single_heads_and_latents_read_as_in_the_whole(model, saes, texts):
+def test_single_heads_and_latents_read_as_in_the_whole(tiny_models, saes, texts):
+    model = tiny_models["hooked"]
     found = sqs.diagnostics.top_tokens(model, saes, texts, k=3)
     whole = found.table(NAME, 2)
     alone = sqs.diagnostics.top_tokens(model, saes, texts, k=3, heads={2: [2]})

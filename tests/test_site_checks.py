@@ -11,8 +11,9 @@ from sae_query_steer.models.activations import read_activations
 # A latent that never fires has no deviation: scikit-learn says so.
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_:UserWarning")
 def test_separability_is_the_held_out_balanced_accuracy_of_the_nearest_centroid(
-    model, saes, examples
+    tiny_models, saes, examples
 ):
+    model = tiny_models["hooked"]
     from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import train_test_split
     from sklearn.neighbors import NearestCentroid
@@ -61,7 +62,7 @@ def test_labels_without_meaning_score_at_chance_however_unequal_the_classes(tiny
         )
         for i, row in enumerate(words)
     ]
-    model = tiny_models["bridge"]
+    model = tiny_models["hooked"]
     table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
     for column in ("accuracy_latents", "accuracy_query", "accuracy_position", "accuracy_token"):
         assert table[column].mean() == pytest.approx(0.5, abs=0.12), column
@@ -76,7 +77,7 @@ def test_classes_that_differ_by_their_last_token_alone_are_told_apart_by_the_tok
         for last in ("w40", "w41")
         for i in range(12)
     ]
-    model = tiny_models["bridge"]
+    model = tiny_models["hooked"]
     table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
     assert (table["accuracy_token"] == 1).all()
     assert (table["accuracy_position"] == 0.5).all()
@@ -88,7 +89,7 @@ def test_classes_that_differ_by_length_alone_are_told_apart_by_position(tiny_mod
         for label, n in (("short", 3), ("long", 9))
         for _ in range(12)
     ]
-    model = tiny_models["bridge"]
+    model = tiny_models["hooked"]
     table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
     assert (table["accuracy_position"] == 1).all()
 
@@ -160,7 +161,8 @@ def test_a_site_whose_output_is_cut_off_has_no_effect(tiny_folder, examples):
     assert list(table["head"]) == ["all"] * 3
 
 
-def test_spans_of_unequal_length_are_patched_as_far_as_both_go(model, examples):
+def test_spans_of_unequal_length_are_patched_as_far_as_both_go(tiny_models, examples):
+    model = tiny_models["hooked"]
     table = sqs.interchange_effect(
         model,
         sqs.query_sites(model, [0]),
@@ -183,12 +185,13 @@ def test_equal_seeds_give_equal_tables_and_leave_no_hook(model, examples):
     assert not tables[0].equals(tables[2])
     points = {id(point): point for point in model.hook_dict.values()}.values()
     assert not any(point._forward_hooks for point in points)
-    with pytest.raises(ValueError, match="n_pairs must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="n_pairs must be a whole number >= 1, got 0"):
         sqs.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=0)
 
 
 @pytest.mark.slow
-def test_the_error_counts_examples_and_not_pairs(model, examples):
+def test_the_error_counts_examples_and_not_pairs(tiny_models, examples):
+    model = tiny_models["hooked"]
     # Six examples make two hundred pairs no more certain than they are.
     few = [e for k in ("apply", "create", "remember") for e in examples if e.label == k][::8]
     errors = [
@@ -230,7 +233,8 @@ def test_a_steered_model_is_not_measured(model, saes, targets, examples):
         sqs.interchange_effect(model, [], tokenized)
 
 
-def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(model, examples):
+def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(tiny_models, examples):
+    model = tiny_models["hooked"]
     chosen = [e for k in ("apply", "create") for e in [x for x in examples if x.label == k][:2]]
     chosen = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in chosen]
     labels = [e.label for e in chosen]

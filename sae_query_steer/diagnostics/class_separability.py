@@ -11,7 +11,6 @@ from sklearn.model_selection import train_test_split
 from sklearn.naive_bayes import CategoricalNB
 from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from sae_query_steer.data.examples import check_classes
 from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
@@ -72,81 +71,68 @@ def separability(
         )
     )
     sites = encoder_sites(saes)
-    encoders = {"latents": saes, "query": identity_encoders(sites.values())}
-
-    moments = {
-        (kind, name): ClassMoments(len(classes), (encoder.n_heads, encoder.d_latent))
-        for kind, group in encoders.items()
+    encoders = {
+        (kind, name): encoder
+        for kind, group in (("latents", saes), ("query", identity_encoders(sites.values())))
         for name, encoder in group.items()
     }
-    seen, held_out = _Tokens(), _Tokens()
-    for batch, truth in _read(model, train, list(saes), classes, seen):
-        for (kind, name), moment in moments.items():
-            moment.update(encoded(encoders[kind][name], batch[name]), truth)
-
-    n_classes = len(classes)
-    hits = {
-        key: torch.zeros(sites[key[1]].n_heads + 1, n_classes, dtype=torch.int64) for key in moments
+    moments = {
+        key: ClassMoments(len(classes), (encoder.n_heads, encoder.d_latent))
+        for key, encoder in encoders.items()
     }
-    for batch, truth in _read(model, test, list(saes), classes, held_out):
-        own = one_hot(truth, n_classes)
-        for (kind, name), moment in moments.items():
-            latents = encoded(encoders[kind][name], batch[name])
-            scores = class_scores(latents, moment.mean.to(latents))
+    parts: list[pd.DataFrame] = []
+    for batch, truth in _read(model, train, list(saes), classes, parts):
+        for key, encoder in encoders.items():
+            moments[key].update(encoded(encoder, batch[key[1]]), truth)
+    seen, parts = pd.concat(parts), []
+    hits: dict[tuple[str, str], list[Tensor]] = {key: [] for key in encoders}
+    for batch, truth in _read(model, test, list(saes), classes, parts):
+        for key, encoder in encoders.items():
+            latents = encoded(encoder, batch[key[1]])
+            scores = class_scores(latents, moments[key].mean.to(latents))
             scores = torch.cat([scores, scores.sum(1, keepdim=True)], dim=1).cpu()
-            right = scores.argmax(-1) == truth[:, None]
-            hits[kind, name] += right.long().T @ own
-    in_class = torch.bincount(torch.tensor(held_out.classes), minlength=n_classes)
-    accuracy = {key: (found / in_class).mean(-1).tolist() for key, found in hits.items()}
-    by_position, by_token = (
-        seen.accuracy_of_position(held_out, seed),
-        seen.accuracy_of_token(held_out),
+            hits[key].append(scores.argmax(-1) == truth[:, None])
+    held_out = pd.concat(parts)
+    tree = DecisionTreeClassifier(
+        min_samples_leaf=max(1, min(5, len(seen) // (4 * seen["class"].nunique()))),
+        class_weight="balanced",
+        random_state=seed,
     )
-    rows = []
-    for name, site in sites.items():
-        for index, head in enumerate([*range(site.n_heads), ALL_HEADS]):
-            rows.append(
-                {
-                    "layer": site.layer,
-                    "head": head,
-                    "accuracy_latents": accuracy["latents", name][index],
-                    "accuracy_query": accuracy["query", name][index],
-                    "accuracy_position": by_position,
-                    "accuracy_token": by_token,
-                    "chance": 1 / n_classes,
-                    "n_train": len(seen.classes),
-                    "n_test": len(held_out.classes),
-                }
-            )
-    return pd.DataFrame(rows)
+    n_ids = 1 + int(max(seen["token"].max(), held_out["token"].max()))
+    by_token = CategoricalNB(alpha=1e-9, fit_prior=False, min_categories=n_ids)
+    common = {
+        "accuracy_position": _accuracy(tree, "position", seen, held_out),
+        "accuracy_token": _accuracy(by_token, "token", seen, held_out),
+        "chance": 1 / len(classes),
+        "n_train": len(seen),
+        "n_test": len(held_out),
+    }
+    # By site and head: the mean over the classes of the share that is found.
+    truth = held_out["class"].to_numpy()
+    found = {
+        key: pd.DataFrame(torch.cat(own).float().numpy()).groupby(truth).mean().mean().tolist()
+        for key, own in hits.items()
+    }
+    return pd.DataFrame(
+        [
+            {
+                "layer": site.layer,
+                "head": head,
+                "accuracy_latents": found["latents", name][i],
+                "accuracy_query": found["query", name][i],
+                **common,
+            }
+            for name, site in sites.items()
+            for i, head in enumerate([*range(site.n_heads), ALL_HEADS])
+        ]
+    )
 
 
-class _Tokens:
-    """Position, id and class of tokens."""
-
-    def __init__(self) -> None:
-        self.positions: list[int] = []
-        self.ids: list[int] = []
-        self.classes: list[int] = []
-
-    def accuracy_of_position(self, held_out: "_Tokens", seed: int) -> float:
-        """Return the held-out balanced accuracy of a decision tree on positions."""
-        leaf = max(1, min(5, len(self.classes) // (4 * len(set(self.classes)))))
-        tree = DecisionTreeClassifier(
-            min_samples_leaf=leaf, class_weight="balanced", random_state=seed
-        )
-        tree.fit([[p] for p in self.positions], self.classes)
-        guess = tree.predict([[p] for p in held_out.positions])
-        return float(balanced_accuracy_score(held_out.classes, guess))
-
-    def accuracy_of_token(self, held_out: "_Tokens") -> float:
-        """Return the held-out balanced accuracy of a table from token id to class."""
-        table = CategoricalNB(
-            alpha=1e-9, fit_prior=False, min_categories=1 + max(self.ids + held_out.ids)
-        )
-        table.fit([[i] for i in self.ids], self.classes)
-        guess = table.predict([[i] for i in held_out.ids])
-        return float(balanced_accuracy_score(held_out.classes, guess))
+def _accuracy(classifier: Any, column: str, seen: pd.DataFrame, held_out: pd.DataFrame) -> float:
+    """Return the held-out balanced accuracy of a classifier that sees one column."""
+    classifier.fit(seen[[column]], seen["class"])
+    guess = classifier.predict(held_out[[column]])
+    return float(balanced_accuracy_score(held_out["class"], guess))
 
 
 def _read(
@@ -154,13 +140,12 @@ def _read(
     examples: TokenizedExamples,
     hook_names: Sequence[str],
     classes: Sequence[str],
-    seen: _Tokens,
+    seen: list[pd.DataFrame],
 ) -> Iterator[tuple[Mapping[str, Tensor], Int[Tensor, " token"]]]:
     """Yield queries by hook name with the class index of every token, and note the tokens."""
     index = torch.tensor([classes.index(label) for label in examples.labels])
     for batch in read_at_span(model, examples, hook_names):
         truth = index[batch.row]
-        seen.positions += batch.position.tolist()
-        seen.ids += batch.token.tolist()
-        seen.classes += truth.tolist()
+        noted = {"position": batch.position, "token": batch.token, "class": truth}
+        seen.append(pd.DataFrame({name: values.numpy() for name, values in noted.items()}))
         yield batch.activations, truth

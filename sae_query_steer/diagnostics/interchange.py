@@ -111,7 +111,7 @@ def achieved_effect(
         steerer: gives encoders, centroids (best of other texts than the examples), objective and
             strength; its sites are steered one at a time, at the span of the examples and not at
             its scope, and its target is replaced.
-        examples: as in `interchange_effect`, like the other arguments.
+        examples: as in `interchange_effect`, like all other arguments.
         counterparts: as there.
         n_pairs: as there.
         per_head: as there, for the heads of the steerer.

@@ -1,8 +1,9 @@
 """Patch queries over a span of other examples, and measure how the next token changes."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_query_steer.arguments import check_number
 from sae_query_steer.data.batches import TokenBatch, example_batches
 from sae_query_steer.data.examples import check_classes
 from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
@@ -18,15 +20,8 @@ from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 
-_MEASURED = (
-    *("kl", "kl_control", "moved", "moved_control", "toward_class", "toward_control"),
-    "before",
-)
-"""What is measured of each base; the last is KL(c || unpatched)."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
+class Pair(NamedTuple):
     """Indices of an example that is patched and of the two sources of queries."""
 
     base: int
@@ -63,28 +58,18 @@ def draw_pairs(
         base = members[k][orders[k][n // len(classes) % len(members[k])]]
         source = draw(members[classes[draw([i for i, c in enumerate(classes) if c != k])]])
         control = draw([i for i in members[k] if i != base])
-        source = len(labels) + base if counterparts else source
-        pairs.append(Pair(base=base, source=source, control=control))
+        pairs.append(Pair(base, len(labels) + base if counterparts else source, control))
     return pairs
 
 
-def clustered_error(values: Tensor, clusters: Sequence[int]) -> float:
-    """Return the standard error of a mean of values that are dependent within clusters."""
-    index = torch.tensor(clusters).unique(return_inverse=True)[1]
-    n_clusters = int(index.max()) + 1
-    if n_clusters < 2:
-        return float("nan")
-    sums = torch.zeros(n_clusters, dtype=values.dtype).index_add(0, index, values - values.mean())
-    correction = n_clusters / (n_clusters - 1)
-    return float((sums.square().sum() * correction).sqrt()) / len(values)
-
-
-def paired_error(values: Tensor, pairs: Sequence[Pair]) -> float:
-    """Return the larger of the standard errors clustered by base and by source; or NaN."""
-    return max(
-        clustered_error(values, [pair.base for pair in pairs]),
-        clustered_error(values, [pair.source for pair in pairs]),
-    )
+def paired_error(values: pd.Series, pairs: Sequence[Pair]) -> float:
+    """Return the larger standard error of a mean, of those clustered by base and by source."""
+    found = []
+    for clusters in ([pair.base for pair in pairs], [pair.source for pair in pairs]):
+        sums = (values - values.mean()).groupby(clusters).sum()
+        n = len(sums)
+        found.append((sums.pow(2).sum() * n / (n - 1)) ** 0.5 / len(values) if n > 1 else torch.nan)
+    return float(max(found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,27 +83,27 @@ class Patch:
 
     def next_tokens(
         self, model: Any, batch: TokenBatch, site: QuerySite | None = None, head: int | str = ""
-    ) -> Tensor:
+    ) -> Float[Tensor, "token d_vocab"]:
         """Return log probabilities after each patched position; without a site, unpatched."""
-        hooks = []
-        if site is not None:
-            given = self.queries[site.hook_name]
+
+        def patch(queries: Tensor, hook: Any) -> Tensor:
+            del hook
+            assert site is not None
             heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
+            given = self.queries[site.hook_name][:, heads]
+            patched = queries.clone().reshape(*queries.shape[:2], -1, site.d_head)
+            patched[self.rows, self.columns, heads] = given.to(patched)
+            return patched.reshape(queries.shape)
 
-            def patch(queries: Tensor, hook: Any) -> Tensor:
-                del hook
-                patched = queries.clone().reshape(*queries.shape[:2], -1, site.d_head)
-                patched[self.rows, self.columns, heads] = given[:, heads].to(patched)
-                return patched.reshape(queries.shape)
-
-            hooks.append((site.hook_name, patch))
+        hooks = [] if site is None else [(site.hook_name, patch)]
         return next_token_log_probs(model, batch.tokens, self.rows, self.columns, hooks)
 
-    def mean_per_row(self, values: Tensor) -> Tensor:
-        """Return the mean over the patched tokens of each base."""
+    def mean_per_row(self, values: Float[Tensor, " token"]) -> Float[Tensor, " base"]:
+        """Return the mean over the patched tokens of each base, in 64 bits on the CPU."""
         rows = self.rows.to(values.device)
         counts = torch.bincount(rows)
-        return torch.zeros(len(counts)).to(values).index_add(0, rows, values) / counts
+        sums = torch.zeros(len(counts)).to(values).index_add(0, rows, values)
+        return (sums / counts).double().cpu()
 
 
 Patches: TypeAlias = Callable[[TokenBatch, Sequence[Pair]], tuple[Patch, Patch]]
@@ -139,8 +124,7 @@ class Trial:
         seed: int,
     ) -> None:
         """See `interchange_effect` for the arguments and errors."""
-        if n_pairs < 1:
-            raise ValueError(f"n_pairs must be 1 or more, got {n_pairs}")
+        check_number("n_pairs", n_pairs, whole=True, least=1)
         check_tokenized(examples)
         check_not_steered(model)
         check_classes(examples.labels)
@@ -148,8 +132,7 @@ class Trial:
         self.pairs = draw_pairs(examples.labels, n_pairs, seed, counterparts=paired)
         self.model = model
         self.examples = examples if counterparts is None else _joined(examples, counterparts)
-        self._aims: dict[int, Float[Tensor, " d_vocab"]] = {}
-        self._gaps = self._read_aims(own=paired)
+        self._aims, self._gaps = _aims(model, self.examples, self.pairs, own=paired)
 
     def table(
         self,
@@ -161,109 +144,106 @@ class Trial:
     ) -> pd.DataFrame:
         """Return how far patches move the next token, with a row for each site and head."""
         cases = [
-            (site, head)
-            for site, own in heads.items()
-            for head in [*(own if per_head else ()), ALL_HEADS]
+            (s, h) for s, own in heads.items() for h in [*(own if per_head else ()), ALL_HEADS]
         ]
-        found: list[list[Tensor]] = [[] for _ in cases]
+        found: list[list[pd.DataFrame]] = [[] for _ in cases]
         order: list[int] = []
         bases = self.examples.subset(pair.base for pair in self.pairs)
         with tqdm(total=len(self.pairs) * len(cases), desc=description, unit="patch") as bar:
             for batch in example_batches(bases, bases.batch_size):
                 order += batch.indices
                 pairs = [self.pairs[i] for i in batch.indices]
-                measure = self._measure(batch, pairs, *patches(batch, pairs))
-                for values, (site, head) in zip(found, cases, strict=True):
-                    values.append(measure(site, head))
+                aims = torch.stack([self._aims[pair.source] for pair in pairs])
+                sides = [self._side(batch, p, aims) for p in patches(batch, pairs)]
+                for parts, case in zip(found, cases, strict=True):
+                    measured, control = (side(*case) for side in sides)
+                    parts.append(measured.join(control, rsuffix="_control"))
                     bar.update(len(pairs))
         pairs = [self.pairs[i] for i in order]
+        rows = [self._row(pd.concat(parts, ignore_index=True), pairs) for parts in found]
         return pd.DataFrame(
             [
-                {"layer": site.layer, "head": head, **self._row(torch.cat(values, dim=1), pairs)}
-                for values, (site, head) in zip(found, cases, strict=True)
+                {"layer": site.layer, "head": head, **row}
+                for (site, head), row in zip(cases, rows, strict=True)
             ]
         )
 
-    def _row(self, values: Tensor, pairs: Sequence[Pair]) -> dict[str, float]:
-        means = dict(zip(_MEASURED, values.mean(1).tolist(), strict=True))
-        before, gap = means.pop("before"), float(self._gaps.mean())
-        by_name = dict(zip(_MEASURED, values, strict=True))
-        effect = by_name["toward_class"] - by_name["toward_control"]
+    def _side(
+        self, batch: TokenBatch, patch: Patch, aims: Float[Tensor, "base d_vocab"]
+    ) -> Callable[[QuerySite, int | str], pd.DataFrame]:
+        """Return a function that measures a patch at a site and head, with a row for each base."""
+        clean = patch.next_tokens(self.model, batch)
+        aim = aims[patch.rows].to(clean)
+        before = kl_divergence(aim, clean)
+
+        def measure(site: QuerySite, head: int | str) -> pd.DataFrame:
+            after = patch.next_tokens(self.model, batch, site, head)
+            measured = {
+                "kl": kl_divergence(clean, after),
+                "moved": total_variation(clean, after),
+                "toward": before - kl_divergence(aim, after),
+                "before": before,
+            }
+            return pd.DataFrame({k: patch.mean_per_row(v).numpy() for k, v in measured.items()})
+
+        return measure
+
+    def _row(self, measured: pd.DataFrame, pairs: Sequence[Pair]) -> dict[str, float]:
+        mean = measured.mean()
+        gap, effect = float(self._gaps.mean()), measured["toward"] - measured["toward_control"]
         return {
-            **means,
-            "toward_share": means["toward_class"] / before if before > 0 else float("nan"),
+            **{k: mean[k] for k in ("kl", "kl_control", "moved", "moved_control")},
+            "toward_class": mean["toward"],
+            "toward_control": mean["toward_control"],
+            "toward_share": mean["toward"] / mean["before"] if mean["before"] > 0 else torch.nan,
             "class_effect": float(effect.mean()),
             "class_effect_se": paired_error(effect, pairs),
-            "class_share": float(effect.mean()) / gap if gap > 0 else float("nan"),
+            "class_share": float(effect.mean()) / gap if gap > 0 else torch.nan,
             "class_gap": gap,
             "class_gap_se": paired_error(self._gaps, self.pairs),
             "n_pairs": len(self.pairs),
         }
 
-    def _measure(
-        self, batch: TokenBatch, pairs: Sequence[Pair], source: Patch, control: Patch
-    ) -> Callable[[QuerySite, int | str], Tensor]:
-        """Return a function that measures two patches at a site and head, [measured base]."""
-        aims = torch.stack([self._aims[pair.source] for pair in pairs])
-        sides = []
-        for patch in (source, control):
-            clean = patch.next_tokens(self.model, batch)
-            aim = aims[patch.rows].to(clean)
-            sides.append((patch, clean, aim, kl_divergence(aim, clean)))
 
-        def measure(site: QuerySite, head: int | str) -> Tensor:
-            kl, moved, toward = [], [], []
-            for patch, clean, aim, before in sides:
-                after = patch.next_tokens(self.model, batch, site, head)
-                kl.append(patch.mean_per_row(kl_divergence(clean, after)))
-                moved.append(patch.mean_per_row(total_variation(clean, after)))
-                toward.append(patch.mean_per_row(before - kl_divergence(aim, after)))
-            before = source.mean_per_row(sides[0][3])
-            return torch.stack([*kl, *moved, *toward, before]).double().cpu()
+def _aims(
+    model: Any, examples: TokenizedExamples, pairs: Sequence[Pair], *, own: bool
+) -> tuple[dict[int, Float[Tensor, " d_vocab"]], pd.Series]:
+    """Return the aim of each source by its index, and the gap of each pair.
 
-        return measure
-
-    def _read_aims(self, *, own: bool) -> Float[Tensor, " pair"]:
-        """Set the aim of each source, and return the gap of each pair.
-
-        The aim is the log of the mean next-token distribution of the source's class at the span;
-        with `own`, of the source itself. For the gaps the source is left out of its class's mean,
-        as the base is: otherwise it would be near the mean because it is a part of it.
-        """
-        needed = {i for pair in self.pairs for i in (pair.base, pair.source)}
-        sums: dict[int, Tensor] = {}
-        mean_logs: dict[int, Tensor] = {}
-        totals: dict[str, Tensor] = {}
-        counts: dict[int, int] = {}
-        n_tokens: dict[str, int] = {}
-        for batch in example_batches(self.examples, self.examples.batch_size):
-            rows, columns = batch.mask(self.examples.span).nonzero(as_tuple=True)
-            logs = next_token_log_probs(self.model, batch.tokens, rows, columns).cpu().double()
-            for row, index in enumerate(batch.indices):
-                here = logs[rows == row]
-                total, label = here.exp().sum(0), batch.labels[row]
-                counts[index] = len(here)
-                n_tokens[label] = n_tokens.get(label, 0) + len(here)
-                totals[label] = totals[label] + total if label in totals else total
-                if index in needed:
-                    sums[index], mean_logs[index] = total.float(), here.mean(0).float()
-        classes = {
-            label: (total / n_tokens[label]).log().float() for label, total in totals.items()
-        }
-        gaps = []
-        for pair in self.pairs:
-            label, source = self.examples[pair.source].label, pair.source
-            if own:
-                goal = sums[source].double() / counts[source]
-                self._aims[source] = goal.log().float()
-            else:
-                rest = n_tokens[label] - counts[source]
-                goal = (totals[label] - sums[source]).clamp(min=0) / rest
-                self._aims[source] = classes[label]
-            nearer = mean_logs[source].double() - mean_logs[pair.base].double()
-            # Tokens of probability 0 in the class have no part in KL(c || .).
-            gaps.append((goal * nearer).where(goal > 0, 0.0).sum())
-        return torch.stack(gaps)
+    The aim is the log of the mean next-token distribution of the source's class at the span; with
+    `own`, of the source itself. For the gaps the source is left out of its class's mean, as the
+    base is: otherwise it would be near the mean because it is a part of it.
+    """
+    needed = {i for pair in pairs for i in (pair.base, pair.source)}
+    sums: dict[int, Tensor] = {}
+    mean_logs: dict[int, Tensor] = {}
+    totals: dict[str, Tensor] = {}
+    counts: Counter[int | str] = Counter()  # tokens of each example and class
+    for batch in example_batches(examples, examples.batch_size):
+        rows, columns = batch.mask(examples.span).nonzero(as_tuple=True)
+        logs = next_token_log_probs(model, batch.tokens, rows, columns).cpu().double()
+        for row, index in enumerate(batch.indices):
+            here, label = logs[rows == row], batch.labels[row]
+            total = here.exp().sum(0)
+            counts[index] = len(here)
+            counts[label] += len(here)
+            totals[label] = totals[label] + total if label in totals else total
+            if index in needed:
+                sums[index], mean_logs[index] = total.float(), here.mean(0).float()
+    aims, gaps = {}, []
+    for base, source, _ in pairs:
+        if own:
+            goal = sums[source].double() / counts[source]
+            aims[source] = goal.log().float()
+        else:
+            label = examples[source].label
+            rest = counts[label] - counts[source]
+            goal = (totals[label] - sums[source]).clamp(min=0) / rest
+            aims[source] = (totals[label] / counts[label]).log().float()
+        nearer = mean_logs[source].double() - mean_logs[base].double()
+        # Tokens of probability 0 in the class have no part in KL(c || .).
+        gaps.append(float((goal * nearer).where(goal > 0, 0.0).sum()))
+    return aims, pd.Series(gaps)
 
 
 def _joined(examples: TokenizedExamples, counterparts: TokenizedExamples) -> TokenizedExamples:

@@ -2,50 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_query_steer.diagnostics.metrics import kl_divergence
-from sae_query_steer.models.activations import LOGITS, read_activations
+from sae_query_steer.models.activations import LOGITS, pattern_hook, read_activations
+from sae_query_steer.sae.encoders import IdentityEncoder
 
 KINDS = ("sae", "zero", "mean")
 """Replacements of the query: its reconstruction, zero, or the mean query of the head."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ConstantEncoder:
-    """An encoder without latents that decodes every query to one value."""
+class ConstantEncoder(IdentityEncoder):
+    """An encoder that decodes every query to one value."""
 
     value: Float[Tensor, "head d_head"]
-    """The value."""
 
-    latent_min: ClassVar[float | None] = None
+    def __init__(self, value: Float[Tensor, "head d_head"]) -> None:
+        super().__init__(n_heads=value.shape[0], d_head=value.shape[1])
+        object.__setattr__(self, "value", value)
 
-    @property
-    def n_heads(self) -> int:
-        """Heads of the site."""
-        return self.value.shape[0]
-
-    @property
-    def d_head(self) -> int:
-        """Dimension of one head's query."""
-        return self.value.shape[1]
-
-    @property
-    def d_latent(self) -> int:
-        """0."""
-        return 0
-
-    def encode(self, x: Float[Tensor, "*batch head d_head"], /) -> Tensor:
-        """Return no latents."""
-        return x[..., :0]
-
-    def decode(self, feature_acts: Float[Tensor, "*batch head zero"], /) -> Tensor:
+    def decode(self, feature_acts: Float[Tensor, "*batch head d_latent"], /) -> Tensor:
         """Return the value for every query."""
-        return self.value.expand(*feature_acts.shape[:-1], -1)
+        return self.value.expand(feature_acts.shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,15 +47,13 @@ class AttentionRun:
     @torch.no_grad()
     def of(cls, model: Any, tokens: Tensor, layers: list[int]) -> "AttentionRun":
         """Run a model on token rows and keep the attention of some layers."""
-        names = {n: f"blocks.{n}.attn.hook_{{}}" for n in layers}
-        wanted = [
-            name.format(what) for name in names.values() for what in ("pattern", "attn_scores")
-        ]
-        cache = read_activations(model, tokens, [LOGITS, *wanted])
+        patterns = {n: pattern_hook(n) for n in layers}
+        scores = {n: f"blocks.{n}.attn.hook_attn_scores" for n in layers}
+        cache = read_activations(model, tokens, [LOGITS, *patterns.values(), *scores.values()])
         return cls(
             log_probs=cache[LOGITS].float().log_softmax(-1),
-            patterns={n: cache[name.format("pattern")] for n, name in names.items()},
-            scores={n: cache[name.format("attn_scores")] for n, name in names.items()},
+            patterns={n: cache[name] for n, name in patterns.items()},
+            scores={n: cache[name] for n, name in scores.items()},
         )
 
 

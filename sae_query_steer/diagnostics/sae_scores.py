@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from sae_query_steer.arguments import check_number
 from sae_query_steer.data.batches import row_batches
 from sae_query_steer.data.token_rows import Texts, token_rows
 from sae_query_steer.diagnostics.replacement import (
@@ -87,27 +88,21 @@ def evaluate_saes(
     replaced = _replaced(sites, heads, per_head=per_head)
     check_devices(model, saes)
     check_not_steered(model)
-    if n_tokens < 1 or batch_size < 1:
-        raise ValueError(
-            f"n_tokens and batch_size must be 1 or more, got {n_tokens} and {batch_size}"
-        )
+    check_number("n_tokens", n_tokens, whole=True, least=1)
+    check_number("batch_size", batch_size, whole=True, least=1)
     rows = token_rows(model, texts, **reading).long()
     rows = rows[: max(1, n_tokens // rows.shape[1])]
     kept = {name: _Kept(saes[name], rows.shape[1]) for name in replaced}
     for _, tokens, real in row_batches(rows, batch_size, "Reading queries"):
         for name, queries in read_activations(model, tokens, list(kept)).items():
             kept[name].update(queries, real.to(queries.device))
-    lost = {
-        (name, head): ReplacementLosses()
-        for name, rows_of_site in replaced.items()
-        for head in rows_of_site
-    }
+    lost = {(name, head): ReplacementLosses() for name in replaced for head in replaced[name]}
     for _, tokens, real in row_batches(rows, batch_size, "Replacing queries"):
         bare = AttentionRun.of(model, tokens, [sites[name].layer for name in kept])
         for (name, head), found in lost.items():
             site = sites[name]
             chosen = list(range(site.n_heads)) if head == ALL_HEADS else [int(head)]
-            for kind, encoder in (("sae", saes[name]), *kept[name].ablations()):
+            for kind, encoder in {"sae": saes[name], **kept[name].ablations()}.items():
                 with attached_saes(model, {name: encoder}, heads=chosen):
                     run = AttentionRun.of(model, tokens, [site.layer])
                 found.update(kind, bare, run, tokens, real)
@@ -134,14 +129,7 @@ def _replaced(
             for name, site in sites.items()
         }
     if not per_head:
-        raise ValueError(
-            f"heads must be None with per_head=False, got {heads!r}: it asks for single heads"
-        )
-    if isinstance(heads, Sequence | Mapping) and not heads:
-        raise ValueError(
-            f"heads must name at least one head, got {heads!r}; per_head=False gives the rows "
-            f"{ALL_HEADS!r}"
-        )
+        raise ValueError(f"heads must be None with per_head=False, got {heads!r}")
     picked = chosen_heads(sites, None, heads)
     return {name: list(picked[name]) for name in sites if name in picked}
 
@@ -174,13 +162,10 @@ class _Kept:
         self._count[width] += real.double().sum(0).cpu()
         self._query_sum += queries[real].double().sum(0).cpu()
 
-    def ablations(self) -> tuple[tuple[str, QueryEncoder], ...]:
+    def ablations(self) -> dict[str, QueryEncoder]:
         """Return the encoders of the zero and mean ablation."""
         mean = (self._query_sum / self.moments.n_tokens).float()
-        return ("zero", ConstantEncoder(value=torch.zeros_like(mean))), (
-            "mean",
-            ConstantEncoder(value=mean),
-        )
+        return {"zero": ConstantEncoder(torch.zeros_like(mean)), "mean": ConstantEncoder(mean)}
 
     def row(self, head: int | str) -> dict[str, float]:
         """Return the scores of one head, or of all together."""
