@@ -8,8 +8,8 @@ import torch
 from conftest import HOSTS
 
 import sae_query_steer as sqs
-from sae_query_steer.diagnostics.replacement import AttentionRun
-from sae_query_steer.diagnostics.sae_scores import evaluate_saes, max_decoder_cosine
+from sae_query_steer.diagnostics import sae_scores
+from sae_query_steer.diagnostics.sae_scores import evaluate_saes, max_decoder_cosine, read_run
 
 LAYER, HEAD = 2, 1
 NAME = f"blocks.{LAYER}.attn.hook_q"
@@ -139,8 +139,7 @@ def test_heads_that_are_named_have_their_rows_and_cost_no_others(
     tiny_models, saes, rows, tables, heads, expected, monkeypatch
 ):
     runs = []
-    run = AttentionRun.of
-    monkeypatch.setattr(AttentionRun, "of", lambda *args: runs.append(args) or run(*args))
+    monkeypatch.setattr(sae_scores, "read_run", lambda *args: runs.append(args) or read_run(*args))
     found = evaluate_saes(tiny_models["bridge"], saes, rows, batch_size=6, heads=heads)
     assert list(zip(found["layer"], found["head"], strict=True)) == expected
     whole = pd.DataFrame([row_of(tables["bridge"], head, layer) for layer, head in expected])

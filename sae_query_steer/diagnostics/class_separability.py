@@ -1,5 +1,6 @@
 """Separability: held-out nearest-centroid accuracy of the classes at each site."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def separability(
     Args:
         model: a HookedTransformer or a TransformerBridge.
         saes: encoders by hook name.
-        examples: four or more of each class, with the span to read.
+        examples: four or more of each class, and enough for one on each side of the split.
         test_share: share of the examples that is held out, split class by class.
         seed: of the split.
 
@@ -50,20 +51,14 @@ def separability(
         accuracy_token, chance, and the number of tokens n_train and n_test.
 
     Raises:
-        ValueError: too few examples of a class, or a share that leaves one side empty.
+        ValueError: a share that is not between 0 and 1, or a class with too few examples for it.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be between 0 and 1, got {test_share}")
     check_tokenized(examples)
     labels = list(examples.labels)
-    counts = check_classes(labels, at_least=4)
-    classes = tuple(counts)
-    for label, n in counts.items():
-        if min(round(n * test_share), round(n * (1 - test_share))) < 1:
-            raise ValueError(
-                f"test_share={test_share} leaves class {label!r} with its {n} examples on one side "
-                "only: give a share nearer to 0.5, or more examples"
-            )
+    fewest = max(4, math.ceil(1 / min(test_share, 1 - test_share)))
+    classes = tuple(check_classes(labels, at_least=fewest))
     train, test = (
         examples.subset(part)
         for part in train_test_split(

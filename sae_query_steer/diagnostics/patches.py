@@ -157,7 +157,7 @@ class Trial:
                 sides = [self._side(batch, p, aims) for p in patches(batch, pairs)]
                 for parts, case in zip(found, cases, strict=True):
                     measured, control = (side(*case) for side in sides)
-                    parts.append(measured.join(control, rsuffix="_control"))
+                    parts.append(measured.join(control.add_suffix("_control")))
                     bar.update(len(pairs))
         pairs = [self.pairs[i] for i in order]
         rows = [self._row(pd.concat(parts, ignore_index=True), pairs) for parts in found]

@@ -1,7 +1,6 @@
 """The effect of replacing queries on next tokens and attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,102 +29,87 @@ class ConstantEncoder(IdentityEncoder):
         return self.value.expand(feature_acts.shape)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionRun:
-    """Next-token distribution and attention of one forward pass."""
-
-    log_probs: Float[Tensor, "batch pos d_vocab"]
-    """Of the next token."""
-
-    patterns: Mapping[int, Float[Tensor, "batch head query key"]]
-    """Attention, by layer."""
-
-    scores: Mapping[int, Float[Tensor, "batch head query key"]]
-    """Attention scores before the softmax, by layer."""
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: Any, tokens: Tensor, layers: list[int]) -> "AttentionRun":
-        """Run a model on token rows and keep the attention of some layers."""
-        patterns = {n: pattern_hook(n) for n in layers}
-        scores = {n: f"blocks.{n}.attn.hook_attn_scores" for n in layers}
-        cache = read_activations(model, tokens, [LOGITS, *patterns.values(), *scores.values()])
-        return cls(
-            log_probs=cache[LOGITS].float().log_softmax(-1),
-            patterns={n: cache[name] for n, name in patterns.items()},
-            scores={n: cache[name] for n, name in scores.items()},
-        )
+def read_run(model: Any, tokens: Int[Tensor, "batch pos"], layers: list[int]) -> dict[str, Tensor]:
+    """Return next-token log probabilities (`LOGITS`) and the attention of layers, by hook name."""
+    names = [name for layer in layers for name in (pattern_hook(layer), _scores_hook(layer))]
+    run = read_activations(model, tokens, [LOGITS, *names])
+    return run | {LOGITS: run[LOGITS].float().log_softmax(-1)}
 
 
-@dataclass(eq=False)
-class ReplacementLosses:
-    """Streams the losses with some queries replaced."""
+def replacement_sums(
+    kind: str,
+    bare: Mapping[str, Tensor],
+    run: Mapping[str, Tensor],
+    tokens: Int[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"],
+    layer: int,
+    heads: list[int],
+) -> dict[str, float]:
+    """Return sums over the tokens of a batch of what `replacement_scores` needs.
 
-    sums: dict[str, float] = field(default_factory=dict)
-    """Sums over tokens, and their numbers."""
-
-    def update(
-        self,
-        kind: str,
-        bare: AttentionRun,
-        run: AttentionRun,
-        tokens: Int[Tensor, "batch pos"],
-        real: Bool[Tensor, "batch pos"],
-    ) -> None:
-        """Add the losses of a batch of rows with one of `KINDS` in place."""
-        counted = real[:, 1:].to(run.log_probs.device)  # a token that has a next one
-        following = tokens[:, 1:, None].to(run.log_probs.device)
-        for name, log_probs in (("clean", bare.log_probs), (kind, run.log_probs)):
-            losses = -log_probs[:, :-1].gather(-1, following)[..., 0]
-            if name != "clean" or kind == KINDS[0]:
-                self._add(f"ce_{name}", losses[counted])
-        self._add(f"kl_{kind}", kl_divergence(bare.log_probs, run.log_probs)[:, :-1][counted])
-        if kind == KINDS[0]:
-            self._add("n", counted.float()[counted])
-
-    def update_attention(
-        self,
-        bare: AttentionRun,
-        run: AttentionRun,
-        layer: int,
-        heads: list[int],
-        real: Bool[Tensor, "batch pos"],
-    ) -> None:
-        """Add the change of attention of some heads; `run` has the reconstruction in place."""
-        before, after = bare.patterns[layer][:, heads], run.patterns[layer][:, heads]
-        divergence = kl_divergence(
-            before.float().log(), after.float().clamp(min=1e-30).log()
-        ).transpose(1, 2)
-        counted = real.to(divergence.device)
-        self._add("pattern_kl", divergence[counted].mean(-1))
-        self._add("n_queries", counted.float()[counted])
-        seen = torch.ones(before.shape[-2:], dtype=torch.bool, device=before.device).tril()
-        mask = seen & counted[:, None, :, None]
-        before = _centred(bare.scores[layer][:, heads].float(), seen).where(mask, 0.0)
-        after = _centred(run.scores[layer][:, heads].float(), seen).where(mask, 0.0)
-        self._add("score_error", (after - before).square())
-        self._add("score_norm", before.square())
-
-    def row(self) -> dict[str, float]:
-        """Return the scores."""
-        s = self.sums
-        row = {name: s[name] / s["n"] for name in ("ce_clean", *(f"ce_{k}" for k in KINDS))}
-        row |= {f"kl_{kind}": s[f"kl_{kind}"] / s["n"] for kind in KINDS}
-        for kind in ("zero", "mean"):
-            gap = row[f"ce_{kind}"] - row["ce_clean"]
-            row[f"ce_score_{kind}"] = _share(row[f"ce_{kind}"] - row["ce_sae"], gap)
-            row[f"kl_score_{kind}"] = _share(row[f"kl_{kind}"] - row["kl_sae"], row[f"kl_{kind}"])
-        row["pattern_kl"] = s["pattern_kl"] / s["n_queries"]
-        row["score_error"] = _share(s["score_error"], s["score_norm"])
-        return row | {"n_tokens": int(s["n"])}
-
-    def _add(self, name: str, values: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+    Args:
+        kind: one of `KINDS`.
+        bare: a run of the model as it is.
+        run: a run with the queries of some heads replaced.
+        tokens: ids.
+        real: False where the column is padding.
+        layer: of these heads.
+        heads: which were replaced.
+    """
+    device = bare[LOGITS].device
+    counted = real[:, 1:].to(device)  # a token that has a next one
+    following = tokens[:, 1:, None].to(device)
+    clean, changed = bare[LOGITS][:, :-1], run[LOGITS][:, :-1]
+    sums = {
+        f"ce_{kind}": -changed.gather(-1, following)[..., 0][counted],
+        f"kl_{kind}": kl_divergence(clean, changed)[counted],
+    }
+    if kind == "sae":
+        sums |= {"n": counted, "ce_clean": -clean.gather(-1, following)[..., 0][counted]}
+        sums |= _attention_sums(bare, run, real, layer, heads)
+    return {name: float(values.double().sum()) for name, values in sums.items()}
 
 
-def _centred(scores: Tensor, seen: Tensor) -> Tensor:
-    kept = scores.where(seen, 0.0)
-    return kept - kept.sum(-1, keepdim=True) / seen.sum(-1)[:, None]
+def replacement_scores(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the scores of `evaluate_saes` from sums over all batches."""
+    n = sums["n"]
+    row = {name: sums[name] / n for name in ("ce_clean", *(f"ce_{kind}" for kind in KINDS))}
+    row |= {f"kl_{kind}": sums[f"kl_{kind}"] / n for kind in KINDS}
+    for kind in ("zero", "mean"):
+        ce, kl = row[f"ce_{kind}"], row[f"kl_{kind}"]
+        row[f"ce_score_{kind}"] = _share(ce - row["ce_sae"], ce - row["ce_clean"])
+        row[f"kl_score_{kind}"] = _share(kl - row["kl_sae"], kl)
+    row["pattern_kl"] = sums["pattern_kl"] / sums["n_queries"]
+    row["score_error"] = _share(sums["score_error"], sums["score_norm"])
+    return row | {"n_tokens": int(n)}
+
+
+def _attention_sums(
+    bare: Mapping[str, Tensor],
+    run: Mapping[str, Tensor],
+    real: Bool[Tensor, "batch pos"],
+    layer: int,
+    heads: list[int],
+) -> dict[str, Tensor]:
+    before, after = (side[pattern_hook(layer)][:, heads].float() for side in (bare, run))
+    divergence = kl_divergence(before.log(), after.clamp(min=1e-30).log()).transpose(1, 2)
+    counted = real.to(before.device)
+    seen = torch.ones(before.shape[-2:], dtype=torch.bool, device=before.device).tril()
+    centred = []
+    for side in (bare, run):
+        scores = side[_scores_hook(layer)][:, heads].float().where(seen, 0.0)
+        scores = scores - scores.sum(-1, keepdim=True) / seen.sum(-1)[:, None]
+        centred.append(scores.where(seen & counted[:, None, :, None], 0.0))
+    return {
+        "pattern_kl": divergence[counted].mean(-1),
+        "n_queries": counted,
+        "score_error": (centred[1] - centred[0]).square(),
+        "score_norm": centred[0].square(),
+    }
+
+
+def _scores_hook(layer: int) -> str:
+    return f"blocks.{layer}.attn.hook_attn_scores"
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,5 +1,7 @@
 """Scores of query SAEs: reconstruction, and the effect of replacing queries on the model."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,15 +9,16 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.data.batches import row_batches
 from sae_query_steer.data.token_rows import Texts, token_rows
 from sae_query_steer.diagnostics.replacement import (
-    AttentionRun,
     ConstantEncoder,
-    ReplacementLosses,
+    read_run,
+    replacement_scores,
+    replacement_sums,
 )
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import check_not_steered
@@ -96,22 +99,26 @@ def evaluate_saes(
     for _, tokens, real in row_batches(rows, batch_size, "Reading queries"):
         for name, queries in read_activations(model, tokens, list(kept)).items():
             kept[name].update(queries, real.to(queries.device))
-    lost = {(name, head): ReplacementLosses() for name in replaced for head in replaced[name]}
+    sums: dict[tuple[str, int | str], Counter[str]]
+    sums = {(name, head): Counter() for name in replaced for head in replaced[name]}
     for _, tokens, real in row_batches(rows, batch_size, "Replacing queries"):
-        bare = AttentionRun.of(model, tokens, [sites[name].layer for name in kept])
-        for (name, head), found in lost.items():
-            site = sites[name]
-            chosen = list(range(site.n_heads)) if head == ALL_HEADS else [int(head)]
+        bare = read_run(model, tokens, [sites[name].layer for name in kept])
+        for (name, head), found in sums.items():
+            layer, n_heads = sites[name].layer, sites[name].n_heads
+            chosen = list(range(n_heads)) if head == ALL_HEADS else [int(head)]
             for kind, encoder in {"sae": saes[name], **kept[name].ablations()}.items():
                 with attached_saes(model, {name: encoder}, heads=chosen):
-                    run = AttentionRun.of(model, tokens, [site.layer])
-                found.update(kind, bare, run, tokens, real)
-                if kind == "sae":
-                    found.update_attention(bare, run, site.layer, chosen, real)
+                    run = read_run(model, tokens, [layer])
+                found.update(replacement_sums(kind, bare, run, tokens, real, layer, chosen))
     return pd.DataFrame(
         [
-            {"layer": sites[name].layer, "head": head, **kept[name].row(head), **found.row()}
-            for (name, head), found in lost.items()
+            {
+                "layer": sites[name].layer,
+                "head": head,
+                **kept[name].row(head),
+                **replacement_scores(found),
+            }
+            for (name, head), found in sums.items()
         ]
     )
 
@@ -176,9 +183,9 @@ class _Kept:
             "explained_variance": float(self.moments.explained_variance(pooled=heads)),
             "dead_share": float(self.moments.dead_share()[heads].mean()),
             "cosine": float(self._cosine[heads].mean()) / self.moments.n_tokens,
-            "max_decoder_cosine": max_decoder_cosine(weights[heads])
-            if isinstance(weights, Tensor)
-            else float("nan"),
+            "max_decoder_cosine": math.nan
+            if weights is None
+            else max_decoder_cosine(weights[heads]),
             "position_share": self._position_share(heads),
         }
 
@@ -192,10 +199,13 @@ class _Kept:
         return float(1 - (within / (n - groups).clamp(min=1)) / (total / (n - 1).clamp(min=1)))
 
 
-def max_decoder_cosine(weights: Float[Tensor, "head d_latent d_head"]) -> float:
-    """Return the largest cosine between two decoder rows of the same head."""
-    rows = weights.detach().float()
-    rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+def max_decoder_cosine(
+    weights: Float[Tensor, "head d_latent d_head"] | None, heads: slice = slice(None)
+) -> float:
+    """Return the largest cosine between two decoder rows of the same head; NaN without weights."""
+    if weights is None:
+        return math.nan
+    rows = normalize(weights[heads].detach().float(), dim=-1)
     cosines = rows @ rows.mT
     cosines.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
     return float(cosines.max())
