@@ -2,10 +2,12 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
@@ -167,7 +169,7 @@ def test_files_without_rows_are_refused(tmp_path):
         ("x.csv", "q,q\nWhy?,a\n", "the column 'q' is there twice"),
         ("x.jsonl", '{"q": "a", "level": "b"}\n{"q": \n', "line 2 must be a JSON object: .*"),
         ("x.jsonl", '["a", "b"]\n', "line 1 must be a JSON object, got list"),
-        ("x.pkl", "", r"must be .csv, .jsonl, .parquet, .txt or .*, got '.pkl'"),
+        ("x.pkl", "", r"must be one of .csv, .tsv, .jsonl, .parquet, .txt or .*, got '.pkl'"),
     ],
 )
 def test_malformed_files_are_refused_with_the_row(tmp_path, name, text, why):
@@ -176,24 +178,128 @@ def test_malformed_files_are_refused_with_the_row(tmp_path, name, text, why):
         read_examples(tmp_path / name, prompt="q", label="level")
 
 
-def test_missing_nested_and_typed_values():
+def test_missing_nested_and_typed_values(tmp_path):
     dataset = Dataset.from_list([{"q": "a", "level": "b"}, {"q": None, "level": "b"}])
     with pytest.raises(ValueError, match=r"row 1: column 'q' is blank"):
         read_examples(dataset, prompt="q", label="level")
     dataset = Dataset.from_list([{"q": ["a", "b"], "level": "b"}])
-    with pytest.raises(ValueError, match=r"column 'q' must hold text or numbers, got list"):
+    with pytest.raises(ValueError, match=r"column 'q' must hold text or finite numbers, got list"):
         read_examples(dataset, prompt="q", label="level")
     features = Features({"q": Value("int64"), "level": ClassLabel(names=["low", "high"])})
     dataset = Dataset.from_dict({"q": [7, 8], "level": [1, 0]}, features=features)
-    plain = read_examples(dataset, prompt="q", label="level", where={"q": "7"})
-    assert plain == [LabelledExample(prompt="7", label="1")]
-    named = read_examples(
-        dataset.with_format("torch"),
-        prompt="q",
-        label="level",
-        parse_label=lambda cell: features["level"].int2str(int(cell)),
-    )
-    assert [each.label for each in named] == ["high", "low"]
+    for source in (dataset, dataset.with_format("torch"), dataset.to_iterable_dataset()):
+        named = read_examples(source, prompt="q", label="level", where={"level": "high"})
+        assert named == [LabelledExample(prompt="7", label="high")]
+    dataset.to_parquet(tmp_path / "x.parquet")
+    dataset.save_to_disk(tmp_path / "folder")
+    for source in (tmp_path / "x.parquet", tmp_path / "folder"):
+        named = read_examples(source, prompt="q", label="level")
+        assert [each.label for each in named] == ["high", "low"]
+
+
+MISSING = {"null": None, "NaN": float("nan"), "NA": pd.NA, "NaT": pd.NaT, "white": " \t"}
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_a_missing_value_is_blank_and_skipped_on_request(missing):
+    frame = pd.DataFrame({"q": ["one", MISSING[missing], "nan"], "n": [1, 2, 3]}, dtype=object)
+    with pytest.raises(ValueError, match="row 1: column 'q' is blank.*skip_blank=True"):
+        read_examples(frame, prompt="q", label="n")
+    found = read_examples(frame, prompt="q", label="n", skip_blank=True)
+    assert [(each.prompt, each.label) for each in found] == [("one", "1"), ("nan", "3")]
+
+
+def test_nulls_and_numbers_of_files_are_neither_words_nor_decimals(tmp_path):
+    pd.DataFrame({"q": ["a", None, "b"], "n": [1, 2, None]}).to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_text('{"q": "a", "n": 1.0}\n{"q": NaN, "n": 2}\n{"q": "b"}\n')
+    for path in (tmp_path / "x.parquet", tmp_path / "x.jsonl"):
+        found = read_examples(
+            path, prompt="q", label="n", skip_blank=True, where=lambda row: "n" in row
+        )
+        assert [(each.prompt, each.label) for each in found] == [("a", "1")]
+    (tmp_path / "x.jsonl").write_text('{"q": 1e999, "n": 1}\n')
+    with pytest.raises(ValueError, match="must hold text or finite numbers, got inf"):
+        read_examples(tmp_path / "x.jsonl", prompt="q", label="n")
+
+
+def test_all_blank_rows_are_named_at_once_up_to_ten(tmp_path):
+    rows = [ROWS[0] | {"q": ""}] * 12
+    with pytest.raises(ValueError) as caught:
+        read_examples(write("csv", tmp_path, rows), prompt="q", label="level")
+    lines = str(caught.value).splitlines()
+    assert [f", row {n}: " in line for n, line in enumerate(lines[:10], start=1)] == [True] * 10
+    assert lines[10:] == ["and 2 more"]
+
+
+def test_labels_are_stripped_and_normalised_and_near_equal_ones_refused():
+    accents = {"q": ["a", "b"], "level": [" e\u0301te ", "\u00e9te"]}
+    found = read_examples(pd.DataFrame(accents), prompt="q", label="level")
+    assert {each.label for each in found} == {"\u00e9te"}
+    for other in ("Apply", "ap  ply"):
+        rows = pd.DataFrame(
+            {"q": ["a", "b"], "level": ["ap ply" if " " in other else "apply", other]}
+        )
+        with pytest.raises(ValueError, match=f"and '{other}' differ only in case or white space"):
+            read_examples(rows, prompt="q", label="level")
+    lower = read_examples(rows, prompt="q", label="level", parse_label=lambda cell: "x")
+    assert len(lower) == 2
+
+
+def test_white_space_around_prompts_is_kept_or_stripped():
+    rows = pd.DataFrame({"q": [" a "], "level": ["x"]})
+    assert read_examples(rows, prompt="q", label="level")[0].prompt == " a "
+    assert read_examples(rows, prompt="q", label="level", strip=True)[0].prompt == "a"
+
+
+def test_frames_of_polars_are_read():
+    class Frame:
+        def iter_rows(self, *, named):
+            assert named
+            return iter([{"q": "a", "level": "x"}])
+
+    assert read_examples(Frame(), prompt="q", label="level")[0].prompt == "a"
+
+
+@pytest.mark.parametrize("name", ["x.CSV", "x.tsv", "x.csv"])
+def test_suffixes_separators_and_encodings(tmp_path, name):
+    sep = {"x.tsv": "\t", "x.csv": ";"}.get(name)
+    given = sep if name == "x.csv" else None
+    text = f"q{sep or ','}level\nCaf\u00e9{sep or ','}x\n"
+    for encoding in ("utf-8", "utf-8-sig", "latin-1", "utf-16"):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        read = "utf-8" if encoding == "utf-8-sig" else encoding
+        found = read_examples(tmp_path / name, prompt="q", label="level", encoding=read, sep=given)
+        assert found[0].prompt == "Caf\u00e9"
+        check_columns(tmp_path / name, ["q", "level"], encoding=read, sep=given)
+        if encoding in ("latin-1", "utf-16"):
+            with pytest.raises(ValueError, match=rf"{name} must be text in utf-8.*encoding="):
+                read_examples(tmp_path / name, prompt="q", label="level", sep=given)
+    for suffix, line in ((".jsonl", '{"text": "Caf\u00e9"}'), (".txt", "Caf\u00e9")):
+        (tmp_path / f"x{suffix}").write_text(line, encoding="latin-1")
+        with pytest.raises(ValueError, match=rf"x{suffix} must be text in utf-8"):
+            read_texts(tmp_path / f"x{suffix}")
+        assert read_texts(tmp_path / f"x{suffix}", encoding="latin-1") == ["Caf\u00e9"]
+
+
+def test_what_is_no_file_of_text_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.csv")
+    with pytest.raises(ValueError, match="is a pipe"):
+        read_examples(tmp_path / "x.csv", prompt="q", label="level")
+    for name, text, why in (
+        ("a.jsonl", '{"q": 1, "q": 2}', "line 1 must be a JSON object: the key 'q' is there twice"),
+        ("b.jsonl", '{"q": ' + "[" * 100_000, "line 1 must be a JSON object: .*recursion"),
+        ("c.jsonl", '{"q": "\\ud800", "level": "x"}', "column 'q' is no valid Unicode"),
+        ("d.parquet", "PAR1", "is not a Parquet file"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=why):
+            read_examples(tmp_path / name, prompt="q", label="level")
+
+
+def test_a_column_in_another_case_is_suggested(tmp_path):
+    path = write("csv", tmp_path, ROWS)
+    with pytest.raises(ValueError, match=r"no column 'Q' \(did you mean 'q'\?\)"):
+        check_columns(path, ["Q"])
 
 
 def test_several_splits_are_refused_with_the_remedy(tmp_path):

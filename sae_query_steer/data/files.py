@@ -1,21 +1,35 @@
-"""Rows of CSV, JSON lines and Parquet files; imports neither torch nor datasets."""
+"""Rows of CSV, TSV, JSON lines and Parquet files; imports neither torch nor datasets.
+
+One set of rules for all formats: no value is converted, none is guessed to be missing, and a file
+that is not what it claims to be is refused with its name and row.
+"""
 
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from sae_query_steer.storage.folders import size_of
+
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands in its file, such as "row 3", and its cells by column."""
 
+KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+"""Suffixes of the files that are read, in any case."""
 
-def read_columns(path: str | Path) -> list[str] | None:
+
+def read_columns(
+    path: str | Path, *, encoding: str = "utf-8", sep: str | None = None
+) -> list[str] | None:
     """Return the columns of a file from its header; None for plain text, which has none.
 
     Args:
         path: see `read_rows`; of JSON lines the first object counts.
+        encoding: see `read_rows`.
+        sep: see `read_rows`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -26,92 +40,155 @@ def read_columns(path: str | Path) -> list[str] | None:
         return list(
             json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))["features"]
         )
-    match path.suffix:
+    match kind_of(path):
         case ".txt":
             return None
-        case ".csv":
-            return _csv_header(path)
+        case ".csv" | ".tsv":
+            return _csv_header(path, encoding, _separator(path, sep))
         case ".parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_schema(path).names
+            return _parquet(path).schema_arrow.names
         case _:
-            return list(next(iter(read_rows(path)), ("", {}))[1])
+            return list(next(iter(read_rows(path, encoding=encoding)), ("", {}))[1])
 
 
-def check_columns(path: str | Path, templates: Iterable[str | None]) -> None:
+def check_columns(
+    path: str | Path,
+    templates: Iterable[str | None],
+    *,
+    encoding: str = "utf-8",
+    sep: str | None = None,
+) -> None:
     """Raise unless a file has every column that templates name.
 
     Args:
         path: see `read_rows`.
         templates: columns, or templates over columns; None is skipped.
+        encoding: see `read_rows`.
+        sep: see `read_rows`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: a column is absent, a template can't be read, or see `read_rows`.
     """
-    columns = read_columns(path)
+    columns = read_columns(path, encoding=encoding, sep=sep)
     for text in templates:
         for _, column in template_parts(text):
-            if columns is not None and column is not None and column not in columns:
-                raise ValueError(f"{path}: no column {column!r}; the columns are {columns}")
+            if columns is not None and column is not None:
+                check_column(column, columns, str(path))
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
+def check_column(column: str, columns: Iterable[str], place: str) -> None:
+    """Raise ValueError unless a column is among those there are."""
+    names = list(columns)
+    if column not in names:
+        alike = [name for name in names if name.strip().casefold() == column.strip().casefold()]
+        hint = f" (did you mean {alike[0]!r}?)" if alike else ""
+        raise ValueError(f"{place}: no column {column!r}{hint}; the columns are {names}")
+
+
+def read_rows(
+    path: str | Path, *, encoding: str = "utf-8", sep: str | None = None
+) -> Iterator[Row]:
     """Return an iterator over the rows of a file, with no value converted or taken for missing.
 
     Args:
-        path: `.csv` with a header, `.jsonl` (one object per line) or `.parquet`, in UTF-8. Rows
-            count from 1 after the header, lines of JSON from 1.
+        path: `.csv` or `.tsv` with a header, `.jsonl` (one object per line) or `.parquet`, where a
+            `ClassLabel` of the `datasets` library gives its name. Rows count from 1 after the
+            header, lines of JSON from 1.
+        encoding: of text files; a byte order mark of UTF-8 is skipped.
+        sep: separator of a CSV file; None means a comma, in `.tsv` a tab.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another kind of file, a row with more or fewer cells than the header, a column
-            twice, or a line that is not a JSON object.
+        ValueError: another kind or encoding of file, a row with more or fewer cells than the
+            header, a column or key twice, or a line that is not a JSON object.
     """
     path = existing(path)
-    match path.suffix:
-        case ".csv":
-            rows = enumerate(_csv_rows(path), start=1)
+    match kind_of(path):
+        case ".csv" | ".tsv":
+            rows = enumerate(_csv_rows(path, encoding, _separator(path, sep)), start=1)
         case ".jsonl":
-            return _json_rows(path)
+            return _json_rows(path, encoding)
         case ".parquet":
-            import pyarrow.parquet as pq
-
-            batches = pq.ParquetFile(path).iter_batches()
-            rows = enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-        case suffix:
-            raise ValueError(
-                f"{path} must be .csv, .jsonl, .parquet, .txt or the folder of a dataset, got "
-                f"{suffix!r}"
-            )
+            rows = enumerate(_parquet_rows(path), start=1)
+        case _:
+            raise ValueError(f"{path} is plain text, which has no columns: use read_texts")
     return ((f"row {n}", row) for n, row in rows)
 
 
+def read_paragraphs(path: str | Path, *, encoding: str = "utf-8") -> list[str]:
+    """Return the documents of a plain text file, which blank lines separate."""
+    path = existing(path)
+    with _text(path, encoding) as file:
+        return [part for part in file.read().split("\n\n") if part.strip()]
+
+
 def existing(path: str | Path) -> Path:
-    """Return a path, if there is a file or folder.
+    """Return a path, if there is a regular file or a folder.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is a pipe, a device or a socket.
     """
-    if not Path(path).exists():
+    found = Path(path)
+    if not found.exists():
         raise FileNotFoundError(f"no file {str(path)!r}: check the path")
-    return Path(path)
+    if not found.is_dir():
+        size_of(found)
+    return found
 
 
-def _csv_header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next((row for row in csv.reader(file) if row), [])
+def kind_of(path: Path) -> str:
+    """Return the suffix of a file in lower case.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    if (kind := path.suffix.lower()) not in KINDS:
+        raise ValueError(
+            f"{path} must be one of {', '.join(KINDS)} or the folder of a dataset, got "
+            f"{path.suffix!r}"
+        )
+    return kind
+
+
+@contextmanager
+def _text(path: Path, encoding: str, newline: str | None = None) -> Iterator[Any]:
+    """Open a text file; another encoding is an error that names both."""
+    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    try:
+        with path.open(encoding=name, newline=newline) as file:
+            yield file
+    except (UnicodeError, LookupError) as error:
+        raise ValueError(_wrong_encoding(path, encoding, error)) from error
+
+
+def _wrong_encoding(path: Path, encoding: str, error: object) -> str:
+    return (
+        f"{path} must be text in {encoding}: {error}; name its encoding with encoding=, such as "
+        "'latin-1' or 'utf-16'"
+    )
+
+
+def _separator(path: Path, sep: str | None) -> str:
+    if sep is not None and len(sep) != 1:
+        raise ValueError(f"sep must be one character, got {sep!r}")
+    return sep or ("\t" if path.suffix.lower() == ".tsv" else ",")
+
+
+def _csv_header(path: Path, encoding: str, sep: str) -> list[str]:
+    with _text(path, encoding, newline="") as file:
+        header = next((row for row in csv.reader(file, delimiter=sep) if row), [])
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"{path}: the column {twice[0]!r} is there twice; rename one")
     return header
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
+def _csv_rows(path: Path, encoding: str, sep: str) -> list[dict[str, Any]]:
     import pyarrow as pa
     from pyarrow import csv as arrow
 
-    header = _csv_header(path)
+    header = _csv_header(path, encoding, sep)
     if not header:
         return []
     try:
@@ -119,31 +196,79 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
             path,
             # One block: a text may be longer than the default block.
             read_options=arrow.ReadOptions(
-                block_size=min(max(path.stat().st_size, 1), 2**31 - 1), use_threads=False
+                block_size=min(max(path.stat().st_size, 1), 2**31 - 1),
+                use_threads=False,
+                encoding=encoding,
             ),
-            parse_options=arrow.ParseOptions(newlines_in_values=True),
+            parse_options=arrow.ParseOptions(newlines_in_values=True, delimiter=sep),
             convert_options=arrow.ConvertOptions(
                 column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False
             ),
         )
+    except UnicodeError as error:
+        raise ValueError(_wrong_encoding(path, encoding, error)) from error
     except pa.ArrowInvalid as error:
+        if "UTF8" in str(error):
+            raise ValueError(_wrong_encoding(path, encoding, error)) from error
         raise ValueError(f"{path} is not a CSV file of {len(header)} columns: {error}") from error
     return table.to_pylist()
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+def _parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    file = _parquet(path)
+    stored = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    names = {
+        column: feature["names"]
+        for column, feature in stored.get("info", {}).get("features", {}).items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+    for batch in file.iter_batches():
+        for row in batch.to_pylist():
+            yield with_names(row, names)
+
+
+def with_names(row: Mapping[str, Any], names: Mapping[str, list[str]]) -> Mapping[str, Any]:
+    """Return a row in which the numbers of `ClassLabel` columns are names; -1 is missing."""
+    if not names:
+        return row
+    found = dict(row)
+    for column, of_column in names.items():
+        if isinstance(index := found.get(column), int):
+            found[column] = of_column[index] if index >= 0 else None
+    return found
+
+
+def _json_rows(path: Path, encoding: str) -> Iterator[Row]:
+    with _text(path, encoding) as file:
         for n, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
+                    row = json.loads(line, object_pairs_hook=_unique)
+                except (RecursionError, ValueError) as error:
                     raise ValueError(f"{path}, line {n} must be a JSON object: {error}") from error
                 if not isinstance(row, dict):
                     raise ValueError(
                         f"{path}, line {n} must be a JSON object, got {type(row).__name__}"
                     )
                 yield f"line {n}", row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
 
 
 def template_parts(text: str | None) -> list[tuple[str, str | None]]:

@@ -1,14 +1,29 @@
-"""Labelled examples and texts from files and datasets; the user names the columns."""
+"""Labelled examples and texts from files, frames and datasets; the user names the columns."""
 
+import math
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.data.files import Row, existing, read_rows, template_parts
+from sae_query_steer.data.files import (
+    Row,
+    check_column,
+    existing,
+    kind_of,
+    read_paragraphs,
+    read_rows,
+    template_parts,
+    with_names,
+)
 
 Source = str | Path | Any
-"""A file, the folder of a dataset, or a `datasets.Dataset` or `datasets.IterableDataset`."""
+"""A file, the folder of a dataset, a `datasets.Dataset` or `datasets.IterableDataset`, or a pandas
+or polars frame."""
+
+SHOWN = 10
+"""Most problems that an error lists."""
 
 
 def read_examples(
@@ -18,94 +33,154 @@ def read_examples(
     label: str,
     response: str | None = None,
     parse_label: Callable[[str], str] = str,
-    where: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | Callable[[Mapping[str, Any]], bool] | None = None,
+    strip: bool = False,
+    skip_blank: bool = False,
+    encoding: str = "utf-8",
+    sep: str | None = None,
 ) -> list[LabelledExample]:
-    r"""Return the labelled examples of a file or dataset, in order.
+    r"""Return the labelled examples of a file, frame or dataset, in order.
 
-    Cells are read as text: no value is converted or taken for missing ("None", "NA").
+    Every cell is read as text: "None", "NA" and "nan" in a text file are words, and only a null,
+    NaN, or an empty or white cell is blank. Whole numbers have no decimal point. Labels lose white
+    space around them and are normalised (Unicode NFC).
 
     Args:
-        source: a CSV file with a header, JSON lines or Parquet, in UTF-8; a folder that
-            `Dataset.save_to_disk` wrote; or one split of a `datasets` dataset. A streaming one is
-            read to its end: limit it with `take`.
+        source: a CSV or TSV file with a header, JSON lines or Parquet; a folder that
+            `Dataset.save_to_disk` wrote; one split of a `datasets` dataset (a streaming one is
+            read to its end: limit it with `take`); a pandas or polars frame.
         prompt: a column, or a template over columns if it contains a brace, such as
             "Question: {question}\nAnswer: {answer}\n".
-        label: a column. A `ClassLabel` gives its number as text, see `parse_label`.
+        label: a column; a `ClassLabel` gives its names.
         response: a column or a template; None leaves responses empty.
         parse_label: returns the name of the class for a cell, such as `BloomLevel.parse`.
-        where: keep only rows whose columns have these values, such as {"lang": "english"}.
+        where: keep only rows whose columns have these values, such as {"lang": "english"}, or for
+            which a function of the row is true.
+        strip: remove white space around prompts. A prompt that ends in white space makes that its
+            last token.
+        skip_blank: leave out rows with a blank cell.
+        encoding: of a text file.
+        sep: separator of a CSV file; None means a comma, in `.tsv` a tab.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        TypeError: a dataset of several splits.
+        TypeError: a dataset of several splits, or something else that is not read.
         ValueError: a column is absent, a cell is blank in a row that is kept, `parse_label` refuses
-            a cell, or no rows are left. The message names the row: rows of a file count from 1
-            after the header, lines of JSON from 1, rows of a dataset from 0.
+            a cell, labels differ only in case or white space, or no rows are left. The message
+            lists up to 10 rows: rows of a file count from 1 after the header, lines of JSON from 1,
+            rows of a dataset or frame from 0.
 
     Source: our choice.
     """
     templates = [template_parts(text) for text in (prompt, response)]
-    examples, n_rows = [], 0
-    for number, row in _rows(source):
+    examples: list[LabelledExample] = []
+    problems: list[str] = []
+    n_rows = 0
+    for number, row in _rows(source, encoding, sep):
         n_rows += 1
         place = f"{_name(source)}, {number}"
-        if any(_cell(row, column, place) != value for column, value in (where or {}).items()):
+        if not _kept(row, where, place):
             continue
-        raw = _filled_cell(row, label, place)
+        try:
+            texts = [_filled(parts, row, place) for parts in templates]
+            raw = _filled_cell(row, label, place).strip()
+        except _BlankError as error:
+            problems += [] if skip_blank else [str(error)]
+            continue
         try:
             name = str(parse_label(raw))
         except (ValueError, KeyError) as error:  # KeyError: of a dictionary's __getitem__
-            raise ValueError(f"{place}, column {label!r}: parse_label refused: {error}") from error
-        texts = (_filled(parts, row, place) for parts in templates)
-        examples.append(LabelledExample(prompt=next(texts), response=next(texts), label=name))
+            problems.append(f"{place}, column {label!r}: parse_label refused: {error}")
+            continue
+        start = texts[0].strip() if strip else texts[0]
+        name = unicodedata.normalize("NFC", name.strip())
+        examples.append(LabelledExample(prompt=start, response=texts[1], label=name))
+    if problems:
+        raise ValueError(listed(problems))
     if not examples:
-        raise ValueError(
-            f"{_name(source)} gives no examples: where={dict(where or {})} keeps 0 of {n_rows} rows"
-        )
+        kept = f"where={where if callable(where) else dict(where or {})}"
+        raise ValueError(f"{_name(source)} gives no examples: {kept} keeps 0 of {n_rows} rows")
+    _check_labels(_name(source), [example.label for example in examples])
     return examples
 
 
-def read_texts(source: Source, *, text: str = "text") -> list[str]:
-    """Return the texts of a file or dataset, in order.
+def read_texts(
+    source: Source, *, text: str = "text", encoding: str = "utf-8", sep: str | None = None
+) -> list[str]:
+    """Return the texts of a file, frame or dataset, in order.
 
     Args:
         source: as for `read_examples`; or plain text (`.txt`) with blank lines between documents.
         text: a column or a template, see `read_examples`; plain text has none.
+        encoding: of a text file.
+        sep: separator of a CSV file.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        TypeError: a dataset of several splits.
-        ValueError: a kind of file that is not read, a column is absent, a cell is blank, or there
+        TypeError: a dataset of several splits, or something else that is not read.
+        ValueError: a kind of file that is not read, a column is absent, cells are blank, or there
             is no text.
     """
-    if isinstance(source, str | Path) and Path(source).suffix == ".txt":
-        paragraphs = existing(source).read_text(encoding="utf-8").split("\n\n")
-        texts = [paragraph for paragraph in paragraphs if paragraph.strip()]
+    if isinstance(source, str | Path) and existing(source).is_file() and _is_text(source):
+        texts = read_paragraphs(source, encoding=encoding)
     else:
-        parts, name = template_parts(text), _name(source)
-        texts = [_filled(parts, row, f"{name}, {n}") for n, row in _rows(source)]
+        parts, name, texts, problems = template_parts(text), _name(source), [], []
+        for number, row in _rows(source, encoding, sep):
+            try:
+                texts.append(_filled(parts, row, f"{name}, {number}"))
+            except _BlankError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError(listed(problems))
     if not texts:
         raise ValueError(f"{_name(source)} has no rows")
     return texts
+
+
+def listed(problems: list[str]) -> str:
+    """Return problems as one message, the first of them in full."""
+    more = len(problems) - SHOWN
+    return "\n".join(problems[:SHOWN]) + (f"\nand {more} more" if more > 0 else "")
+
+
+class _BlankError(ValueError):
+    """A cell that must hold text is blank."""
+
+
+def _is_text(source: str | Path) -> bool:
+    return kind_of(Path(source)) == ".txt"
 
 
 def _name(source: Source) -> str:
     return str(source) if isinstance(source, str | Path) else "the dataset"
 
 
-def _rows(source: Source) -> Iterator[Row]:
+def _rows(source: Source, encoding: str, sep: str | None) -> Iterator[Row]:
     if isinstance(source, str | Path) and not existing(source).is_dir():
-        return read_rows(source)
-    from datasets import Dataset, IterableDataset, load_from_disk
+        return read_rows(source, encoding=encoding, sep=sep)
+    if hasattr(source, "iter_rows"):  # polars
+        return ((f"row {n}", row) for n, row in enumerate(source.iter_rows(named=True)))
+    if hasattr(source, "to_dict") and hasattr(source, "itertuples"):  # pandas
+        return ((f"row {n}", row) for n, row in enumerate(source.to_dict("records")))
+    from datasets import ClassLabel, Dataset, IterableDataset, load_from_disk
 
     data = load_from_disk(str(source)) if isinstance(source, str | Path) else source
     if not isinstance(data, Dataset | IterableDataset):
         splits = f" of the splits {list(data)}" if isinstance(data, Mapping) else ""
         raise TypeError(
-            f"source must be a file or one split of a dataset, such as load_dataset(...)['train'], "
-            f"got {type(data).__name__}{splits}"
+            "source must be a file, a frame, or one split of a dataset, such as "
+            f"load_dataset(...)['train'], got {type(data).__name__}{splits}"
         )
-    return ((f"row {n}", row) for n, row in enumerate(data.with_format(None)))
+    features = data.features or {}  # unknown of some streaming datasets
+    names = {column: f.names for column, f in features.items() if isinstance(f, ClassLabel)}
+    rows = enumerate(data.with_format(None))
+    return ((f"row {n}", with_names(row, names)) for n, row in rows)
+
+
+def _kept(row: Mapping[str, Any], where: Any, place: str) -> bool:
+    if callable(where):
+        return bool(where(row))
+    return all(_cell(row, column, place) == value for column, value in (where or {}).items())
 
 
 def _filled(parts: Iterable[tuple[str, str | None]], row: Mapping[str, Any], place: str) -> str:
@@ -118,18 +193,41 @@ def _filled(parts: Iterable[tuple[str, str | None]], row: Mapping[str, Any], pla
 def _filled_cell(row: Mapping[str, Any], column: str, place: str) -> str:
     text = _cell(row, column, place)
     if not text.strip():
-        raise ValueError(
-            f"{place}: column {column!r} is blank; fill it in, or leave such rows out with where"
+        raise _BlankError(
+            f"{place}: column {column!r} is blank; fill it in, or pass skip_blank=True or where="
         )
     return text
 
 
 def _cell(row: Mapping[str, Any], column: str, place: str) -> str:
     if column not in row:
-        raise ValueError(f"{place}: no column {column!r}; the columns are {list(row)}")
-    value = "" if row[column] is None else row[column]
-    if not isinstance(value, str | int | float):
+        check_column(column, row, place)
+    value = row[column]
+    missing = value is None or type(value).__name__ in ("NAType", "NaTType")
+    if missing or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, str | int | float) or value in (math.inf, -math.inf):
         raise ValueError(
-            f"{place}: column {column!r} must hold text or numbers, got {type(value).__name__}"
+            f"{place}: column {column!r} must hold text or finite numbers, got "
+            f"{value if isinstance(value, float) else type(value).__name__}"
         )
-    return str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: column {column!r} is no valid Unicode: {error}") from error
+    return text
+
+
+def _check_labels(name: str, labels: list[str]) -> None:
+    """Raise if labels differ only in case or white space."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(" ".join(label.casefold().split()), label)
+        if other != label:
+            raise ValueError(
+                f"{name}: the labels {other!r} and {label!r} differ only in case or white space; "
+                "write them alike, or pass parse_label="
+            )
