@@ -1,6 +1,7 @@
-"""Checks of numbers that a user gives."""
+"""Checks of numbers that a user gives, and lists of problems."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,3 +31,9 @@ def check_number(
     kind = "a whole number" if whole else "a finite number"
     text = f"{name} must be {kind} {range_}".rstrip() + f", got {value!r}"
     raise ValueError(text) if is_number else TypeError(text)
+
+
+def listed(problems: Sequence[str], most: int = 10) -> str:
+    """Return problems as one message: the first of them in full, a line each, and the number."""
+    more = len(problems) - most
+    return "\n".join(problems[:most]) + (f"\nand {more} more" if more > 0 else "")

@@ -259,8 +259,8 @@ class TrainingConfig:
     concat_sequences: bool = True
     """Join documents into full rows as SAELens does; False keeps one document a row."""
 
-    prepend_bos: bool = True
-    """Begin rows and documents with BOS."""
+    prepend_bos: bool | None = None
+    """Begin rows and documents with BOS; None means as the model does by its own setting."""
 
     lr: float = 1e-3
     """Learning rate of Adam."""

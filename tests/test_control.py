@@ -217,6 +217,9 @@ def test_a_closed_gate_is_exactly_no_steer(model, make):
     assert (made.delta[latents[..., 2] <= 0.1] == 0).all()
     made = change(make(gate=lambda z, goal: torch.arange(4).eq(1).expand(z.shape[:-1])), queries)
     assert (made.delta[:, [0, 2, 3]] == 0).all() and (made.delta[:, 1] != 0).any()
+    both = {"gate": sqs.control.PosteriorBelow(value), "latents": sqs.control.ActiveLatents()}
+    made = change(make(**both), queries)
+    assert (made.delta[closed] == 0).all() and (made.delta[~closed] != 0).any()
 
 
 def test_some_heads_alone_are_steered_as_they_are_among_all(make, untyped):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.data.batches import PAD, example_batches, row_batches
 from sae_query_steer.data.examples import LabelledExample, check_classes
-from sae_query_steer.data.token_rows import _packed
+from sae_query_steer.data.token_rows import _packed, token_rows
 from sae_query_steer.data.tokenized import (
     TokenizedExample,
     TokenizedExamples,
@@ -54,8 +54,9 @@ def example(prompt: str, response: str = "", label: str = "a") -> LabelledExampl
     return LabelledExample(prompt=prompt, response=response, label=label)
 
 
-def model_with(tokenizer, n_ctx: int = 99):
-    return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=n_ctx))
+def model_with(tokenizer, n_ctx: int = 99, default_prepend_bos: bool = True):
+    cfg = SimpleNamespace(n_ctx=n_ctx, default_prepend_bos=default_prepend_bos)
+    return SimpleNamespace(tokenizer=tokenizer, cfg=cfg)
 
 
 def tokens_of(given: LabelledExample, tokenizer, **options) -> TokenizedExample:
@@ -123,7 +124,20 @@ def test_a_tokenizer_that_adds_bos_by_itself_does_not_give_two(stories_tokenizer
 
 def test_a_tokenizer_without_bos_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"no BOS token: pass prepend_bos=False$"):
-        tokens_of(example("red"), word_tokenizer())
+        tokens_of(example("red"), word_tokenizer(), prepend_bos=True)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+@pytest.mark.parametrize("default", [True, False])
+def test_bos_is_as_the_model_has_it_unless_given(default, given):
+    model = model_with(word_tokenizer(bos_token="<s>"), default_prepend_bos=default)
+    begins = default if given is None else given
+    tokens = tokenize_examples(model, [example("red")], prepend_bos=given)
+    assert tokens.prepend_bos == begins
+    assert tokens[0].tokens.tolist() == ([1, 2] if begins else [2])
+    rows = token_rows(model, ["red blue"], context_size=2 + begins, prepend_bos=given)
+    assert rows.tolist() == [[1, 2, 3] if begins else [2, 3]]
+    assert not tokenize_examples(model_with(word_tokenizer()), [example("red")]).prepend_bos
 
 
 @pytest.mark.parametrize(
@@ -206,6 +220,29 @@ def test_a_tokenizer_without_chat_template_is_refused_with_the_remedy():
         tokens_of(example("red"), word_tokenizer(bos_token="<s>"), chat_template=True)
 
 
+PARTS_TEMPLATE = "{% for m in messages %}[user] {{ m['content'][0]['text'] }} {% endfor %}"
+
+
+def test_a_chat_template_that_expects_parts_gets_them():
+    tokenizer = word_tokenizer(bos_token="<s>")
+    tokenizer.chat_template = PARTS_TEMPLATE
+    tokens = tokens_of(example("red blue"), tokenizer, chat_template=True)
+    assert tokenizer.convert_ids_to_tokens(tokens.tokens.tolist()) == ["[user]", "red", "blue"]
+
+
+def test_a_chat_template_that_drops_the_prompt_is_refused():
+    tokenizer = word_tokenizer(bos_token="<s>")
+    tokenizer.chat_template = "[user] moon"
+    with pytest.raises(ValueError, match="must write the prompt 'red', but drops or changes it"):
+        tokens_of(example("red"), tokenizer, chat_template=True)
+
+
+def test_prompts_that_end_in_a_space_are_warned_of_with_the_remedy():
+    model = model_with(word_tokenizer(bos_token="<s>"))
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts end in white space .*example 1.*strip="):
+        tokenize_examples(model, [example("red\n"), example("red ")])
+
+
 # --- many examples ---------------------------------------------------------------------------
 
 
@@ -244,6 +281,10 @@ def test_an_example_longer_than_the_context_is_refused_and_never_cut():
     assert [len(row.tokens) for row in found] == [2, 4]
     with pytest.raises(ValueError, match=r"^example 1 has 4 tokens.* 3\b"):
         tokenize_examples(model_with(tokenizer, n_ctx=3), examples)
+    kept = tokenize_examples(model_with(tokenizer, n_ctx=3), examples, drop_long=True)
+    assert [len(row.tokens) for row in kept] == [2]
+    with pytest.raises(ValueError, match="all 2 examples are longer than .* 1$"):
+        tokenize_examples(model_with(tokenizer, n_ctx=1), examples, drop_long=True)
 
 
 def test_part_of_the_examples_keeps_their_settings():

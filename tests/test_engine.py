@@ -15,7 +15,7 @@ from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sites import Site
 from sae_query_steer.steering.edit import Edit
-from sae_query_steer.steering.engine import apply_edits
+from sae_query_steer.steering.engine import SteeringWarning, apply_edits
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import Where
@@ -287,6 +287,69 @@ def test_other_sites_are_edited_at_the_chosen_heads_and_tokens_alone(model, name
     assert before.shape[2:] == (site.n_heads, site.d_head)
     torch.testing.assert_close(after - before, expected)
     assert torch.equal(after[:, [0, 3]], before[:, [0, 3]])
+
+
+class HeadNumber(Edit):
+    """Adds its number to each head."""
+
+    def change(self, activations, at, tokens, *, record=False):
+        numbers = torch.tensor(at.heads, dtype=activations.dtype)
+        return QueryChange(delta=numbers[None, :, None].expand_as(activations))
+
+
+@pytest.mark.parametrize("heads", [[3, 1], [1, 3], [2, 0, 3, 1]])
+def test_heads_get_their_own_change_in_whatever_order_they_are_listed(model, heads):
+    where = Where(sqs.query_sites(model, [1]), scope=sqs.scopes.EveryPosition(), heads=heads)
+    before = read_activations(model, tokens_of(model), [NAME])[NAME]
+    with apply_edits(model, [(HeadNumber(), where)]):
+        after = read_activations(model, tokens_of(model), [NAME])[NAME]
+    expected = torch.tensor([float(head if head in heads else 0) for head in range(4)])
+    torch.testing.assert_close(after - before, expected[:, None].expand_as(before))
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_its_row(model):
+    n_ctx = model.cfg.n_ctx
+    long = " ".join(["w1"] * n_ctx)
+    with (
+        shift(model).apply(model),
+        pytest.raises(ValueError, match=f"prompt 1 has {n_ctx + 1} tokens, .*context of {n_ctx}"),
+    ):
+        model.generate(["w1", long], **GREEDY)
+
+
+def test_prompt_lengths_in_generate_must_be_those_of_the_prompts(model):
+    with (
+        shift(model).apply(model, prompt_lengths=[3, 2]),
+        pytest.raises(ValueError, match=r"must be those of the prompts, \[4, 2\], got \[3, 2\]"),
+    ):
+        model.generate(PROMPTS, **GREEDY)
+    with shift(model).apply(model, prompt_lengths=[4, 2]):
+        model.generate(PROMPTS, **GREEDY)
+
+
+def test_a_change_that_diverges_is_warned_of_with_distances_and_steps(model, saes, targets):
+    steerer = sqs.LatentGradientSteerer(
+        saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=20, step_size=3.0
+    )
+    said = r"times the activation's norm; mean distance .*'create' from \S+ to .*0% of the steps"
+    with steerer.apply(model), pytest.warns(SteeringWarning, match=said) as caught:
+        model.generate(PROMPTS, **GREEDY)
+    assert len(caught) == len(saes)  # once for each site
+
+
+def test_centroids_of_texts_with_bos_do_not_steer_a_model_whose_prompts_begin_without(
+    model, saes, targets, monkeypatch
+):
+    assert targets.prepend_bos is True
+    steerer = sqs.LatentGradientSteerer(
+        saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=0.5
+    )
+    monkeypatch.setattr(model.cfg, "default_prepend_bos", False)
+    with (
+        pytest.raises(ValueError, match="prepend_bos=True, but by .*=False prompts begin without"),
+        steerer.apply(model),
+    ):
+        pass
 
 
 def test_other_sites_that_there_are_not_are_refused(model):

@@ -377,7 +377,7 @@ def test_feedback_saf_is_read_and_tokenised_as_a_whole(shared_data, stories_toke
         where={"lang": "english"},
     )
     assert len(examples) == 2112
-    model = SimpleNamespace(tokenizer=stories_tokenizer)
+    model = SimpleNamespace(tokenizer=stories_tokenizer, cfg=SimpleNamespace())
     for text in examples[:50]:
         each = tokenize_example(model, text)
         assert stories_tokenizer.decode(each.tokens[each.prompt_length :]) == text.response

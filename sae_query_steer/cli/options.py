@@ -75,12 +75,18 @@ class TextOptions:
     text: str = "text"
     """Column of the text, or a template over columns."""
 
+    encoding: str = "utf-8"
+    """Encoding of a text file."""
+
+    sep: str | None = None
+    """Separator of a CSV file; a comma, or in .tsv a tab, if unset."""
+
     def __post_init__(self) -> None:
-        check_columns(self.texts, [self.text])
+        check_columns(self.texts, [self.text], encoding=self.encoding, sep=self.sep)
 
     def read(self) -> list[str]:
         """Return the texts."""
-        return sqs.read_texts(self.texts, text=self.text)
+        return sqs.read_texts(self.texts, text=self.text, encoding=self.encoding, sep=self.sep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +114,33 @@ class ExampleOptions:
     chat_template: bool = False
     """Use the tokenizer's chat template."""
 
+    where: tuple[str, ...] = ()
+    """Keep only rows with these values, such as lang=english."""
+
+    strip: bool = False
+    """Remove white space around prompts."""
+
+    skip_blank: bool = False
+    """Leave out rows with a blank cell."""
+
+    drop_long: bool = False
+    """Leave out texts that are longer than the model's context."""
+
+    encoding: str = "utf-8"
+    """Encoding of a text file."""
+
+    sep: str | None = None
+    """Separator of a CSV file; a comma, or in .tsv a tab, if unset."""
+
     def __post_init__(self) -> None:
-        check_columns(self.csv, [self.prompt, self.response, self.label])
+        if wrong := [pair for pair in self.where if "=" not in pair]:
+            raise ValueError(f"--where must be COLUMN=VALUE, got {wrong[0]!r}")
+        columns = [self.prompt, self.response, self.label, *self._conditions]
+        check_columns(self.csv, columns, encoding=self.encoding, sep=self.sep)
+
+    @property
+    def _conditions(self) -> dict[str, str]:
+        return dict(pair.split("=", 1) for pair in self.where)
 
     def read(self) -> "list[sqs.LabelledExample]":
         """Return the examples."""
@@ -119,12 +150,17 @@ class ExampleOptions:
             response=self.response,
             label=self.label,
             parse_label=sqs.BloomLevel.parse if self.bloom else str,
+            where=self._conditions,
+            strip=self.strip,
+            skip_blank=self.skip_blank,
+            encoding=self.encoding,
+            sep=self.sep,
         )
 
     def tokenized(self, model: Any) -> Any:
         """Return the examples as tokens."""
         chosen = {"span": span_of(self.span), "chat_template": self.chat_template}
-        return sqs.tokenize_examples(model, self.read(), **chosen)
+        return sqs.tokenize_examples(model, self.read(), **chosen, drop_long=self.drop_long)
 
 
 @dataclass(frozen=True, kw_only=True)

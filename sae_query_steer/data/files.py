@@ -165,8 +165,8 @@ def _text(path: Path, encoding: str, newline: str | None = None) -> Iterator[Any
 
 def _wrong_encoding(path: Path, encoding: str, error: object) -> str:
     return (
-        f"{path} must be text in {encoding}: {error}; name its encoding with encoding=, such as "
-        "'latin-1' or 'utf-16'"
+        f"{path} must be text in {encoding}: {error}; name its encoding with encoding= "
+        "(--encoding), such as 'latin-1' or 'utf-16'"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_query_steer.arguments import listed
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.files import (
     Row,
@@ -21,9 +22,6 @@ from sae_query_steer.data.files import (
 Source = str | Path | Any
 """A file, the folder of a dataset, a `datasets.Dataset` or `datasets.IterableDataset`, or a pandas
 or polars frame."""
-
-SHOWN = 10
-"""Most problems that an error lists."""
 
 
 def read_examples(
@@ -137,12 +135,6 @@ def read_texts(
     return texts
 
 
-def listed(problems: list[str]) -> str:
-    """Return problems as one message, the first of them in full."""
-    more = len(problems) - SHOWN
-    return "\n".join(problems[:SHOWN]) + (f"\nand {more} more" if more > 0 else "")
-
-
 class _BlankError(ValueError):
     """A cell that must hold text is blank."""
 
@@ -194,7 +186,8 @@ def _filled_cell(row: Mapping[str, Any], column: str, place: str) -> str:
     text = _cell(row, column, place)
     if not text.strip():
         raise _BlankError(
-            f"{place}: column {column!r} is blank; fill it in, or pass skip_blank=True or where="
+            f"{place}: column {column!r} is blank; fill it in, or leave such rows out with "
+            "skip_blank=True (--skip-blank) or where"
         )
     return text
 
@@ -229,5 +222,5 @@ def _check_labels(name: str, labels: list[str]) -> None:
         if other != label:
             raise ValueError(
                 f"{name}: the labels {other!r} and {label!r} differ only in case or white space; "
-                "write them alike, or pass parse_label="
+                "write them alike, or pass parse_label= (--bloom for Bloom levels)"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.data.batches import PAD
-from sae_query_steer.data.tokenized import TokenizedExample, tokenizer_of
+from sae_query_steer.data.tokenized import TokenizedExample, bos_id, tokenizer_of
 
 Texts = Dataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
 
@@ -21,7 +21,7 @@ def token_rows(
     *,
     context_size: int | None = None,
     concat_sequences: bool = True,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     text_column: str = "text",
 ) -> Int[Tensor, "row pos"]:
     """Return token rows for training.
@@ -34,7 +34,8 @@ def token_rows(
             that is shorter. Token rows keep their own length.
         concat_sequences: join documents, with BOS between them, and cut rows of `context_size`
             from the stream, as SAELens does; False keeps every document whole, one a row.
-        prepend_bos: begin every row, and every document, with BOS.
+        prepend_bos: begin every row, and every document, with BOS; None means as the model does,
+            by `model.cfg.default_prepend_bos`.
         text_column: column of a `datasets.Dataset`.
 
     Returns:
@@ -72,7 +73,7 @@ def token_rows(
         return _padded(whole, context_size)
     tokenizer = tokenizer_of(model)
     documents = _tokenized(items, tokenizer)
-    bos = _bos(tokenizer) if prepend_bos else None
+    bos = bos_id(model, prepend_bos)
     if not concat_sequences:
         start = [] if bos is None else [bos]
         return _padded([start + document for document in documents], context_size)
@@ -134,9 +135,3 @@ def _padded(documents: Iterable[list[int]], context_size: int) -> Tensor:
                 "documents with concat_sequences=True"
             )
     return pad_sequence(rows, batch_first=True, padding_value=PAD)
-
-
-def _bos(tokenizer: Any) -> int:
-    if tokenizer.bos_token_id is None:
-        raise ValueError("the tokenizer has no BOS token: pass prepend_bos=False")
-    return int(tokenizer.bos_token_id)

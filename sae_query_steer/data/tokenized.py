@@ -1,6 +1,7 @@
 """Tokenised examples: an exact boundary between prompt and response, and the span to read."""
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,11 @@ from typing import Any, cast, overload
 
 import torch
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sae_query_steer.arguments import listed
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.scopes.joins import check_scope, scope_name
 from sae_query_steer.scopes.named import LastPromptToken
@@ -47,7 +50,7 @@ def tokenize_example(
     model: Any,
     example: LabelledExample,
     *,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     chat_template: bool = False,
 ) -> TokenizedExample:
     """Return the tokens of an example, with an exact boundary between prompt and response.
@@ -59,7 +62,8 @@ def tokenize_example(
     Args:
         model: gives the tokenizer.
         example: the texts.
-        prepend_bos: begin with BOS. No effect with `chat_template`, which adds its own.
+        prepend_bos: begin with BOS; None means as the model does, see `bos_id`. No effect with
+            `chat_template`, which adds its own.
         chat_template: make the prompt the user's turn and the response the model's.
 
     Raises:
@@ -71,10 +75,8 @@ def tokenize_example(
     prompt = example.prompt
     if chat_template:
         prompt = chat_prompt(prompt, tokenizer)
-    elif prepend_bos:
-        if tokenizer.bos_token_id is None:
-            raise ValueError("the tokenizer has no BOS token: pass prepend_bos=False")
-        start = [cast(int, tokenizer.bos_token_id)]
+    elif (bos := bos_id(model, prepend_bos)) is not None:
+        start = [bos]
     prompt_ids, _ = _encode(prompt, tokenizer)
     ids, ends = _encode(prompt + example.response, tokenizer)
     n_same = 0
@@ -99,21 +101,49 @@ def tokenize_example(
     )
 
 
+def bos_id(model: Any, prepend_bos: bool | None = None) -> int | None:
+    """Return the BOS id that a model's prompts begin with, or None if they begin without.
+
+    Args:
+        model: gives the tokenizer and `cfg.default_prepend_bos`, by which `generate` goes.
+        prepend_bos: True or False overrides that setting.
+
+    Raises:
+        ValueError: `prepend_bos` is True and the tokenizer has no BOS token.
+    """
+    bos = tokenizer_of(model).bos_token_id
+    if prepend_bos is None:
+        prepend_bos = bos is not None and bool(getattr(model.cfg, "default_prepend_bos", True))
+    if prepend_bos and bos is None:
+        raise ValueError("the tokenizer has no BOS token: pass prepend_bos=False")
+    return cast(int, bos) if prepend_bos else None
+
+
 def chat_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a prompt as the user's turn in the tokenizer's chat template, with special tokens.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or one that drops or changes the prompt.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
             "the tokenizer has no chat template: pass chat_template=False, or set "
             "tokenizer.chat_template to the one that the model was trained with"
         )
-    turns = [{"role": "user", "content": prompt}]
-    written = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert isinstance(written, str)
-    return written
+    for content in (prompt, [{"type": "text", "text": prompt}]):  # some templates expect parts
+        turns = [{"role": "user", "content": content}]
+        try:
+            written = tokenizer.apply_chat_template(
+                cast(Any, turns), add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError):
+            continue
+        if isinstance(written, str) and prompt.strip() in written:
+            return written
+    raise ValueError(
+        f"the tokenizer's chat template must write the prompt {prompt[:60]!r}, but drops or "
+        "changes it: set tokenizer.chat_template to one that writes the user's turn as it is"
+    )
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -148,7 +178,7 @@ class TokenizedExamples(Sequence[TokenizedExample]):
     """The positions of each example that are read; each example must have one."""
 
     prepend_bos: bool = True
-    """Whether the examples begin with BOS."""
+    """Whether the examples begin with BOS that is not part of a chat template."""
 
     chat_template: bool = False
     """Whether the prompts are in the tokenizer's chat template."""
@@ -218,8 +248,9 @@ def tokenize_examples(
     examples: Iterable[LabelledExample],
     *,
     span: Span | None = None,
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = None,
     chat_template: bool = False,
+    drop_long: bool = False,
     batch_size: int = 32,
 ) -> TokenizedExamples:
     """Return the tokens of each example, in order; none is truncated.
@@ -228,33 +259,57 @@ def tokenize_examples(
         model: gives the tokenizer and the largest number of tokens, `n_ctx`.
         examples: the texts.
         span: the positions to read; None means the last prompt token.
-        prepend_bos: begin every prompt with BOS, as `generate` does.
+        prepend_bos: begin every prompt with BOS; None means as `generate` does, which goes by
+            `model.cfg.default_prepend_bos`.
         chat_template: put every prompt into the tokenizer's chat template, as the user's turn.
+        drop_long: leave out examples that are longer than the model's context.
         batch_size: examples of one forward pass when they are read.
 
     Raises:
-        ValueError: no examples, or one that is longer than the model's context or has no exact
-            boundary; the message gives its index.
+        ValueError: no examples, or some that are longer than the model's context or have no exact
+            boundary; the message lists up to 10 with their index.
+
+    Warns:
+        UserWarning: prompts end in a space, which is then their last token.
     """
     n_ctx = int(model.cfg.n_ctx)
-    tokenized = []
+    tokenized: list[TokenizedExample] = []
+    problems: list[str] = []
+    spaced: list[int] = []
+    index = -1
     for index, example in enumerate(examples):
         try:
             tokens = tokenize_example(
                 model, example, prepend_bos=prepend_bos, chat_template=chat_template
             )
         except ValueError as error:
-            raise ValueError(f"example {index}: {error}") from error
+            problems.append(f"example {index}: {error}")
+            continue
         if len(tokens.tokens) > n_ctx:
-            raise ValueError(
-                f"example {index} has {len(tokens.tokens)} tokens, more than the model's context "
-                f"of {n_ctx}: shorten it or leave it out"
-            )
+            if not drop_long:
+                problems.append(
+                    f"example {index} has {len(tokens.tokens)} tokens, more than the model's "
+                    f"context of {n_ctx}: shorten it, or pass drop_long=True (--drop-long)"
+                )
+            continue
+        if not chat_template and example.prompt.endswith((" ", "\t")):
+            spaced.append(index)
         tokenized.append(tokens)
+    if problems:
+        raise ValueError(listed(problems))
+    if not tokenized and index >= 0:
+        raise ValueError(f"all {index + 1} examples are longer than the model's context of {n_ctx}")
+    if spaced:
+        warnings.warn(
+            f"{len(spaced)} of {index + 1} prompts end in white space (the first is example "
+            f"{spaced[0]}), which is then their last prompt token: pass strip=True to "
+            "read_examples (--strip), unless the response should follow a space",
+            stacklevel=2,
+        )
     return TokenizedExamples(
         examples=tokenized,
         span=LastPromptToken() if span is None else span,
-        prepend_bos=prepend_bos,
+        prepend_bos=not chat_template and bos_id(model, prepend_bos) is not None,
         chat_template=chat_template,
         batch_size=batch_size,
     )

@@ -103,8 +103,10 @@ def plain_descent(
 ) -> DescentResult:
     """Do the same as `descend` step by step: the reference for the faster methods.
 
-    In each step the movable latents move, then the way from the start is shortened to the trust
-    region, then the lower bound is applied; the start satisfies both, so neither undoes the other.
+    The order in each step: only rows and heads that have steps left and have not reached `until`
+    move; in these the movable latents take the step; the way from the start of all latents is
+    shortened to the trust region; the lower bound is applied. The start satisfies the last two, so
+    neither undoes the other.
     """
     left = torch.as_tensor(n_steps, device=z.device)[..., None, None]
     size = torch.as_tensor(step_size, device=z.device, dtype=z.dtype)[..., None, None]
@@ -119,6 +121,8 @@ def plain_descent(
         if bounds.movable is not None:
             moves = moves & bounds.movable
         moved = z - size * gradient
+        if bounds.movable is not None:
+            moved = torch.where(bounds.movable, moved, z)
         if bounds.radius is not None:
             way = moved - start
             norm = way.norm(dim=-1, keepdim=True)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sae_query_steer.data.tokenized import bos_id
 from sae_query_steer.models.block_arguments import cache_of, cached_length, own_columns
 from sae_query_steer.models.calls import Enter, hooked, listening
 from sae_query_steer.models.placed_hooks import Hook, PlacedHooks
@@ -67,7 +68,7 @@ class PositionTracker:
         model: a HookedTransformer or a TransformerBridge.
         layers: the layers whose hooks will ask.
         prompt_lengths: tokens of each row's prompt (BOS included, padding not), for forward
-            passes that do not come from `generate`; these win over what `generate` shows.
+            passes that do not come from `generate`; those of `generate` must be its prompts'.
         keep_tokens: also keep the token ids, for a trace and for scopes that read them.
     """
 
@@ -178,8 +179,13 @@ class PositionTracker:
             now.in_forward, now.positions, now.embedded = False, None, None
 
     def generation(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Enter:
-        """Follow a call of `generate`: its prompts are the rows of the first forward pass."""
-        del call, args, kwargs
+        """Follow a call of `generate`: its prompts are the rows of the first forward pass.
+
+        Raises:
+            ValueError: a prompt is longer than the model's context, where the model would cut it.
+        """
+        given = inspect.signature(call).bind(*args, **kwargs).arguments
+        check_prompts_fit(self._model, given.get("input"), kwargs.get("prepend_bos"))
         run = self._new_run()
         return lambda: self._put_back(_State(run=run, generating=True))
 
@@ -271,8 +277,15 @@ class PositionTracker:
         else:
             seen = valid.new_ones(batch, past)  # the cache was begun outside: no padding known
         run.columns = torch.cat([seen, valid], dim=1)
-        if run.prompt_lengths is None and generating:
-            run.prompt_lengths = run.columns.sum(1)
+        if generating and not run.prompts_fit:
+            known = run.columns.sum(1)
+            given = known if run.prompt_lengths is None else run.prompt_lengths
+            if (given := row_lengths(given, run.columns)).tolist() != known.tolist():
+                raise ValueError(
+                    f"prompt_lengths must be those of the prompts, {known.tolist()}, got "
+                    f"{given.tolist()}: leave it out, generate knows them"
+                )
+            run.prompt_lengths = known
         if run.prompt_lengths is not None and not run.prompts_fit:
             run.prompt_lengths = row_lengths(run.prompt_lengths, run.columns)
             run.prompts_fit = True  # a row only grows: what fits its beginning fits it later on
@@ -291,3 +304,25 @@ class PositionTracker:
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
             return
         self._now.embedded = tokens
+
+
+def check_prompts_fit(model: Any, prompts: Any, prepend_bos: bool | None) -> None:
+    """Raise if a text has more tokens than a model's context.
+
+    Raises:
+        ValueError: the message gives row and length.
+    """
+    n_ctx = int(model.cfg.n_ctx)
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if model.tokenizer is None or not isinstance(texts, list | tuple):
+        return
+    for row, prompt in enumerate(texts):
+        if not isinstance(prompt, str) or 4 * len(prompt) < n_ctx:  # a character is 4 bytes at most
+            continue
+        ids = model.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        n = len(ids) + (bos_id(model, prepend_bos) is not None)
+        if n > n_ctx:
+            raise ValueError(
+                f"prompt {row} has {n} tokens, more than the model's context of {n_ctx}: the model "
+                "would cut it; shorten it, or pass tokens that you cut yourself"
+            )

@@ -7,6 +7,7 @@ something removed its hook, ends in an error.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,6 +30,14 @@ from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.keys import AttentionKeys
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace, TraceRecord
 from sae_query_steer.steering.where import SiteHeads, Where
+
+LARGE_CHANGE = 10.0
+"""Change of an activation, in units of its norm, above which `SteeringWarning` is issued. Source:
+our choice; the effective steers of the toy model have 1 to 4."""
+
+
+class SteeringWarning(UserWarning):
+    """A change so large that the descent probably diverged."""
 
 
 @contextmanager
@@ -117,9 +126,10 @@ def edit_hook(
             the activation is none of this model's.
         seen: what keeps a trace.
     """
-    heads = at.heads
+    heads, warned = at.heads, False
 
     def change(activation: Tensor, hook: Any) -> Tensor | None:
+        nonlocal warned
         del hook  # its name differs between the backends
         whole = by_head(activation, at)
         positions = positions_of(whole)
@@ -140,8 +150,13 @@ def edit_hook(
         with torch.autocast(before.device.type, enabled=False):
             made = edit.change(in_32_bits(before), at, tokens, record=seen is not None)
             after = before + made.delta.to(before.dtype)
-        if not math.isfinite(float(after.detach().abs().max())):
+            size = made.delta.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-30)
+        largest, size = torch.stack([after.detach().abs().max(), size.detach().max()]).tolist()
+        if not math.isfinite(largest):
             _raise_not_finite(before, at.hook_name)
+        if size > LARGE_CHANGE and not warned:
+            warned = True
+            _warn_of_large_change(edit, before, at, tokens, size)
         if every:
             edited = after
         else:
@@ -218,6 +233,24 @@ def _raise_not_finite(before: Tensor, hook_name: str) -> None:
         f"the edit at {hook_name} is not finite: the descent diverged, or overflows "
         f"{before.dtype}; use a smaller step_size, fewer steps or less strength"
     )
+
+
+def _warn_of_large_change(
+    edit: Edit, before: Tensor, at: SiteHeads, tokens: TokenPositions, size: float
+) -> None:
+    """Warn of the size of a change, with what the descent did where the edit is one."""
+    made = edit.change(in_32_bits(before), at, tokens, record=True)
+    text = f"the change at {at.hook_name} is {size:.3g} times the activation's norm"
+    if made.distance_before is not None and made.distance_after is not None:
+        names = [str(name) for name in edit.labels.get("classes", ())]
+        if (target := edit.labels.get("target")) in names:
+            k = names.index(str(target))
+            start, end = made.distance_before[..., k].mean(), made.distance_after[..., k].mean()
+            text += f"; mean distance to the centroid of {target!r} from {start:.3g} to {end:.3g}"
+    if made.loss is not None and len(made.loss) > 1:
+        lowered = float((made.loss.diff(dim=0) < 0).float().mean())
+        text += f"; {lowered:.0%} of the steps lowered the loss"
+    warnings.warn(f"{text}: use a smaller step_size or fewer steps", SteeringWarning, stacklevel=2)
 
 
 class _Recorder:

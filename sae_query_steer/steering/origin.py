@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from sae_query_steer.data.tokenized import bos_id
 from sae_query_steer.sae.encoders import QueryEncoder, on_device
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import check_belongs
@@ -38,9 +39,20 @@ class FromCentroids:
         """Raise unless the centroids were made with these encoders on this model.
 
         Raises:
-            ValueError: another model, other SAEs, or SAEs on another device.
+            ValueError: another model, other SAEs, SAEs on another device, or texts with BOS where
+                the model's prompts begin without, or the reverse.
         """
         check_belongs(model, self.encoders, self.targets)
+        made = self.targets.prepend_bos
+        if made is None or self.targets.chat_template or model.tokenizer is None:
+            return
+        if made != (bos_id(model) is not None):
+            raise ValueError(
+                f"the centroids were made with prepend_bos={made}, but by "
+                f"model.cfg.default_prepend_bos={model.cfg.default_prepend_bos} prompts begin "
+                f"{'without' if made else 'with'} BOS: set it to {made} (and pass the same to "
+                "generate), or make the centroids anew"
+            )
 
     def to(self, device: str | torch.device) -> "FromCentroids":
         """Return it with its encoders on a device."""

@@ -15,8 +15,8 @@ from sae_query_steer.steering.trace_html import note_html, text_html
 
 _MEANS = (
     "relative_change",
-    *("loss_before", "loss_after", "lowering_steps"),
     *("distance_before", "distance_after"),
+    *("lowering_steps", "loss_before", "loss_after"),
     *("nearest_is_target_before", "nearest_is_target_after"),
 )
 """Columns of a summary that are means."""
@@ -140,9 +140,10 @@ class SteeringTrace:
         columns measures the effect on the text.
 
         Returns:
-            A table with the columns layer, n_tokens (steered tokens), relative_change, loss_before,
-            loss_after, lowering_steps (share of the steps that lowered the loss), distance_before
-            and distance_after (Euclidean distance to the target's centroid; absent for mixtures),
+            A table with the columns layer, n_tokens (steered tokens), relative_change,
+            distance_before and distance_after (Euclidean distance to the target's centroid; absent
+            for mixtures), lowering_steps (share of the steps that lowered the loss), loss_before,
+            loss_after,
             nearest_is_target_before and nearest_is_target_after (share of tokens and heads whose
             nearest centroid is the target's).
 

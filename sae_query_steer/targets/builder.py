@@ -127,6 +127,8 @@ class CentroidTargetBuilder:
             counts=counts.clone(),
             span=str(self._settings["span"]),
             fingerprint=take_fingerprint(self.model, self.saes),
+            prepend_bos=bool(self._settings["prepend_bos"]),
+            chat_template=bool(self._settings["chat_template"]),
         )
 
     @torch.no_grad()

@@ -25,6 +25,8 @@ class _Settings(Record):
     span: str
     hook_names: tuple[str, ...]
     model_dtype: str
+    prepend_bos: bool | None
+    chat_template: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +50,12 @@ class CentroidTargets:
 
     fingerprint: Fingerprint
     """What tells the model and the SAEs that they belong to."""
+
+    prepend_bos: bool | None = None
+    """Whether the texts began with BOS; None if unknown."""
+
+    chat_template: bool = False
+    """Whether the prompts were in the tokenizer's chat template, which brings its own BOS."""
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
@@ -127,6 +135,8 @@ class CentroidTargets:
             span=self.span,
             hook_names=names,
             model_dtype=self.fingerprint.dtype,
+            prepend_bos=self.prepend_bos,
+            chat_template=self.chat_template,
         )
         with new_folder(folder, overwrite=overwrite, holding=_SETTINGS) as new:
             write_tensors(new / _TENSORS, tensors)
@@ -153,6 +163,8 @@ class CentroidTargets:
                 counts=tensors["counts"],
                 span=settings.span,
                 fingerprint=Fingerprint.from_tensors(tensors, names, settings.model_dtype),
+                prepend_bos=settings.prepend_bos,
+                chat_template=settings.chat_template,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error
