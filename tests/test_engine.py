@@ -329,7 +329,7 @@ def test_prompt_lengths_in_generate_must_be_those_of_the_prompts(model):
 
 def test_a_change_that_diverges_is_warned_of_with_distances_and_steps(model, saes, targets):
     steerer = sqs.LatentGradientSteerer(
-        saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=50.0
+        saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1e4
     )
     said = r"times the activation's norm; mean distance .*'create' from \S+ to .*0% of the steps"
     with steerer.apply(model), pytest.warns(SteeringWarning, match=said) as caught:
