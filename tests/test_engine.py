@@ -352,6 +352,14 @@ def test_centroids_of_texts_with_bos_do_not_steer_a_model_whose_prompts_begin_wi
         pass
 
 
+def test_what_is_no_model_is_refused_with_what_is(model):
+    with (
+        pytest.raises(TypeError, match="HookedTransformer or a TransformerBridge.*got str"),
+        shift(model).apply("w1 w2"),
+    ):
+        pass
+
+
 def test_other_sites_that_there_are_not_are_refused(model):
     with pytest.raises(ValueError, match="hook_name must be"):
         Site.of(model, "blocks.0.mlp.hook_post")

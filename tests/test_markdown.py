@@ -17,5 +17,15 @@ def test_a_table_is_githubs_markdown():
     ]
 
 
+def test_labels_and_names_of_columns_are_no_markup():
+    table = pd.DataFrame({"# a|b": ["<script>x</script>", "[link](http://x) `c` *b*"]})
+    assert markdown_table(table).splitlines() == [
+        "| \\# a\\|b |",
+        "| --- |",
+        "| \\<script\\>x\\</script\\> |",
+        "| \\[link\\](http://x) \\`c\\` \\*b\\* |",
+    ]
+
+
 def test_an_empty_table_has_a_head():
     assert markdown_table(pd.DataFrame({"a": []})) == "| a |\n| --- |"

@@ -144,9 +144,27 @@ def test_the_log_of_another_sweep_is_refused_with_both_sides(scorers, methods, t
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="is no log of a comparison"):
         ComparisonLog(tmp_path / "other.jsonl", {})
-    (tmp_path / "cut.jsonl").write_text('{"a": \n{}\n')
-    with pytest.raises(ValueError, match="is damaged"):
-        ComparisonLog(tmp_path / "cut.jsonl", {})
+
+
+def test_a_log_loses_no_outcome_to_a_line_that_is_cut_or_damaged(tmp_path, monkeypatch):
+    path, settings = tmp_path / "log.jsonl", {"seed": 0}
+    log = ComparisonLog(path, settings)
+    log.add({"n": 1}, {"rate": 0.5})
+    head, first = path.read_bytes().splitlines(keepends=True)
+    for cut in (b"", head[:20]):  # not even the head is whole
+        path.write_bytes(cut)
+        assert len(ComparisonLog(path, settings)) == 0
+        assert path.read_bytes() == head
+    path.write_bytes(head + first + first[:9])
+    log = ComparisonLog(path, settings)
+    log.add({"n": 2}, {"rate": 1.0})
+    path.write_bytes(path.read_bytes().replace(first, b"{nonsense\n" + first))
+    with pytest.warns(UserWarning, match="has 1 damaged line"):
+        log = ComparisonLog(path, settings)
+    assert [log.get({"n": n}) for n in (1, 2)] == [{"rate": 0.5}, {"rate": 1.0}]
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match="is no log of a comparison"):
+        ComparisonLog(path, settings)
 
 
 def test_a_log_holds_a_line_for_each_outcome_that_json_alone_can_read(scorers, methods):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ HEAD = "sae_query_steer.comparison/1"
 class ComparisonLog:
     """Outcomes by what was done, in a file of JSON lines.
 
-    The first line holds the settings; a log of other settings is refused. A last line without its
-    end, as a killed process leaves it, is dropped when the log is opened again.
+    The first line holds the settings; a log of other settings is refused. Lines are only appended:
+    a last line without its end, as a killed process or a full disk leaves it, is cut off when the
+    log is opened again, and a line that cannot be read is passed over with a warning.
 
     Args:
         path: the file; made with the folder that it is in.
@@ -31,10 +33,8 @@ class ComparisonLog:
         self.path = Path(path)
         self._known: dict[str, dict[str, Any]] = {}
         head = {"format": HEAD, "settings": json.loads(json.dumps(settings))}
-        if self.path.exists():
-            self._read(head)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not (self.path.exists() and self._read(head)):
             self._write(head)
 
     def __len__(self) -> int:
@@ -49,15 +49,16 @@ class ComparisonLog:
         self._write({"key": key, "outcome": outcome})
         self._known[_name(key)] = json.loads(json.dumps(outcome))
 
-    def _read(self, head: dict[str, Any]) -> None:
+    def _read(self, head: dict[str, Any]) -> bool:
+        """Read the whole lines and cut off what follows them; return whether there are some."""
         size_of(self.path)  # a pipe would block
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is no log of a comparison: {error}") from error
-        whole, _, rest = text.rpartition("\n")
-        lines = [_parsed(line, self.path) for line in whole.splitlines()]
-        if not lines or lines[0].get("format") != HEAD:
+        with self.path.open("r+b") as file:
+            whole, end, _ = file.read().rpartition(b"\n")
+            file.truncate(len(whole + end))
+        if not end:  # not even the head was written whole
+            return False
+        lines = [_parsed(line) for line in whole.split(b"\n")]
+        if lines[0] is None or lines[0].get("format") != HEAD:
             raise ValueError(f"{self.path} is no log of a comparison")
         if lines[0] != head:
             stored, now = lines[0].get("settings"), head["settings"]
@@ -68,16 +69,29 @@ class ComparisonLog:
                 f"{self.path} is the log of another comparison ({differing}): give another folder, "
                 "or the settings of that one"
             )
+        damaged = 0
         for line in lines[1:]:
-            if not all(isinstance(line.get(part), dict) for part in ("key", "outcome")):
-                raise ValueError(f"{self.path} is damaged: a line is no record")
-            self._known[_name(line["key"])] = line["outcome"]
-        if rest:
-            self.path.write_text(whole + "\n", encoding="utf-8")
+            if line and all(isinstance(line.get(part), dict) for part in ("key", "outcome")):
+                self._known[_name(line["key"])] = line["outcome"]
+            else:
+                damaged += 1
+        if damaged:
+            warnings.warn(
+                f"{self.path} has {damaged} damaged line(s): these outcomes are measured again",
+                stacklevel=3,
+            )
+        return True
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        data = json.dumps(line).encode() + b"\n"
+        with self.path.open("ab") as file:
+            start = file.tell()
+            try:
+                file.write(data)
+                file.flush()
+            except OSError:
+                self.path.open("r+b").truncate(start)  # so that the next line is not glued to it
+                raise
 
 
 def digest_of(centroids: Iterable[CentroidTargets], examples: Iterable[LabelledExample]) -> str:
@@ -95,11 +109,9 @@ def _name(key: dict[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def _parsed(line: str, path: Path) -> dict[str, Any]:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: a line is no record")
-    return found
+    except (RecursionError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from sae_query_steer.hub.layout import ModelFacts
 from sae_query_steer.sae.collection import QuerySAEs
-from sae_query_steer.storage.markdown import markdown_table
+from sae_query_steer.storage.markdown import markdown_table, markdown_text
 from sae_query_steer.targets.centroids import CentroidTargets
 
 TAGS = (
@@ -63,6 +63,8 @@ def model_card(
         about,
         template_str=(files("sae_query_steer.hub") / "card.md").read_text(encoding="utf-8"),
         model=model,
+        name=markdown_text(model.name),
+        facts=markdown_text(model),
         hook_names=", ".join(f"`{name}`" for name in saes),
         first=next(iter(saes)),
         repository=REPOSITORY,
@@ -80,8 +82,9 @@ def model_card(
 
 def _centroids(targets: CentroidTargets) -> str:
     pairs = zip(targets.classes, targets.counts, strict=True)
-    counts = ", ".join(f"{label} {int(n)}" for label, n in pairs)
-    return f"Mean and variance of each class's latents; span `{targets.span}`; tokens: {counts}."
+    counts = ", ".join(f"{markdown_text(label)} {int(n)}" for label, n in pairs)
+    span = markdown_text(targets.span)
+    return f"Mean and variance of each class's latents; span {span}; tokens: {counts}."
 
 
 def _table(table: pd.DataFrame | None) -> str | None:

@@ -7,9 +7,12 @@ import torch
 from torch._dynamo import OptimizedModule
 from transformer_lens.model_bridge import TransformerBridge
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Number formats of a model's weights."""
+
 
 def load_model(
-    name_or_folder: str, *, device: str | None = None, dtype: torch.dtype = torch.float32
+    name_or_folder: str, *, device: str | None = None, dtype: torch.dtype | str = torch.float32
 ) -> TransformerBridge:
     """Return a model booted on TransformerBridge from a local folder or a hub name.
 
@@ -17,20 +20,36 @@ def load_model(
         name_or_folder: a Hugging Face folder (config, safetensors, tokenizer), or a name on the
             hub or in its cache.
         device: where to put it; None lets TransformerLens choose.
-        dtype: number format of the weights.
+        dtype: number format of the weights, such as torch.bfloat16 or "bfloat16".
 
     Raises:
+        ValueError: a device that there is not here, or another number format.
         FileNotFoundError: it looks like a path, and there is no model there.
 
     Source: `HookedTransformer.from_pretrained` does not take a folder; the bridge takes both.
     """
     check_model_folder(name_or_folder)
+    if (kind := getattr(torch, dtype, None) if isinstance(dtype, str) else dtype) not in DTYPES:
+        raise ValueError(f"dtype must be one of {[str(one)[6:] for one in DTYPES]}, got {dtype!r}")
+    check_device(device)
     path = Path(name_or_folder)
     if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
         raise FileNotFoundError(
             f"{path} has no tokenizer files: TransformerLens needs them to boot"
         )
-    return TransformerBridge.boot_transformers(name_or_folder, device=device, dtype=dtype)
+    return TransformerBridge.boot_transformers(name_or_folder, device=device, dtype=kind)
+
+
+def check_device(device: str | None) -> None:
+    """Raise ValueError if a device is none of torch's, or is not on this machine."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"device must be one of {here} on this machine, got {device!r}") from error
 
 
 def check_model_folder(name_or_folder: str) -> None:
@@ -70,8 +89,14 @@ def check_eager(model: Any) -> None:
     """Raise if a model, or a part of it, is compiled: compiled code may skip hooks.
 
     Raises:
+        TypeError: it is no model of TransformerLens.
         ValueError: the message names the part.
     """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "hook_dict"):
+        raise TypeError(
+            "model must be a HookedTransformer or a TransformerBridge, such as load_model returns, "
+            f"got {type(model).__name__}"
+        )
     inner = vars(model).get("original_model")  # a TransformerBridge does not register it
     named = [*model.named_modules()]
     if isinstance(inner, torch.nn.Module):

@@ -87,6 +87,11 @@ class LatentDescent(Edit):
     _made: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.targets, CentroidTargets) or not isinstance(self.saes, Mapping):
+            raise TypeError(
+                "saes must be SAEs by hook name and targets CentroidTargets, in this order, got "
+                f"{type(self.saes).__name__} and {type(self.targets).__name__}"
+            )
         for n_steps in each(self.n_steps, "n_steps"):
             check_number("n_steps", n_steps, whole=True, least=0)
         for step_size in each(self.step_size, "step_size"):

@@ -110,7 +110,7 @@ def chosen_heads(
         by_layer[site.layer] = name
     for name, value in (("layers", layers), ("heads", heads)):
         if isinstance(value, int | float | str):
-            raise TypeError(f"{name} must be a list, such as [{value}], got {value!r}")
+            raise TypeError(f"{name} must be a list of numbers, such as [1, 2], got {value!r}")
     wanted = sorted(by_layer) if layers is None else [operator.index(layer) for layer in layers]
     named = wanted
     if isinstance(heads, Mapping):

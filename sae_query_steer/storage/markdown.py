@@ -1,16 +1,23 @@
-"""Tables as Markdown."""
+"""Text and tables as Markdown."""
+
+import re
 
 import pandas as pd
+
+
+def markdown_text(text: object) -> str:
+    """Return a text on one line in which nothing is Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
 
 
 def markdown_table(table: pd.DataFrame, *, digits: int = 3) -> str:
     """Return a table as GitHub's Markdown, without its index; a missing value is an empty cell.
 
     Args:
-        table: any table; a bar in a cell is escaped.
+        table: any table; markup in its names and cells is escaped.
         digits: digits after the point of numbers that are not whole.
     """
-    lines = [[str(name) for name in table.columns], ["---"] * table.shape[1]]
+    lines = [[markdown_text(name) for name in table.columns], ["---"] * table.shape[1]]
     lines += [[_cell(value, digits) for value in row] for row in table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -20,4 +27,4 @@ def _cell(value: object, digits: int) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.{digits}f}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return markdown_text(value)
