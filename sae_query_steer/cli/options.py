@@ -160,7 +160,9 @@ class ExampleOptions:
     def tokenized(self, model: Any) -> Any:
         """Return the examples as tokens."""
         chosen = {"span": span_of(self.span), "chat_template": self.chat_template}
-        return sqs.tokenize_examples(model, self.read(), **chosen, drop_long=self.drop_long)
+        examples = self.read()
+        show(sqs.diagnostics.example_report(model, examples, **chosen))
+        return sqs.tokenize_examples(model, examples, **chosen, drop_long=self.drop_long)
 
 
 @dataclass(frozen=True, kw_only=True)

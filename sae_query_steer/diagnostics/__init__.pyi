@@ -7,4 +7,5 @@ from .latent_texts import top_tokens as top_tokens
 from .moved import most_moved as most_moved
 from .moved import moved_latents as moved_latents
 from .sae_scores import evaluate_saes as evaluate_saes
+from .text_report import example_report as example_report
 from .verdicts import site_verdicts as site_verdicts

@@ -1,0 +1,105 @@
+"""A report on labelled examples before any work: what is in them, and what would go wrong."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from sae_query_steer.data.batches import example_batches
+from sae_query_steer.data.examples import LabelledExample, ordered_classes
+from sae_query_steer.data.tokenized import TokenizedExample, tokenize_example, tokenizer_of
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Span, select
+
+N_TOKENS = 5
+"""Most frequent tokens of the span that are listed."""
+
+
+def example_report(
+    model: Any,
+    examples: Sequence[LabelledExample],
+    *,
+    span: Span | None = None,
+    prepend_bos: bool | None = None,
+    chat_template: bool = False,
+) -> pd.DataFrame:
+    """Return what is in labelled examples, and what would go wrong with them. Nothing is run.
+
+    Args:
+        model: gives the tokenizer and the largest number of tokens.
+        examples: the texts.
+        span: the positions to read; None means the last prompt token.
+        prepend_bos: as for `tokenize_examples`.
+        chat_template: as for `tokenize_examples`.
+
+    Returns:
+        A row for each finding, with
+
+        - finding: "examples"; "class C"; "duplicate text"; "text with several labels"; "prompt ends
+          in white space"; "longer than the context"; "no exact boundary between prompt and
+          response"; "no token in the span"; and "span falls on T" for the most frequent tokens
+        - n: examples, or tokens of the span, to which it applies
+        - first: index of the first of them
+    """
+    span = LastPromptToken() if span is None else span
+    n_ctx, tokenizer = int(model.cfg.n_ctx), tokenizer_of(model)
+    found: dict[str, list[int]] = {"examples": list(range(len(examples)))}
+    labels = [example.label for example in examples]
+    for name in ordered_classes(labels):
+        found[f"class {name}"] = [i for i, label in enumerate(labels) if label == name]
+    texts = [(example.prompt, example.response) for example in examples]
+    times, in_classes = (
+        Counter(texts),
+        Counter(text for text, _ in set(zip(texts, labels, strict=True))),
+    )
+    found["duplicate text"] = [i for i, text in enumerate(texts) if times[text] > 1]
+    found["text with several labels"] = [i for i, t in enumerate(texts) if in_classes[t] > 1]
+    found["prompt ends in white space"] = [
+        i for i, (prompt, _) in enumerate(texts) if prompt != prompt.rstrip()
+    ]
+    long: list[int] = []
+    unclear: list[int] = []
+    tokenized: dict[int, TokenizedExample] = {}
+    for index, example in enumerate(examples):
+        try:
+            tokens = tokenize_example(
+                model, example, prepend_bos=prepend_bos, chat_template=chat_template
+            )
+        except ValueError:
+            unclear.append(index)
+            continue
+        if len(tokens.tokens) > n_ctx:
+            long.append(index)
+        else:
+            tokenized[index] = tokens
+    found["longer than the context"] = long
+    found["no exact boundary between prompt and response"] = unclear
+    places, empty = _span_tokens(tokenized, span)
+    found["no token in the span"] = empty
+    for token, indices in sorted(places.items(), key=lambda item: -len(item[1]))[:N_TOKENS]:
+        found[f"span falls on {tokenizer.decode([token])!r}"] = indices
+    rows = [
+        {"finding": name, "n": len(indices), "first": min(indices)}
+        for name, indices in found.items()
+        if indices
+    ]
+    return pd.DataFrame(rows, columns=["finding", "n", "first"])
+
+
+def _span_tokens(
+    tokenized: dict[int, TokenizedExample], span: Span
+) -> tuple[dict[int, list[int]], list[int]]:
+    """Return the examples in which each token is in the span, and those without any."""
+    places: dict[int, list[int]] = {}
+    empty: list[int] = []
+    indices = list(tokenized)
+    for batch in example_batches(list(tokenized.values()), 64):
+        mask = select(span, batch.positions)
+        for row, place in enumerate(batch.indices):
+            index = indices[place]
+            ids = batch.tokens[row][mask[row]].tolist()
+            empty += [] if ids else [index]
+            for token in ids:
+                places.setdefault(token, []).append(index)
+    return places, sorted(empty)
