@@ -85,7 +85,7 @@ def test_steer_says_when_no_position_was_met(folder):
         (0, {"--layers": "one"}, "layers and heads must be all, or such as 1,2 or 8-20, got 'one'"),
         (0, {"--text": "body"}, "no column 'body'"),
         (0, {"--texts": "none.csv"}, "no file"),
-        (0, {"--texts": "model/config.json"}, "must be .csv, .jsonl, .parquet"),
+        (0, {"--texts": "model/config.json"}, "must be one of .csv, .tsv, .jsonl, .parquet"),
         (0, {"--training-tokens": "1.5"}, "--training-tokens"),
         (0, {"--lr": "nan"}, "lr must be a finite number > 0, got nan"),
         (0, {"--sae.k": "99"}, "k must be a whole number >= 1 and <= 16, got 99"),

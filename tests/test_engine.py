@@ -331,7 +331,7 @@ def test_a_change_that_diverges_is_warned_of_with_distances_and_steps(model, sae
     steerer = sqs.LatentGradientSteerer(
         saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1e4
     )
-    said = r"times the activation's norm; mean distance .*'create' from \S+ to .*0% of the steps"
+    said = r"times the activations' norm; mean distance .*'create' from \S+ to .*0% of the steps"
     with steerer.apply(model), pytest.warns(SteeringWarning, match=said) as caught:
         model.generate(PROMPTS, **GREEDY)
     assert len(caught) == len(saes)  # once for each site

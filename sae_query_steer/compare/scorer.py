@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import Method
 from sae_query_steer.compare.outcomes import Outcome
 from sae_query_steer.compare.sampling import check_temperature
+from sae_query_steer.steering.engine import SteeringWarning
 
 
 def check_writing(max_new_tokens: int, temperature: float | None) -> None:
@@ -93,7 +95,10 @@ class TextScorer:
         keys = {task: self._key(method, strength, task) for task in tasks}
         known = {} if self.log is None else {task: self.log.get(keys[task]) for task in tasks}
         new = [task for task in tasks if known.get(task) is None]
-        for task, found in self._measured(method, strength, new).items():
+        with warnings.catch_warnings():  # the largest strengths of a grid are meant to be too large
+            warnings.simplefilter("ignore", SteeringWarning)
+            measured = self._measured(method, strength, new)
+        for task, found in measured.items():
             known[task] = found
             if self.log is not None:
                 self.log.add(keys[task], found)

@@ -32,8 +32,9 @@ from sae_query_steer.steering.trace import QueryChange, SteeringTrace, TraceReco
 from sae_query_steer.steering.where import SiteHeads, Where
 
 LARGE_CHANGE = 10.0
-"""Change of an activation, in units of its norm, above which `SteeringWarning` is issued. Source:
-our choice; the effective steers of the toy model have 1 to 4."""
+"""Largest change of an activation, in units of the largest norm of the activations that change,
+above which `SteeringWarning` is issued. Source: our choice; effective steers of the toy model have
+1 to 4."""
 
 
 class SteeringWarning(UserWarning):
@@ -150,13 +151,14 @@ def edit_hook(
         with torch.autocast(before.device.type, enabled=False):
             made = edit.change(in_32_bits(before), at, tokens, record=seen is not None)
             after = before + made.delta.to(before.dtype)
-            size = made.delta.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-30)
-        largest, size = torch.stack([after.detach().abs().max(), size.detach().max()]).tolist()
+            norms = [made.delta.detach().norm(dim=-1).max(), before.detach().norm(dim=-1).max()]
+            numbers = [after.detach().abs().max(), *norms]
+        largest, moved, norm = torch.stack([n.float() for n in numbers]).tolist()
         if not math.isfinite(largest):
             _raise_not_finite(before, at.hook_name)
-        if size > LARGE_CHANGE and not warned:
+        if moved > LARGE_CHANGE * norm > 0 and not warned:
             warned = True
-            _warn_of_large_change(edit, before, at, tokens, size)
+            _warn_of_large_change(edit, before, at, tokens, moved / norm)
         if every:
             edited = after
         else:
@@ -240,7 +242,7 @@ def _warn_of_large_change(
 ) -> None:
     """Warn of the size of a change, with what the descent did where the edit is one."""
     made = edit.change(in_32_bits(before), at, tokens, record=True)
-    text = f"the change at {at.hook_name} is {size:.3g} times the activation's norm"
+    text = f"the change at {at.hook_name} is {size:.3g} times the activations' norm"
     if made.distance_before is not None and made.distance_after is not None:
         names = [str(name) for name in edit.labels.get("classes", ())]
         if (target := edit.labels.get("target")) in names:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.token_rows import Texts, token_rows
+from sae_query_steer.data.tokenized import bos_id
 from sae_query_steer.models.activations import read_activations, without_hooks
 from sae_query_steer.models.fingerprint import dtype_name, fingerprint_tokens
 from sae_query_steer.models.loading import model_name
@@ -172,12 +173,15 @@ def _settings(stream: QueryStream) -> dict[str, Any]:
 
 def _new_sae(site: QuerySite, stream: QueryStream, name: str) -> Any:
     """Return the SAE of a site before training; it does not depend on the other sites."""
-    config = stream.config
+    config, model = stream.config, stream.model
+    has_bos = bool(config.prepend_bos)
+    if model.tokenizer is not None:
+        has_bos = bos_id(model, config.prepend_bos) is not None
     metadata = SAEMetadata(
         model_name=name,
         hook_name=site.hook_name,
         context_size=stream.rows.shape[1],
-        prepend_bos=config.prepend_bos,
+        prepend_bos=has_bos,
         training_tokens=config.training_tokens,
         seed=config.seed,
     )
