@@ -150,10 +150,11 @@ def _name(source: Source) -> str:
 def _rows(source: Source, encoding: str, sep: str | None) -> Iterator[Row]:
     if isinstance(source, str | Path) and not existing(source).is_dir():
         return read_rows(source, encoding=encoding, sep=sep)
-    if hasattr(source, "iter_rows"):  # polars
-        return ((f"row {n}", row) for n, row in enumerate(source.iter_rows(named=True)))
-    if hasattr(source, "to_dict") and hasattr(source, "itertuples"):  # pandas
-        return ((f"row {n}", row) for n, row in enumerate(source.to_dict("records")))
+    frame: Any = source
+    if hasattr(frame, "iter_rows"):  # polars
+        return ((f"row {n}", row) for n, row in enumerate(frame.iter_rows(named=True)))
+    if hasattr(frame, "to_dict") and hasattr(frame, "itertuples"):  # pandas
+        return ((f"row {n}", row) for n, row in enumerate(frame.to_dict("records")))
     from datasets import ClassLabel, Dataset, IterableDataset, load_from_disk
 
     data = load_from_disk(str(source)) if isinstance(source, str | Path) else source
