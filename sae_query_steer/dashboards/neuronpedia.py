@@ -63,7 +63,7 @@ def _feature(data: Mapping[str, Any], head: Mapping[str, Any], latent: int) -> d
         **{name: [] for name in EMPTY},
         "frac_nonzero": head["fired"][latent] / max(1, data["n_tokens"]),
         "freq_hist_data_bar_values": [
-            round((i + 0.5) * largest / len(counts), 3) for i in range(len(counts))
+            round((i + 0.5) * (largest / len(counts)), 3) for i in range(len(counts))
         ],
         "freq_hist_data_bar_heights": counts,
         "n_prompts_total": data["n_texts"],

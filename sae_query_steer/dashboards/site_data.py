@@ -71,9 +71,9 @@ def site_data(
             for _, latent, rank in sorted(key for key in attention if key[0] == i):
                 look = attention[i, latent, rank]
                 sources = [_three(number) for source in look.sources for number in source]
-                looks[latent].append([_three(look.moved), *sources])
-            moved = [np.mean([look[0] for look in own]) if own else 0.0 for own in looks]
-            head |= {"moved": _rounded(moved), "attention": looks}
+                looks[latent].append([look.moved, *sources])
+            head["moved"] = _rounded([np.mean([m for m, *_ in own] or [0.0]) for own in looks])
+            head["attention"] = [[[_three(m), *rest] for m, *rest in own] for own in looks]
     if keys is not None:
         for head, ids, scores in zip(heads, *keys, strict=True):
             pairs = zip(ids.tolist(), _rounded(scores), strict=True)
