@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.compare.query_patch import query_patch
+from sae_query_steer.compare.interchange import query_patch
 from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.diagnostics.patches import draw_pairs
 from sae_query_steer.models.activations import read_activations

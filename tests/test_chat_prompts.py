@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.generation import continuations, negative_log_likelihoods
+from sae_query_steer.compare.interchange import interchange_methods
 from sae_query_steer.compare.judges import RuleJudge
-from sae_query_steer.compare.methods import Method, interchange_methods
-from sae_query_steer.compare.scorer import SteeringCase, TextScorer
+from sae_query_steer.compare.methods import Method, SteeringCase
+from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.tokenized import chat_prompt, tokenize_example
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import end_tokens
@@ -113,7 +114,7 @@ def test_a_template_that_the_host_reads_otherwise_is_refused(chat, monkeypatch):
     model, _ = chat
     monkeypatch.setattr(model.cfg, "tokenizer_prepends_bos", False)
     text = chat_prompt("w7", model.tokenizer)
-    message = f"the host reads the chat prompt {text!r} as "
+    message = f"the backend must read the chat prompt {text!r} as "
     with pytest.raises(ValueError, match=re.escape(message)):
         continuations(model, ["w7"], max_new_tokens=2, chat_template=True)
 

@@ -5,11 +5,9 @@ from collections import Counter
 import pytest
 
 from sae_query_steer import BloomLevel
-from sae_query_steer.compare.cases import SteeringCase
-from sae_query_steer.compare.comparison import strength_curves
-from sae_query_steer.compare.methods import Method
-from sae_query_steer.compare.outcomes import Outcome, operating_point, outcome_row
-from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.compare.comparison import operating_point, outcome_row, strength_curves
+from sae_query_steer.compare.methods import Method, SteeringCase
+from sae_query_steer.compare.scorer import Outcome, TextScorer
 from sae_query_steer.compare.tutor_task import TASKS, note_judge, tutor_cases
 
 

@@ -20,8 +20,12 @@ from sae_query_steer.compare import (
     write_comparison,
 )
 from sae_query_steer.compare.demo import chosen_layers
-from sae_query_steer.compare.figures import layer_table, row_names
-from sae_query_steer.compare.report import comparison_html, display_rows, verdict
+from sae_query_steer.compare.report import (
+    comparison_html,
+    display_rows,
+    row_names,
+    verdict,
+)
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.toy import TUTOR_FOLDER, TutorCorpus, pretrained
 
@@ -130,7 +134,7 @@ def test_the_report_holds_every_row_escapes_texts_and_opens_offline(demo, tmp_pa
 
 @pytest.mark.slow
 def test_a_tutor_that_restates_nothing_on_open_prompts_is_refused(folder):
-    with pytest.raises(ValueError, match="must restate two notes or more of each level, got"):
+    with pytest.raises(ValueError, match="must restate two notes or more of each level"):
         run_demo(sqs.load_model(str(folder), device="cpu"), settings=SMALL)
 
 
@@ -148,10 +152,6 @@ def test_the_full_comparison_has_every_method_every_layer_and_three_controls(fol
     assert counts[["interchange", "mean difference", "SAE descent"]].tolist() == [2, 3, 8]
     assert sum(rows["method"].str.startswith("random direction")) == 3
     assert sum(rows["method"].str.startswith("few-shot")) == 3
-    by_layer = layer_table(full.rows)
-    assert by_layer["layer"].tolist() == [0, 1]
-    at_0 = rows[(rows["layers"] == "0") & (rows["method"] == "interchange")].iloc[0]
-    assert by_layer["redirect: interchange"][0] == at_0["success"]
 
 
 @pytest.mark.slow
@@ -192,15 +192,14 @@ def test_only_layers_that_the_verdict_recommends_are_steered():
 
 
 def test_settings_too_small_are_refused():
-    with pytest.raises(ValueError, match="n_test must be 6 or more, got 2"):
+    with pytest.raises(ValueError, match="n_test must be a whole number >= 6, got 2"):
         DemoSettings(n_test=2)
 
 
 def test_the_command_refuses_before_it_works(tmp_path):
-    for arguments, message in ((["--n-test", "1"], "n_test must be 6 or more, got 1"),):
-        result = invoke(["demo", *arguments, "--out", tmp_path / "out"])
-        assert message in str(result.exception)
-        assert not (tmp_path / "out").exists()
+    result = invoke(["demo", "--n-test", "1", "--out", tmp_path / "out"])
+    assert "n_test must be a whole number >= 6, got 1" in str(result.exception)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

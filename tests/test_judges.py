@@ -13,9 +13,8 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 import sae_query_steer as sqs
-from sae_query_steer.compare.classifier_judge import ClassifierJudge
 from sae_query_steer.compare.endpoint import ChatEndpoint
-from sae_query_steer.compare.judges import Judge, LanguageModelJudge, RuleJudge
+from sae_query_steer.compare.judges import ClassifierJudge, Judge, LanguageModelJudge, RuleJudge
 
 VERBS = {
     "remember": ["list", "name", "recall", "define"],
@@ -63,21 +62,6 @@ def test_every_judge_keeps_the_interface(kind):
     assert not isinstance(lambda prompts, texts: [], Judge)
 
 
-@pytest.mark.parametrize("kind", JUDGES)
-def test_prompts_and_texts_that_do_not_pair_are_refused(kind):
-    with pytest.raises(ValueError, match="1 prompts do not fit 2 texts: give two lists"):
-        JUDGES[kind]()(["p"], ["a", "b"])
-    with pytest.raises(ValueError, match="give two lists, one prompt for each text"):
-        JUDGES[kind]()("ab", ["a", "b"])
-
-
-@pytest.mark.parametrize("make", [RuleJudge, LanguageModelJudge])
-@pytest.mark.parametrize("classes", ["ab", [], ["a", "a"], ["a", " "]])
-def test_classes_that_are_no_list_of_names_are_refused(make, classes):
-    with pytest.raises(ValueError, match="are not allowed: give a list of names, none blank"):
-        make(lambda *_: "a", classes)
-
-
 # --- the classifier
 
 
@@ -105,9 +89,9 @@ def test_labels_that_say_nothing_give_a_held_out_accuracy_about_chance():
     """The held-out texts are really held out: the judge knows its own by heart."""
     texts = [f"{a} {b} {c}" for a in NOUNS for b in NOUNS for c in NOUNS[:4]]
     examples = [labelled("ab"[hash_of(text) % 2], text) for text in texts]
-    judge = ClassifierJudge.fit(examples, held_out_share=0.5)
-    assert judge.held_out["n"] == pytest.approx(128, abs=1)
-    assert 0.4 < judge.held_out["accuracy"] < 0.6
+    judge = ClassifierJudge.fit(examples)
+    assert judge.held_out["n"] == pytest.approx(64, abs=1)
+    assert 0.35 < judge.held_out["accuracy"] < 0.65
     own = judge(texts, texts)
     assert sum(a == e.label for a, e in zip(own, examples, strict=True)) > 0.7 * len(texts)
 
@@ -124,15 +108,6 @@ def test_a_response_that_occurs_twice_is_not_on_both_sides():
     once, copied = ClassifierJudge.fit(examples), ClassifierJudge.fit(examples * 5)
     assert copied.held_out == once.held_out
     assert copied.held_out["accuracy"] < 0.7
-
-
-def test_every_class_is_held_out_and_learned_however_small_it_is():
-    examples = corpus(40) + [labelled("rare", f"rare {noun}") for noun in NOUNS[:4]]
-    for share in (0.01, 0.25, 0.99):
-        judge = ClassifierJudge.fit(examples, held_out_share=share)
-        assert judge.held_out["n"] >= 4
-        assert judge.held_out["majority"] < 1
-        assert judge([""], ["rare songs"]) == ["rare"]
 
 
 def test_the_seed_decides_what_is_held_out_and_nothing_else_does():
@@ -155,27 +130,21 @@ def test_classes_of_different_sizes_are_balanced_in_the_second_score_alone():
 @pytest.mark.parametrize(
     "examples, message",
     [
-        ([], "the labels name 0 class(es), []: a judge needs at least two"),
-        (corpus()[::3], "the labels name 1 class(es), ['remember']: a judge needs at least two"),
+        ([], "examples for a judge must be one or more"),
+        (corpus()[::3], "the labels name 1 class(es), ['remember']: a target needs at least"),
         (
             [*corpus(), *[labelled("new", f"a {i % 3}") for i in range(9)]],
-            "class 'new' has 3 different response(s), fewer than 4: add examples of it or leave",
+            "class 'new' has 3 example(s), fewer than at_least=4: add examples of it or leave",
         ),
         (
             [*corpus(), labelled("create", "  ", prompt="Design a bridge")],
-            "example 72 has no response, only the prompt 'Design a bridge': a judge is for respo",
+            "got 73, of which 1 without a response (the first: [72])",
         ),
     ],
 )
 def test_examples_that_teach_nothing_are_refused(examples, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ClassifierJudge.fit(examples)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_share_that_leaves_one_side_empty_is_refused(share):
-    with pytest.raises(ValueError, match=f"held_out_share={share} is not allowed"):
-        ClassifierJudge.fit(corpus(), held_out_share=share)
 
 
 # --- the rule
@@ -189,7 +158,7 @@ def test_the_rule_gets_prompt_and_text_of_the_same_row():
 
 def test_a_class_that_the_rule_may_not_say_is_refused_by_name():
     judge = RuleJudge(lambda _, text: text, ["a", "b"])
-    message = "the rule says 'c' of text 1, which is not among classes=['a', 'b']: name it there"
+    message = "the rule must return None or one of ['a', 'b'], got ['c']"
     with pytest.raises(ValueError, match=re.escape(message)):
         judge(["", ""], ["a", "c"])
 
@@ -222,9 +191,9 @@ def test_measuring_passes_prompt_and_response():
 @pytest.mark.parametrize(
     "examples, message",
     [
-        ([], "there are no examples to measure the judge on: give at least one"),
-        ([labelled("create", "")], "example 0 has no response"),
-        ([labelled("create", "x"), labelled("evaluate", "x")], "label 'evaluate' of example 1 is"),
+        ([], "must be one or more with a response each, got 0"),
+        ([labelled("create", "")], "got 1, of which 1 without a response"),
+        ([labelled("create", "x"), labelled("evaluate", "x")], r"got \['evaluate'\]: leave such"),
     ],
 )
 def test_examples_that_measure_nothing_are_refused(kind, examples, message):
@@ -292,9 +261,12 @@ def test_a_measured_model_knows_how_often_it_answered():
 @pytest.mark.parametrize(
     "template, message",
     [
-        ("{prompt}", "the template has ['prompt'] to fill in: it needs {text}, may have"),
-        ("{text} {label}", "the template has ['label', 'text'] to fill in"),
-        ("{text} {", "the template can't be read"),
+        (
+            "{prompt}",
+            "and may have {prompt} and {classes}, got ['prompt']",
+        ),
+        ("{text} {label}", "got ['label', 'text']"),
+        ("{text} {", "Single '{' encountered"),
     ],
 )
 def test_a_template_that_can_not_be_filled_in_is_refused(template, message):
@@ -303,7 +275,7 @@ def test_a_template_that_can_not_be_filled_in_is_refused(template, message):
 
 
 def test_classes_that_differ_in_case_alone_are_refused():
-    with pytest.raises(ValueError, match="differ in case alone: no answer tells them apart"):
+    with pytest.raises(ValueError, match="must differ in more than case"):
         LanguageModelJudge(lambda _: "", ["Apply", "apply"])
 
 
@@ -489,7 +461,7 @@ def test_an_answer_that_is_no_chat_completion_is_told_apart(server, said):
 
 def test_an_answer_without_text_tells_of_the_number_of_tokens(server):
     server.answers = [(200, completion(None))]
-    with pytest.raises(RuntimeError, match="answered without text.*max_tokens=16 may be too few"):
+    with pytest.raises(RuntimeError, match="answered with no text: max_tokens=16 may be too few"):
         endpoint(server)("?")
 
 
@@ -518,12 +490,12 @@ def test_the_key_is_not_shown(server):
     [
         ({"base_url": "localhost:8000"}, "base_url must be the address of a server"),
         ({"base_url": "http://"}, "base_url must be the address of a server"),
-        ({"base_url": f"http://me:{KEY}@host/v1"}, "no user and no password, got some for host"),
+        ({"base_url": f"http://me:{KEY}@host/v1"}, "without user and password"),
         ({"api_key": ""}, "api_key must be printable"),
         ({"api_key": KEY + "\n"}, "api_key must be printable"),
-        ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
-        ({"tries": 0}, "tries must be 1 or more, got 0"),
-        ({"timeout": 0.0}, "timeout must be a number of seconds above 0, got 0.0"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number >= 1, got 0"),
+        ({"tries": 0}, "tries must be a whole number >= 1, got 0"),
+        ({"timeout": 0.0}, "timeout must be a finite number > 0"),
     ],
 )
 def test_an_endpoint_that_can_not_be_asked_is_refused(changes, message):

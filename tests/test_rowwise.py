@@ -8,7 +8,7 @@ from conftest import greedy_logits
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.generation import continuations
-from sae_query_steer.compare.query_patch import query_patch
+from sae_query_steer.compare.interchange import query_patch
 from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.rowwise import rowwise
 

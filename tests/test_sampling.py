@@ -233,16 +233,9 @@ def test_forward_passes_outside_generate_are_left_alone_and_every_call_starts_af
 
 
 @pytest.mark.parametrize("given", [{"do_sample": True}, {}])
-def test_the_hosts_own_sampling_on_top_is_refused(model, given):
-    message = (
-        "do_sample=True (the hosts' default) would sample a second time, by the global random "
-        "state: call generate(..., do_sample=False) inside seeded_sampling"
-    )
+def test_the_backends_own_sampling_on_top_is_refused(model, given):
     for name in ("generate", "generate_stream"):
-        with (
-            seeded_sampling(model, [1]),
-            pytest.raises(ValueError, match=f"^{re.escape(message)}$"),
-        ):
+        with seeded_sampling(model, [1]), pytest.raises(ValueError, match="do_sample must be"):
             list(getattr(model, name)("w1", verbose=False, **given))
 
 
@@ -258,8 +251,8 @@ def test_another_number_of_rows_is_refused_and_leaves_nothing(model):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-7, float("nan"), float("inf")])
 def test_a_temperature_that_is_no_temperature_is_refused(model, temperature):
-    message = f"temperature={temperature} is not allowed: give a finite number, 1e-6 or more"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    message = f"temperature must be a finite number >= 1e-06, got {temperature}"
+    with pytest.raises(ValueError, match=message):
         sampled(model, PROMPTS, SEEDS, temperature=temperature)
     assert not model.unembed._forward_hooks
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_query_steer.compare.axbench import Generation, axbench_table
 from sae_query_steer.compare.scores import (
+    Generation,
     axbench_score,
+    axbench_table,
     distinct_n,
     paired_difference,
     win_rate,
@@ -46,13 +47,8 @@ def test_texts_shorter_than_n_give_no_n_grams():
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_an_n_below_one_is_refused(n):
-    with pytest.raises(ValueError, match=f"n must be 1 or more words, got {n}"):
+    with pytest.raises(ValueError, match=f"n must be a whole number >= 1, got {n}"):
         distinct_n(["a b"], n)
-
-
-def test_one_text_in_the_place_of_a_list_is_refused():
-    with pytest.raises(ValueError, match="texts must be a list"):
-        distinct_n("a b", 1)
 
 
 # --- AxBench's score
@@ -70,7 +66,7 @@ def test_the_score_is_zero_where_any_rating_is_and_else_the_harmonic_mean():
 
 @pytest.mark.parametrize(
     "ratings, name",
-    [((3, 1, 1), "concept must be 0, 1 or 2, got 3"), ((1, -1, 1), "got -1"), ((1, 1, 1.5), "1.5")],
+    [((3, 1, 1), "must be 0, 1 or 2, got (3, 1, 1)"), ((1, -1, 1), "-1"), ((1, 1, 1.5), "1.5")],
 )
 def test_a_rating_that_is_none_is_refused(ratings, name):
     with pytest.raises(ValueError, match=re.escape(name)):
@@ -100,17 +96,18 @@ def test_the_win_rates_of_both_sides_add_up_to_one(pairs):
 
 @pytest.mark.parametrize("score", [win_rate, paired_difference])
 @pytest.mark.parametrize(
-    "a, b, message",
+    "a, b",
     [
-        ([1.0, 2.0], [1.0], "score for each row, and one row or more, got 2 and 1"),
-        ([], [], "got 0 and 0"),
-        ([1.0, float("nan")], [1.0, 1.0], "got nan in row 1"),
-        ([1.0, 1.0], [float("inf"), 1.0], "got inf in row 0"),
-        (np.ones((2, 1)), [1.0, 2.0], r"got shape \[2, 1\]"),
+        ([1.0, 2.0], [1.0]),
+        ([], []),
+        ([1.0, float("nan")], [1.0, 1.0]),
+        ([1.0, 1.0], [float("inf"), 1.0]),
+        (np.ones((2, 1)), [1.0, 2.0]),
     ],
 )
-def test_rows_that_do_not_pair_are_refused(score, a, b, message):
-    with pytest.raises(ValueError, match=message):
+def test_rows_that_do_not_pair_are_refused(score, a, b):
+    shapes = f"got shapes {list(np.shape(a))} and {list(np.shape(b))}"
+    with pytest.raises(ValueError, match=re.escape(shapes)):
         score(a, b)
 
 
@@ -180,29 +177,11 @@ def test_the_interval_of_few_ratings_is_finite_and_in_their_range(pairs):
     assert min(differences) <= found.low <= found.high <= max(differences)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"confidence": 1.0}, "confidence must be between 0 and 1, got 1.0"),
-        ({"confidence": 0.0}, "confidence must be between 0 and 1, got 0.0"),
-        ({"n_resamples": 99}, "n_resamples must be 100 or more, got 99"),
-    ],
-)
-def test_settings_that_make_no_interval_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        paired_difference([1, 2], [2, 4], **changes)
-
-
 def test_lists_arrays_and_columns_of_a_table_give_the_same():
     a, b = [1, 0, 2, 2], [0.5, 1.0, 0.0, 2.0]
     for kind in (np.array, pd.Series):
         assert win_rate(kind(a), kind(b)) == win_rate(a, b) == 2.5 / 4
         assert paired_difference(kind(a), kind(b)) == paired_difference(a, b)
-
-
-def test_one_row_is_refused():
-    with pytest.raises(ValueError, match="2 rows or more, got 1"):
-        paired_difference([1], [2])
 
 
 # --- AxBench's table
@@ -269,15 +248,6 @@ def test_the_perplexity_of_the_text_alone_has_a_column_where_it_was_measured():
     assert "other_text_perplexity" not in table
 
 
-def test_given_concepts_set_the_numbers():
-    generations = [made(concept="a"), made(concept="b")]
-    table = axbench_table(generations, concepts=["c", "b", "a"])
-    assert table.concept_id.tolist() == [1, 2]
-    assert table.input_concept.tolist() == ["b", "a"]
-    with pytest.raises(ValueError, match=r"got \['a'\] without 'b'"):
-        axbench_table([made(concept="b")], concepts=["a"])
-
-
 def test_axbench_s_own_uses_of_the_table_work(tmp_path):
     """By concept, the half of the prompts, the mean by factor, the best, and back from Parquet."""
     generations = [
@@ -294,49 +264,26 @@ def test_axbench_s_own_uses_of_the_table_work(tmp_path):
         assert by_factor["ours_strength"].mean().tolist() == [1.0, 2.0]
 
 
-def test_a_gap_is_refused_or_on_demand_left_empty():
+def test_a_gap_is_refused():
     generations = [made(factor=1.0), made(factor=2.0), made("dense", factor=1.0)]
-    message = "no generation of 'dense' for concept 'create', prompt 0 and factor 2.0"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    message = "dense must have one generation for each of the 2 combinations"
+    with pytest.raises(ValueError, match=message):
         axbench_table(generations)
-    table = axbench_table(generations, complete=False)
-    assert table["dense_steered_generation"].isna().tolist() == [False, True]
-    np.testing.assert_equal(table["dense_strength"].tolist(), [1.0, float("nan")])
 
 
 @pytest.mark.parametrize(
     "generations, message",
     [
         ([], "generations must hold at least one"),
-        ([made(), made(text="b")], "two generations of 'ours' for concept 'create', prompt 0"),
-        ([made(factor=1.0), made()], "two generations of 'ours'"),
-        (
-            [made(), made("b", prompt="another")],
-            "original_prompt must be the same for all",
-        ),
+        ([made(), made(text="b")], "ours must have one generation for each of the 1"),
+        ([made(factor=1.0), made()], "ours must have one generation"),
+        ([made(), made("b", prompt="another")], "must be the same for all methods"),
         (
             [made(steered_input="x"), made("b", steered_input="y")],
-            "steered_input must be the same for all methods of concept 'create', prompt 0, got 'x'",
+            "must be the same for all methods, got others for concept and input_id [('create', 0)]",
         ),
     ],
 )
 def test_generations_that_make_no_table_are_refused(generations, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         axbench_table(generations)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"method": " "}, "method must not be blank, got ' '"),
-        ({"concept": ""}, "concept must not be blank"),
-        ({"input_id": -1}, "input_id must be 0 or more, got -1"),
-        ({"factor": float("nan")}, "factor must be finite or None, got nan"),
-        ({"strength": float("inf")}, "strength must be finite or None, got inf"),
-        ({"perplexity": 0.0}, "perplexity must be above 0 or None, got 0.0"),
-        ({"text_perplexity": float("nan")}, "text_perplexity must be above 0 or None, got nan"),
-    ],
-)
-def test_a_generation_that_means_nothing_is_refused(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        made(**changes)

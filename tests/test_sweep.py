@@ -6,14 +6,18 @@ from collections import Counter
 import pytest
 
 import sae_query_steer as sqs
-from sae_query_steer.compare.cases import SteeringCase, cases_of
-from sae_query_steer.compare.comparison import compare_methods
-from sae_query_steer.compare.descents import Descent
+from sae_query_steer.compare.comparison import compare_methods, outcome_row
 from sae_query_steer.compare.generation import continuations, divergences
 from sae_query_steer.compare.judges import RuleJudge
 from sae_query_steer.compare.log import ComparisonLog
-from sae_query_steer.compare.methods import descent_methods, prompt_methods, random_methods
-from sae_query_steer.compare.outcomes import outcome_row
+from sae_query_steer.compare.methods import (
+    Descent,
+    SteeringCase,
+    cases_of,
+    descent_methods,
+    prompt_methods,
+    random_methods,
+)
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.compare.scores import distinct_n
 
@@ -81,9 +85,9 @@ def test_cases_lead_to_every_other_class_and_each_pair_of_prompt_and_target_come
 def test_more_cases_than_there_are_and_a_single_class_are_refused():
     some = labelled({"a": 2, "b": 3})
     assert len(cases_of(some, 5)) == 5
-    with pytest.raises(ValueError, match="n=6 cases are not allowed: 5 prompts of 2 classes give"):
+    with pytest.raises(ValueError, match="n cases must be a whole number >= 1 and <= 5, got 6"):
         cases_of(some, 6)
-    with pytest.raises(ValueError, match=r"the labels are \['a'\]: steering needs two classes"):
+    with pytest.raises(ValueError, match=r"the labels name 1 class\(es\), \['a'\]"):
         cases_of(labelled({"a": 4}), 1)
 
 

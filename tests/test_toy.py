@@ -8,10 +8,9 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.compare.tutor_task import held_out_accuracy, level_judge
-from sae_query_steer.toy.corpus import TutorCorpus
+from sae_query_steer.compare.tutor_task import level_judge
+from sae_query_steer.toy.corpus import TutorCorpus, split_of
 from sae_query_steer.toy.judges import restated_level, shuffled, verb_level, verb_repeating
-from sae_query_steer.toy.splits import split_of
 from sae_query_steer.toy.words import CONTINUATIONS, OPENERS, REQUESTS, THINGS
 
 SPLITS = ("train", "validation", "test")
@@ -182,7 +181,7 @@ def test_feedback_restates_the_note_of_its_level_and_goes_on_at_that_level():
 
 def test_a_level_without_words_that_ask_for_it_is_refused():
     prompt = TutorCorpus("test", seed=1).prompt(None)
-    with pytest.raises(ValueError, match="no words ask for apply: give opener and core"):
+    with pytest.raises(ValueError, match="must be the words that request apply"):
         prompt.with_request(BloomLevel.APPLY)
 
 
@@ -288,14 +287,6 @@ def test_the_classifier_finds_no_level_in_text_that_is_no_feedback(judge):
     assert set(judge.held_out) == {"feedback", "shuffled", "verb_repeating"}
     texts = ["", " ", "\n", "the the the", "w1 w20"]
     assert judge(texts, texts) == [None] * 5
-
-
-def test_the_held_out_accuracy_is_a_count_on_the_split_validation(judge):
-    examples = TutorCorpus("validation", seed=4).examples(90, open_share=1.0)
-    texts = [example.response.strip() for example in examples]
-    right = [a == e.label for a, e in zip(judge(texts, texts), examples, strict=True)]
-    found = held_out_accuracy(judge, n_per_level=15, seed=4)
-    assert found["feedback"] == pytest.approx(sum(right) / 90)
 
 
 def test_broken_feedback_has_the_words_or_the_verbs_alone():

@@ -61,6 +61,7 @@ def test_the_weights_are_of_16_bits_and_as_many_as_the_card_says(notes):
     assert card["settings"]["notes"] is notes
 
 
+@pytest.mark.slow
 def test_the_tutor_does_what_held_out_prompts_request(tutors, notes):
     corpus = TutorCorpus("test", seed=0, notes=notes)
     prompts = [corpus.prompt(LEVELS[i % 6]) for i in range(120)]
@@ -71,6 +72,7 @@ def test_the_tutor_does_what_held_out_prompts_request(tutors, notes):
         assert sum(restated_level(text, p) == p.requested for text, p in pairs) >= 0.95 * 120
 
 
+@pytest.mark.slow
 def test_what_it_writes_is_the_same_on_both_hosts_and_in_plain_transformers(tutors, notes):
     model, tokenizer = plain(FOLDERS[notes])
     corpus = TutorCorpus("test", seed=3, notes=notes)
@@ -86,6 +88,7 @@ def test_what_it_writes_is_the_same_on_both_hosts_and_in_plain_transformers(tuto
     assert on_hosts == [alone, alone]
 
 
+@pytest.mark.slow
 def test_it_writes_two_or_three_sentences_that_the_judges_know(tutors, notes):
     corpus = TutorCorpus("test", seed=4, notes=notes)
     prompts = [corpus.prompt(LEVELS[i % 6]) for i in range(60)]
@@ -132,17 +135,20 @@ def steered(tutors):
     return found
 
 
+@pytest.mark.slow
 def test_the_steer_chooses_the_level_and_a_random_direction_does_not(steered):
     assert steered[True, "SAE"] >= 0.85
     assert steered[True, "random"] <= 0.4
     assert steered[True, "unsteered"] <= 0.4
 
 
+@pytest.mark.slow
 def test_on_the_null_the_same_steer_does_nothing(steered):
     assert steered[False, "SAE"] <= 0.4
     assert steered[False, "unsteered"] <= 0.4
 
 
+@pytest.mark.slow
 def test_the_interchange_effect_tells_the_null_beforehand(tutors):
     effect = {}
     for notes, model in tutors.items():

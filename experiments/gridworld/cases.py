@@ -7,10 +7,10 @@ from typing import Literal, TypeAlias
 from experiments.gridworld.corpus import GridCorpus, GridPrompt
 from experiments.gridworld.judge import walk_class, walked
 from experiments.gridworld.words import Aim
-from sae_query_steer.compare.cases import SteeringCase
 from sae_query_steer.compare.judges import RuleJudge
+from sae_query_steer.compare.methods import SteeringCase
 from sae_query_steer.diagnostics.metrics import wilson_interval
-from sae_query_steer.toy.splits import Split
+from sae_query_steer.toy.corpus import Split
 
 Task: TypeAlias = Literal["open", "redirect"]
 TASKS: tuple[Task, ...] = ("open", "redirect")

@@ -40,7 +40,7 @@ from experiments.gridworld.words import (
     Aim,
 )
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.toy.splits import Split, split_of
+from sae_query_steer.toy.corpus import Split, split_of
 
 SIZE = 5
 """Columns and rows of the corpus's grids."""

@@ -19,7 +19,7 @@ from experiments.gridworld.words import Aim
 from experiments.tiny_llama import check_training, feedback_loss, greedy_texts, new_llama
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import write_json
-from sae_query_steer.toy.splits import Split
+from sae_query_steer.toy.corpus import Split
 
 CARD = "gridworld.json"
 """How a model was trained and how well it does."""

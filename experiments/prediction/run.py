@@ -25,10 +25,8 @@ import sae_query_steer as sqs
 from experiments import gridworld as grid
 from experiments.prediction.report import STRENGTHS, report
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.compare.cases import SteeringCase
-from sae_query_steer.compare.descents import Descent
 from sae_query_steer.compare.judges import RuleJudge
-from sae_query_steer.compare.methods import descent_methods, prompt_methods
+from sae_query_steer.compare.methods import Descent, SteeringCase, descent_methods, prompt_methods
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.diagnostics.interchange import achieved_effect
 from sae_query_steer.diagnostics.verdicts import site_verdicts

@@ -22,7 +22,7 @@ from sae_query_steer.compare import (
     descent_methods,
     residual_methods,
 )
-from sae_query_steer.compare.outcomes import outcome_row
+from sae_query_steer.compare.comparison import outcome_row
 from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.positions import Span, TokenPositions

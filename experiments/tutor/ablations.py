@@ -28,8 +28,7 @@ from sae_query_steer.compare import (
     descent_methods,
     level_judge,
 )
-from sae_query_steer.compare.comparison import strength_curves
-from sae_query_steer.compare.outcomes import operating_point
+from sae_query_steer.compare.comparison import operating_point, strength_curves
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.compare.tutor_task import (
     MAX_NEW_TOKENS,
@@ -40,7 +39,7 @@ from sae_query_steer.compare.tutor_task import (
 )
 from sae_query_steer.diagnostics.metrics import wilson_interval
 from sae_query_steer.toy import TUTOR_FOLDER, TutorCorpus
-from sae_query_steer.toy.splits import Split
+from sae_query_steer.toy.corpus import Split
 
 DISTANCE = replace(
     next(d for d in DESCENTS if d.name == "squared distance"), step_sizes=(0.5, 1.0, 2.0, 4.0)

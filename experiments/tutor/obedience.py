@@ -5,9 +5,8 @@ from typing import Any
 
 from experiments.tiny_llama import greedy_texts
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.toy.corpus import TutorCorpus
+from sae_query_steer.toy.corpus import Split, TutorCorpus
 from sae_query_steer.toy.judges import restated_level, verb_level
-from sae_query_steer.toy.splits import Split
 
 
 def obedience(

@@ -16,7 +16,7 @@ import torch
 import sae_query_steer as sqs
 from experiments.tutor.training import TutorTraining, train_tutor
 from sae_query_steer.compare import run_demo, write_comparison
-from sae_query_steer.compare.figures import row_names
+from sae_query_steer.compare.report import row_names
 from sae_query_steer.storage.records import read_json
 
 

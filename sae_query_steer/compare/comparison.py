@@ -8,29 +8,27 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_query_steer.compare.methods import Method, random_methods
-from sae_query_steer.compare.outcomes import (
-    Outcome,
-    curve_ended,
-    operating_point,
-    outcome_row,
-    text_rows,
-)
-from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.compare.scorer import Outcome, TextScorer
+from sae_query_steer.compare.scores import distinct_n
+from sae_query_steer.diagnostics.metrics import wilson_interval
+
+MAX_PERPLEXITY_RATIO = 1.5
+"""Highest perplexity ratio of a strength that is chosen. Source: our choice."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     rows: pd.DataFrame
-    """Every method on the test cases at the strength that was chosen for it, a row for each."""
+    """Every method on the test cases at the strength chosen for it, a row for each."""
 
     curves: pd.DataFrame
     """Every strength that was tried on the validation cases."""
 
     texts: pd.DataFrame
-    """Every text on the test cases: method, prompt, source, target, text, the class that it is
-    judged to be and that it takes up, and whether it is a success."""
+    """Every text on the test cases, with the class that it is judged to be and that it takes up,
+    and whether it is a success."""
 
     sites: pd.DataFrame | None = None
     """Separability, interchange effect and verdict by layer, measured before steering."""
@@ -52,16 +50,16 @@ def compare_methods(
     *,
     control_seeds: Sequence[int] = (0, 1, 2),
 ) -> Comparison:
-    """Return what each method does at the strength that serves it best.
+    """Return the result of each method at its best strength.
 
     Strengths are tried on the validation cases, growing until the target rate has fallen by 0.05
     or the perplexity ratio passes 3; the one of most success at a perplexity ratio of 1.5 or less
-    is taken to the test cases. Random directions, as long as the change of the descent that did
+    is used on the test cases. Random directions, as long as the change of the descent that did
     best on validation, are the negative control. A scorer with a log continues a stopped run.
 
     Args:
         validation: scores the cases on which strengths are chosen.
-        test: scores the cases of the table; no case of the validation should be among them.
+        test: scores the cases of the table, which should be others.
         methods: what is compared.
         control_seeds: of the random directions.
 
@@ -98,7 +96,7 @@ def compare_methods(
             same = [task for task in tasks if strengths[task] == strength]
             for task, outcome in test.score(method, strength, same).items():
                 rows.append(outcome_row(task, method, outcome))
-                texts += text_rows(task, method, outcome)
+                texts += _text_rows(task, method, outcome)
     for table in (rows, curves, texts):
         table.sort(key=lambda row: tasks.index(row["task"]))
     return Comparison(
@@ -107,16 +105,75 @@ def compare_methods(
 
 
 def strength_curves(scorer: TextScorer, method: Method) -> dict[str, list[Outcome]]:
-    """Return a method's outcomes at growing strengths, for each task until more does not help.
+    """Return a method's outcomes at growing strengths, by task.
 
     A curve ends where the target rate has fallen by more than 0.05 from its best, or the perplexity
     ratio passes 3, or the method's strengths are used up.
     """
     curves: dict[str, list[Outcome]] = {task: [] for task in scorer.cases}
+    going = list(curves)
     for strength in method.strengths:
-        going = [task for task, curve in curves.items() if not curve_ended(curve)]
         if not going:
             break
         for task, outcome in scorer.score(method, strength, going).items():
             curves[task].append(outcome)
+            best = max(other.target_rate for other in curves[task])
+            if outcome.target_rate < best - 0.05 or outcome.perplexity_ratio > 3:
+                going = [other for other in going if other != task]
     return curves
+
+
+def operating_point(curve: Sequence[Outcome]) -> Outcome:
+    """Return the outcome of most success at a perplexity ratio of 1.5 or less.
+
+    Of equals the weaker; if no strength is that fluent, the most fluent one.
+    """
+    fluent = [o for o in curve if o.perplexity_ratio <= MAX_PERPLEXITY_RATIO]
+    if not fluent:
+        return min(curve, key=lambda o: o.perplexity_ratio)
+    return max(fluent, key=lambda o: (o.success_rate, -o.strength))
+
+
+def outcome_row(task: str, method: Method, outcome: Outcome) -> dict[str, Any]:
+    """Return one row of a table: the method and its scores, with 95 % intervals."""
+    n = len(outcome.target)
+    low, high = wilson_interval(sum(outcome.target), n)
+    success_low, success_high = wilson_interval(sum(outcome.success), n)
+    grounded, source = outcome.grounded, outcome.source
+    return {
+        "task": task,
+        **method.columns(),
+        "n_steps": method.n_steps,
+        "step_size": outcome.strength if method.n_steps is not None else None,
+        "delta_q_ratio": outcome.delta_q_ratio if method.steerer is not None else None,
+        "n": n,
+        "target_rate": outcome.target_rate,
+        "ci_low": low,
+        "ci_high": high,
+        "source_rate": None if source is None else sum(source) / n,
+        "grounded": None if grounded is None else sum(grounded) / n,
+        "success": outcome.success_rate,
+        "success_low": success_low,
+        "success_high": success_high,
+        "perplexity_ratio": outcome.perplexity_ratio,
+        "perplexity_ratio_original": outcome.perplexity_ratio_original,
+        "specificity": outcome.specificity,
+        **{f"distinct_{k}": distinct_n(outcome.texts, k) for k in (1, 2, 3)},
+    }
+
+
+def _text_rows(task: str, method: Method, outcome: Outcome) -> list[dict[str, Any]]:
+    told = zip(
+        outcome.cases,
+        outcome.texts,
+        outcome.judged,
+        outcome.taken_up or [None] * len(outcome.cases),
+        outcome.success,
+        strict=True,
+    )
+    names = ("prompt", "source", "target", "text", "judged", "taken_up", "success")
+    return [
+        {"task": task, **method.columns()}
+        | dict(zip(names, (case.prompt, case.source, case.target, *rest), strict=True))
+        for case, *rest in told
+    ]

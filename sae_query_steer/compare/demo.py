@@ -4,43 +4,39 @@ Split "train" trains the SAEs, the centroids and the judge; "validation" chooses
 method's strength; "test" gives the table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from sae_query_steer.arguments import check_number
 from sae_query_steer.baselines.residual import residual_means
 from sae_query_steer.compare import tutor_task
 from sae_query_steer.compare.comparison import Comparison, compare_methods
-from sae_query_steer.compare.descents import DESCENTS
-from sae_query_steer.compare.judges import Judge
+from sae_query_steer.compare.interchange import interchange_methods
 from sae_query_steer.compare.log import ComparisonLog, digest_of
 from sae_query_steer.compare.methods import (
+    DESCENTS,
+    Layers,
     Method,
     decoder_rows_methods,
     descent_methods,
-    interchange_methods,
     prompt_methods,
     residual_methods,
 )
+from sae_query_steer.compare.own_texts import layer_verdicts
 from sae_query_steer.compare.scorer import TextScorer
-from sae_query_steer.compare.sites import layer_verdicts
 from sae_query_steer.config import TopK, TrainingConfig
-from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.data.tokenized import tokenize_examples
+from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.scopes.named import LastPromptToken, ResponseTokens
 from sae_query_steer.sites import query_sites
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 from sae_query_steer.targets.centroids import CentroidTargets
-from sae_query_steer.toy.corpus import SEPARATOR, TutorCorpus
-from sae_query_steer.toy.splits import Split
+from sae_query_steer.toy.corpus import SEPARATOR, Split, TutorCorpus
 from sae_query_steer.training.train import train_query_saes
-
-BATCH_SIZE = 120
-"""Cases of one call of `generate`."""
 
 SPANS = {"last prompt token": LastPromptToken(), "response tokens": ResponseTokens()}
 
@@ -50,8 +46,28 @@ MAIN = ("requested", "last prompt token")
 OPEN, RESPONSE = ("open", "last prompt token"), ("requested", "response tokens")
 """Other centroids, each different from the main ones in one thing."""
 
-Kinds = Mapping[str, tuple[Mapping[str, QueryEncoder], Mapping[tuple[str, str], CentroidTargets]]]
-"""Encoders and their centroids, by "dense" and "SAE"."""
+DESCENTS_OF_ALL = (
+    ("mean difference", MAIN, ("contrast",)),
+    ("dense descent", MAIN, ("prototype", "squared distance")),
+    ("dense descent", OPEN, ("prototype",)),
+    ("dense descent", RESPONSE, ("prototype",)),
+    ("SAE descent", MAIN, ("prototype", "squared distance", "contrast")),
+    ("SAE descent", OPEN, ("prototype",)),
+    ("SAE descent", RESPONSE, ("prototype",)),
+)
+"""Name, centroids and objectives. One step of contrast over queries adds the mean difference."""
+
+DESCENTS_OF_FULL = (
+    ("mean difference", RESPONSE, ("contrast",)),
+    ("dense descent", RESPONSE, ("squared distance",)),
+    ("SAE descent", RESPONSE, ("squared distance", "contrast")),
+)
+
+DESCENTS_BY_LAYER = (
+    ("mean difference", MAIN, ("contrast",)),
+    ("dense descent", MAIN, ("squared distance",)),
+    ("SAE descent", MAIN, ("squared distance",)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +99,7 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("n_train", 60), ("n_validation", 6), ("n_test", 6), ("n_pairs", 6)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+            check_number(name, getattr(self, name), whole=True, least=least)
 
 
 QUICK = DemoSettings(n_train=120, n_validation=12, n_test=36, n_pairs=60, training_tokens=60_000)
@@ -111,17 +126,16 @@ def run_demo(
         log: a file for what the methods wrote, from which a stopped run continues; None keeps none.
 
     Raises:
-        ValueError: settings that are too small, or a log of other settings or another tutor.
+        ValueError: a log of other settings or another tutor.
 
     Source: our choice; the methods compared are those of arXiv 2502.18644 and more.
     """
     settings = DemoSettings() if settings is None else settings
-    sites, seed = query_sites(model), settings.seed
+    sites, seed, every_method = query_sites(model), settings.seed, settings.every_method
     judge = tutor_task.level_judge()
     requested, opened = tutor_task.training_examples(
         model, settings.n_train, seed=seed, notes=notes
     )
-    examples = {"requested": requested, "open": opened}
     saes = train_query_saes(
         model,
         [e.prompt + e.response for e in requested + opened],
@@ -135,46 +149,63 @@ def run_demo(
     held_out = TutorCorpus("validation", seed=seed, notes=notes).examples(240)
     validation = tokenize_examples(model, held_out)
     table = layer_verdicts(model, saes, sites, validation, n_pairs=settings.n_pairs, seed=seed)
-    dense = identity_encoders(sites)
-    kinds: Kinds = {
-        kind: (
-            own,
-            {
-                (prompts, span): CentroidTargetBuilder(model, own).fit(
-                    tokenize_examples(model, examples[prompts], span=SPANS[span])
-                )
-                for prompts, span in (MAIN, OPEN, RESPONSE)
-            },
-        )
-        for kind, own in (("dense", dense), ("SAE", saes))
+    examples = {"requested": requested, "open": opened}
+    tokenized = {
+        (prompts, span): tokenize_examples(model, examples[prompts], span=SPANS[span])
+        for prompts, span in (MAIN, OPEN, RESPONSE)
     }
-    queries = kinds["dense"][1][MAIN]
+    kinds = {
+        kind: _Fitted(
+            own, {which: CentroidTargetBuilder(model, own).fit(t) for which, t in tokenized.items()}
+        )
+        for kind, own in (("dense", identity_encoders(sites)), ("SAE", saes))
+    }
+    queries = kinds["dense"].centroids[MAIN]
     shares = {site.layer: queries.class_share_of_variance(site.hook_name) for site in sites}
     table = table.assign(label_share=table["layer"].map(shares))
     layers = chosen_layers(table)
-    shots = (1, 2, 4) if settings.every_method else (2,)
+    shots = (1, 2, 4) if every_method else (2,)
     methods = prompt_methods(opened, shots=shots, seed=seed, separator=SEPARATOR)
-    methods += _main_methods(model, kinds, layers)
-    if settings.every_method:
-        methods += _more_methods(model, kinds, layers, requested)
-    made = [found for _, centroids in kinds.values() for found in centroids.values()]
+    methods += interchange_methods(model, [layers]) + _descents(kinds, DESCENTS_OF_ALL, [layers])
+    if every_method:
+        every = [site.layer for site in sites]
+        methods += _descents(kinds, DESCENTS_OF_FULL, [layers])
+        methods += _added(model, kinds["SAE"], tokenized, layers, every)
+        others = [[layer] for layer in every if (layer,) != layers]
+        methods += interchange_methods(model, others) + _descents(kinds, DESCENTS_BY_LAYER, others)
+    made = [found for kind in kinds.values() for found in kind.centroids.values()]
     told = vars(settings) | {"notes": notes}
     kept = None
     if log is not None:
         kept = ComparisonLog(log, told | {"contents": digest_of(made, requested + opened)})
+
+    def scorer(split: Split, n: int, seed: int) -> TextScorer:
+        tasks = tutor_task.TASKS
+        cases = {t: tutor_task.tutor_cases(t, split, n, seed=seed, notes=notes) for t in tasks}
+        return TextScorer(
+            model,
+            cases,
+            judge,
+            max_new_tokens=tutor_task.MAX_NEW_TOKENS,
+            split=split,
+            log=kept,
+            batch_size=120,
+            measures_specificity=split == "test",
+            grounding=tutor_task.note_judge([case for some in cases.values() for case in some]),
+        )
+
     compared = compare_methods(
-        _scorer(model, judge, "validation", settings, notes, kept),
-        _scorer(model, judge, "test", settings, notes, kept),
+        scorer("validation", settings.n_validation, seed + 1),
+        scorer("test", settings.n_test, seed + 2),
         methods,
-        control_seeds=range(3 if settings.every_method else 1),
+        control_seeds=range(3 if every_method else 1),
     )
     metrics = pd.DataFrame(saes.metrics.groupby("layer").mean()).reset_index().drop(columns="head")
-    agrees = _agreement(compared.texts) if notes else {}
     return replace(
         compared,
         sites=table,
         saes=metrics,
-        judge={**judge.held_out, **agrees},
+        judge={**judge.held_out, **(_agreement(compared.texts) if notes else {})},
         settings=told | {"layers": list(layers)},
     )
 
@@ -191,85 +222,43 @@ def chosen_layers(table: pd.DataFrame) -> tuple[int, ...]:
     return tuple(int(layer) for layer in table.loc[chosen, "layer"])
 
 
-def _main_methods(model: Any, kinds: Kinds, layers: Sequence[int]) -> list[Method]:
-    """Return the methods that answer the main question, in the order of the table.
+@dataclass(frozen=True)
+class _Fitted:
+    """Encoders with their centroids, by prompts and span."""
 
-    The mean difference of the queries is dense descent on the contrast.
-    """
-    methods = interchange_methods(model, [layers])
-    methods += _descents("mean difference", kinds, MAIN, "contrast", [layers])
-    for name, tried in (
-        ("dense descent", "prototype, squared distance"),
-        ("SAE descent", "prototype, squared distance, contrast"),
-    ):
-        methods += _descents(name, kinds, MAIN, tried, [layers])
-        for other in (OPEN, RESPONSE):
-            methods += _descents(name, kinds, other, "prototype", [layers])
+    encoders: Mapping[str, QueryEncoder]
+    centroids: Mapping[tuple[str, str], CentroidTargets]
+
+
+def _descents(kinds: Mapping[str, _Fitted], rows: Any, layers: Layers) -> list[Method]:
+    methods = []
+    for name, (prompts, span), objectives in rows:
+        kind = kinds["SAE" if name == "SAE descent" else "dense"]
+        chosen = [descent for descent in DESCENTS if descent.name in objectives]
+        targets = {span: kind.centroids[prompts, span]}
+        methods += descent_methods(
+            name, kind.encoders, targets, chosen, layers=layers, centroids=prompts
+        )
     return methods
 
 
-def _more_methods(
-    model: Any, kinds: Kinds, layers: Sequence[int], requested: Sequence[LabelledExample]
-) -> list[Method]:
-    """Return what `every_method` adds."""
-    every = [site.layer for site in query_sites(model)]
-    methods = _descents("mean difference", kinds, RESPONSE, "contrast", [layers])
-    methods += _descents("dense descent", kinds, RESPONSE, "squared distance", [layers])
-    methods += _descents("SAE descent", kinds, RESPONSE, "squared distance, contrast", [layers])
-    encoders, centroids = kinds["SAE"]
-    alone = [[layer] for layer in every]
-    for prompts, span in (MAIN, RESPONSE):
-        named: dict[str, Any] = {"span": span, "centroids": prompts}
-        targets = centroids[prompts, span]
-        methods += decoder_rows_methods(encoders, targets, layers=[layers], **named)
-        tokenized = tokenize_examples(model, requested, span=SPANS[span])
-        means = residual_means(model, tokenized, every)
-        methods += residual_methods(means, layers=alone, **named)
-    others = [layer for layer in alone if layer != list(layers)]
-    methods += interchange_methods(model, others)
-    methods += _descents("mean difference", kinds, MAIN, "contrast", others)
-    methods += _descents("dense descent", kinds, MAIN, "squared distance", others)
-    methods += _descents("SAE descent", kinds, MAIN, "squared distance", others)
-    return methods
-
-
-def _descents(
-    name: str, kinds: Kinds, which: tuple[str, str], tried: str, layers: Sequence[Sequence[int]]
-) -> list[Method]:
-    encoders, found = kinds["SAE" if name == "SAE descent" else "dense"]
-    prompts, span = which
-    chosen = [descent for descent in DESCENTS if descent.name in tried.split(", ")]
-    return descent_methods(
-        name, encoders, {span: found[which]}, chosen, layers=layers, centroids=prompts
-    )
-
-
-def _scorer(
+def _added(
     model: Any,
-    judge: Judge,
-    split: Split,
-    settings: DemoSettings,
-    notes: bool,
-    log: ComparisonLog | None,
-) -> TextScorer:
-    testing = split == "test"
-    n = settings.n_test if testing else settings.n_validation
-    seed = settings.seed + (2 if testing else 1)
-    cases = {
-        task: tutor_task.tutor_cases(task, split, n, seed=seed, notes=notes)
-        for task in tutor_task.TASKS
-    }
-    return TextScorer(
-        model,
-        cases,
-        judge,
-        max_new_tokens=tutor_task.MAX_NEW_TOKENS,
-        split=split,
-        log=log,
-        batch_size=BATCH_SIZE,
-        measures_specificity=testing,
-        grounding=tutor_task.note_judge([case for some in cases.values() for case in some]),
-    )
+    kind: _Fitted,
+    tokenized: Mapping[tuple[str, str], TokenizedExamples],
+    layers: tuple[int, ...],
+    every: list[int],
+) -> list[Method]:
+    """Return decoder rows, and contrastive activation addition after each layer alone."""
+    methods = []
+    for which in (MAIN, RESPONSE):
+        named: dict[str, Any] = {"centroids": which[0], "span": which[1]}
+        methods += decoder_rows_methods(
+            kind.encoders, kind.centroids[which], layers=[layers], **named
+        )
+        means = residual_means(model, tokenized[which], every)
+        methods += residual_methods(means, layers=[[layer] for layer in every], **named)
+    return methods
 
 
 def _agreement(texts: pd.DataFrame) -> dict[str, float]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from sae_query_steer.arguments import check_number
+
 MAX_BYTES = 2**20
 """Largest answer of a server that is read."""
 
@@ -15,8 +17,8 @@ class ChatEndpoint:
     """Asks a model at any OpenAI-compatible endpoint, such as vLLM's, llama.cpp's or a hub's.
 
     A question is a conversation with one user message, at temperature 0 with a fixed seed. Requests
-    that fail for now (connection errors, status 408, 409, 429 and 5xx) are repeated. Redirects are
-    not followed, and at most 1 MiB of an answer is read.
+    that fail temporarily (connection errors, status 408, 409, 429 and 5xx) are repeated. Redirects
+    are not followed, and at most 1 MiB of an answer is read.
 
     Needs the extra `judge`: pip install "sae-query-steer[judge]".
 
@@ -49,26 +51,17 @@ class ChatEndpoint:
 
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc:
             raise ValueError(
-                "base_url must be the address of a server, such as http://localhost:8000/v1, got "
-                f"{self.base_url!r}"
+                "base_url must be the address of a server without user and password (give the key "
+                f"as api_key), such as http://localhost:8000/v1, got one of host {url.hostname}"
             )
-        if url.username is not None or url.password is not None:
-            raise ValueError(
-                f"base_url must hold no user and no password, got some for {url.hostname}: they "
-                "would stand in error messages; give the key as api_key"
-            )
-        key = self.api_key
-        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-            raise ValueError(
-                "api_key must be printable ASCII without spaces and not empty; None sends no key"
-            )
-        for name in ("max_tokens", "tries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if not 0 < self.timeout < threading.TIMEOUT_MAX:
-            raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout}")
+        key = "none" if self.api_key is None else self.api_key
+        if not (key and key.isascii() and key.isprintable()):
+            raise ValueError("api_key must be printable ASCII and not empty; None sends no key")
+        check_number("max_tokens", self.max_tokens, whole=True, least=1)
+        check_number("tries", self.tries, whole=True, least=1)
+        check_number("timeout", self.timeout, above=0, most=threading.TIMEOUT_MAX)
 
     def __call__(self, question: str) -> str:
         """Return the model's answer.
@@ -87,8 +80,7 @@ class ChatEndpoint:
             except Exception as error:
                 found.append(error)
 
-        # A server that sends a byte now and then meets no timeout of the client, so the whole call
-        # has one.
+        # A server that sends a byte now and then meets no timeout of the client.
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(self.timeout)
@@ -105,7 +97,7 @@ class ChatEndpoint:
             raise ImportError(
                 'ChatEndpoint needs the client openai: pip install "sae-query-steer[judge]"'
             ) from None
-        # Names of the user's organisation in the environment are for OpenAI's own server alone.
+        # Names of the user's organisation in the environment are for OpenAI's own server only.
         headers: dict[str, Any] = {
             "OpenAI-Organization": openai.Omit(),
             "OpenAI-Project": openai.Omit(),
@@ -131,49 +123,38 @@ class ChatEndpoint:
                     model=self.model,
                     extra_body={key: value for key, value in body.items() if value is not None},
                 )
-        except openai.APIStatusError as error:
-            raise RuntimeError(
-                f"{self._shown_url} answered with status {error.status_code}: "
-                f"{self._without_key(error.response.text)}"
-            ) from None
+            answer = output.choices[0].message.content
         except openai.APIConnectionError as error:
             raise ConnectionError(
                 f"no answer from {self._shown_url} ({type(error.__cause__ or error).__name__}): is "
                 "the server running, and the address right?"
             ) from None
+        except openai.APIStatusError as error:
+            said = f"status {error.status_code}: {error.response.text}"
+            raise RuntimeError(self._answered(said)) from None
         except _TooLongError as error:
-            raise RuntimeError(f"{self._shown_url} sent {error}") from None
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
-            raise self._malformed(type(error).__name__) from None
-        try:
-            answer = output.choices[0].message.content
-        except (AttributeError, IndexError, KeyError, TypeError):
-            raise self._malformed(self._without_key(str(output))) from None
+            raise RuntimeError(self._answered(str(error))) from None
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
+            said = f"no chat completion ({type(error).__name__}): does base_url end in /v1?"
+            raise RuntimeError(self._answered(said)) from None
         if not isinstance(answer, str):
             raise RuntimeError(
-                f"the model at {self._shown_url} answered without text: max_tokens="
-                f"{self.max_tokens} may be too few for a model that reasons first"
+                self._answered(f"no text: max_tokens={self.max_tokens} may be too few to reason")
             )
         return answer
 
-    def _malformed(self, what: str) -> RuntimeError:
-        return RuntimeError(
-            f"{self._shown_url} answered with no chat completion ({what}): does base_url end where "
-            "the OpenAI-compatible part begins, as in .../v1?"
-        )
+    def _answered(self, what: str) -> str:
+        """Return an error message without the key, which a server may have repeated."""
+        what = what if self.api_key is None else what.replace(self.api_key, "[key]")
+        return f"{self._shown_url} answered with {what[:300]}{'...' if len(what) > 300 else ''}"
 
     @property
     def _shown_url(self) -> str:
-        return self._without_key(urlsplit(self.base_url)._replace(query="", fragment="").geturl())
-
-    def _without_key(self, text: str) -> str:
-        """Return the beginning of a text, without the key, which a server may have repeated."""
-        text = text if self.api_key is None else text.replace(self.api_key, "[key]")
-        return text if len(text) <= 300 else text[:300] + "..."
+        return urlsplit(self.base_url)._replace(query="", fragment="").geturl()
 
 
 class _TooLongError(Exception):
-    """An answer of more than `MAX_BYTES`."""
+    """An answer that is not read to its end."""
 
 
 def _limit(response: Any) -> None:
@@ -193,6 +174,6 @@ def _limit(response: Any) -> None:
             stream.close()
 
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise _TooLongError("a compressed answer, although asked not to")
+        raise _TooLongError("compressed bytes, although asked not to")
     stream = response.stream
     response.stream = Limited()

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sae_query_steer.arguments import check_number
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import chat_prompt, tokenize_example, tokenizer_of
@@ -24,13 +25,13 @@ class Continuations:
     """What a model wrote after each of several prompts."""
 
     texts: list[str]
-    """The continuations, without special tokens."""
+    """Without special tokens."""
 
     tokens: list[Tensor]
-    """Their ids [pos], with the token that ended it where the model ended."""
+    """Ids [pos], with the end token where the model ended."""
 
     relative_changes: list[float]
-    """Of each prompt, the mean of |delta q| / |q| over its steered tokens, layers and heads; of a
+    """Mean of |delta q| / |q| over a prompt's steered tokens, layers and heads; of
     `residual_mean_difference` the same of the residual stream."""
 
 
@@ -49,47 +50,38 @@ def continuations(
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
-        prompts: texts of any lengths; BOS is put in front of each.
+        prompts: texts of any lengths; BOS is prepended to each.
         max_new_tokens: most tokens of a continuation.
-        steerer: what changes the queries, or the residual stream, meanwhile; one that tells the
-            rows of a batch apart wants all prompts in one batch.
+        steerer: applied during generation; one with a target for each row needs all prompts in one
+            batch.
         batch_size: rows of one call of `generate`.
-        temperature: sample from softmax(logits / temperature), above 0; None decodes greedily.
-        seeds: one for each prompt, with a temperature only: a prompt and its seed give one text,
-            whatever other prompts there are (see `seeded_sampling`).
-        chat_template: put every prompt into the tokenizer's chat template, as the user's turn,
-            in place of BOS.
+        temperature: sample from softmax(logits / temperature); None decodes greedily.
+        seeds: one for each prompt, with a temperature; see `seeded_sampling`.
+        chat_template: put every prompt into the tokenizer's chat template as the user's turn.
 
     Raises:
-        ValueError: no prompts, a size below 1, a temperature without seeds or seeds without one,
-            not one seed for each prompt, or a chat template that is missing or that the host
-            reads otherwise than `tokenize_example`.
+        ValueError: a size below 1, a temperature without one seed for each prompt or seeds without
+            temperature, or a chat template that is missing or that the backend reads differently
+            from `tokenize_example`.
     """
-    if not prompts or max_new_tokens < 1 or batch_size < 1:
+    check_number("max_new_tokens", max_new_tokens, whole=True, least=1)
+    check_number("batch_size", batch_size, whole=True, least=1)
+    if (temperature is None) != (seeds is None) or (seeds and len(seeds) != len(prompts)):
         raise ValueError(
-            f"{len(prompts)} prompts, max_new_tokens={max_new_tokens} and batch_size={batch_size} "
-            "are not allowed: give at least one of each"
+            "temperature and seeds must be given together, one seed for each prompt, got "
+            f"temperature={temperature} and {len(seeds or ())} seeds for {len(prompts)} prompts"
         )
-    if (temperature is None) != (seeds is None):
-        raise ValueError(
-            f"temperature={temperature} with {'no' if seeds is None else len(seeds)} seeds is not "
-            "allowed: give both to sample, neither to decode greedily"
-        )
-    if seeds is not None and len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts do not fit {len(seeds)} seeds: give one for each")
-    tokenizer = tokenizer_of(model)
-    ends = end_tokens(model)
+    tokenizer, ends, bos = tokenizer_of(model), end_tokens(model), not chat_template
     tokens: list[Tensor] = []
     changes: list[float] = []
     for start in range(0, len(prompts), batch_size):
-        rows = _as_read(model, prompts[start : start + batch_size], chat_template)
+        part = slice(start, start + batch_size)
+        rows = _as_read(model, prompts[part], chat_template)
         steering = nullcontext() if steerer is None else steerer.apply(model, record=True)
         sampling = nullcontext()
         if temperature is not None and seeds is not None:
-            own = seeds[start : start + batch_size]
-            sampling = seeded_sampling(model, own, temperature=temperature)
+            sampling = seeded_sampling(model, seeds[part], temperature=temperature)
         with steering as trace, sampling:
-            bos = not chat_template
             width = model.to_tokens(rows, padding_side="left", prepend_bos=bos).shape[1]
             written = model.generate(
                 rows,
@@ -117,21 +109,13 @@ def negative_log_likelihoods(
     batch_size: int = 64,
     chat_template: bool = False,
 ) -> list[float]:
-    """Return for each prompt the sum of -log p, in nats, of the tokens after it.
-
-    The exponential of the sum of several, divided by the number of their tokens, is a perplexity.
-    `chat_template` is that of `continuations`.
-
-    Raises:
-        ValueError: not one row of tokens for each prompt, a row without tokens, or a size below 1.
-    """
-    _check_rows(prompts, tokens, batch_size)
+    """Return for each prompt the sum of -log p, in nats, of the tokens [pos] after it."""
     sums = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        rows = _as_read(model, prompts[part], chat_template)
-        scores = _log_likelihoods(model, rows, tokens[part], prepend_bos=not chat_template)
-        sums += [-float(row.sum()) for row in scores.split([len(row) for row in tokens[part]])]
+        log_probs, _ = _next_tokens(model, prompts[part], tokens[part], chat_template)
+        own = log_probs.gather(1, torch.cat(list(tokens[part]))[:, None])[:, 0].double()
+        sums += [-float(row.sum()) for row in own.split([len(row) for row in tokens[part]])]
     return sums
 
 
@@ -145,61 +129,39 @@ def divergences(
 ) -> list[float]:
     """Return for each text the mean of KL(unsteered || steered), in nats, of its next tokens.
 
-    On texts of the target class itself it is the specificity of a steer: there nothing should
-    change much. All texts are read in one batch, so that a steerer may tell the rows apart.
+    On texts of the target class it measures the specificity of steering: there it should change
+    little. All texts are read in one batch, so that a steerer may have a target for each.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         prompts: what stands before each text.
         tokens: the texts [pos], whose tokens count.
         steerer: what changes the queries, or the residual stream.
-        chat_template: that of `continuations`.
-
-    Raises:
-        ValueError: not one row of tokens for each prompt, or a row without tokens.
+        chat_template: as in `continuations`.
     """
-    _check_rows(prompts, tokens, 1)
-    rows = _as_read(model, prompts, chat_template)
-    bare, lengths = _next_tokens(model, rows, tokens, prepend_bos=not chat_template)
+    bare, lengths = _next_tokens(model, prompts, tokens, chat_template)
     with steerer.apply(model, prompt_lengths=lengths):
-        steered, _ = _next_tokens(model, rows, tokens, prepend_bos=not chat_template)
+        steered, _ = _next_tokens(model, prompts, tokens, chat_template)
     found = (bare.exp() * (bare - steered)).sum(-1)
     return [float(part.mean()) for part in found.split([len(row) for row in tokens])]
 
 
-def _check_rows(prompts: Sequence[str], tokens: Sequence[Tensor], batch_size: int) -> None:
-    if len(prompts) != len(tokens):
-        raise ValueError(f"{len(prompts)} prompts do not fit {len(tokens)} rows of tokens")
-    if batch_size < 1 or not all(len(row) for row in tokens):
-        raise ValueError(
-            f"batch_size={batch_size} and a shortest row of {min(map(len, tokens), default=0)} "
-            "tokens are not allowed: give at least one of each"
-        )
-
-
-def _log_likelihoods(
-    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, prepend_bos: bool
-) -> Float[Tensor, " token"]:
-    log_probs, _ = _next_tokens(model, prompts, tokens, prepend_bos=prepend_bos)
-    return log_probs.gather(1, torch.cat(list(tokens))[:, None])[:, 0].double()
-
-
 def _next_tokens(
-    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], *, prepend_bos: bool
+    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], chat_template: bool
 ) -> tuple[Float[Tensor, "token d_vocab"], list[int]]:
-    """Return the log probabilities of every token of some texts, and their prompts' lengths."""
-    contexts = [model.to_tokens(prompt, prepend_bos=prepend_bos)[0].cpu() for prompt in prompts]
-    joined = [torch.cat(pair) for pair in zip(contexts, tokens, strict=True)]
-    rows = [torch.full((len(t),), i) for i, t in enumerate(tokens)]
-    columns = [torch.arange(len(t)) + len(c) - 1 for c, t in zip(contexts, tokens, strict=True)]
-    log_probs = next_token_log_probs(
-        model, pad_sequence(joined, batch_first=True), torch.cat(rows), torch.cat(columns)
-    ).cpu()
+    """Return the log probabilities at every token of some texts, and their prompts' lengths."""
+    rows = _as_read(model, prompts, chat_template)
+    contexts = [model.to_tokens(row, prepend_bos=not chat_template)[0].cpu() for row in rows]
+    pairs = list(zip(contexts, tokens, strict=True))
+    joined = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
+    row = torch.cat([torch.full((len(t),), i) for i, t in enumerate(tokens)])
+    column = torch.cat([torch.arange(len(t)) + len(c) - 1 for c, t in pairs])
+    log_probs = next_token_log_probs(model, joined, row, column).cpu()
     return log_probs, [len(context) for context in contexts]
 
 
 def _as_read(model: Any, prompts: Sequence[str], chat_template: bool) -> list[str]:
-    """Return prompts as the host is to read them; chat templates checked token by token."""
+    """Return prompts as the backend should read them; chat prompts checked token by token."""
     if not chat_template:
         return list(prompts)
     tokenizer = tokenizer_of(model)
@@ -207,13 +169,13 @@ def _as_read(model: Any, prompts: Sequence[str], chat_template: bool) -> list[st
     for prompt, text in zip(prompts, written, strict=True):
         example = LabelledExample(prompt=prompt, label="none")
         ours = tokenize_example(model, example, chat_template=True).tokens.tolist()
-        host = model.to_tokens(text, prepend_bos=False)[0].tolist()
-        # Centroids are made of one, texts are written after the other.
-        if host != ours:
+        backend = model.to_tokens(text, prepend_bos=False)[0].tolist()
+        # Centroids are made of the one, texts are written after the other.
+        if backend != ours:
             raise ValueError(
-                f"the host reads the chat prompt {text!r} as {len(host)} tokens, the tokenizer as "
-                f"{len(ours)}, which differ: set tokenizer.add_bos_token so that BOS comes once, "
-                f"and shorten what is longer than the model's {int(model.cfg.n_ctx)} tokens"
+                f"the backend must read the chat prompt {text!r} as the tokenizer does ({len(ours)}"
+                f" tokens), got {len(backend)} tokens: set tokenizer.add_bos_token so that BOS "
+                f"comes once, and shorten what exceeds the model's {model.cfg.n_ctx} tokens"
             )
     return written
 

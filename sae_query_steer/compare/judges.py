@@ -7,11 +7,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import Formatter
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 
-from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.examples import LabelledExample, check_classes
 
 TEMPLATE = """Which of these classes does the response belong to: {classes}?
 
@@ -43,17 +48,32 @@ class Judge(Protocol):
         ...
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
-        """Return the class of each text, which answers the prompt of the same index; None for none.
-
-        Raises:
-            ValueError: not one prompt for each text.
-        """
+        """Return the class of each text, which answers the prompt of the same index, or None."""
         ...
 
 
+class _Measured:
+    """Judges by a function, of which users measure the accuracy."""
+
+    def measured(self: Any, examples: Sequence[LabelledExample]) -> Any:
+        """Return this judge with its accuracy on the responses of labelled examples.
+
+        Raises:
+            ValueError: an example without a response, or whose label is not a class.
+        """
+        _check_responses(examples)
+        if others := sorted({e.label for e in examples} - set(self.classes)):
+            raise ValueError(
+                f"labels must be among classes={list(self.classes)}, got {others}: leave such "
+                "examples out"
+            )
+        found = self([e.prompt for e in examples], [e.response for e in examples])
+        return replace(self, held_out=_scores(found, [e.label for e in examples], self.classes))
+
+
 @dataclass(frozen=True, eq=False)
-class RuleJudge:
-    """A judge by a function of the user's."""
+class RuleJudge(_Measured):
+    """A judge by a user's function."""
 
     rule: Callable[[str, str], str | None]
     """From prompt and text to the class, or None."""
@@ -64,36 +84,22 @@ class RuleJudge:
     held_out: Mapping[str, float] = field(default_factory=dict, kw_only=True)
     """See `Judge`; set by `measured`."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", _checked_classes(self.classes))
-
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
         """Return the rule's class of each text.
 
         Raises:
             ValueError: not one prompt for each text, or a class that is not among the classes.
         """
-        check_pairs(prompts, texts)
         found = [self.rule(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        for index, name in enumerate(found):
-            if name is not None and name not in self.classes:
-                raise ValueError(
-                    f"the rule says {name!r} of text {index}, which is not among classes="
-                    f"{list(self.classes)}: name it there, or return None"
-                )
+        if others := {name for name in found if name is not None} - set(self.classes):
+            raise ValueError(
+                f"the rule must return None or one of {list(self.classes)}, got {sorted(others)}"
+            )
         return found
-
-    def measured(self, examples: Sequence[LabelledExample]) -> "RuleJudge":
-        """Return this judge with its accuracy on the responses of labelled examples.
-
-        Raises:
-            ValueError: no examples, one without a response, or a label that is not a class.
-        """
-        return replace(self, held_out=_measure(self, examples))
 
 
 @dataclass(frozen=True, eq=False)
-class LanguageModelJudge:
+class LanguageModelJudge(_Measured):
     """A judge that asks a language model, one question for each text.
 
     The answer must name exactly one class as a whole word, in any case; of names that contain each
@@ -109,34 +115,30 @@ class LanguageModelJudge:
     """What it may answer; names that differ in more than case."""
 
     template: str = TEMPLATE
-    """The question, with {text}, and where wanted {prompt} and {classes}."""
+    """The question, with {text}, and if wanted {prompt} and {classes}."""
 
     held_out: Mapping[str, float] = field(default_factory=dict, kw_only=True)
     """See `Judge`; set by `measured`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", _checked_classes(self.classes))
         if len({name.casefold() for name in self.classes}) < len(self.classes):
             raise ValueError(
-                f"classes={list(self.classes)} differ in case alone: no answer tells them apart"
+                f"classes must differ in more than case, got {list(self.classes)}: no answer tells "
+                "them apart"
             )
-        try:
-            names = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
-        except ValueError as error:
-            raise ValueError(f"the template can't be read ({error}): write {{{{ for {{") from None
+        names = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
         if "text" not in names or not names <= {"prompt", "text", "classes"}:
             raise ValueError(
-                f"the template has {sorted(names)} to fill in: it needs {{text}}, may have "
-                "{prompt} and {classes}, and writes other braces twice"
+                "the template must have {text}, and may have {prompt} and {classes}, got "
+                f"{sorted(names)}: write other braces twice"
             )
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
-        """Return the class that the model names for each text; None where it names none or several.
+        """Return the class that the model names for each text; None if it names none or several.
 
         Raises:
             ValueError: not one prompt for each text.
         """
-        check_pairs(prompts, texts)
         names = ", ".join(self.classes)
         return [
             self.parsed(self.ask(self.template.format(prompt=prompt, text=text, classes=names)))
@@ -154,46 +156,89 @@ class LanguageModelJudge:
         found = {longest_first[cast(int, match.lastindex) - 1] for match in matches}
         return found.pop() if len(found) == 1 else None
 
-    def measured(self, examples: Sequence[LabelledExample]) -> "LanguageModelJudge":
-        """Return this judge with its accuracy on the responses of labelled examples.
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassifierJudge:
+    """A linear classifier of word and character n-grams; made by `fit`.
+
+    Source: scikit-learn's logistic regression over TF-IDF; the features are our choice.
+    """
+
+    pipeline: Pipeline = field(repr=False)
+    """Features and classifier."""
+
+    classes: tuple[str, ...]
+    """Those of the examples."""
+
+    held_out: Mapping[str, float]
+    """See `Judge`; of a classifier that was trained without the held-out texts."""
+
+    @classmethod
+    def fit(cls, examples: Sequence[LabelledExample], *, seed: int = 0) -> "ClassifierJudge":
+        """Return a judge trained on the responses of labelled examples.
+
+        A quarter of each class is held out and scored; then the judge is trained on all. A response
+        that occurs twice in a class counts once, so that none is on both sides.
+
+        Args:
+            examples: four or more different responses of each class.
+            seed: of which texts are held out.
 
         Raises:
-            ValueError: no examples, one without a response, or a label that is not a class.
+            ValueError: an example without a response, fewer than two classes, or a class with fewer
+                than four different responses.
         """
-        return replace(self, held_out=_measure(self, examples))
+        _check_responses(examples)
+        pairs = list(dict.fromkeys((e.response.strip(), e.label) for e in examples))
+        classes = tuple(check_classes((label for _, label in pairs), at_least=4))
+        train: list[tuple[str, str]] = []
+        test: list[tuple[str, str]] = []
+        for name in classes:
+            own = [pair for pair in pairs if pair[1] == name]
+            n_test = round(len(own) * 0.25)
+            kept, out = train_test_split(own, test_size=n_test, random_state=seed)
+            train += kept
+            test += out
+        judge = cls(pipeline=_fitted(train), classes=classes, held_out={})
+        texts, labels = [text for text, _ in test], [label for _, label in test]
+        scores = _scores(judge(texts, texts), labels, classes)
+        return replace(judge, pipeline=_fitted(pairs), held_out=scores)
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+        """Return the class of each text; None if it has no n-gram of the training texts."""
+        del prompts
+        if not texts:
+            return []
+        features = self.pipeline[:-1].transform(list(texts))
+        guesses = self.pipeline[-1].predict(features)
+        known = np.asarray((features != 0).sum(axis=1)).ravel() > 0
+        return [
+            str(guess) if any_ and guess in self.classes else None
+            for guess, any_ in zip(guesses, known, strict=True)
+        ]
 
 
-def _measure(judge: Judge, examples: Sequence[LabelledExample]) -> dict[str, float]:
-    if not examples:
-        raise ValueError("there are no examples to measure the judge on: give at least one")
-    check_responses(examples)
-    for index, example in enumerate(examples):
-        if example.label not in judge.classes:
-            raise ValueError(
-                f"label {example.label!r} of example {index} is not among classes="
-                f"{list(judge.classes)}: leave such examples out"
-            )
-    found = judge([e.prompt for e in examples], [e.response for e in examples])
-    return judged_scores(found, [e.label for e in examples], judge.classes)
+def _fitted(pairs: Sequence[tuple[str, str]]) -> Pipeline:
+    # Punctuation counts as words, so that no text is without any.
+    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]+", sublinear_tf=True)
+    pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    pipeline = make_pipeline(
+        FeatureUnion([("words", words), ("pieces", pieces)]),
+        LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000),
+    )
+    return pipeline.fit([text for text, _ in pairs], [label for _, label in pairs])
 
 
-def judged_scores(
+def _scores(
     found: Sequence[str | None], labels: Sequence[str], classes: Sequence[str]
 ) -> dict[str, float]:
-    """Return the scores of classes that were found; see `Judge.held_out`.
-
-    Args:
-        found: a judge's class of each text.
-        labels: the true class of each.
-        classes: all that the judge knows.
-    """
+    """Return `Judge.held_out` of found and true classes."""
     right = [guess == label for guess, label in zip(found, labels, strict=True)]
     present = sorted(set(labels))
     guesses = ["" if guess is None else guess for guess in found]
-    balanced = recall_score(labels, guesses, labels=present, average="macro")
     return {
         "accuracy": sum(right) / len(right),
-        "balanced_accuracy": float(balanced),
+        "balanced_accuracy": float(recall_score(labels, guesses, labels=present, average="macro")),
         "answered": sum(guess is not None for guess in found) / len(found),
         "n": float(len(found)),
         "chance": 1 / len(classes),
@@ -201,38 +246,10 @@ def judged_scores(
     }
 
 
-def check_responses(examples: Sequence[LabelledExample]) -> None:
-    """Raise unless every example has a response.
-
-    Raises:
-        ValueError: one has none; the message gives its index.
-    """
-    for index, example in enumerate(examples):
-        if not example.response.strip():
-            raise ValueError(
-                f"example {index} has no response, only the prompt {example.prompt[:30]!r}: a "
-                "judge is for responses; put the text to be judged there"
-            )
-
-
-def check_pairs(prompts: Sequence[str], texts: Sequence[str]) -> None:
-    """Raise unless there is one prompt for each text.
-
-    Raises:
-        ValueError: the message gives both numbers.
-    """
-    if isinstance(prompts, str) or isinstance(texts, str) or len(prompts) != len(texts):
+def _check_responses(examples: Sequence[LabelledExample]) -> None:
+    missing = [i for i, example in enumerate(examples) if not example.response.strip()]
+    if missing or not examples:
         raise ValueError(
-            f"{len(prompts)} prompts do not fit {len(texts)} texts: give two lists, one prompt for "
-            "each text"
+            f"examples for a judge must be one or more with a response each, got {len(examples)}, "
+            f"of which {len(missing)} without a response (the first: {missing[:3]})"
         )
-
-
-def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(classes)
-    blank = isinstance(classes, str) or not all(name.strip() for name in names)
-    if blank or not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"classes={classes!r} are not allowed: give a list of names, none blank and each once"
-        )
-    return names

@@ -1,4 +1,4 @@
-"""The log of a comparison: a JSON line for each outcome, written as it comes."""
+"""The log of a comparison: a JSON line for each outcome, written as soon as it is measured."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ HEAD = "sae_query_steer.comparison/1"
 
 
 class ComparisonLog:
-    """Outcomes by what was done, in a file of JSON lines.
+    """Outcomes by key, in a file of JSON lines.
 
     The first line holds the settings; a log of other settings is refused. Lines are only appended:
     a last line without its end, as a killed process or a full disk leaves it, is cut off when the
-    log is opened again, and a line that cannot be read is passed over with a warning.
+    log is opened again, and a line that cannot be read is skipped with a warning.
 
     Args:
-        path: the file; made with the folder that it is in.
+        path: the file; made with its folder.
         settings: what outcomes depend on: model, data, seeds, sizes.
 
     Raises:
@@ -57,12 +57,11 @@ class ComparisonLog:
             file.truncate(len(whole + end))
         if not end:  # not even the head was written whole
             return False
-        lines = [_parsed(line) for line in whole.split(b"\n")]
-        if lines[0] is None or lines[0].get("format") != HEAD:
+        first, *lines = map(_parsed, whole.split(b"\n"))
+        if first.get("format") != HEAD:
             raise ValueError(f"{self.path} is no log of a comparison")
-        if lines[0] != head:
-            stored, now = lines[0].get("settings"), head["settings"]
-            then = stored if isinstance(stored, dict) else {}
+        if first != head:
+            then, now = dict(first.get("settings") or {}), head["settings"]
             names = sorted(n for n in {*then, *now} if then.get(n) != now.get(n))
             differing = ", ".join(f"{n}={then.get(n)!r} there, {now.get(n)!r} here" for n in names)
             raise ValueError(
@@ -70,8 +69,8 @@ class ComparisonLog:
                 "or the settings of that one"
             )
         damaged = 0
-        for line in lines[1:]:
-            if line and all(isinstance(line.get(part), dict) for part in ("key", "outcome")):
+        for line in lines:
+            if all(isinstance(line.get(part), dict) for part in ("key", "outcome")):
                 self._known[_name(line["key"])] = line["outcome"]
             else:
                 damaged += 1
@@ -109,9 +108,10 @@ def _name(key: dict[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Return the object of a line, empty if there is none."""
     try:
         found = json.loads(line)
     except (RecursionError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}

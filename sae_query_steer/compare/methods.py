@@ -1,33 +1,77 @@
-"""Methods to compare, in one form: other prompts, descents, added directions, patched queries."""
+"""What is compared: cases, and methods that lead from a case's prompt to its target class."""
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
+from sae_query_steer.arguments import check_number
 from sae_query_steer.baselines.residual import residual_mean_difference
 from sae_query_steer.baselines.rows import decoder_rows
 from sae_query_steer.baselines.simple import few_shot_prompt, random_direction
-from sae_query_steer.compare.cases import SteeringCase
-from sae_query_steer.compare.descents import Descent
-from sae_query_steer.compare.query_patch import requested_queries
-from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.examples import LabelledExample, check_classes
+from sae_query_steer.descent.objectives import (
+    CentroidContrast,
+    Objective,
+    PrototypeLogLikelihood,
+    SquaredDistance,
+)
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
-from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.targets.centroids import CentroidTargets
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Of added directions, in units of the difference of means. Source: our choice."""
 
+Layers = Iterable[Sequence[int]]
+"""Sets of layers that are steered together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringCase:
+    """A prompt, and the class that the text written after it should have."""
+
+    prompt: str
+    target: str
+    source: str | None = None
+    """The class that the prompt leads to by itself, if known."""
+
+    requesting: str | None = None
+    """The same prompt with a request for the target, if the task has such prompts."""
+
+
+def cases_of(examples: Sequence[LabelledExample], n: int) -> list[SteeringCase]:
+    """Return n cases from labelled prompts, each with another class than its own as the target.
+
+    Pairs of source and target are balanced; a prompt is reused, for another target, only after all
+    prompts of its class were used.
+
+    Raises:
+        ValueError: fewer than two classes, or more cases than prompts and other classes give.
+    """
+    classes = sorted(check_classes((e.label for e in examples), at_least=1))
+    pools = {name: [e.prompt for e in examples if str(e.label) == name] for name in classes}
+    others = len(classes) - 1
+    cases = []
+    for lap in range(max(map(len, pools.values())) * others):
+        for index, source in enumerate(classes):
+            round_, place = divmod(lap, len(pools[source]))
+            if round_ < others:
+                target = classes[(index + 1 + (place + round_) % others) % len(classes)]
+                prompt = pools[source][place]
+                cases.append(SteeringCase(prompt=prompt, target=target, source=source))
+    check_number("n cases", n, whole=True, least=1, most=len(cases))
+    return cases[:n]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to get texts of a target class from cases: by another prompt, or by steering."""
+    """One way to get texts of a target class from cases: another prompt, or steering."""
 
     name: str
     objective: str | None = None
@@ -42,14 +86,61 @@ class Method:
 
     n_steps: int | None = None
     steerer: Callable[[Sequence[SteeringCase], float], Any] | None = None
-    """From cases and a strength to a steerer with a row for each case, in this order; None for
-    methods that change the prompt alone."""
+    """From cases and a strength to a steerer with one target for each case, in order; None for
+    methods that only change the prompt."""
 
     prompts: Callable[[Sequence[SteeringCase]], list[str]] | None = None
     """The prompts to continue; None means each case's own."""
 
     strengths: Sequence[float] = (0.0,)
-    """Growing strengths to try, step sizes of the descents; one is enough where none is chosen."""
+    """Increasing strengths to try; the step sizes of descents."""
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns that identify the method in a table."""
+        return {
+            "method": self.name,
+            "objective": self.objective,
+            "centroids": self.centroids,
+            "span": self.span,
+            "scope": self.scope,
+            "layers": ",".join(map(str, self.layers or ())),
+            "heads": "all" if self.heads is None else ",".join(map(str, self.heads)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """An objective with its number of steps and the step sizes to try."""
+
+    name: str
+    objective: Objective
+    n_steps: int
+    step_sizes: tuple[float, ...]
+
+
+# Distance and contrast are linear in z, so one step equals twenty smaller ones. The prototype's
+# step shrinks as the target's posterior grows, so more steps are safe. The largest step sizes break
+# the text, so that the texts end the search, not the grid.
+DESCENTS = (
+    Descent(
+        name="prototype",
+        objective=PrototypeLogLikelihood(),
+        n_steps=20,
+        step_sizes=(0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+    ),
+    Descent(
+        name="squared distance",
+        objective=SquaredDistance(),
+        n_steps=1,
+        step_sizes=(0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0),
+    ),
+    Descent(
+        name="contrast",
+        objective=CentroidContrast(),
+        n_steps=1,
+        step_sizes=(1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0),
+    ),
+)
 
 
 def prompt_methods(
@@ -59,13 +150,13 @@ def prompt_methods(
     seed: int = 0,
     separator: str = "\n\n",
 ) -> list[Method]:
-    """Return the methods that change the prompt: nothing, the request, and solved examples.
+    """Return the methods that change the prompt: none, the request, and few-shot examples.
 
     Args:
-        solved: labelled prompts with responses, to show; none of the cases.
-        shots: how many are shown, a method for each.
-        seed: of which are shown.
-        separator: what stands between two examples, and before the prompt.
+        solved: labelled prompts with responses to show; none of the cases.
+        shots: numbers of examples, a method for each.
+        seed: of the choice of examples.
+        separator: text between two examples and before the prompt.
     """
 
     def few_shot(k: int) -> Method:
@@ -91,7 +182,7 @@ def descent_methods(
     targets: Mapping[str, CentroidTargets],
     descents: Sequence[Descent],
     *,
-    layers: Iterable[Sequence[int]],
+    layers: Layers,
     heads: Iterable[Sequence[int] | None] = (None,),
     scopes: Iterable[Scope] = (LastPromptToken(),),
     centroids: str | None = None,
@@ -100,13 +191,13 @@ def descent_methods(
 
     Args:
         name: of the methods, such as "SAE descent".
-        encoders: by hook name; over `identity_encoders` it is dense steering.
-        targets: centroids of these encoders, by the name of the span that they were taken over.
+        encoders: by hook name; `identity_encoders` gives dense steering.
+        targets: centroids of these encoders, by the name of their span.
         descents: the objectives.
         layers: sets of layers that are steered together.
         heads: sets of heads; None means all.
-        scopes: where to steer.
-        centroids: of which prompts the centroids are, to tell the methods apart by.
+        scopes: which tokens are steered.
+        centroids: label of the prompts that gave the centroids.
     """
 
     def method(
@@ -142,78 +233,53 @@ def descent_methods(
 
 
 def decoder_rows_methods(
-    encoders: Mapping[str, QueryEncoder],
-    targets: CentroidTargets,
-    *,
-    span: str,
-    layers: Iterable[Sequence[int]],
-    scope: Scope | None = None,
-    centroids: str | None = None,
-    m: int = 4,
+    encoders: Mapping[str, QueryEncoder], targets: CentroidTargets, **choices: Any
 ) -> list[Method]:
-    """Return the decoder rows of each class's m top latents, a method for each set of layers.
+    """Return the decoder rows of each class's 4 top latents, a method for each set of layers.
 
     Args:
         encoders: SAEs by hook name.
         targets: their centroids.
-        span: name of the span that the centroids were taken over.
-        layers: sets of layers that are steered together.
-        scope: where to steer; None means the last prompt token.
-        centroids: of which prompts they are, to tell the methods apart by.
-        m: latents of each head.
+        choices: span, layers, scope and centroids; see `residual_methods`.
     """
-
-    def steerer(wanted: list[str], **where: Any) -> Steerer:
-        return decoder_rows(encoders, targets, target=wanted, m=m, **where)
-
-    return _added(f"decoder rows (m={m})", steerer, (centroids, span), layers, scope)
+    make = partial(decoder_rows, encoders, targets, m=4)
+    return _added("decoder rows (m=4)", make, **choices)
 
 
-def residual_methods(
-    means: CentroidTargets,
-    *,
-    span: str,
-    layers: Iterable[Sequence[int]],
-    scope: Scope | None = None,
-    centroids: str | None = None,
-) -> list[Method]:
+def residual_methods(means: CentroidTargets, **choices: Any) -> list[Method]:
     """Return contrastive activation addition after each set of layers, a method for each.
 
     The relative change of these methods is that of the residual stream.
 
     Args:
         means: of the classes, from `residual_means`.
-        span: name of the span that they were taken over.
-        layers: sets of layers after which the difference is added.
-        scope: where to steer; None means the last prompt token.
-        centroids: of which prompts the means are, to tell the methods apart by.
+        choices: span, the name of the span of the means; layers, sets of layers after which the
+            difference is added; scope, which tokens are steered (default: the last prompt token);
+            centroids, label of the prompts that gave the means.
     """
-
-    def steerer(wanted: list[str], **where: Any) -> Steerer:
-        return residual_mean_difference(means, target=wanted, **where)
-
-    return _added("residual mean difference", steerer, (centroids, span), layers, scope)
+    make = partial(residual_mean_difference, means)
+    return _added("residual mean difference", make, **choices)
 
 
 def _added(
     name: str,
     make: Callable[..., Any],
-    which: tuple[str | None, str],
-    layers: Iterable[Sequence[int]],
-    scope: Scope | None,
+    *,
+    span: str,
+    layers: Layers,
+    scope: Scope = LastPromptToken(),  # noqa: B008
+    centroids: str | None = None,
 ) -> list[Method]:
-    at = LastPromptToken() if scope is None else scope
-
     def method(some: Sequence[int]) -> Method:
         def steerer(cases: Sequence[SteeringCase], strength: float) -> Any:
             wanted = [case.target for case in cases]
-            return make(wanted, strength=strength, scope=at, layers=some)
+            return make(target=wanted, strength=strength, scope=scope, layers=some)
 
         return Method(
             name=name,
-            centroids=which[0],
-            span=which[1],
-            scope=scope_name(at),
+            centroids=centroids,
+            span=span,
+            scope=scope_name(scope),
             layers=tuple(some),
             n_steps=1,
             strengths=STRENGTHS,
@@ -223,41 +289,8 @@ def _added(
     return [method(some) for some in layers]
 
 
-def interchange_methods(
-    model: Any, layers: Iterable[Sequence[int]], *, chat_template: bool = False
-) -> list[Method]:
-    """Return the reference, a method for each set of layers: queries of the requesting prompts.
-
-    Each case gets, at its last prompt token, the queries that the model has there if its prompt
-    requests the target. If the model obeys requests, this shows how far a query can lead.
-
-    Args:
-        model: the one that is steered.
-        layers: sets of layers that are patched together, all heads of them.
-        chat_template: read the requesting prompts in the tokenizer's chat template, as a
-            `TextScorer` with it does.
-
-    Raises:
-        ValueError: when used, a case has no requesting prompt.
-    """
-
-    def method(some: Sequence[int]) -> Method:
-        def patch(cases: Sequence[SteeringCase], strength: float) -> Steerer:
-            del strength
-            return requested_queries(model, cases, some, chat_template=chat_template)
-
-        return Method(
-            name="interchange",
-            scope=scope_name(LastPromptToken()),
-            layers=tuple(some),
-            steerer=patch,
-        )
-
-    return [method(some) for some in layers]
-
-
 def random_methods(model_of: Method, seeds: Sequence[int]) -> list[Method]:
-    """Return the negative controls of a descent: random directions, as long as its changes.
+    """Return the negative controls of a descent: random directions of the same length.
 
     Raises:
         ValueError: the method does not steer.
@@ -267,14 +300,13 @@ def random_methods(model_of: Method, seeds: Sequence[int]) -> list[Method]:
         raise ValueError(f"model_of must be a method that steers, got {model_of.name}")
 
     def control(seed: int) -> Method:
-        return Method(
+        return replace(
+            model_of,
             name=f"random direction (seed {seed})",
-            centroids=model_of.centroids,
-            span=model_of.span,
-            scope=model_of.scope,
-            layers=model_of.layers,
-            heads=model_of.heads,
+            objective=None,
+            n_steps=None,
+            strengths=(0.0,),
             steerer=lambda cases, strength: random_direction(make(cases, strength), seed=seed),
         )
 
-    return [control(seed) for seed in seeds]
+    return list(map(control, seeds))

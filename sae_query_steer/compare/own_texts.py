@@ -1,34 +1,37 @@
 """The comparison on a model and labelled texts of the user's own."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from sae_query_steer.baselines.residual import residual_means
-from sae_query_steer.compare.cases import cases_of
-from sae_query_steer.compare.classifier_judge import ClassifierJudge
 from sae_query_steer.compare.comparison import Comparison, compare_methods
-from sae_query_steer.compare.descents import DESCENTS, Descent
+from sae_query_steer.compare.judges import ClassifierJudge
 from sae_query_steer.compare.log import ComparisonLog, digest_of
 from sae_query_steer.compare.methods import (
+    DESCENTS,
+    Descent,
+    cases_of,
     decoder_rows_methods,
     descent_methods,
     prompt_methods,
     residual_methods,
 )
-from sae_query_steer.compare.scorer import TextScorer, check_writing
-from sae_query_steer.compare.sites import layer_verdicts
-from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.data.tokenized import tokenize_examples
+from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.data.examples import LabelledExample, check_classes
+from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
+from sae_query_steer.diagnostics.class_separability import separability
+from sae_query_steer.diagnostics.interchange import interchange_effect
+from sae_query_steer.diagnostics.verdicts import site_verdicts
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope, Span
-from sae_query_steer.sites import query_sites
+from sae_query_steer.sites import ALL_HEADS, QuerySite, query_sites
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 
 
@@ -62,30 +65,52 @@ def compare_on_texts(
         examples: labelled prompts with responses, 20 or more of each class.
         layers: which layers; None means all of the model.
         span: of the centroids; None means the last prompt token.
-        scope: where to steer; None means the last prompt token.
+        scope: which tokens are steered; None means the last prompt token.
         descents: objectives with their steps and step sizes.
         n_cases: cases of validation and of test each.
         max_new_tokens: most tokens of a text.
         temperature: of sampling, seeded row by row; None decodes greedily.
         chat_template: put prompts into the tokenizer's chat template.
         seed: of splits, pairs, shown examples and sampling.
-        settings: what else the log and the report are to hold, such as names of files.
+        settings: what else the log and the report should hold, such as names of files.
         log: a file for what the methods wrote, from which a stopped run continues; None keeps none.
 
     Raises:
         ValueError: too few examples of a class or too many cases, a layer without SAEs, a length or
             temperature that is not allowed, or a log of other settings or texts.
     """
-    check_writing(max_new_tokens, temperature)
     span = LastPromptToken() if span is None else span
     scope = LastPromptToken() if scope is None else scope
-    steering, judging, validation, test = split_four_ways(examples, seed)
-    judge = ClassifierJudge.fit(judging, seed=seed)
-    cases = {"validation": cases_of(validation, n_cases), "test": cases_of(test, n_cases)}
     sites = query_sites(model, layers)
-    missing = [site.layer for site in sites if site.hook_name not in saes]
-    if missing:
+    if missing := [site.layer for site in sites if site.hook_name not in saes]:
         raise ValueError(f"saes must hold all layers, got none for {missing}: train them")
+    steering, judging, validation, test = _four_parts(examples, seed)
+    judge = ClassifierJudge.fit(judging, seed=seed)
+    told = {
+        **(settings or {}),
+        "layers": [site.layer for site in sites],
+        "span": scope_name(span),
+        "scope": scope_name(scope),
+        "descents": [descent.name for descent in descents],
+        "n_cases": n_cases,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "chat_template": chat_template,
+        "seed": seed,
+    }
+    scorers = [
+        TextScorer(
+            model,
+            {"other class": cases_of(some, n_cases)},
+            judge,
+            max_new_tokens=max_new_tokens,
+            split=split,
+            temperature=temperature,
+            seed=seed + (split == "test"),
+            chat_template=chat_template,
+        )
+        for split, some in (("validation", validation), ("test", test))
+    ]
     chosen = {site.hook_name: saes[site.hook_name] for site in sites}
     read: dict[str, Any] = {"span": span, "chat_template": chat_template}
     held_out = tokenize_examples(model, validation, **read)
@@ -102,62 +127,39 @@ def compare_on_texts(
     methods += decoder_rows_methods(chosen, made[1], span=name, scope=scope, layers=alone)
     means = residual_means(model, tokenized, [site.layer for site in sites])
     methods += residual_methods(means, span=name, scope=scope, layers=alone)
-    told = {
-        **(settings or {}),
-        "layers": [site.layer for site in sites],
-        "span": name,
-        "scope": scope_name(scope),
-        "descents": [descent.name for descent in descents],
-        "n_cases": n_cases,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "chat_template": chat_template,
-        "seed": seed,
-    }
-    kept = None
     if log is not None:
         kept = ComparisonLog(log, told | {"contents": digest_of(made, examples)})
-    scorers = [
-        TextScorer(
-            model,
-            {"other class": some},
-            judge,
-            max_new_tokens=max_new_tokens,
-            split=split,
-            log=kept,
-            temperature=temperature,
-            seed=seed + (split == "test"),
-            chat_template=chat_template,
-        )
-        for split, some in cases.items()
-    ]
-    return replace(
-        compare_methods(scorers[0], scorers[1], methods),
-        sites=table,
-        judge=judge.held_out,
-        settings=told,
-    )
+        scorers = [replace(scorer, log=kept) for scorer in scorers]
+    compared = compare_methods(scorers[0], scorers[1], methods)
+    return replace(compared, sites=table, judge=judge.held_out, settings=told)
 
 
-def split_four_ways(
+def layer_verdicts(
+    model: Any,
+    encoders: Mapping[str, QueryEncoder],
+    sites: Sequence[QuerySite],
+    examples: TokenizedExamples,
+    *,
+    n_pairs: int = 64,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return interchange effect, separability and verdict of each layer, all heads together."""
+    moved = interchange_effect(model, sites, examples, n_pairs=n_pairs, per_head=False, seed=seed)
+    apart = separability(model, encoders, examples, seed=seed)
+    table = moved.merge(apart[apart["head"] == ALL_HEADS], on=["layer", "head"])
+    return site_verdicts(table.drop(columns="head"))
+
+
+def _four_parts(
     examples: Sequence[LabelledExample], seed: int
 ) -> tuple[list[LabelledExample], ...]:
-    """Return examples for centroids, judge, validation and test, each class in all of them.
-
-    Raises:
-        ValueError: a class has fewer than 20 examples.
-    """
-    counts = Counter(str(example.label) for example in examples)
-    if min(counts.values(), default=0) < 20:
-        raise ValueError(
-            f"each class must have 20 examples or more, to split four ways, got {dict(counts)}"
-        )
+    """Return examples for centroids, judge, validation and test, each class in all of them."""
+    check_classes((example.label for example in examples), at_least=20)
 
     def halves(some: Sequence[LabelledExample], share: float) -> list[list[LabelledExample]]:
         labels = [str(example.label) for example in some]
-        return list(
-            map(list, train_test_split(some, test_size=share, random_state=seed, stratify=labels))
-        )
+        parts = train_test_split(some, test_size=share, random_state=seed, stratify=labels)
+        return list(map(list, parts))
 
     steering, others = halves(list(examples), 0.6)
     judging, rest = halves(others, 2 / 3)

@@ -2,27 +2,34 @@
 
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sae_query_steer.compare import figures
-from sae_query_steer.compare.comparison import Comparison
-from sae_query_steer.compare.figures import best_row, is_control, row_names
-from sae_query_steer.compare.outcomes import MAX_PERPLEXITY_RATIO
+from sae_query_steer.compare.comparison import MAX_PERPLEXITY_RATIO, Comparison
 from sae_query_steer.diagnostics.verdicts import closing_sentence
 from sae_query_steer.storage.folders import check_replaceable, new_folder
 from sae_query_steer.storage.records import write_json
 
 RESULTS = "comparison.json"
-"""By this file the folder of a comparison is known."""
+"""This file identifies the folder of a comparison."""
+
+_PARTS = {
+    "objective": "{}",
+    "centroids": "{} prompts",
+    "span": "over {}",
+    "scope": "at {}",
+    "layers": "layer {}",
+    "heads": "heads {}",
+}
 
 _SHOWN = {
     "task": "task",
@@ -56,7 +63,7 @@ _SITES = {
 def write_comparison(found: Comparison, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write `report.html`, `comparison.json` and the tables as CSV, whole or not at all.
 
-    The tables are `table.csv`, `curves.csv`, `texts.csv` and, where measured, `sites.csv` and
+    The tables are `table.csv`, `curves.csv`, `texts.csv` and, if measured, `sites.csv` and
     `saes.csv`.
 
     Raises:
@@ -68,21 +75,13 @@ def write_comparison(found: Comparison, folder: str | Path, *, overwrite: bool =
         for name, table in tables.items():
             if table is not None:
                 table.to_csv(new / f"{name}.csv", index=False)
-        write_json(
-            new / RESULTS,
-            {
-                "settings": dict(found.settings),
-                "judge": dict(found.judge),
-                "versions": _versions(),
-            },
-        )
+        told = {"settings": dict(found.settings), "judge": dict(found.judge)}
+        write_json(new / RESULTS, told | {"versions": _versions()})
         (new / "report.html").write_text(comparison_html(found), encoding="utf-8")
 
 
 def comparison_html(found: Comparison) -> str:
     """Return the report as one page that holds all it needs, plotly included."""
-    by_layer = figures.layer_table(found.rows)
-    sites, settings = found.sites, {**found.settings, **_versions()}
     environment = Environment(
         loader=PackageLoader("sae_query_steer", "compare"),
         autoescape=True,
@@ -94,51 +93,122 @@ def comparison_html(found: Comparison) -> str:
         n=max(found.rows["n"].tolist()),
         max_ratio=MAX_PERPLEXITY_RATIO,
         specificity=found.rows["specificity"].notna().any(),
-        success=_drawn(figures.success_figure(found)),
+        success=_drawn(_success_figure(found)),
         rows=display_rows(found),
-        frontier=_drawn(figures.frontier_figure(found)),
-        sites=None if sites is None else display_sites(sites),
-        layers=by_layer.round(2).astype(str) if len(by_layer) > 1 else None,
-        matrix=_drawn(figures.matrix_figure(found)),
+        frontier=_drawn(_frontier_figure(found)) if len(found.curves) else None,
+        sites=None if found.sites is None else display_sites(found.sites),
         samples=list(samples(found)),
-        judge=pd.DataFrame({"judge": found.judge.keys(), "value": found.judge.values()}),
+        judge=_pairs(found.judge),
         saes=found.saes,
-        settings=pd.DataFrame({"setting": settings.keys(), "value": map(str, settings.values())}),
+        settings=_pairs({**found.settings, **_versions()}),
     )
 
 
-def _drawn(figure: go.Figure | None) -> Markup | None:
-    if figure is None:
-        return None
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformer-lens", "sae-lens", "transformers", "sae-query-steer")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _pairs(values: Mapping[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame({"name": values.keys(), "value": map(str, values.values())})
+
+
+def _drawn(figure: go.Figure) -> Markup:
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
     return Markup(drawn)  # noqa: S704
+
+
+def _success_figure(found: Comparison) -> go.Figure:
+    """Return success of every row as bars with 95 % intervals, the tasks side by side."""
+    rows = found.rows.assign(
+        name=row_names(found.rows, found.rows),
+        above=found.rows["success_high"] - found.rows["success"],
+        below=found.rows["success"] - found.rows["success_low"],
+    )
+    names = list(dict.fromkeys(rows["name"]))
+    figure = px.bar(
+        rows,
+        x="success",
+        y="name",
+        error_x="above",
+        error_x_minus="below",
+        color="method",
+        facet_col="task",
+        category_orders={"name": names},
+        range_x=[0, 1.02],
+        height=110 + 26 * len(names),
+        template="plotly_white",
+    )
+    return figure.update_layout(showlegend=False)
+
+
+def _frontier_figure(found: Comparison) -> go.Figure:
+    """Return target rate against perplexity ratio on the validation cases, a line for a method."""
+    curves = found.curves.assign(name=row_names(found.curves, found.rows))
+    figure = px.line(
+        curves.sort_values("step_size", kind="stable"),
+        x="perplexity_ratio",
+        y="target_rate",
+        color="name",
+        symbol="name",
+        facet_col="task",
+        hover_data="step_size",
+        log_x=True,
+        range_y=[0, 1.03],
+        height=460,
+        template="plotly_white",
+    )
+    return figure.add_vline(x=MAX_PERPLEXITY_RATIO, line={"dash": "dot", "color": "#9aa0a6"})
+
+
+def row_names(table: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
+    """Return a name for each row of a table: the method, and what differs from most rows.
+
+    Args:
+        table: rows, curves or texts of a comparison.
+        rows: its rows, of which two thirds or more are "most".
+    """
+    usual: dict[str, Any] = {}
+    for part in _PARTS:
+        shares = rows.loc[rows["layers"] != "", part].value_counts(normalize=True)
+        usual[part] = shares.index[0] if len(shares) and shares.iloc[0] >= 2 / 3 else None
+
+    def name(row: Mapping[Any, Any]) -> str:
+        shown = {p: row[p] for p in _PARTS if isinstance(row[p], str) and row["layers"] != ""}
+        return ", ".join(
+            [row["method"], *(_PARTS[p].format(x) for p, x in shown.items() if x != usual[p])]
+        )
+
+    return [name(row) for row in table.to_dict("records")]
 
 
 def verdict(found: Comparison) -> str:
     """Return the result in a few sentences: the best of each kind, and the negative control."""
     said = [] if found.sites is None else [closing_sentence(found.sites)]
-    tasks = list(dict.fromkeys(found.rows["task"]))
-    for task in tasks:
-        rows = found.rows[found.rows["task"] == task]
-        steered = rows[rows["step_size"].notna()]
-        parts = [
-            f"{name} {_rate(rows[rows['method'] == method].iloc[0])}"
-            for name, method in (("unsteered", "unsteered"), ("requested", "instruction"))
-            if method in list(rows["method"])
-        ]
-        if len(steered):
-            best = best_row(steered)
-            (name,) = row_names(pd.DataFrame([best]), found.rows)
-            ratio = best["perplexity_ratio"]
-            parts.append(f"the best steer {_rate(best)} ({name}; perplexity ratio {ratio:.2f})")
-            control = rows[is_control(rows)]
-            if len(control):
-                highest = best_row(control)
-                clear = best["success_low"] > highest["success_high"]
-                end = "" if clear else ", which overlaps: the steer is no better than chance"
-                parts.append(f"random directions of its length {_rate(highest)}{end}")
-        said.append((f"{task}: " if len(tasks) > 1 else "") + ", ".join(parts) + ".")
-    return "Success. " + " ".join(said) if found.sites is None else " ".join(said)
+    for task, rows in found.rows.assign(name=row_names(found.rows, found.rows)).groupby(
+        "task", sort=False
+    ):
+        kinds = {
+            "unsteered": rows["method"] == "unsteered",
+            "requested": rows["method"] == "instruction",
+            "best steering": rows["step_size"].notna(),
+            "random directions of its length": rows["method"].str.startswith("random direction"),
+        }
+        best: dict[str, Any] = {
+            kind: rows[which].iloc[int(rows[which]["success"].to_numpy().argmax())]
+            for kind, which in kinds.items()
+            if which.any()
+        }
+        parts = [f"{kind} {_rate(row)}" for kind, row in best.items()]
+        if "best steering" in best:
+            row = best["best steering"]
+            parts.append(f"(best: {row['name']}, perplexity ratio {row['perplexity_ratio']:.2f})")
+        if "random directions of its length" in best:
+            control = best["random directions of its length"]
+            if best["best steering"]["success_low"] <= control["success_high"]:
+                parts.append("the intervals overlap: steering is no better than chance")
+        said.append(f"Success, {task}: " + ", ".join(parts) + ".")
+    return " ".join(said)
 
 
 def _rate(row: Any) -> str:
@@ -146,7 +216,7 @@ def _rate(row: Any) -> str:
 
 
 def display_rows(found: Comparison) -> pd.DataFrame:
-    """Return the table to read: names in words, intervals, no column that is empty."""
+    """Return the table to read: names in words, intervals, no empty column."""
     rows = found.rows
     made = rows.assign(
         name=row_names(rows, rows),
@@ -157,12 +227,10 @@ def display_rows(found: Comparison) -> pd.DataFrame:
         succeeded=[_rate(row) for _, row in rows.iterrows()],
     )
     hidden = {name for name in _SHOWN if bool(made[name].isna().to_numpy().all())}
-    hidden |= {"task"} if len(set(rows["task"])) == 1 else set()
     hidden |= {"succeeded"} if "grounded" in hidden else set()  # there it is the target rate
     if rows["perplexity_ratio"].equals(rows["perplexity_ratio_original"]):
         hidden.add("perplexity_ratio_original")
-    table = pd.DataFrame({shown: made[n] for n, shown in _SHOWN.items() if n not in hidden})
-    return _rounded(table)
+    return _rounded(pd.DataFrame({s: made[n] for n, s in _SHOWN.items() if n not in hidden}))
 
 
 def display_sites(sites: pd.DataFrame) -> pd.DataFrame:
@@ -179,8 +247,8 @@ def _rounded(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype(object).fillna("")
 
 
-def samples(found: Comparison, n: int = 3) -> Iterator[dict[str, Any]]:
-    """Return cases in full: the first, one from the middle, and the last.
+def samples(found: Comparison) -> Iterator[dict[str, Any]]:
+    """Return three cases in full: the first, the middle and the last one.
 
     Returns:
         title, prompt, and texts, a table of method, text and judged class.
@@ -188,7 +256,7 @@ def samples(found: Comparison, n: int = 3) -> Iterator[dict[str, Any]]:
     texts = found.texts.assign(name=row_names(found.texts, found.rows))
     keys = ["task", "prompt", "target"]
     cases = texts[keys].drop_duplicates()
-    for index in sorted({round(i * (len(cases) - 1) / max(1, n - 1)) for i in range(n)}):
+    for index in sorted({0, len(cases) // 2, len(cases) - 1}):
         case = cases.iloc[index]
         own = texts[(texts[keys] == case).all(axis=1)]
         yield {
@@ -196,11 +264,6 @@ def samples(found: Comparison, n: int = 3) -> Iterator[dict[str, Any]]:
             "prompt": case["prompt"],
             "texts": own[["name", "text", "judged"]].fillna("none"),
         }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformer-lens", "sae-lens", "transformers", "sae-query-steer")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def compare_into(
@@ -225,8 +288,6 @@ def compare_into(
             stopped run is there and `resume` is False. Both before anything runs.
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: give another folder, or --overwrite")
     check_replaceable(out, overwrite=overwrite, holding=RESULTS)
     unfinished = out.with_name(f"{out.name}.unfinished")
     if unfinished.exists() and not resume:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_query_steer.compare.cases import SteeringCase
+from sae_query_steer.arguments import check_number
 from sae_query_steer.compare.generation import (
     Continuations,
     continuations,
@@ -18,22 +18,72 @@ from sae_query_steer.compare.generation import (
 )
 from sae_query_steer.compare.judges import Judge
 from sae_query_steer.compare.log import ComparisonLog
-from sae_query_steer.compare.methods import Method
-from sae_query_steer.compare.outcomes import Outcome
-from sae_query_steer.compare.sampling import check_temperature
+from sae_query_steer.compare.methods import Method, SteeringCase
 from sae_query_steer.steering.engine import SteeringWarning
 
 
-def check_writing(max_new_tokens: int, temperature: float | None) -> None:
-    """Raise unless texts of this length can be written at this temperature.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What one method wrote on some cases at one strength, and how it was judged."""
 
-    Raises:
-        ValueError: fewer than one token, or a temperature that can't be sampled at.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
-    if temperature is not None:
-        check_temperature(temperature)
+    cases: Sequence[SteeringCase]
+    strength: float
+    texts: Sequence[str]
+    """One for each case, like the sequences below."""
+
+    judged: Sequence[str | None]
+    """The class that the judge finds in each text."""
+
+    perplexity_ratio: float
+    """Perplexity of the texts given the prompts that request the target (or the prompts themselves
+    if there are none), divided by that of the model's own texts there."""
+
+    perplexity_ratio_original: float
+    """The same given the prompts themselves."""
+
+    delta_q_ratio: float
+    """Mean of |delta q| / |q|."""
+
+    specificity: float | None = None
+    """Mean KL(unsteered || steered), in nats, of the next tokens of the model's own texts of the
+    target class, which should change little; None if not measured."""
+
+    taken_up: Sequence[str | None] | None = None
+    """The class whose part of its prompt each text takes up; None without a grounding judge."""
+
+    @property
+    def target(self) -> list[bool]:
+        """Whether the judge finds the target class."""
+        return [a == case.target for a, case in zip(self.judged, self.cases, strict=True)]
+
+    @property
+    def source(self) -> list[bool] | None:
+        """Whether the class is still the prompt's own; None if a source is unknown."""
+        if any(case.source is None for case in self.cases):
+            return None
+        return [a == case.source for a, case in zip(self.judged, self.cases, strict=True)]
+
+    @property
+    def grounded(self) -> list[bool] | None:
+        """Whether the text takes up the target's part; None without a grounding judge."""
+        if self.taken_up is None:
+            return None
+        return [a == case.target for a, case in zip(self.taken_up, self.cases, strict=True)]
+
+    @property
+    def success(self) -> list[bool]:
+        """Whether the text is of the target class and, if that is judged, grounded."""
+        return [a and b for a, b in zip(self.target, self.grounded or self.target, strict=True)]
+
+    @property
+    def target_rate(self) -> float:
+        """Share of the texts of the target class."""
+        return sum(self.target) / len(self.target)
+
+    @property
+    def success_rate(self) -> float:
+        """Share of the texts that are a success."""
+        return sum(self.success) / len(self.success)
 
 
 @dataclass(eq=False)
@@ -55,26 +105,26 @@ class TextScorer:
     """Most tokens of a text."""
 
     split: str
-    """Name of the split that the cases are from, for the log."""
+    """Name of the split of the cases, for the log."""
 
     log: ComparisonLog | None = None
-    """Keeps outcomes as they come, so that a stopped comparison continues."""
+    """Keeps outcomes, so that a stopped comparison can be resumed."""
 
     temperature: float | None = None
     """Of sampling; None decodes greedily."""
 
     seed: int = 0
-    """Of sampling: case i of a task draws by (seed, i), whatever batch it is in."""
+    """Of sampling: case i of a task draws by (seed, i) in every batch."""
 
     batch_size: int = 64
     """Rows of one call of `generate`."""
 
     chat_template: bool = False
-    """Put every prompt into the tokenizer's chat template, as the user's turn."""
+    """Put every prompt into the tokenizer's chat template as the user's turn."""
 
     grounding: Judge | None = None
-    """Finds the class whose part of its prompt a text takes up: then a success is a text of the
-    target class that takes up the target's part."""
+    """Finds the class whose part of its prompt a text takes up; if given, a success must also take
+    up the target's part."""
 
     measures_specificity: bool = False
     """Also steer the model's own texts after the prompts that request the target."""
@@ -86,15 +136,27 @@ class TextScorer:
     """-log p of the tokens after a prompt, which several methods may write."""
 
     def __post_init__(self) -> None:
-        check_writing(self.max_new_tokens, self.temperature)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
+        check_number("max_new_tokens", self.max_new_tokens, whole=True, least=1)
+        check_number("batch_size", self.batch_size, whole=True, least=1)
+        if self.temperature is not None:
+            check_number("temperature", self.temperature, least=1e-6)
 
     def score(self, method: Method, strength: float, tasks: Sequence[str]) -> dict[str, Outcome]:
-        """Return what a method does at a strength, task by task."""
-        keys = {task: self._key(method, strength, task) for task in tasks}
-        known = {} if self.log is None else {task: self.log.get(keys[task]) for task in tasks}
-        new = [task for task in tasks if known.get(task) is None]
+        """Return a method's outcome at a strength, by task."""
+        keys = {
+            task: {
+                "split": self.split,
+                "task": task,
+                **method.columns(),
+                "n_steps": method.n_steps,
+                "strength": float(strength),
+                "cases": len(self.cases[task]),
+            }
+            for task in tasks
+        }
+        logged = {} if self.log is None else {task: self.log.get(keys[task]) for task in tasks}
+        known = {task: found for task, found in logged.items() if found is not None}
+        new = [task for task in tasks if task not in known]
         with warnings.catch_warnings():  # the largest strengths of a grid are meant to be too large
             warnings.simplefilter("ignore", SteeringWarning)
             measured = self._measured(method, strength, new)
@@ -103,24 +165,8 @@ class TextScorer:
             if self.log is not None:
                 self.log.add(keys[task], found)
         return {
-            task: Outcome(cases=self.cases[task], strength=float(strength), **(known[task] or {}))
+            task: Outcome(cases=self.cases[task], strength=float(strength), **known[task])
             for task in tasks
-        }
-
-    def _key(self, method: Method, strength: float, task: str) -> dict[str, Any]:
-        return {
-            "split": self.split,
-            "task": task,
-            "method": method.name,
-            "objective": method.objective,
-            "centroids": method.centroids,
-            "span": method.span,
-            "scope": method.scope,
-            "layers": None if method.layers is None else list(method.layers),
-            "heads": None if method.heads is None else list(method.heads),
-            "n_steps": method.n_steps,
-            "strength": float(strength),
-            "cases": len(self.cases[task]),
         }
 
     def _measured(
@@ -128,30 +174,25 @@ class TextScorer:
     ) -> dict[str, dict[str, Any]]:
         """Return what a method does on some tasks, whose cases share the batches."""
         rows = [(case, i) for task in tasks for i, case in enumerate(self.cases[task])]
-        parts = [
-            self._written(method, strength, rows[start : start + self.batch_size])
-            for start in range(0, len(rows), self.batch_size)
-        ]
-        written = Continuations(
-            texts=[text for part in parts for text in part.texts],
-            tokens=[row for part in parts for row in part.tokens],
-            relative_changes=[change for part in parts for change in part.relative_changes],
-        )
-        found, start = {}, 0
+        written: list[tuple[str, Tensor, float]] = []
+        for start in range(0, len(rows), self.batch_size):
+            part = rows[start : start + self.batch_size]
+            cases = [case for case, _ in part]
+            prompts = [c.prompt for c in cases] if method.prompts is None else method.prompts(cases)
+            steerer = None if method.steerer is None else method.steerer(cases, strength)
+            made = self._continued(prompts, [self._seed(i) for _, i in part], steerer)
+            written += zip(made.texts, made.tokens, made.relative_changes, strict=True)
+        found = {}
         for task in tasks:
             cases = self.cases[task]
-            own = slice(start, start + len(cases))
-            start = own.stop
-            prompts, texts = [case.prompt for case in cases], written.texts[own]
-            changes = written.relative_changes[own]
+            own, written = written[: len(cases)], written[len(cases) :]
+            prompts, (texts, tokens, changes) = [c.prompt for c in cases], zip(*own, strict=True)
             found[task] = {
                 "texts": texts,
                 "judged": self.judge(prompts, texts),
                 "taken_up": None if self.grounding is None else self.grounding(prompts, texts),
-                "perplexity_ratio": self._ratio(
-                    [case.requesting or case.prompt for case in cases], written.tokens[own]
-                ),
-                "perplexity_ratio_original": self._ratio(prompts, written.tokens[own]),
+                "perplexity_ratio": self._ratio([c.requesting or c.prompt for c in cases], tokens),
+                "perplexity_ratio_original": self._ratio(prompts, tokens),
                 "delta_q_ratio": sum(changes) / len(changes),
                 "specificity": self._specificity(method, strength, cases),
             }
@@ -173,14 +214,6 @@ class TextScorer:
             )
         return sum(found) / len(found)
 
-    def _written(
-        self, method: Method, strength: float, rows: Sequence[tuple[SteeringCase, int]]
-    ) -> Continuations:
-        cases = [case for case, _ in rows]
-        prompts = [c.prompt for c in cases] if method.prompts is None else method.prompts(cases)
-        steerer = None if method.steerer is None else method.steerer(cases, strength)
-        return self._continued(prompts, [self._seed(i) for _, i in rows], steerer)
-
     def _seed(self, index: int) -> int:
         return self.seed * 1_000_003 + index
 
@@ -199,7 +232,7 @@ class TextScorer:
         )
 
     def _ratio(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
-        """Return the perplexity of tokens after prompts, over that of the model's own."""
+        """Return the perplexity of tokens after prompts, divided by that of the model's own."""
         rows = list(zip(prompts, map(self._seed, range(len(prompts))), strict=True))
         new = [row for row in dict.fromkeys(rows) if row not in self._plain]
         for start in range(0, len(new), self.batch_size):
@@ -210,7 +243,10 @@ class TextScorer:
         return math.exp(self._mean_loss(prompts, tokens) - own)
 
     def _mean_loss(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
-        keys = [(p, _digest(row)) for p, row in zip(prompts, tokens, strict=True)]
+        keys = [
+            (prompt, hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest())
+            for prompt, row in zip(prompts, tokens, strict=True)
+        ]
         new = [i for i, key in enumerate(keys) if key not in self._losses]
         losses = negative_log_likelihoods(
             self.model,
@@ -220,7 +256,3 @@ class TextScorer:
         )
         self._losses |= {keys[i]: loss for i, loss in zip(new, losses, strict=True)}
         return sum(self._losses[key] for key in keys) / sum(map(len, tokens))
-
-
-def _digest(tokens: Tensor) -> bytes:
-    return hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Scores of generated texts and of ratings: variety, AxBench's score, wins, paired differences."""
+"""Scores of texts and ratings: variety, AxBench's score and table, wins, paired differences."""
 
 import re
 from collections.abc import Sequence
@@ -9,68 +9,54 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
+from sae_query_steer.arguments import check_number
+from sae_query_steer.data.examples import ordered_classes
+
 Scores: TypeAlias = Sequence[float | int] | np.ndarray | pd.Series
 """One number for each row."""
 
-_TIE = 1e-6
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
-_FLOATS_AT_ONCE = 2**22
-
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Return the number of different n-grams of words over that of all n-grams, 0 to 1.
+    """Return the number of different n-grams of words divided by the number of all n-grams.
 
-    The n-grams of all texts are counted together; none reaches across two texts. Words are runs of
-    letters, digits and apostrophes in lower case. Compare texts of about the same number and length
-    only: the share falls with the number of words.
+    The n-grams of all texts are counted together; none spans two texts. Words are runs of letters,
+    digits and apostrophes in lower case. Compare texts of about the same number and length only:
+    the share falls with the number of words.
 
     Args:
-        texts: any; one with fewer than n words has no n-grams.
+        texts: a list of texts.
         n: words of an n-gram, 1 or more.
 
     Returns:
-        The share; NaN where no text has n words.
-
-    Raises:
-        ValueError: an n below 1, or one text instead of a list of texts.
+        0 to 1; NaN if no text has n words.
 
     Source: distinct-n, a measure of diversity; lower case and the words are our choice.
     """
-    if n < 1:
-        raise ValueError(f"n must be 1 or more words, got {n}")
-    if isinstance(texts, str):
-        raise ValueError(f"texts must be a list, such as [text], got {texts[:20]!r}...")
-    grams = []
-    for text in texts:
-        words = _WORD.findall(text.lower())
-        grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    check_number("n", n, whole=True, least=1)
+    words = [re.findall(r"\w+(?:['’]\w+)*", text.lower()) for text in texts]
+    grams = [tuple(own[i : i + n]) for own in words for i in range(len(own) - n + 1)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def axbench_score(concept: float | int, instruct: float | int, fluency: float | int) -> float:
-    """Return AxBench's score of a text: the harmonic mean of three ratings, each 0, 1 or 2.
+    """Return AxBench's score of a text, 0 to 2: the harmonic mean of three ratings.
 
     0 if any rating is 0, else 3 / (1/concept + 1/instruct + 1/fluency).
 
     Args:
-        concept: whether the concept is in the text.
+        concept: whether the concept is in the text: 0, 1 or 2, as the others.
         instruct: whether the text is related to the instruction.
         fluency: whether the text is fluent.
-
-    Returns:
-        From 0 to 2.
 
     Raises:
         ValueError: a rating that is not 0, 1 or 2.
 
     Source: AxBench, arXiv 2501.17148.
     """
-    for name, rating in (("concept", concept), ("instruct", instruct), ("fluency", fluency)):
-        if rating not in (0, 1, 2):
-            raise ValueError(f"{name} must be 0, 1 or 2, got {rating!r}")
-    if 0 in (concept, instruct, fluency):
-        return 0.0
-    return 3 / (1 / concept + 1 / instruct + 1 / fluency)
+    ratings = (concept, instruct, fluency)
+    if not set(ratings) <= {0, 1, 2}:
+        raise ValueError(f"concept, instruct and fluency must be 0, 1 or 2, got {ratings}")
+    return 0.0 if 0 in ratings else 3 / (1 / concept + 1 / instruct + 1 / fluency)
 
 
 def win_rate(ours: Scores, baseline: Scores) -> float:
@@ -87,12 +73,12 @@ def win_rate(ours: Scores, baseline: Scores) -> float:
         (wins + ties / 2) / rows; scores that differ by less than 1e-6 are a tie.
 
     Raises:
-        ValueError: not one score of each for each row, no rows, or a score that is not finite.
+        ValueError: not one finite score of each for each row.
 
     Source: AxBench, arXiv 2501.17148.
     """
-    a, b = _paired(ours, baseline, "ours", "baseline")
-    return float(np.mean(np.where(np.abs(a - b) < _TIE, 0.5, a > b)))
+    a, b = _paired(ours, baseline)
+    return float(np.mean(np.where(np.abs(a - b) < 1e-6, 0.5, a > b)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,37 +95,25 @@ class PairedDifference:
 
 
 def paired_difference(
-    a: Scores,
-    b: Scores,
-    *,
-    confidence: float = 0.95,
-    n_resamples: int = 9999,
-    seed: int = 0,
+    a: Scores, b: Scores, *, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0
 ) -> PairedDifference:
     """Return the mean of a - b over rows, with a paired bootstrap interval (BCa).
 
-    Where all differences are equal the interval is not defined, and the point is returned.
+    If all differences are equal the interval is undefined, and the point is returned.
 
     Args:
         a: one score for each row.
         b: the other method's scores of the same rows, in the same order.
-        confidence: coverage of the interval.
-        n_resamples: bootstrap resamples, 100 or more.
+        confidence: coverage of the interval, between 0 and 1.
+        n_resamples: bootstrap resamples.
         seed: of the resamples; no other random state is touched.
 
     Raises:
-        ValueError: not one score of each for each row, fewer than two rows, a score that is not
-            finite, a confidence that is not between 0 and 1, or fewer than 100 resamples.
+        ValueError: not one finite score of each for each row, or a confidence out of range.
 
     Source: `scipy.stats.bootstrap`; the degenerate case is our choice.
     """
-    a, b = _paired(a, b, "a", "b")
-    if len(a) < 2:
-        raise ValueError("a and b must have 2 rows or more, got 1")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    if n_resamples < 100:
-        raise ValueError(f"n_resamples must be 100 or more, got {n_resamples}")
+    a, b = _paired(a, b)
     differences = a - b
     mean = float(differences.mean())
     # Equal up to rounding: 0.3 - 0.2 is not 0.2 - 0.1.
@@ -152,24 +126,122 @@ def paired_difference(
         vectorized=True,
         confidence_level=confidence,
         n_resamples=n_resamples,
-        batch=max(1, _FLOATS_AT_ONCE // len(a)),
+        batch=max(1, 2**22 // len(a)),
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return PairedDifference(mean=mean, low=float(found.low), high=float(found.high), n=len(a))
 
 
-def _paired(a: Scores, b: Scores, *names: str) -> tuple[np.ndarray, np.ndarray]:
-    arrays = [np.asarray(values, dtype=float) for values in (a, b)]
-    for name, array in zip(names, arrays, strict=True):
-        if array.ndim != 1:
-            raise ValueError(f"{name} must be a list of scores, got shape {list(array.shape)}")
-        if not np.isfinite(array).all():
-            row = int(np.flatnonzero(~np.isfinite(array))[0])
-            raise ValueError(f"{name} must be finite in every row, got {array[row]} in row {row}")
-    if len(arrays[0]) != len(arrays[1]) or len(arrays[0]) == 0:
+def _paired(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.ndim != 1 or a.shape != b.shape or not len(a) or not np.isfinite([a, b]).all():
         raise ValueError(
-            f"{names[0]} and {names[1]} must have a score for each row, and one row or more, got "
-            f"{len(arrays[0])} and {len(arrays[1])}"
+            "both must be lists with a finite score for each row, got shapes "
+            f"{list(a.shape)} and {list(b.shape)}"
         )
-    return arrays[0], arrays[1]
+    return a, b
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one method wrote for one prompt, steered towards one concept."""
+
+    method: str
+    """Name of the method; its columns begin with it."""
+
+    concept: str
+    """The target."""
+
+    input_id: int
+    """Index of the prompt among those of the concept, from 0 without gaps; the same for all
+    methods. AxBench chooses a factor on the lower half of the indices and reports the upper."""
+
+    prompt: str
+    """The instruction as a person gave it, without target or chat template."""
+
+    text: str
+    """What was generated, without the prompt."""
+
+    factor: float | None = None
+    """The multiplier that is swept. None for a method without one, such as the unsteered model:
+    its text then stands at every factor."""
+
+    strength: float | None = None
+    """Strength in the method's own unit. None means the factor, or 0 without."""
+
+    perplexity: float | None = None
+    """As AxBench's: the unsteered model's, of prompt and text together."""
+
+    text_perplexity: float | None = None
+    """The unsteered model's of the text alone, given the prompt."""
+
+    model_input: str | None = None
+    """The prompt as the model read it, chat template included. None means the prompt itself."""
+
+    steered_input: str | None = None
+    """The same with AxBench's instruction to write about the concept; None without one."""
+
+
+def axbench_table(
+    generations: Sequence[Generation], *, dataset_name: str = "custom"
+) -> pd.DataFrame:
+    """Return generations as AxBench's wide table: a row for each concept, prompt and factor.
+
+    Args:
+        generations: in any order.
+        dataset_name: of the prompts. AxBench inverts ratings for names of suppression data sets.
+
+    Returns:
+        By concept (Bloom's levels in their order, others by name), prompt and factor in ascending
+        order, with the columns dataset_name; concept_id; input_concept; input_id; factor;
+        original_prompt; steered_input; input; and for each method M, in the order of their first
+        generations, M_steered_generation, M_perplexity, M_strength, and, if measured,
+        M_text_perplexity (ours, which AxBench does not read). `input` is what a steered model was
+        given and `steered_input` what a prompted one was.
+
+    Raises:
+        ValueError: no generations, two of one method for the same concept, prompt and factor,
+            methods that disagree on a prompt, or a method that lacks a row.
+
+    Source: the columns are those of stanfordnlp/axbench, as its evaluators read them.
+    """
+    if not generations:
+        raise ValueError("generations must hold at least one, got []")
+    given = pd.DataFrame([vars(generation) for generation in generations])
+    numbers = ["factor", "strength", "perplexity", "text_perplexity"]
+    given[numbers] = given[numbers].astype(float)
+    given["strength"] = given["strength"].fillna(given["factor"]).fillna(0.0)
+    place, texts = ["concept", "input_id"], ["prompt", "steered_input", "model_input"]
+    prompts = given.groupby(place)
+    if (differing := (prompts[texts].nunique() > 1).any(axis=1)).any():
+        raise ValueError(
+            "prompt, steered_input and model_input must be the same for all methods, got others "
+            f"for concept and input_id {differing[differing].index.tolist()}"
+        )
+    swept = prompts["factor"].agg(lambda some: sorted(set(some.dropna())) or [0.0])
+    at = [(g.concept, g.input_id) for g in generations]
+    factors = zip(given["factor"], at, strict=True)
+    given["factor"] = [swept[here] if pd.isna(own) else [own] for own, here in factors]
+    cells = given.explode("factor").set_index([*place, "factor"])
+    table = prompts[texts].first().loc[[key[:2] for key in cells.index.unique()]]
+    table.index = cells.index.unique()
+    for method, own in cells.groupby("method", sort=False):
+        if own.index.has_duplicates or len(own) < len(table):
+            raise ValueError(
+                f"{method} must have one generation for each of the {len(table)} combinations of "
+                f"concept, prompt and factor, got {len(own)}: factor=None stands for all factors"
+            )
+        named = {"text": "steered_generation"} | {name: name for name in numbers[2:0:-1]}
+        if own["text_perplexity"].notna().any():
+            named["text_perplexity"] = "text_perplexity"
+        columns = {name: f"{method}_{shown}" for name, shown in named.items()}
+        table = table.join(own[list(columns)].rename(columns=columns))
+    table = table.reset_index()
+    order = ordered_classes(table["concept"])
+    table.insert(0, "dataset_name", dataset_name)
+    table.insert(1, "concept_id", table["concept"].map(order.index))
+    table["model_input"] = table["model_input"].fillna(table["prompt"])
+    names = {"concept": "input_concept", "prompt": "original_prompt", "model_input": "input"}
+    table = table.rename(columns=names).sort_values(["concept_id", "input_id", "factor"])
+    return table.reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""The tutor as a task: cases, and the judges of its feedback."""
+"""The tutor as a task: cases, labelled examples, and the judges of its feedback."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,14 +9,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.compare.cases import SteeringCase
-from sae_query_steer.compare.classifier_judge import ClassifierJudge
 from sae_query_steer.compare.generation import continuations
-from sae_query_steer.compare.judges import RuleJudge
+from sae_query_steer.compare.judges import ClassifierJudge, RuleJudge
+from sae_query_steer.compare.methods import SteeringCase
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.toy.corpus import TutorCorpus, TutorPrompt
+from sae_query_steer.toy.corpus import Split, TutorCorpus, TutorPrompt
 from sae_query_steer.toy.judges import restated_level, shuffled, verb_repeating
-from sae_query_steer.toy.splits import Split
 
 MAX_NEW_TOKENS = 32
 """Longer than any feedback of the corpus."""
@@ -38,12 +36,12 @@ class TutorCase(SteeringCase):
 def tutor_cases(
     task: Task, split: Split, n: int, *, seed: int, notes: bool = True
 ) -> list[TutorCase]:
-    """Return n cases that go through the targets, and the other levels as sources, in turn.
+    """Return n cases with the targets, and the other levels as sources, in turn.
 
     Args:
-        task: "open" prompts leave the level open, "redirect" prompts ask for another one.
+        task: "open" prompts request no level, "redirect" prompts request another level.
         split: whose lessons, notes and phrasings.
-        n: how many.
+        n: number of cases.
         seed: of the prompts.
         notes: whether the prompts hold notes.
     """
@@ -93,12 +91,11 @@ def training_examples(
         for prompt, text, label in zip(asked, texts, labels, strict=True)
         if label is not None
     ]
-    counts = {level: sum(e.label == level for e in opened) for level in BloomLevel}
+    counts = {str(level): labels.count(level) for level in BloomLevel}
     if min(counts.values()) < 2:
-        said = ", ".join(f"{level} {count}" for level, count in counts.items())
         raise ValueError(
-            "on open prompts the tutor must restate two notes or more of each level, got "
-            f"{said}: use a tutor that was trained longer, or more prompts"
+            f"the tutor must restate two notes or more of each level on open prompts, got {counts}:"
+            " use a tutor that was trained longer, or more prompts"
         )
     return requested, opened
 
@@ -116,7 +113,8 @@ def level_judge(*, n_per_level: int = 400, seed: int = 7) -> ClassifierJudge:
 
     It is trained on texts of the corpus's split "train". Half of them are no feedback (shuffled
     words, and verbs of a level repeated), so that a text that only contains a level's words has no
-    class. Its `held_out` is `held_out_accuracy`.
+    class. Its `held_out` is of the split "validation": "feedback", the share of feedbacks given
+    their level; "shuffled" and "verb_repeating", the share of such texts given no level.
 
     Args:
         n_per_level: feedbacks of each level to train on.
@@ -132,25 +130,13 @@ def level_judge(*, n_per_level: int = 400, seed: int = 7) -> ClassifierJudge:
     )
     pipeline.fit(texts + broken, labels + ["none"] * len(broken))
     judge = ClassifierJudge(pipeline=pipeline, classes=tuple(BloomLevel), held_out={})
-    return replace(judge, held_out=held_out_accuracy(judge))
-
-
-def held_out_accuracy(
-    judge: ClassifierJudge, *, n_per_level: int = 100, seed: int = 0
-) -> dict[str, float]:
-    """Return the share of texts of the split "validation" that is classified correctly.
-
-    Returns:
-        "feedback": share of feedbacks given their level; "shuffled" and "verb_repeating": share of
-        such texts given no level.
-    """
-    texts, labels = _labelled("validation", seed, n_per_level)
+    texts, labels = _labelled("validation", 0, 100)
     right = [a == b for a, b in zip(judge(texts, texts), labels, strict=True)]
     shares = {"feedback": sum(right) / len(right)}
     for name, kind in _BROKEN.items():
-        judged = judge(texts, kind(texts, labels, seed))
+        judged = judge(texts, kind(texts, labels, 0))
         shares[name] = judged.count(None) / len(judged)
-    return shares
+    return replace(judge, held_out=shares)
 
 
 def _labelled(split: Split, seed: int, n_per_level: int) -> tuple[list[str], list[str]]:

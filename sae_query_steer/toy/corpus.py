@@ -18,12 +18,13 @@ the feedback through values, and a query has nothing to choose.
 """
 
 import random
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.toy.splits import Split, split_of
 from sae_query_steer.toy.words import (
     ACTIONS,
     ADJECTIVES,
@@ -40,6 +41,18 @@ from sae_query_steer.toy.words import (
 
 SEPARATOR = "\n\n"
 """What stands between a solved example and the next prompt."""
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+"""The splits share no lesson, note or phrasing."""
+
+
+def split_of(*words: str) -> Split:
+    """Return the split of a combination of words: 3 of 5 train, 1 each of the others.
+
+    It depends on the words alone, not on a seed.
+    """
+    bucket = zlib.crc32(" ".join(words).encode()) % 5
+    return "validation" if bucket == 3 else "test" if bucket == 4 else "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,36 +76,15 @@ class Note:
 class TutorPrompt:
     """A prompt of the tutor with all that it takes to judge the feedback."""
 
-    text: str
-    """The prompt, which ends where the feedback begins."""
+    requested: BloomLevel | None = None
+    """The level that it requests; None for an open prompt."""
 
-    requested: BloomLevel | None
-    """The level that it asks for; None where the level is left open."""
+    opener: str = ""
+    core: str = ""
+    """The words of the request, empty for an open prompt."""
 
     notes: Mapping[BloomLevel, Note]
     """The note of each level, in the order of the prompt; empty for a prompt without notes."""
-
-    opened: "Pieces"
-    """What the prompt is made of; `with_request` makes another request of it."""
-
-    def with_request(
-        self, level: BloomLevel | None, opener: str = "", core: str = ""
-    ) -> "TutorPrompt":
-        """Return the same prompt with another request, or with none.
-
-        Raises:
-            ValueError: a level without the words that ask for it.
-        """
-        if level is not None and not (opener and core):
-            raise ValueError(
-                f"no words ask for {level}: give opener and core, as `TutorCorpus.request` does"
-            )
-        return self.opened.prompt(level, opener, core, self.notes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pieces:
-    """The pieces of a prompt beside its notes and its request."""
 
     subject: str
     action: str
@@ -105,28 +97,41 @@ class Pieces:
     slot: int
     """Where a request stands: before the notes, after them, after the question or the fact."""
 
-    def prompt(
-        self, level: BloomLevel | None, opener: str, core: str, notes: Mapping[BloomLevel, Note]
-    ) -> TutorPrompt:
-        """Return the prompt with a request in its slot."""
-        request = f"{opener} {core}." if level is not None else ""
-        lines = [f"Lesson: how the {self.subject} {ACTIONS[self.action]} the {self.object}."]
-        if self.slot == 0 and request:
-            lines.append(request)
-        if notes:
-            lines.append("Notes: " + "; ".join(map(str, notes.values())) + ".")
-        if self.slot == 1 and request:
-            lines.append(request)
-        parts = [f"Question: how does the {self.subject} {self.action} the {self.object}?"]
-        parts += [request] if self.slot == 2 and request else []
-        parts += [f"Fact: the {self.subject} is {self.right}."]
-        parts += [request] if self.slot == 3 and request else []
-        lines += [
-            " ".join(parts),
-            f"{self.student}: because the {self.subject} is {self.wrong}.",
-            f"Teacher: {self.greeting} {self.student}, {self.read_out}",
-        ]
-        return TutorPrompt(text="\n".join(lines), requested=level, notes=notes, opened=self)
+    def with_request(
+        self, level: BloomLevel | None, opener: str = "", core: str = ""
+    ) -> "TutorPrompt":
+        """Return the same prompt with another request, or with none.
+
+        Raises:
+            ValueError: a level without the words that request it.
+        """
+        if level is not None and not (opener and core):
+            raise ValueError(
+                f"opener and core must be the words that request {level}, as `TutorCorpus.request` "
+                f"returns, got {opener!r} and {core!r}"
+            )
+        return replace(self, requested=level, opener=opener, core=core)
+
+    @property
+    def text(self) -> str:
+        """The prompt, which ends where the feedback begins."""
+        asked: list[list[str]] = [[], [], [], []]
+        if self.requested is not None:
+            asked[self.slot].append(f"{self.opener} {self.core}.")
+        question = f"Question: how does the {self.subject} {self.action} the {self.object}?"
+        fact = f"Fact: the {self.subject} is {self.right}."
+        notes = "Notes: " + "; ".join(map(str, self.notes.values())) + "."
+        return "\n".join(
+            [
+                f"Lesson: how the {self.subject} {ACTIONS[self.action]} the {self.object}.",
+                *asked[0],
+                *([notes] if self.notes else []),
+                *asked[1],
+                " ".join([question, *asked[2], fact, *asked[3]]),
+                f"{self.student}: because the {self.subject} is {self.wrong}.",
+                f"Teacher: {self.greeting} {self.student}, {self.read_out}",
+            ]
+        )
 
 
 class TutorCorpus:
@@ -159,7 +164,7 @@ class TutorCorpus:
             subject, object_ = draw.sample(NOUNS, 2)
             action = draw.choice(list(ACTIONS))
         right, wrong = draw.sample(ADJECTIVES, 2)
-        pieces = Pieces(
+        prompt = TutorPrompt(
             subject=subject,
             action=action,
             object=object_,
@@ -169,9 +174,9 @@ class TutorCorpus:
             greeting=draw.choice(GREETINGS),
             read_out=draw.choice(READ_OUTS),
             slot=draw.randrange(4),
+            notes=self._notes() if self.notes else {},
         )
-        notes = self._notes() if self.notes else {}
-        return pieces.prompt(level, *self.request(level), notes)
+        return prompt.with_request(level, *self.request(level))
 
     def request(self, level: BloomLevel | None) -> tuple[str, str]:
         """Return an opener and a request of a level, of a combination of this split."""
@@ -186,13 +191,12 @@ class TutorCorpus:
         """Return feedback on a prompt at a level; two or three sentences."""
         draw = self._random
         note = prompt.notes[level] if prompt.notes else self._note(level, set())
-        topic = prompt.opened.subject
+        topic = prompt.subject
         said = f" {note.restated}. " + draw.choice(CONTINUATIONS[level]).format(
             noun=note.noun, topic=topic
         )
         if draw.random() < 0.5:
-            pieces = prompt.opened
-            said += " " + CORRECTION.format(wrong=pieces.wrong, topic=topic, right=pieces.right)
+            said += " " + CORRECTION.format(wrong=prompt.wrong, topic=topic, right=prompt.right)
         return said
 
     def example(self, level: BloomLevel, *, open_share: float = 0.0) -> LabelledExample:
