@@ -5,11 +5,28 @@ checkpoints store them, so no setting is written twice. This module imports neit
 other slow library. Names and defaults are SAELens's; sizes are those of one head.
 """
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from sae_query_steer.arguments import check_number
+
+_MAY_BE_0 = ("_steps", "_coefficient", "_threshold", "_window", "seed", "metric_tokens")
+"""Ends of the names of numbers that may be 0; all others must be above 0."""
+
+
+def _check_fields(config: Any) -> None:
+    """Raise unless each number and each choice is one that its type and name allow."""
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        kinds = get_args(field.type) or (field.type,)
+        if get_origin(field.type) is Literal and value not in kinds:
+            raise ValueError(f"{name} must be one of {kinds}, got {value!r}")
+        is_none = value is None and type(None) in kinds
+        if (int in kinds or float in kinds) and ... not in kinds and not is_none:
+            limits = {"least": 0} if name.endswith(_MAY_BE_0) else {"above": 0}
+            check_number(name, value, whole=int in kinds, **limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +52,10 @@ class Architecture:
     """Norm of the decoder rows at the start; None keeps that of Kaiming's initialisation."""
 
     def __post_init__(self) -> None:
-        _check(self, "d_sae_per_head", least=1, whole=True)
-        _check_choice(self, "dtype", "float32", "float64")
-        _check_choice(self, "normalize_activations", "none", "expected_average_only_in")
-        if self.decoder_init_norm is not None:
-            _check(self, "decoder_init_norm", above=0)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings with the name of the architecture."""
-        settings = {"architecture": self.name, **asdict(self)}
-        return {key: [*v] if isinstance(v, tuple) else v for key, v in settings.items()}
+        _check_fields(self)
+        for name in ("k", "target_l0"):  # of the latents of one head
+            if (value := getattr(self, name, None)) is not None:
+                check_number(name, value, most=self.d_sae_per_head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +73,6 @@ class Standard(Architecture):
     lp_norm: float = 1.0
     """p of the norm over the latents of one head that is penalised."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "l1_coefficient", least=0)
-        _check(self, "l1_warm_up_steps", least=0, whole=True)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gated(Architecture):
@@ -79,11 +85,6 @@ class Gated(Architecture):
 
     l1_warm_up_steps: int = 0
     """Steps over which the weight grows from 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "l1_coefficient", least=0)
-        _check(self, "l1_warm_up_steps", least=0, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +123,8 @@ class JumpReLU(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice(self, "jumprelu_sparsity_loss_mode", "step", "tanh", "quadratic")
-        _check(self, "jumprelu_bandwidth", above=0)
-        _check(self, "jumprelu_init_threshold", "jumprelu_tanh_scale", least=0)
-        _check(self, "l0_coefficient", least=0)
-        _check(self, "l0_warm_up_steps", least=0, whole=True)
-        if self.pre_act_loss_coefficient is not None:
-            _check(self, "pre_act_loss_coefficient", least=0)
         if self.jumprelu_sparsity_loss_mode == "quadratic":
-            _check(self, "target_l0", above=0, most=self.d_sae_per_head)
+            check_number("target_l0", self.target_l0, above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +144,8 @@ class KLSparse(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.rho < 1:
+        if self.rho >= 1:
             raise ValueError(f"rho must be between 0 and 1, got {self.rho}")
-        _check(self, "kl_coefficient", least=0)
-        _check(self, "kl_warm_up_steps", least=0, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +162,6 @@ class TopK(Architecture):
 
     rescale_acts_by_decoder_norm: bool = True
     """Choose and count latents as if every decoder row had norm 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "k", whole=True, least=1, most=self.d_sae_per_head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +181,6 @@ class BatchTopK(Architecture):
 
     topk_threshold_lr: float = 0.01
     """Share by which a batch moves the running threshold of a head."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "k", above=0, most=self.d_sae_per_head)
-        _check(self, "topk_threshold_lr", above=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,15 +207,7 @@ class MatryoshkaBatchTopK(BatchTopK):
             )
 
 
-ARCHITECTURES: tuple[type[Architecture], ...] = (
-    TopK,
-    BatchTopK,
-    MatryoshkaBatchTopK,
-    Standard,
-    Gated,
-    JumpReLU,
-    KLSparse,
-)
+ARCHITECTURES = (TopK, BatchTopK, MatryoshkaBatchTopK, Standard, Gated, JumpReLU, KLSparse)
 """All architectures."""
 
 
@@ -296,19 +271,11 @@ class TrainingConfig:
     act_store_device: str = "with_model"
     """Device on which queries wait for their step, such as cpu; "with_model" is the model's."""
 
-    prefetch: bool = False
-    """Read the next queries while the SAEs train. It pays where model and SAEs use different
-    devices, and changes no number."""
-
     metric_tokens: int = 16_384
     """Tokens of the training stream on which the final metrics are measured; 0 omits them."""
 
     checkpoint_every: int = 1000
     """Steps between two checkpoints; one takes three times the memory of the weights."""
-
-    _WITHOUT_EFFECT_ON_WEIGHTS: ClassVar = frozenset(
-        {"act_store_device", "prefetch", "metric_tokens", "checkpoint_every"}
-    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.sae, Architecture):
@@ -317,14 +284,7 @@ class TrainingConfig:
                 f"sae must be the settings of an architecture ({names}), "
                 f"got {type(self.sae).__name__}"
             )
-        _check(self, "training_tokens", "train_batch_size_tokens", least=1, whole=True)
-        _check(self, "store_batch_size_prompts", "n_batches_in_buffer", least=1, whole=True)
-        _check(self, "n_batches_for_norm_estimate", "checkpoint_every", least=1, whole=True)
-        _check(self, "seed", "lr_warm_up_steps", "lr_decay_steps", least=0, whole=True)
-        _check(self, "dead_feature_window", "metric_tokens", least=0, whole=True)
-        _check(self, "lr", above=0)
-        if self.context_size is not None:
-            _check(self, "context_size", least=2, whole=True)
+        _check_fields(self)
         if self.n_steps < 1:
             raise ValueError(
                 f"training_tokens must be at least one step of train_batch_size_tokens="
@@ -345,18 +305,7 @@ class TrainingConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings that decide the weights of a run, for checkpoints and SAE folders."""
-        return {
-            name: self.sae.to_json() if name == "sae" else value
-            for name, value in asdict(self).items()
-            if name not in self._WITHOUT_EFFECT_ON_WEIGHTS
-        }
-
-
-def _check(config: Any, *names: str, **limits: Any) -> None:
-    for name in names:
-        check_number(name, getattr(config, name), **limits)
-
-
-def _check_choice(config: Any, name: str, *allowed: str) -> None:
-    if getattr(config, name) not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}")
+        stored = json.loads(json.dumps(asdict(self)))  # tuples become lists
+        stored["sae"] |= {"architecture": self.sae.name}
+        without_effect = {"act_store_device", "metric_tokens", "checkpoint_every"}
+        return {name: v for name, v in stored.items() if name not in without_effect}

@@ -112,7 +112,7 @@ def test_the_residual_is_query_minus_reconstruction():
     sae = make_sae()
     x = queries(9)
     headed = x.unflatten(-1, (H, D)).transpose(0, 1).contiguous()
-    found = fused_topk(
+    _, residual, _, _ = fused_topk(
         headed,
         *(p.detach() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)),
         k=4,
@@ -120,4 +120,4 @@ def test_the_residual_is_query_minus_reconstruction():
         rescale_by_decoder_norm=True,
     )
     expected = (x - sae(x)).unflatten(-1, (H, D)).transpose(0, 1)
-    torch.testing.assert_close(found.residual, expected.detach())
+    torch.testing.assert_close(residual, expected.detach())

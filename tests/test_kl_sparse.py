@@ -12,7 +12,7 @@ from sae_lens.util import temporary_seed
 
 import sae_query_steer as sqs
 from sae_query_steer.sae import QueryHeadKLSparseTrainingSAEConfig
-from sae_query_steer.sae.kl_sparse import bernoulli_kl
+from sae_query_steer.sae.penalised import bernoulli_kl
 from sae_query_steer.training.saelens import HeadwiseTrainer
 
 CONFIG = QueryHeadKLSparseTrainingSAEConfig(**SIZES, rho=0.2, kl_coefficient=0.7)

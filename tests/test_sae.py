@@ -104,8 +104,8 @@ def test_decoder_rows_start_with_the_norm_that_was_asked_for():
     ("change", "message"),
     [
         ({"n_heads": 0}, "n_heads=0, d_head=6"),
-        ({"d_in": 17}, r"d_in must be the total over heads, 3 \* 6 = 18, .* got 17"),
-        ({"d_sae": 30}, r"d_sae must be the total over heads, 3 \* 11 = 33, .* got 30"),
+        ({"d_in": 17}, "d_in must be left out or 18, of all heads, got 17"),
+        ({"d_sae": 30}, "d_sae must be left out or 33, of all heads, got 30"),
         ({"reshape_activations": "hook_z"}, "reshape_activations must be 'none'.*'hook_z'"),
     ],
 )

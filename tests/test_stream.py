@@ -1,6 +1,5 @@
 """The stream: every token once an epoch, shuffled, and batch k the same wherever it begins."""
 
-from contextlib import closing
 from itertools import islice
 
 import pytest
@@ -11,7 +10,7 @@ from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.models.activations import read_activations
-from sae_query_steer.training.stream import QueryStream, buffer_bytes
+from sae_query_steer.training.stream import QueryStream
 
 SIZES = [
     # rows, length, padded, batch, forward, chunk
@@ -138,23 +137,6 @@ def test_tokens_of_a_row_are_spread_over_their_chunk(tiny_models):
     queries = next(stream.batches())["blocks.0.attn.hook_q"]
     kinds = (torch.cdist(queries, queries) < 1e-3).float()
     assert torch.linalg.matrix_rank(kinds) >= 8
-
-
-def test_the_thread_that_reads_ahead_changes_no_number(tiny_models):
-    rows = some_rows(7, 5, True)
-    plain = stream_of(tiny_models["bridge"], rows)
-    ahead = stream_of(tiny_models["bridge"], rows, prefetch=True)
-    expected = list(islice(plain.batches(2), 9))  # before the thread runs the model too
-    with closing(ahead.batches(2)) as batches:
-        assert_equal_batches(expected, islice(batches, 9))
-    for stream, copies in ((plain, 1), (ahead, 2)):
-        assert buffer_bytes(stream.config, stream.sites, 5, 4) == copies * 3 * 5 * 64 * 4
-
-
-def test_an_error_of_the_model_reaches_the_reader_from_the_thread(tiny_models):
-    stream = stream_of(tiny_models["bridge"], some_rows(4, 4, False) + 1000, prefetch=True)
-    with pytest.raises(IndexError):
-        next(stream.batches())
 
 
 def test_the_pad_id_may_be_the_id_of_a_real_token(model):

@@ -123,20 +123,18 @@ def test_the_estimate_counts_what_its_formulas_say(tmp_path):
             training_tokens=10_000,
             train_batch_size_tokens=1000,
             context_size=256,
-            prefetch=True,
         ),
         model_item=2,
     )
-    assert told.n_steps == 10
     assert told.model_bytes == 2 * 7_241_732_096
     assert told.training_bytes == 4 * told.saved_bytes
     assert told.disk_bytes == 7 * told.saved_bytes
-    assert told.buffer_bytes == 2 * 64 * 256 * 2 * 4096 * 2
+    assert told.buffer_bytes == 64 * 256 * 2 * 4096 * 2
     block = 4096 * 128 * (32 + 8 + 8 + 32) + 3 * 4096 * 14336 + 2 * 4096
     assert told.model_flops == 2 * 6 * block
     assert told.sae_flops == 2 * 6 * 2 * 4096 * 1024
     assert told.seconds(1e12) == pytest.approx(FORWARD_RATIO * 10_000 * 12 * block / 1e12)
-    with pytest.raises(ValueError, match="flops_per_second must be above 0.*got 0.0"):
+    with pytest.raises(ValueError, match="flops_per_second must be .* > 0, got 0.0"):
         told.seconds(0.0)
 
 
@@ -146,7 +144,7 @@ def test_the_estimate_counts_what_its_formulas_say(tmp_path):
         ({"--layers": "30-32"}, "no query site at layer 32: the model has 32 layers (0 to 31)"),
         ({"--training-tokens": "100"}, "training_tokens must be at least one step of"),
         ({"--context-size": "99999"}, "context_size must be at most n_ctx=4096, got 99999"),
-        ({"--flops": "0"}, "flops_per_second must be above 0"),
+        ({"--flops": "0"}, "flops_per_second must be a finite number > 0"),
         ({"--dtype": "int8"}, "--dtype"),
         ({"--model": "/none/such"}, "no model folder /none/such"),
     ],

@@ -88,7 +88,7 @@ def _show_needs(
         "KV cache": f"{shape.key_value_numbers:,} numbers a token",
         "sites": f"layers {', '.join(str(site.layer) for site in sites)}",
         "texts": f"{len(documents):,}, {sum(map(len, documents)):,} characters",
-        "tokens": f"{needs.tokens:,} in {needs.n_steps:,} steps",
+        "tokens": f"{needs.tokens:,} in {config.n_steps:,} steps",
         "memory of the model": _gib(needs.model_bytes),
         "memory of the SAEs": f"{_gib(needs.training_bytes)} with gradients and Adam",
         "memory of queries": f"{_gib(needs.buffer_bytes)} to be shuffled",

@@ -1,18 +1,20 @@
 """The SAEs of several query sites together: what training returns and steering takes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import JsonValue
+from pydantic import BeforeValidator, JsonValue
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEMetadata
 
-from sae_query_steer.sae.core import QueryHeadSAE
-from sae_query_steer.sae.reading import read_sae
+from sae_query_steer.sae.core import QueryHeadSAE, with_weights
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage.folders import new_folder
-from sae_query_steer.storage.records import Record, Table, read_record, write_record
+from sae_query_steer.storage.folders import inside, new_folder
+from sae_query_steer.storage.records import Record, Table, read_json, read_record, write_record
+from sae_query_steer.storage.tensors import FLOATS, read_shapes, read_tensors
 
 INDEX = "query_saes.json"
 """The file that every folder of SAEs holds."""
@@ -105,9 +107,9 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
             FileExistsError: the folder exists and `overwrite` is False.
             ValueError: a name is not that of a query hook point.
         """
-        _check_names(self)
         with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
             for name, sae in self.items():
+                _check_name(name)
                 sae.save_model(new / name)
             index = SAEsIndex(
                 format="sae_query_steer.saes/1",
@@ -127,19 +129,63 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
                 query-head SAE.
         """
         index = read_record(folder, INDEX, SAEsIndex)
-        try:
-            _check_names(index.hook_names)
-        except ValueError as error:
-            raise ValueError(f"{Path(folder) / INDEX} is damaged: {error}") from error
-        saes = {n: read_sae(Path(folder), n, device=device) for n in index.hook_names}
+        names = dict.fromkeys(index.hook_names)
+        saes = {name: _read_sae(Path(folder), name, device) for name in names}
         return cls(saes, index.metrics, index.settings)
 
 
-def _check_names(names: Iterable[object]) -> None:
-    """Raise unless all are names of query hook points: they become folders."""
-    seen = set()
-    for name in names:
-        if not isinstance(name, str) or name in seen:
-            raise ValueError(f"{name!r:.80} is no name, or there twice")
-        QuerySite.from_hook_name(name, n_heads=1, d_head=1)
-        seen.add(name)
+def _check_name(name: str) -> None:
+    """Raise unless this is the name of a query hook point, of which a folder can be made."""
+    QuerySite.from_hook_name(name, n_heads=1, d_head=1)
+
+
+def _read_sae(folder: Path, name: str, device: str) -> QueryHeadSAE[Any]:
+    """Return the inference SAE that SAELens's `save_model` wrote to a folder, on a device.
+
+    SAELens's loader makes the tensors that `cfg.json` claims and then reads the weights. Here the
+    claims are first compared with the header of the weights, so that nothing larger than the file
+    is allocated; the result is the same.
+    """
+    _check_name(name)
+    config_file, weights = f"{name}/cfg.json", f"{name}/sae_weights.safetensors"
+    path = inside(folder, config_file)
+    architecture = read_json(path).get("architecture")
+    classes = SAE_CLASS_REGISTRY.items()
+    known = {key: kinds for key, kinds in classes if issubclass(kinds[0], QueryHeadSAE)}
+    if not isinstance(architecture, str) or architecture not in known:
+        raise ValueError(
+            f"architecture in {path} must be one of {sorted(known)}, got {architecture!r:.80}"
+        )
+    sae_class, config_class = known[architecture]
+    kind: Any = Annotated[config_class, BeforeValidator(_settings)]
+    config = read_record(folder, config_file, kind)
+    sizes = (config.n_heads, config.d_head, config.d_sae_per_head)
+    shape = read_shapes(folder, weights).get("W_enc", ("", ()))[1]
+    if shape != sizes or min(sizes) < 1:
+        raise ValueError(
+            f"n_heads, d_head and d_sae_per_head in {path} must be the shape of W_enc, "
+            f"{list(shape)}, got {list(sizes)}"
+        )
+    config.device = "meta"  # nothing is allocated
+    try:
+        empty = sae_class(config).state_dict()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    expected = {key: (FLOATS, tuple(value.shape)) for key, value in empty.items()}
+    tensors = read_tensors(folder, weights, expected)
+    sae = with_weights(sae_class, config, tensors, device)
+    if not all(bool(value.isfinite().all()) for value in sae.state_dict().values()):
+        raise ValueError(f"the weights in {path.parent} must be finite, got NaN or infinity")
+    assert isinstance(sae, QueryHeadSAE)
+    return sae
+
+
+def _settings(config: Any) -> Any:
+    """Return the fields of a config in JSON, after checking its metadata."""
+    metadata = config.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise ValueError("metadata must be an object")
+    for key in metadata:  # they become attributes, which must not hide SAELens's methods
+        if not key.isidentifier() or hasattr(SAEMetadata, key) or key == "self":
+            raise ValueError(f"metadata must not have the name {key!r:.80}")
+    return {name: value for name, value in config.items() if name != "architecture"}

@@ -10,9 +10,19 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 from typing_extensions import override
 
-from sae_query_steer import config as plain
+from sae_query_steer.config import (
+    Architecture,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    KLSparse,
+    MatryoshkaBatchTopK,
+    Standard,
+    TopK,
+)
 
-_RESCALE = "rescale_acts_by_decoder_norm"
+RESCALE = "rescale_acts_by_decoder_norm"
+"""Setting of TopK, in SAELens and here."""
 
 
 @dataclass(kw_only=True)
@@ -25,7 +35,7 @@ class QueryHeadSAEConfig(SAEConfig, ABC):
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # for configs read from folders
 
-    settings: ClassVar[type[plain.Architecture]]
+    settings: ClassVar[type[Architecture]]
     """Plain settings of the architecture, with its name in SAELens's registry."""
 
     d_in: int = 0
@@ -54,21 +64,16 @@ class QueryHeadSAEConfig(SAEConfig, ABC):
         for name, per_head in (("d_in", self.d_head), ("d_sae", self.d_sae_per_head)):
             given, total = getattr(self, name), self.n_heads * per_head
             if given not in (0, total):
-                raise ValueError(
-                    f"{name} must be the total over heads, {self.n_heads} * {per_head} = {total}, "
-                    f"or be left out, got {given}"
-                )
+                raise ValueError(f"{name} must be left out or {total}, of all heads, got {given}")
             setattr(self, name, total)
-        if self.normalize_activations != "none" and not isinstance(self, TrainingSAEConfig):
-            raise ValueError(
-                "normalize_activations must be 'none' for inference (training folds its scale into "
-                f"the weights), got {self.normalize_activations!r}"
-            )
-        if self.reshape_activations != "none":
-            raise ValueError(
-                "reshape_activations must be 'none' (query-head SAEs take flat and headed "
-                f"queries), got {self.reshape_activations!r}"
-            )
+        # Training folds the scale of the queries into the weights.
+        training = isinstance(self, TrainingSAEConfig)
+        for name in ("reshape_activations", *(() if training else ("normalize_activations",))):
+            if getattr(self, name) != "none":
+                raise ValueError(
+                    f"{name} must be 'none' for {'training' if training else 'inference'} of "
+                    f"query-head SAEs, got {getattr(self, name)!r}"
+                )
         # The plain settings check the rest. They do not allow 16 bits, SAELens's runner does.
         names = {f.name for f in fields(self)} & {f.name for f in fields(self.settings)}
         values = {name: getattr(self, name) for name in names - {"dtype"}}
@@ -97,57 +102,48 @@ class QueryHeadTrainingSAEConfig(QueryHeadSAEConfig, TrainingSAEConfig, ABC):
     def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
         found = super().get_inference_sae_cfg_dict()
         # The norms are folded on saving; not dividing by 1 saves one rounding.
-        return found | {_RESCALE: False} if _RESCALE in found else found
+        return found | {RESCALE: False} if RESCALE in found else found
 
 
-def _made(kind: str, base: type, settings: type[plain.Architecture], *names: str) -> Any:
-    """Return a config class with fields of plain settings, and `settings` as class attribute."""
-    inherited = {one.name for one in fields(base)}
-    added = [
-        (one.name, one.type, field(default=one.default))
-        for one in fields(settings)
-        if one.name in names and one.name not in inherited
-    ]
-    text = f"SAELens's config of {kind}; fields as in `config.{settings.__name__}`."
+def _made(settings: type[Architecture], base: Any, names: Any, **attributes: Any) -> Any:
+    """Return a config class with the named fields of plain settings that its base lacks."""
+    kind = base.__name__.removeprefix("QueryHead")
+    names = set(names) - {one.name for one in fields(base)}
+    added = [one for one in fields(settings) if one.name in names]
+    text = f"SAELens's `{kind}` of all heads; fields as in `config.{settings.__name__}`."
     return make_dataclass(
         f"QueryHead{settings.__name__}{kind}",
-        added,
+        [(one.name, one.type, field(default=one.default)) for one in added],
         bases=(base,),
-        namespace={"settings": settings, "__doc__": text, "__module__": __name__},
+        namespace=attributes | {"settings": settings, "__doc__": text, "__module__": __name__},
         kw_only=True,
     )
 
 
-def _inference(settings: type[plain.Architecture], *names: str) -> Any:
-    return _made("SAEConfig", QueryHeadSAEConfig, settings, *names)
-
-
-def _training(settings: type[plain.Architecture], inference: type[QueryHeadSAEConfig]) -> Any:
+def _training(settings: type[Architecture], inference: Any) -> Any:
     names = [one.name for one in fields(settings)]
-    made = _made("TrainingSAEConfig", QueryHeadTrainingSAEConfig, settings, *names)
-    made.inference = inference
-    return made
+    return _made(settings, QueryHeadTrainingSAEConfig, names, inference=inference)
 
 
-QueryHeadGatedSAEConfig = _inference(plain.Gated)
-QueryHeadJumpReLUSAEConfig = _inference(plain.JumpReLU)
-QueryHeadKLSparseSAEConfig = _inference(plain.KLSparse)
-QueryHeadStandardSAEConfig = _inference(plain.Standard)
-QueryHeadTopKSAEConfig = _inference(plain.TopK, "k", _RESCALE)
+def _pair(settings: type[Architecture], *shared: str) -> tuple[Any, Any]:
+    """Return the configs for inference, with the `shared` settings only, and for training."""
+    inference = _made(settings, QueryHeadSAEConfig, shared)
+    return inference, _training(settings, inference)
 
-QueryHeadBatchTopKTrainingSAEConfig = _training(plain.BatchTopK, QueryHeadJumpReLUSAEConfig)
-QueryHeadGatedTrainingSAEConfig = _training(plain.Gated, QueryHeadGatedSAEConfig)
-QueryHeadJumpReLUTrainingSAEConfig = _training(plain.JumpReLU, QueryHeadJumpReLUSAEConfig)
-QueryHeadKLSparseTrainingSAEConfig = _training(plain.KLSparse, QueryHeadKLSparseSAEConfig)
+
+QueryHeadGatedSAEConfig, QueryHeadGatedTrainingSAEConfig = _pair(Gated)
+QueryHeadJumpReLUSAEConfig, QueryHeadJumpReLUTrainingSAEConfig = _pair(JumpReLU)
+QueryHeadKLSparseSAEConfig, QueryHeadKLSparseTrainingSAEConfig = _pair(KLSparse)
+QueryHeadStandardSAEConfig, QueryHeadStandardTrainingSAEConfig = _pair(Standard)
+QueryHeadTopKSAEConfig, QueryHeadTopKTrainingSAEConfig = _pair(TopK, "k", RESCALE)
+QueryHeadBatchTopKTrainingSAEConfig = _training(BatchTopK, QueryHeadJumpReLUSAEConfig)
 QueryHeadMatryoshkaBatchTopKTrainingSAEConfig = _training(
-    plain.MatryoshkaBatchTopK, QueryHeadJumpReLUSAEConfig
+    MatryoshkaBatchTopK, QueryHeadJumpReLUSAEConfig
 )
-QueryHeadStandardTrainingSAEConfig = _training(plain.Standard, QueryHeadStandardSAEConfig)
-QueryHeadTopKTrainingSAEConfig = _training(plain.TopK, QueryHeadTopKSAEConfig)
 
 
 def training_config(
-    settings: plain.Architecture, *, n_heads: int, d_head: int, **others: Any
+    settings: Architecture, *, n_heads: int, d_head: int, **others: Any
 ) -> QueryHeadTrainingSAEConfig:
     """Return SAELens's config of plain settings.
 

@@ -3,6 +3,7 @@
 `W_enc [head d_head d_sae_per_head]`, `W_dec [head d_sae_per_head d_head]`, biases likewise;
 `cfg.d_in` and `cfg.d_sae` are totals over heads, as SAELens's trainer and evals need. An
 architecture is a subclass with an activation and, for training, with the loss terms of each head.
+`@override` marks methods of SAELens's classes.
 """
 
 from abc import ABC, abstractmethod
@@ -12,8 +13,12 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from sae_lens import SAE, TrainingSAE
-from sae_lens.registry import register_sae_class, register_sae_training_class
+from sae_lens import SAE, SAEConfig, TrainingSAE
+from sae_lens.registry import (
+    get_sae_class,
+    register_sae_class,
+    register_sae_training_class,
+)
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor, nn
 from typing_extensions import override
@@ -146,22 +151,10 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float | PerHead) -> None:
-        """Fold the factor by which training scaled the queries into the weights.
-
-        Args:
-            scaling_factor: one for all heads, or one for each.
-
-        Raises:
-            ValueError: not 1 or `n_heads` finite numbers above 0.
-        """
+        """Fold the factor by which training scaled the queries, of each head or of all."""
         # At least 32 bits: SAELens multiplies by a Python float.
         kind = torch.promote_types(self.W_enc.dtype, torch.float32)
         factor = torch.as_tensor(scaling_factor, dtype=kind, device=self.W_enc.device)
-        if factor.shape not in ((), (self.n_heads,)) or not factor.log().isfinite().all():
-            raise ValueError(
-                f"scaling_factor must be 1 or {self.n_heads} finite numbers above 0, got "
-                f"{scaling_factor}"
-            )
         self.W_enc.data *= factor.reshape(-1, 1, 1)
         self.W_dec.data /= factor.reshape(-1, 1, 1)
         self.b_dec.data /= factor.reshape(-1, 1)
@@ -279,17 +272,43 @@ class QueryHeadTrainingSAE(QueryHeadSAE[T_TRAINING_CONFIG], TrainingSAE[T_TRAINI
         super().process_state_dict_for_saving_inference(state_dict)
         if self.cfg.normalize_activations != "none":
             raise ValueError(
-                "normalize_activations must be 'none' to save an SAE for inference, got "
-                f"{self.cfg.normalize_activations!r}: call fold_activation_norm_scaling_factor "
-                "with the scale of the queries first, as the trainer does at its end"
+                "normalize_activations must be 'none' to save an SAE for inference: call "
+                "fold_activation_norm_scaling_factor with the scale of the queries first"
             )
 
     @override
     def log_histograms(self) -> dict[str, Any]:
-        """Return the decoder norms and the biases of all latents of all heads."""
-        values = {"W_dec_norms": self.get_W_dec_norm()}
-        values |= {name: getattr(self, name) for name in self.in_units_of_pre}
-        return {
-            f"weights/{name}": value.detach().float().flatten().cpu().numpy()
-            for name, value in values.items()
-        }
+        """Return the decoder norms of all latents of all heads."""
+        return {"weights/W_dec_norms": self.get_W_dec_norm().float().flatten().cpu().numpy()}
+
+
+T_SAE = TypeVar("T_SAE", bound=SAE[Any])
+
+
+def with_weights(
+    sae_class: type[T_SAE],
+    config: SAEConfig,
+    weights: Mapping[str, Tensor],
+    device: str | torch.device,
+) -> T_SAE:
+    """Return a frozen SAE that holds the given tensors, without drawing random weights first."""
+    config.device = "meta"
+    sae = sae_class(config)
+    kinds = {name: value.dtype for name, value in sae.state_dict().items()}
+    sae.load_state_dict({name: v.to(kinds[name]) for name, v in weights.items()}, assign=True)
+    return sae.to(device=device).requires_grad_(False).eval()
+
+
+def to_inference(sae: QueryHeadTrainingSAE[Any]) -> QueryHeadSAE[Any]:
+    """Return the inference SAE of a trained one, equal to saving and loading it.
+
+    The weights are copies, on the same device, and need no gradient.
+    """
+    state = {name: value.detach().clone() for name, value in sae.state_dict().items()}
+    sae.process_state_dict_for_saving_inference(state)
+    settings = sae.cfg.get_inference_sae_cfg_dict()
+    inference_class, config_class = get_sae_class(settings["architecture"])
+    config = config_class.from_dict(settings)
+    inference = with_weights(inference_class, config, state, sae.W_dec.device)
+    assert isinstance(inference, QueryHeadSAE)
+    return inference

@@ -2,17 +2,17 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.goals import Latents
-from sae_query_steer.sae.core import QueryHeadSAE
-from sae_query_steer.sae.inference import with_weights
+from sae_query_steer.sae.core import QueryHeadSAE, with_weights
 from sae_query_steer.sites import QuerySite
 
 
@@ -25,25 +25,20 @@ class QueryEncoder(Protocol):
     @property
     def n_heads(self) -> int:
         """Query heads of the site."""
-        ...
 
     @property
     def d_head(self) -> int:
         """Dimension of the query of one head."""
-        ...
 
     @property
     def d_latent(self) -> int:
         """Latents of one head."""
-        ...
 
     def encode(self, x: Float[Tensor, "*batch head d_head"], /) -> Tensor:
         """Return the latents, [*batch head d_latent]."""
-        ...
 
     def decode(self, feature_acts: Float[Tensor, "*batch head d_latent"], /) -> Tensor:
         """Return the queries, [*batch head d_head]."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +54,8 @@ class IdentityEncoder:
     latent_min: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "d_head"):
-            size = getattr(self, name)
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} must be a whole number of 1 or more, got {size!r:.80}")
+        check_number("n_heads", self.n_heads, whole=True, least=1)
+        check_number("d_head", self.d_head, whole=True, least=1)
 
     @property
     def d_latent(self) -> int:
@@ -137,16 +130,15 @@ def at_heads(
         The encoder itself if these are all its heads and it is on the device; of a query-head SAE a
         copy of the current weights of these heads, without the hooks on it.
     """
-    if tuple(heads) == tuple(range(encoder.n_heads)):
-        return on_device(encoder, device)
     index = list(heads)
+    if index == [*range(encoder.n_heads)]:
+        return on_device(encoder, device)
     if isinstance(encoder, IdentityEncoder):
         return dataclasses.replace(encoder, n_heads=len(index))
     if isinstance(encoder, QueryHeadSAE):
         config = dataclasses.replace(encoder.cfg, n_heads=len(index), d_in=0, d_sae=0)
         weights = {name: value[index] for name, value in encoder.state_dict().items()}
-        sae_class: type[QueryHeadSAE[Any]] = type(encoder)
-        return with_weights(sae_class, config, weights, device)
+        return with_weights(type(encoder), config, weights, device)
     return _SomeHeads(on_device(encoder, device), index)
 
 
@@ -158,42 +150,39 @@ class _SomeHeads:
     def __init__(self, encoder: QueryEncoder, heads: list[int]) -> None:
         self._encoder, self._heads = encoder, heads
         vars(self)["latent_min"] = encoder.latent_min
-        self.n_heads = len(heads)
-        self.d_head, self.d_latent = encoder.d_head, encoder.d_latent
+        self.n_heads, self.d_head, self.d_latent = len(heads), encoder.d_head, encoder.d_latent
 
-    def encode(self, x: Tensor, /) -> Tensor:
-        return self._encoder.encode(self._padded(x))[..., self._heads, :]
-
-    def decode(self, feature_acts: Tensor, /) -> Tensor:
-        return self._encoder.decode(self._padded(feature_acts))[..., self._heads, :]
-
-    def _padded(self, x: Tensor) -> Tensor:
+    def _of_all(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         whole = x.new_zeros(*x.shape[:-2], self._encoder.n_heads, x.shape[-1])
         whole[..., self._heads, :] = x
-        return whole
+        return function(whole)[..., self._heads, :]
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        return self._of_all(self._encoder.encode, x)
+
+    def decode(self, feature_acts: Tensor, /) -> Tensor:
+        return self._of_all(self._encoder.decode, feature_acts)
 
 
 def encoder_sites(encoders: Mapping[str, QueryEncoder]) -> dict[str, QuerySite]:
     """Return the site of every encoder, by hook name.
 
     Raises:
-        TypeError: not a mapping of encoders.
-        ValueError: it is empty, or a name is not that of a query hook point.
+        TypeError: not a mapping of encoders, or an empty one.
+        ValueError: a name is not that of a query hook point.
     """
-    if not isinstance(encoders, Mapping):
+    if not isinstance(encoders, Mapping) or not encoders:
         raise TypeError(
             "saes must be a mapping from hook name to SAE, such as train_query_saes returns, got "
-            f"{type(encoders).__name__}"
+            f"{encoders!r:.80}"
         )
-    if not encoders:
-        raise ValueError("saes must hold at least one SAE, by hook name, got none")
+    sites = {}
     for name, encoder in encoders.items():
         if not isinstance(encoder, QueryEncoder):
             raise TypeError(
                 f"the encoder at {name} must be a query-head SAE or an IdentityEncoder, got "
                 f"{type(encoder).__name__}"
             )
-    return {
-        name: QuerySite.from_hook_name(name, n_heads=encoder.n_heads, d_head=encoder.d_head)
-        for name, encoder in encoders.items()
-    }
+        sizes = {"n_heads": encoder.n_heads, "d_head": encoder.d_head}
+        sites[name] = QuerySite.from_hook_name(name, **sizes)
+    return sites

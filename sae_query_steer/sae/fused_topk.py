@@ -5,8 +5,6 @@ the memory they are written to. Here a tile of tokens of one head goes all the w
 gradient while it is in the cache; on a GPU one tile holds everything.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -14,25 +12,6 @@ from torch import Tensor
 
 CPU_TILE_TOKENS = 512
 """Tokens of a tile on a CPU: with 512 latents in 32 bits a tile is 1 MB."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FusedGradients:
-    """What one step of TopK gives; the gradients are those of the mean squared error alone."""
-
-    loss: Float[Tensor, ""]
-    """Sum over heads and dimensions, mean over tokens, of the squared error."""
-
-    residual: Float[Tensor, "head batch d_head"]
-    """Query minus reconstruction."""
-
-    fired: Float[Tensor, "head d_sae_per_head"]
-    """At how many tokens each latent fired."""
-
-    W_enc: Float[Tensor, "head d_head d_sae_per_head"]
-    b_enc: Float[Tensor, "head d_sae_per_head"]
-    W_dec: Float[Tensor, "head d_sae_per_head d_head"]
-    b_dec: Float[Tensor, "head d_head"]
 
 
 @torch.no_grad()
@@ -46,7 +25,12 @@ def fused_topk(
     k: int,
     apply_b_dec_to_input: bool,
     rescale_by_decoder_norm: bool,
-) -> FusedGradients:
+) -> tuple[
+    Float[Tensor, ""],
+    Float[Tensor, "head batch d_head"],
+    Float[Tensor, "head d_sae_per_head"],
+    dict[str, Tensor],
+]:
     """Return loss and gradients of a TopK SAE's squared error, each head on its own.
 
     Scaling latents by the decoder norms before the choice and back before the decoding leaves the
@@ -61,21 +45,20 @@ def fused_topk(
         k: latents of a head that may fire at a token.
         apply_b_dec_to_input: subtract the decoder bias before encoding.
         rescale_by_decoder_norm: choose as if every decoder row had norm 1.
+
+    Returns:
+        The squared error, summed over heads and dimensions, mean over tokens; the residual, query
+        minus reconstruction; at how many tokens each latent fired; the gradients by name.
     """
-    n_heads, n_tokens, d_head = x.shape
-    d_sae = W_enc.shape[-1]
+    n_heads, n_tokens, _ = x.shape
     norms = W_dec.norm(dim=-1) if rescale_by_decoder_norm else torch.ones_like(b_enc)
     decoder = W_dec / norms[..., None]
     shift = b_dec if apply_b_dec_to_input else torch.zeros_like(b_dec)
     on_cpu = x.device.type == "cpu"
     heads, tokens = (1, min(CPU_TILE_TOKENS, n_tokens)) if on_cpu else (n_heads, n_tokens)
-    buffers = [x.new_empty(heads, tokens, d_sae) for _ in range(3)]
-    grads = {
-        "W_enc": torch.zeros_like(W_enc),
-        "b_enc": torch.zeros_like(b_enc),
-        "W_dec": torch.zeros_like(W_dec),
-        "b_dec": torch.zeros_like(b_dec),
-    }
+    buffers = [x.new_empty(heads, tokens, W_enc.shape[-1]) for _ in range(3)]
+    weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    grads = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     residual, fired = torch.empty_like(x), torch.zeros_like(b_enc, dtype=torch.float32)
     loss = x.new_zeros(())
     for h in range(0, n_heads, heads):
@@ -101,14 +84,11 @@ def fused_topk(
     grads["W_dec"] /= norms[..., None]
     if apply_b_dec_to_input:
         grads["b_dec"] -= torch.einsum("hs,hds->hd", grads["b_enc"], W_enc)
-    return FusedGradients(loss=loss / n_tokens, residual=residual, fired=fired, **grads)
+    return loss / n_tokens, residual, fired, grads
 
 
 def _chosen(pre: Tensor, k: int, *, out: Tensor) -> None:
     """Write 1 where a pre-activation is positive and among the k largest of its row, else 0."""
-    if k == pre.shape[-1]:
-        torch.gt(pre, 0, out=out)
-        return
     if pre.device.type == "cpu" and pre.dtype in (torch.float32, torch.float64):
         # Faster than torch.topk, which also finds where they are; NumPy knows no bfloat16.
         kth = pre.shape[-1] - k

@@ -1,17 +1,16 @@
 """Checkpoints of a training run, from which a stopped run continues with the same numbers.
 
 `<out>.unfinished` holds `run.json`, the settings of the run, and the last checkpoint `step-N/`:
-weights, Adam's moments and firing statistics as safetensors, counters as JSON. Schedules are
-functions of the step, and the stream needs no state. A checkpoint is written aside and renamed
-before the previous one is removed, so one is complete at any moment a process is killed. SAELens's
-own trainer state is a pickle. No signal handler is installed.
+weights, Adam's moments and firing statistics as safetensors. Schedules are functions of the step,
+and the stream needs no state. A checkpoint is written aside and renamed before the previous one is
+removed, so one is complete at any moment a process is killed. SAELens's own trainer state is a
+pickle. No signal handler is installed.
 """
 
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -19,32 +18,12 @@ from torch import Tensor
 
 from sae_query_steer.models.fingerprint import default_tolerance, relative_difference
 from sae_query_steer.storage.folders import new_folder
-from sae_query_steer.storage.records import Record, read_record, write_record
+from sae_query_steer.storage.records import read_record, write_record
 from sae_query_steer.storage.tensors import FLOATS, read_tensors, write_tensors
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
-RUN = "run.json"
+RUN, STATE = "run.json", "state.safetensors"
 _STATISTICS = ("act_freq_scores", "n_forward_passes_since_fired")
-
-
-class Run(Record):
-    """What `run.json` holds."""
-
-    format: Literal["sae_query_steer.run/2"]
-    """Version of the format."""
-
-    settings: dict[str, JsonValue]
-    """All that decides the weights of the run."""
-
-
-class Counters(Record):
-    """What `state.json` holds."""
-
-    n_training_steps: int
-    """Steps done."""
-
-    n_frac_active_samples: int
-    """Tokens that the firing statistics count."""
 
 
 class Checkpoints:
@@ -54,7 +33,6 @@ class Checkpoints:
         folder: where they are written.
         settings: all that decides the weights, as JSON.
         queries: the model's queries on fixed tokens by hook name; they identify the model.
-        dtype: number format of the model.
         every: steps between two checkpoints.
         resume: continue the run in the folder, if there is one.
         overwrite: replace the run in the folder.
@@ -71,18 +49,18 @@ class Checkpoints:
         settings: dict[str, Any],
         queries: Mapping[str, Tensor],
         *,
-        dtype: str,
         every: int,
         resume: bool,
         overwrite: bool,
     ) -> None:
         self.folder, self.every = folder, every
         self._queries = {f"fingerprint/{name}": value for name, value in queries.items()}
-        self._dtype = dtype
+        self._tolerance = default_tolerance(settings["model_dtype"])
         self._saved = 0
         exists = (folder / RUN).is_file()
         if exists and resume:
-            check_same_run(folder / RUN, read_record(folder, RUN, Run).settings, settings)
+            stored = read_record(folder, RUN, dict[str, JsonValue])
+            check_same_run(folder / RUN, stored, settings)
         elif exists and not overwrite:
             raise FileExistsError(
                 f"{folder} holds a stopped run: continue it with resume=True, or replace it with "
@@ -90,7 +68,7 @@ class Checkpoints:
             )
         else:
             with new_folder(folder, overwrite=True, holding=RUN) as new:
-                write_record(new / RUN, Run(format="sae_query_steer.run/2", settings=settings))
+                write_record(new / RUN, settings)
 
     def __call__(self, trainer: HeadwiseMultiTrainer) -> None:
         """Write a checkpoint if one is due, or if training is at its end."""
@@ -98,13 +76,8 @@ class Checkpoints:
         due = step % self.every == 0 or trainer.n_training_samples >= total
         if step == self._saved or not due:
             return
-        first = next(iter(trainer.trainers.values()))
-        counters = Counters(
-            n_training_steps=step, n_frac_active_samples=first.n_frac_active_samples
-        )
-        with new_folder(self.folder / f"step-{step}", overwrite=True, holding="state.json") as new:
-            write_tensors(new / "state.safetensors", self._queries | _tensors(trainer))
-            write_record(new / "state.json", counters)
+        with new_folder(self.folder / f"step-{step}", overwrite=True, holding=STATE) as new:
+            write_tensors(new / STATE, self._queries | _tensors(trainer))
         self._remove_all_but(step)
         self._saved = step
 
@@ -115,18 +88,16 @@ class Checkpoints:
             ValueError: the checkpoint is of another model, or damaged.
         """
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
-        steps = [int(name) for name in names if name.isdecimal()]
-        if not steps:
+        step = max((int(name) for name in names if name.isdecimal()), default=0)
+        if step == 0:
             return
-        folder = f"step-{max(steps)}"
-        counters = read_record(self.folder, f"{folder}/state.json", Counters)
-        _begin_adam(trainer)
+        _set_step(trainer, step)
         own = self._queries | _tensors(trainer)
         expected = {name: (FLOATS, tuple(tensor.shape)) for name, tensor in own.items()}
-        stored = read_tensors(self.folder, f"{folder}/state.safetensors", expected)
+        stored = read_tensors(self.folder, f"step-{step}/{STATE}", expected)
         for name, queries in self._queries.items():
             difference = relative_difference(queries, stored[name])
-            if not difference <= default_tolerance(self._dtype):  # NaN too
+            if not difference <= self._tolerance:  # NaN too
                 raise ValueError(
                     f"{self.folder} holds a run on another model: {name} differs by "
                     f"{difference:.3g} (relative); load that model, or remove the folder"
@@ -134,9 +105,10 @@ class Checkpoints:
         with torch.no_grad():
             for name in own.keys() - self._queries.keys():
                 own[name].copy_(stored[name])
-        _set_step(trainer, counters)
-        self._saved = counters.n_training_steps
-        self._remove_all_but(self._saved)
+        for site, one in trainer.trainers.items():
+            one.n_frac_active_samples = int(stored[f"{site}/n_frac_active_samples"])
+        self._saved = step
+        self._remove_all_but(step)
 
     def remove(self) -> None:
         """Remove the folder."""
@@ -168,7 +140,7 @@ def check_same_run(path: Path, stored: Mapping[str, Any], settings: Mapping[str,
 
 
 def _tensors(trainer: HeadwiseMultiTrainer) -> dict[str, Tensor]:
-    """Return the tensors of a trainer's state themselves, not copies."""
+    """Return the tensors of a trainer's state themselves, not copies, but for the counter."""
     found: dict[str, Tensor] = {}
     for site, one in trainer.trainers.items():
         found |= {f"{site}/weight/{name}": value for name, value in one.sae.state_dict().items()}
@@ -176,41 +148,27 @@ def _tensors(trainer: HeadwiseMultiTrainer) -> dict[str, Tensor]:
             moments = one.optimizer.state[parameter]
             found |= {f"{site}/{moment}/{name}": value for moment, value in moments.items()}
         found |= {f"{site}/{name}": getattr(one, name) for name in _STATISTICS}
+        counter = torch.tensor(one.n_frac_active_samples, dtype=torch.float64)
+        found[f"{site}/n_frac_active_samples"] = counter
         if isinstance(scale := one.activation_scaler.scaling_factor, Tensor):
             found[f"{site}/scale"] = scale
     return found
 
 
-def _begin_adam(trainer: HeadwiseMultiTrainer) -> None:
-    """Give Adam the state that it makes in its first step, and scalers a factor."""
+def _set_step(trainer: HeadwiseMultiTrainer, steps: int) -> None:
+    """Set counters and schedules to a step, and give optimisers and scalers tensors to fill."""
     for one in trainer.trainers.values():
         for parameter in one.sae.parameters():
-            one.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        if one.sae.cfg.normalize_activations != "none":
-            one.activation_scaler.scaling_factor = torch.ones(  # pyright: ignore[reportAttributeAccessIssue]
-                one.sae.cfg.n_heads, dtype=torch.float64
-            )
-
-
-def _set_step(trainer: HeadwiseMultiTrainer, counters: Counters) -> None:
-    """Set counters and schedules to a step; the schedules of all sites are the same."""
-    steps = counters.n_training_steps
-    first, *_ = trainer.trainers.values()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch expects a step of Adam before each
+            parameter.grad = torch.zeros_like(parameter)
+        one.optimizer.step()
+        one.optimizer.zero_grad()
         for _ in range(steps):
-            first.lr_scheduler.step()
-    for one in trainer.trainers.values():
-        one.lr_scheduler.load_state_dict(first.lr_scheduler.state_dict())
-        one.optimizer.param_groups[0]["lr"] = first.optimizer.param_groups[0]["lr"]
-        for schedule in one.coefficient_schedulers.values():
-            for _ in range(steps):
+            one.lr_scheduler.step()
+            for schedule in one.coefficient_schedulers.values():
                 schedule.step()
-        one.n_frac_active_samples = counters.n_frac_active_samples
+        if one.sae.cfg.normalize_activations != "none":
+            factors = torch.ones(one.sae.cfg.n_heads, dtype=torch.float64)
+            one.activation_scaler.scaling_factor = factors  # pyright: ignore[reportAttributeAccessIssue]
     for one in (trainer, *trainer.trainers.values()):
         one.n_training_steps = steps
         one.n_training_samples = steps * trainer.cfg.train_batch_size_samples

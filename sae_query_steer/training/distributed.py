@@ -57,7 +57,7 @@ def train_on_ranks(
         FileExistsError: as `train_query_saes`.
         ValueError: as `train_query_saes`, or there are more processes than sites.
     """
-    out, sites = Path(out), list(sites)
+    out = Path(out)
     rank, n = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if n > max(1, len(sites)):
         raise ValueError(f"processes must be at most one per layer, {len(sites)}, got {n}")
@@ -72,9 +72,8 @@ def train_on_ranks(
     try:
         distributed.barrier()
         if rank == 0:
-            join_ranks([QuerySAEs.load(part) for part in parts], sites).save(
-                out, overwrite=overwrite
-            )
+            joined = join_ranks([QuerySAEs.load(part) for part in parts], sites)
+            joined.save(out, overwrite=overwrite)
             for part in parts:
                 shutil.rmtree(part, ignore_errors=True)
         distributed.barrier()
@@ -89,13 +88,10 @@ def join_ranks(parts: Sequence[QuerySAEs], sites: Sequence[QuerySite]) -> QueryS
     saes = {name: part[name] for name in names for part in parts if name in part}
     metrics = None
     if all(part.measured for part in parts):
-        tables = [part.metrics for part in parts]
-        order = {site.layer: place for place, site in enumerate(sites)}
-        metrics = pd.concat(tables).sort_values(
-            "layer", key=lambda layer: layer.map(order), kind="stable", ignore_index=True
-        )
-    settings = {**(parts[0].settings or {}), "hook_names": names}
-    return QuerySAEs(saes, metrics, settings)
+        table = pd.concat([part.metrics for part in parts])
+        layers = [table[table["layer"] == site.layer] for site in sites]
+        metrics = pd.concat(layers, ignore_index=True)
+    return QuerySAEs(saes, metrics, {**(parts[0].settings or {}), "hook_names": names})
 
 
 def local_device() -> str | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from sae_query_steer.arguments import check_number
 from sae_query_steer.config import TrainingConfig
 from sae_query_steer.models.shapes import ModelShape
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.training.stream import QueryStream, buffer_bytes
+from sae_query_steer.training.stream import QueryStream
 
 FORWARD_RATIO = 1.37
 """Time of a run over that of the bare forward pass.
@@ -29,17 +30,11 @@ class TrainingEstimate:
     training step, the libraries of the device, and the biases of the SAEs.
     """
 
-    n_steps: int
-    """Training steps."""
-
     tokens: int
     """Tokens to train on."""
 
     model_bytes: int
     """Weights of the language model."""
-
-    training_bytes: int
-    """Weights of all SAEs, their gradients, and Adam's two moments."""
 
     buffer_bytes: int
     """Queries that wait to be shuffled."""
@@ -47,14 +42,21 @@ class TrainingEstimate:
     saved_bytes: int
     """The SAEs on disk at the end."""
 
-    disk_bytes: int
-    """Largest use of the disk during the run."""
-
     model_flops: int
     """Operations of the forward pass for each token: 2 for each weight up to the last layer."""
 
     sae_flops: int
     """Operations of all SAEs for each token: 6 for each weight, forward and backward."""
+
+    @property
+    def training_bytes(self) -> int:
+        """Weights of all SAEs, their gradients, and Adam's two moments."""
+        return 4 * self.saved_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Largest use of the disk: two checkpoints of weights and two moments, and the SAEs."""
+        return 7 * self.saved_bytes
 
     def seconds(self, flops_per_second: float, *, ratio: float = FORWARD_RATIO) -> float:
         """Return ratio * tokens * model_flops / flops_per_second.
@@ -62,14 +64,8 @@ class TrainingEstimate:
         Args:
             flops_per_second: measured speed of the forward pass on the device.
             ratio: time of the run over that of the forward pass.
-
-        Raises:
-            ValueError: a speed that is not above 0.
         """
-        if not flops_per_second > 0:
-            raise ValueError(
-                f"flops_per_second must be above 0, such as 100e12, got {flops_per_second}"
-            )
+        check_number("flops_per_second", flops_per_second, above=0)
         return ratio * self.tokens * self.model_flops / flops_per_second
 
 
@@ -87,20 +83,17 @@ def estimate_training(
     Raises:
         ValueError: `context_size` is longer than the context of the model.
     """
-    row = min(128, shape.n_ctx) if config.context_size is None else config.context_size
+    row = config.context_size or min(128, shape.n_ctx)
     if row > shape.n_ctx:
         raise ValueError(f"context_size must be at most n_ctx={shape.n_ctx}, got {row}")
-    weights = weight_bytes(config, sites)
+    last_layer = max(site.layer for site in sites)
     return TrainingEstimate(
-        n_steps=config.n_steps,
         tokens=config.training_tokens,
         model_bytes=shape.n_parameters * model_item,
-        training_bytes=training_bytes(config, sites),
-        buffer_bytes=buffer_bytes(config, sites, row, model_item),
-        saved_bytes=weights,
-        disk_bytes=disk_bytes(config, sites),
-        model_flops=2 * sum(shape.block_parameters[: max(site.layer for site in sites) + 1]),
-        sae_flops=6 * sum(2 * site.d_in * config.sae.d_sae_per_head for site in sites),
+        buffer_bytes=_buffer_bytes(config, sites, row, model_item),
+        saved_bytes=_weight_bytes(config, sites),
+        model_flops=2 * sum(shape.block_parameters[: last_layer + 1]),
+        sae_flops=12 * config.sae.d_sae_per_head * sum(site.d_in for site in sites),
     )
 
 
@@ -110,47 +103,46 @@ def check_resources(stream: QueryStream, out: Path | None) -> None:
     Raises:
         ValueError: the message names what is needed, what is free, and the remedy.
     """
-    config, sites = stream.config, stream.sites
-    item = next(stream.model.parameters()).element_size()
-    needed = {str(stream.model.cfg.device): training_bytes(config, sites)}
-    activations = buffer_bytes(config, sites, stream.rows.shape[1], item)
+    model, config = stream.model, stream.config
+    weights = _weight_bytes(config, stream.sites)
+    item = next(model.parameters()).element_size()
+    activations = _buffer_bytes(config, stream.sites, stream.rows.shape[1], item)
+    needed = {str(model.cfg.device): 4 * weights}
     needed[stream.device] = needed.get(stream.device, 0) + activations
     for device, n_bytes in needed.items():
-        free = free_memory(device)
-        if free is not None and n_bytes > free:
-            raise ValueError(
-                f"training needs at least {_gib(n_bytes)} of memory on {device}, where "
-                f"{_gib(free)} are free ({_gib(activations)} of it for activations on "
-                f"{stream.device}): train fewer layers at a time, or lower d_sae_per_head or "
-                "n_batches_in_buffer; act_store_device='cpu' keeps the activations off a GPU"
-            )
+        remedy = (
+            "train fewer layers at a time, or lower d_sae_per_head or n_batches_in_buffer; "
+            "act_store_device='cpu' keeps the queries off a GPU"
+        )
+        _check_free(n_bytes, _free_memory(device), f"memory on {device}", remedy)
     if out is not None:
         here = next(folder for folder in out.absolute().parents if folder.exists())
-        n_bytes, free = disk_bytes(config, sites), shutil.disk_usage(here).free
-        if n_bytes > free:
-            raise ValueError(
-                f"checkpoints and SAEs need {_gib(n_bytes)} of disk at {out}, where {_gib(free)} "
-                "are free: free some, give another folder, or train fewer layers at a time"
-            )
+        remedy = "give another folder, or train fewer layers at a time"
+        _check_free(7 * weights, shutil.disk_usage(here).free, f"disk at {out}", remedy)
 
 
-def weight_bytes(config: TrainingConfig, sites: Sequence[QuerySite]) -> int:
+def _check_free(needed: int, free: int | None, what: str, remedy: str) -> None:
+    if free is not None and needed > free:
+        raise ValueError(
+            f"training needs at least {needed / 2**30:.3g} GiB of {what}, where "
+            f"{free / 2**30:.3g} GiB are free: {remedy}"
+        )
+
+
+def _weight_bytes(config: TrainingConfig, sites: Sequence[QuerySite]) -> int:
     """Return the size of the weights of all SAEs, without biases and thresholds."""
     item = {"float32": 4, "float64": 8}[config.sae.dtype]
-    return sum(2 * site.d_in * config.sae.d_sae_per_head * item for site in sites)
+    return 2 * config.sae.d_sae_per_head * sum(site.d_in for site in sites) * item
 
 
-def training_bytes(config: TrainingConfig, sites: Sequence[QuerySite]) -> int:
-    """Return the memory of the SAEs in training: weights, gradients, and Adam's two moments."""
-    return 4 * weight_bytes(config, sites)
+def _buffer_bytes(
+    config: TrainingConfig, sites: Sequence[QuerySite], row_tokens: int, item: int
+) -> int:
+    """Return the memory of the queries that wait to be shuffled, `item` bytes a number."""
+    return config.n_batches_in_buffer * row_tokens * sum(site.d_in for site in sites) * item
 
 
-def disk_bytes(config: TrainingConfig, sites: Sequence[QuerySite]) -> int:
-    """Return the largest use of the disk: two checkpoints of weights and two moments, and SAEs."""
-    return (2 * 3 + 1) * weight_bytes(config, sites)
-
-
-def free_memory(device: str) -> int | None:
+def _free_memory(device: str) -> int | None:
     """Return the free bytes of a device, None if unknown."""
     match torch.device(device).type:
         case "cpu":
@@ -159,7 +151,3 @@ def free_memory(device: str) -> int | None:
             return torch.cuda.mem_get_info(torch.device(device))[0]
         case _:
             return None
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.3g} GiB"

@@ -14,13 +14,12 @@ from sae_query_steer.training.stream import Queries
 
 
 class ReconstructionMoments:
-    """Accumulates per-head scores of an SAE in constant memory.
-
-    Source: the scores are those of SAELens's evals.
-    """
+    """Accumulates per-head scores of an SAE in constant memory; the scores are SAELens's."""
 
     n_tokens: int = 0
     """Tokens seen."""
+
+    _sums: tuple[Tensor, ...] = ()
 
     def update(
         self,
@@ -29,23 +28,15 @@ class ReconstructionMoments:
         latents: Float[Tensor, "token head d_sae"],
     ) -> None:
         """Add a batch of queries with their reconstructions and latents."""
-        x, reconstruction = x.double(), reconstruction.double()
-        fired = latents > 0
-        parts = (
+        x, reconstruction, fired = x.double(), reconstruction.double(), latents > 0
+        sums = (
             x.sum(0),
             x.square().sum((0, 2)),
             (x - reconstruction).square().sum((0, 2)),
-            fired.sum((0, 2)),
             fired.sum(0),
         )
-        if self.n_tokens == 0:
-            self._sum, self._square, self._error, self._active, self._fired = parts
-        else:
-            self._sum += parts[0]
-            self._square += parts[1]
-            self._error += parts[2]
-            self._active += parts[3]
-            self._fired += parts[4]
+        first = self.n_tokens == 0
+        self._sums = sums if first else tuple(map(torch.add, self._sums, sums))
         self.n_tokens += x.shape[0]
 
     def explained_variance(self, *, pooled: slice | None = None) -> Float[Tensor, "..."]:
@@ -54,19 +45,19 @@ class ReconstructionMoments:
         Args:
             pooled: heads whose queries are taken as one vector instead, for a single score.
         """
-        n = self.n_tokens
-        error, variance = self._error / n, self._square / n - (self._sum / n).square().sum(-1)
+        mean, square, error, _ = (total / self.n_tokens for total in self._sums)
+        variance = square - mean.square().sum(-1)
         if pooled is not None:
             error, variance = error[pooled].sum(), variance[pooled].sum()
         return 1 - error / variance
 
     def l0(self) -> Float[Tensor, " head"]:
         """Return the mean number of latents that fire at a token, of each head."""
-        return self._active / self.n_tokens
+        return self._sums[3].sum(-1) / self.n_tokens
 
     def dead_share(self) -> Float[Tensor, " head"]:
         """Return the share of each head's latents that fired at none of the tokens seen."""
-        return (self._fired == 0).double().mean(-1)
+        return (self._sums[3] == 0).double().mean(-1)
 
 
 @torch.no_grad()

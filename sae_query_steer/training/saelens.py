@@ -4,12 +4,14 @@ The gradient of each head is clipped on its own, as in a solo run (SAELens clips
 which would couple the heads of a layer), and queries are scaled head by head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -17,10 +19,11 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from sae_query_steer.config import TrainingConfig
-from sae_query_steer.training.scaling import HeadwiseScaler
 
 CLIP_NORM = 1.0
 """Largest norm of the gradient of one head; SAELens's value for a whole SAE."""
+
+FlatQueries = Float[Tensor, "*batch d_in"]
 
 
 def trainer_config(config: TrainingConfig, device: str) -> SAETrainerConfig:
@@ -123,6 +126,70 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
         if self.n_training_steps % update_interval == 0:
             losses = (f"{name}: {out.loss.item():.4f}" for name, out in step_outputs.items())
             pbar.set_postfix_str(", ".join(losses))
+
+
+class HeadwiseScaler(ActivationScaler):
+    """Scales flat queries [token head*d_head] to mean norm sqrt(d_head), each head on its own."""
+
+    scaling_factor: Float[Tensor, "head"] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """In float64 on the CPU; None until it is estimated, and again once it is folded."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    @override
+    def estimate_scaling_factor(
+        self, d_in: int, data_provider: Iterator[Tensor], n_batches_for_norm_estimate: int = 1000
+    ) -> None:
+        """Estimate the factors from the next batches."""
+        norms = HeadNorms(self.n_heads)
+        for _ in range(n_batches_for_norm_estimate):
+            norms.update(next(data_provider))
+        self.scaling_factor = norms.factors(d_in // self.n_heads)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @override
+    def scale(self, acts: FlatQueries) -> FlatQueries:
+        """Return the activations times the factors; unchanged if there are none."""
+        if self.scaling_factor is None:
+            return acts
+        # SAELens's factor is a Python float, so not in half precision. And without waiting for the
+        # copy, which would stop an accelerator at every step.
+        kind = torch.promote_types(acts.dtype, torch.float32)
+        factor = self.scaling_factor.to(acts.device, kind, non_blocking=True)[:, None]
+        headed = acts.unflatten(-1, (self.n_heads, -1))
+        return (headed * factor).to(acts.dtype).flatten(-2)
+
+
+class HeadNorms:
+    """Mean norm of the queries of each of some heads, batch by batch."""
+
+    def __init__(self, n_heads: int) -> None:
+        self.n_tokens, self._sums = 0, torch.zeros(n_heads, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, acts: FlatQueries) -> None:
+        """Add a batch."""
+        # Head by head: in another order the last bits of SAELens's sums change. They are in
+        # float32, as there, so that half precision does not overflow.
+        heads = acts.chunk(len(self._sums), dim=-1)
+        self._sums += torch.stack([head.norm(dim=-1).float().sum() for head in heads]).cpu()
+        self.n_tokens += acts.shape[:-1].numel()
+
+    def factors(self, d_head: int) -> Float[Tensor, "head"]:
+        """Return sqrt(d_head) / mean norm of each head, in float64 on the CPU.
+
+        Raises:
+            ValueError: a head has no finite mean norm above 0.
+        """
+        means = self._sums / self.n_tokens
+        if not bool((means.isfinite() & (means > 0)).all()):
+            raise ValueError(
+                "the mean norm of every head must be finite and above 0 to scale it, got "
+                f"{means.tolist()}: train with normalize_activations='none'"
+            )
+        # A tensor by a tensor: of a number by a tensor torch takes the reciprocal, which rounds.
+        return torch.full_like(means, d_head**0.5) / means
 
 
 @torch.no_grad()

@@ -6,10 +6,9 @@ so a stream can begin at any batch and a checkpoint needs none of its state; SAE
 lose the mixing buffer and the state of the generator.
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count, islice
 from typing import Any
 
@@ -52,82 +51,50 @@ class QueryStream:
         device = self.config.act_store_device
         return str(self.model.cfg.device) if device == "with_model" else device
 
-    def batches(self, start: int = 0) -> Generator[Queries]:
-        """Yield batch `start` and all that follow, the same whatever `start` is.
-
-        With `prefetch` the model is in use until the generator is closed.
-        """
+    def batches(self, start: int = 0) -> Iterator[Queries]:
+        """Yield batch `start` and all that follow, the same whatever `start` is."""
+        lengths = (self.rows != PAD).sum(1)
         size = self.config.train_batch_size_tokens
-        first, skip = self._find(start * size)
-        left: dict[str, Tensor] = {}
-        for chunk in self._chunks(first):
-            n = len(next(iter(chunk.values())))
-            n_left = len(next(iter(left.values()))) if left else 0
-            at = skip
-            if left and n_left + n - skip >= size:
-                at = skip + size - n_left
-                yield {name: torch.cat([left[name], chunk[name][skip:at]]) for name in chunk}
-                left = {}
-            while at + size <= n:
-                yield {name: queries[at : at + size] for name, queries in chunk.items()}
-                at += size
+        first, skip = 0, start * size
+        while skip >= (n_tokens := int(lengths[self._rows_of(first)].sum())):
+            first, skip = first + 1, skip - n_tokens
+        parts, missing = [], size
+        for chunk in map(self._read, count(first)):
+            end = len(next(iter(chunk.values())))
+            while skip < end:
+                stop = min(skip + missing, end)
+                parts.append({name: queries[skip:stop] for name, queries in chunk.items()})
+                skip, missing = stop, missing - (stop - skip)
+                if missing == 0:
+                    yield {name: torch.cat([part[name] for part in parts]) for name in chunk}
+                    parts, missing = [], size
             # Copies, so that no view keeps the whole chunk in memory.
-            rest = {name: queries[at:].clone() for name, queries in chunk.items()}
-            left = {n: torch.cat([left[n], rest[n]]) for n in rest} if left else rest
+            parts = [{name: value.clone() for name, value in part.items()} for part in parts]
             skip = 0
 
     def take(self, n: int, description: str, *, start: int = 0) -> Iterator[Queries]:
         """Yield `n` batches from batch `start` on, with a progress bar."""
-        with closing(self.batches(start)) as batches:
-            yield from tqdm(islice(batches, n), description, n, unit="batch")
-
-    def _find(self, token: int) -> tuple[int, int]:
-        """Return the chunk that holds a token of the chain, and how many of its tokens precede."""
-        lengths = (self.rows != PAD).sum(1).numpy()
-        epoch, rest = divmod(token, int(lengths.sum()))
-        ends = np.cumsum(lengths[self._order(_ROWS, epoch, len(lengths))])
-        row = epoch * len(lengths) + int(np.searchsorted(ends, rest, side="right"))
-        chunk = row // self.config.n_batches_in_buffer
-        return chunk, token - self._tokens_before(chunk * self.config.n_batches_in_buffer, lengths)
-
-    def _tokens_before(self, place: int, lengths: np.ndarray) -> int:
-        """Return how many tokens precede a row of the chain."""
-        epoch, within = divmod(place, len(lengths))
-        order = self._order(_ROWS, epoch, len(lengths))
-        return epoch * int(lengths.sum()) + int(lengths[order[:within]].sum())
-
-    def _chunks(self, first: int) -> Iterator[dict[str, Tensor]]:
-        if not self.config.prefetch:
-            yield from map(self._read, count(first))  # without end
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead = pool.submit(self._read, first)
-            for chunk in count(first + 1):
-                ready = ahead.result()
-                ahead = pool.submit(self._read, chunk)
-                yield ready
+        return iter(tqdm(islice(self.batches(start), n), description, n, unit="batch"))
 
     @torch.no_grad()
-    def _read(self, chunk: int) -> dict[str, Tensor]:
+    def _read(self, chunk: int) -> Queries:
         """Return the queries of a chunk's tokens, shuffled."""
         rows = self.rows[self._rows_of(chunk)]
-        real = rows != PAD
-        n_tokens = int(real.sum())
+        n_tokens = int((rows != PAD).sum())
         # Where each token goes: written there at once, the chunk is never copied.
-        places = torch.from_numpy(self._order(_TOKENS, chunk, n_tokens)).to(self.device)
+        order = _order(self.config.seed, _TOKENS, chunk, n_tokens)
+        places = torch.from_numpy(order).to(self.device)
         names = [site.hook_name for site in self.sites]
         queries: dict[str, Tensor] = {}
         at = 0
-        for tokens, mask in zip(
-            rows.split(self.config.store_batch_size_prompts),
-            real.split(self.config.store_batch_size_prompts),
-            strict=True,
-        ):
+        for tokens in rows.split(self.config.store_batch_size_prompts):
             # Padding stands to the right of a causal model's row: whatever it reads as, no real
             # token sees it.
             read = read_activations(self.model, tokens, names, autocast=self.config.autocast_lm)
-            to = places[at : at + int(mask.sum())]
+            real = tokens != PAD
+            to = places[at : at + int(real.sum())]
             for name, value in read.items():
-                here = value[mask.to(value.device)].flatten(1).to(self.device)
+                here = value[real.to(value.device)].flatten(1).to(self.device)
                 if name not in queries:
                     queries[name] = here.new_empty(n_tokens, here.shape[1])
                 queries[name][to] = here
@@ -136,21 +103,16 @@ class QueryStream:
 
     def _rows_of(self, chunk: int) -> Int[Tensor, " place"]:
         """Return the rows of a chunk, in the order of their epochs."""
-        start, n_rows = chunk * self.config.n_batches_in_buffer, len(self.rows)
-        end = start + self.config.n_batches_in_buffer
+        size, seed = self.config.n_batches_in_buffer, self.config.seed
+        places = np.arange(chunk * size, (chunk + 1) * size)
+        epochs, places = np.divmod(places, len(self.rows))
         orders = [
-            self._order(_ROWS, epoch, n_rows)[max(0, start - epoch * n_rows) : end - epoch * n_rows]
-            for epoch in range(start // n_rows, -(-end // n_rows))
+            _order(seed, _ROWS, int(epoch), len(self.rows))[places[epochs == epoch]]
+            for epoch in np.unique(epochs)
         ]
         return torch.from_numpy(np.concatenate(orders))
 
-    def _order(self, kind: int, index: int, n: int) -> np.ndarray:
-        return np.random.default_rng([self.config.seed, kind, index]).permutation(n)
 
-
-def buffer_bytes(
-    config: TrainingConfig, sites: Sequence[QuerySite], row_tokens: int, item: int
-) -> int:
-    """Return the memory of the queries that wait to be shuffled, `item` bytes a number."""
-    d_in = sum(site.d_in for site in sites)
-    return (2 if config.prefetch else 1) * config.n_batches_in_buffer * row_tokens * d_in * item
+@lru_cache(maxsize=4)
+def _order(seed: int, kind: int, index: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, kind, index]).permutation(n)

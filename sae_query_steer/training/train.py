@@ -3,7 +3,6 @@
 import hashlib
 import warnings
 from collections.abc import Sequence
-from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.sae_trainer import SAETrainer
@@ -26,14 +25,13 @@ from sae_query_steer.models.fingerprint import dtype_name, fingerprint_tokens
 from sae_query_steer.models.loading import model_name
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sae.configs import training_config
-from sae_query_steer.sae.inference import to_inference
+from sae_query_steer.sae.core import to_inference
 from sae_query_steer.sites import QuerySite, check_sites
 from sae_query_steer.storage.folders import check_replaceable
 from sae_query_steer.training.checkpoints import Checkpoints, check_same_run
 from sae_query_steer.training.estimate import check_resources
 from sae_query_steer.training.reconstruction import reconstruction_metrics
-from sae_query_steer.training.saelens import HeadwiseMultiTrainer, trainer_config
-from sae_query_steer.training.scaling import HeadNorms
+from sae_query_steer.training.saelens import HeadNorms, HeadwiseMultiTrainer, trainer_config
 from sae_query_steer.training.stream import QueryStream
 
 
@@ -115,7 +113,6 @@ def train_query_saes(
             out.with_name(f"{out.name}.unfinished"),
             settings,
             queries,
-            dtype=dtype_name(model),
             every=config.checkpoint_every,
             resume=resume,
             overwrite=overwrite,
@@ -138,14 +135,14 @@ def _trained(
     begins = trainer.n_training_steps == 0
     if begins and config.sae.normalize_activations != "none":
         _estimate_norms(trainer, stream)
-    # Closed before anything else runs the model: a thread may be reading ahead.
-    with closing(stream.batches(trainer.n_training_steps)) as batches:
-        first = [next(batches)] if begins else []
-        for batch in first:
-            for name, one in trainer.trainers.items():
-                start_at_mean(one, batch[name])
-        trainer.data_provider = chain(first, batches)
-        trainer.fit()
+    batches = stream.batches(trainer.n_training_steps)
+    if begins:
+        first = next(batches)
+        for name, one in trainer.trainers.items():
+            _start_at_mean(one, first[name])
+        batches = chain([first], batches)
+    trainer.data_provider = batches
+    trainer.fit()
     trained = {name: to_inference(one) for name, one in saes.items()}
     metrics = None
     if config.metric_tokens:
@@ -159,7 +156,7 @@ def _trained(
 
 def _settings(stream: QueryStream) -> dict[str, Any]:
     """Return all that decides the weights of a run, as JSON; the texts by their hash."""
-    rows: Int[Tensor, "row pos"] = stream.rows
+    rows = stream.rows
     return {
         **stream.config.to_json(),
         "model": model_name(stream.model),
@@ -198,17 +195,13 @@ def _new_sae(site: QuerySite, stream: QueryStream, name: str) -> Any:
 
 
 @torch.no_grad()
-def start_at_mean(trainer: SAETrainer[Any, Any], queries: Float[Tensor, "token d_in"]) -> None:
-    """Set the decoder bias to the mean query of each head, before training begins.
+def _start_at_mean(trainer: SAETrainer[Any, Any], queries: Float[Tensor, "token d_in"]) -> None:
+    """Set the decoder bias to the mean query of each head in the first batch.
 
     Queries lie far from 0, around a mean that is large compared with a step of Adam. From zeros, as
     in SAELens, the bias does not reach it in a run of a few hundred steps, which then explains less
     variance than the mean does. Source: our choice; the only departure from SAELens that we
     measured to matter.
-
-    Args:
-        trainer: the trainer of an SAE, with the scale of its queries.
-        queries: the first batch, flat.
     """
     sae = trainer.sae
     scaled = trainer.activation_scaler(queries.to(device=sae.device, dtype=sae.dtype))
@@ -223,18 +216,17 @@ def _estimate_norms(trainer: HeadwiseMultiTrainer, stream: QueryStream) -> None:
             found.update(batch[name].to(trainer.saes[name].dtype))
     for name, found in norms.items():
         scaler = trainer.trainers[name].activation_scaler
-        scaler.scaling_factor = found.factors()  # pyright: ignore[reportAttributeAccessIssue]
+        d_head = trainer.saes[name].cfg.d_head
+        scaler.scaling_factor = found.factors(d_head)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _warn_of_poor_heads(metrics: pd.DataFrame) -> None:
     poor = metrics[~(metrics["explained_variance"] > 0)]
     if len(poor):
-        heads = zip(poor["layer"][:3], poor["head"][:3], strict=True)
-        where = ", ".join(f"layer {layer} head {head}" for layer, head in heads)
         warnings.warn(
             f"the SAEs of {len(poor)} of {len(metrics)} heads explain less variance than the mean "
-            f"query ({where}{', ...' if len(poor) > 3 else ''}): raise training_tokens or lr, or "
-            "lower train_batch_size_tokens for more steps",
+            f"query, such as layer {poor['layer'].iloc[0]} head {poor['head'].iloc[0]}: raise "
+            "training_tokens or lr, or lower train_batch_size_tokens for more steps",
             UserWarning,
             stacklevel=4,
         )

@@ -1,0 +1,45 @@
+from .collection import QuerySAEs as QuerySAEs
+from .configs import BatchTopK as BatchTopK
+from .configs import Gated as Gated
+from .configs import JumpReLU as JumpReLU
+from .configs import KLSparse as KLSparse
+from .configs import MatryoshkaBatchTopK as MatryoshkaBatchTopK
+from .configs import QueryHeadBatchTopKTrainingSAEConfig as QueryHeadBatchTopKTrainingSAEConfig
+from .configs import QueryHeadGatedSAEConfig as QueryHeadGatedSAEConfig
+from .configs import QueryHeadGatedTrainingSAEConfig as QueryHeadGatedTrainingSAEConfig
+from .configs import QueryHeadJumpReLUSAEConfig as QueryHeadJumpReLUSAEConfig
+from .configs import QueryHeadJumpReLUTrainingSAEConfig as QueryHeadJumpReLUTrainingSAEConfig
+from .configs import QueryHeadKLSparseSAEConfig as QueryHeadKLSparseSAEConfig
+from .configs import QueryHeadKLSparseTrainingSAEConfig as QueryHeadKLSparseTrainingSAEConfig
+from .configs import (
+    QueryHeadMatryoshkaBatchTopKTrainingSAEConfig as QueryHeadMatryoshkaBatchTopKTrainingSAEConfig,
+)
+from .configs import QueryHeadSAEConfig as QueryHeadSAEConfig
+from .configs import QueryHeadStandardSAEConfig as QueryHeadStandardSAEConfig
+from .configs import QueryHeadStandardTrainingSAEConfig as QueryHeadStandardTrainingSAEConfig
+from .configs import QueryHeadTopKSAEConfig as QueryHeadTopKSAEConfig
+from .configs import QueryHeadTopKTrainingSAEConfig as QueryHeadTopKTrainingSAEConfig
+from .configs import QueryHeadTrainingSAEConfig as QueryHeadTrainingSAEConfig
+from .configs import Standard as Standard
+from .configs import TopK as TopK
+from .configs import training_config as training_config
+from .core import QueryHeadSAE as QueryHeadSAE
+from .core import QueryHeadTrainingSAE as QueryHeadTrainingSAE
+from .core import to_inference as to_inference
+from .encoders import IdentityEncoder as IdentityEncoder
+from .encoders import QueryEncoder as QueryEncoder
+from .encoders import identity_encoders as identity_encoders
+from .heads import join_heads as join_heads
+from .heads import split_heads as split_heads
+from .penalised import QueryHeadGatedSAE as QueryHeadGatedSAE
+from .penalised import QueryHeadGatedTrainingSAE as QueryHeadGatedTrainingSAE
+from .penalised import QueryHeadJumpReLUSAE as QueryHeadJumpReLUSAE
+from .penalised import QueryHeadJumpReLUTrainingSAE as QueryHeadJumpReLUTrainingSAE
+from .penalised import QueryHeadKLSparseSAE as QueryHeadKLSparseSAE
+from .penalised import QueryHeadKLSparseTrainingSAE as QueryHeadKLSparseTrainingSAE
+from .penalised import QueryHeadStandardSAE as QueryHeadStandardSAE
+from .penalised import QueryHeadStandardTrainingSAE as QueryHeadStandardTrainingSAE
+from .topk import QueryHeadBatchTopKTrainingSAE as QueryHeadBatchTopKTrainingSAE
+from .topk import QueryHeadMatryoshkaBatchTopKTrainingSAE as QueryHeadMatryoshkaBatchTopKTrainingSAE
+from .topk import QueryHeadTopKSAE as QueryHeadTopKSAE
+from .topk import QueryHeadTopKTrainingSAE as QueryHeadTopKTrainingSAE
