@@ -1,6 +1,7 @@
 """Several processes: each its share of the layers, together what one process trains."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,34 +30,26 @@ def arguments(folder: Path, texts: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def ran(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-    )
-
-
-@pytest.fixture(scope="module")
-def one_and_two(tiny_folder, tmp_path_factory):
-    """The folders that one process, this one, and two processes wrote."""
-    folder = tmp_path_factory.mktemp("ranks")
-    make_texts(folder / "texts.csv")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    one, two = (
-        arguments(tiny_folder, folder / "texts.csv", folder / out) for out in ("one", "two")
-    )
-    done = ran([sys.executable, *launch, "--no-python", sys.executable, "-c", MAIN, *two])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert invoke(one, catch=False).exit_code == 0
-    return folder
-
-
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(one_and_two):
-    one, two = (sqs.QuerySAEs.load(one_and_two / name) for name in ("one", "two"))
+def test_two_processes_write_what_one_writes(tiny_folder, tmp_path, monkeypatch):
+    make_texts(tmp_path / "texts.csv")
+    in_one, in_two = (
+        arguments(tiny_folder, tmp_path / "texts.csv", tmp_path / out) for out in ("one", "two")
+    )
+    assert invoke(in_one, catch=False).exit_code == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = os.environ | launch | {"RANK": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", MAIN, *in_two]
+    other = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    for name, value in (launch | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    assert invoke(in_two, catch=False).exit_code == 0
+    errors = other.communicate(timeout=240)[1]
+    assert other.returncode == 0, errors[-2000:]
+    one, two = (sqs.QuerySAEs.load(tmp_path / name) for name in ("one", "two"))
     assert list(one) == list(two) == [f"blocks.{layer}.attn.hook_q" for layer in range(3)]
     for name, sae in one.items():
         assert sae.cfg == two[name].cfg
@@ -64,7 +57,7 @@ def test_two_processes_write_what_one_writes(one_and_two):
             assert torch.equal(value, two[name].state_dict()[key])
     pd.testing.assert_frame_equal(one.metrics, two.metrics)
     assert one.settings == two.settings
-    assert sorted(p.name for p in one_and_two.iterdir()) == ["one", "texts.csv", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "texts.csv", "two"]
 
 
 def test_more_processes_than_layers_are_refused(tiny_models, tmp_path, monkeypatch):

@@ -1,9 +1,5 @@
 """Plain SAELens SAEs of single heads: equal to ours, without us, scored by SAELens, and back."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from sae_lens import (
@@ -28,7 +24,6 @@ from sae_query_steer.models.activations import read_activations
 from sae_query_steer.sae import heads as module
 from sae_query_steer.sae.heads import join_heads, split_heads
 from sae_query_steer.steering.attach import attached_saes
-from sae_query_steer.storage.tensors import write_tensors
 
 HOOK = "blocks.1.attn.hook_q"
 SIZES = {"n_heads": 3, "d_head": 6, "d_sae_per_head": 11}
@@ -199,14 +194,22 @@ def test_heads_that_rescale_by_norms_of_1_are_joined_with_heads_that_do_not(tmp_
     assert theirs.cfg.rescale_acts_by_decoder_norm
 
 
-@pytest.mark.parametrize("place", [0, 2])
-def test_heads_that_rescale_by_other_norms_are_joined_once_these_are_folded(place, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (0, r"same rescale_acts.*, got True for head 0 and False for head 1 .*fold_W_dec_norm\(\)"),
+        (2, "same rescale_acts_by_decoder_norm, got False for head 0 and True for head 2"),
+    ],
+)
+def test_heads_that_rescale_by_other_norms_are_joined_once_these_are_folded(
+    place, message, monkeypatch
+):
     parts = split_heads(make("topk, not rescaled"))
     parts[place] = split_heads(make("topk"))[place]
     parts[place].W_dec.div_(parts[place].W_dec.norm(dim=-1, keepdim=True))
     parts[place].W_dec[[3, 7]] *= torch.tensor([[0.5], [1.25]])
     before = parts[place](randn(7, 6))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=REFUSED.format(place)):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
         patch.setattr(module, "with_weights", None)
         join_heads(parts)
     parts[place].fold_W_dec_norm()
@@ -214,12 +217,6 @@ def test_heads_that_rescale_by_other_norms_are_joined_once_these_are_folded(plac
     assert not joined.cfg.rescale_acts_by_decoder_norm
     assert_equal_outputs(parts[place], joined, place)
     torch.testing.assert_close(parts[place](randn(7, 6)), before)
-
-
-REFUSED = (
-    "^head {} has rescale_acts_by_decoder_norm=True.* got 0.5 to 1.25; "
-    r"fold_W_dec_norm\(\) makes them 1"
-)
 
 
 def test_a_joined_sae_is_saved_loaded_and_steered_as_any_other(tiny_models, saes, tmp_path):
@@ -236,72 +233,6 @@ def test_the_global_random_state_is_left_as_it_was():
     before = torch.get_rng_state()
     join_heads(split_heads(ours))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-WITHOUT_US = """
-import sys
-import warnings
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "sae_query_steer":
-            raise ImportError("sae_query_steer is not installed here")
-
-sys.meta_path.insert(0, Blocked())
-try:
-    import sae_query_steer
-except ImportError:
-    pass
-else:
-    raise SystemExit("the blocker does not block")
-
-from pathlib import Path
-import torch
-from safetensors.torch import load_file
-from sae_lens import SAE
-
-worst = 0.0
-for folder in map(Path, sys.argv[1:]):
-    expected = load_file(folder / "expected.safetensors")
-    for head in range(3):
-        sae = SAE.load_from_disk(folder / str(head))
-        assert type(sae).__module__.startswith("sae_lens."), type(sae)
-        x = expected["queries"][:, head].contiguous()
-        for name, got in (("latents", sae.encode(x)), ("reconstructions", sae(x))):
-            want = expected[name][:, head]
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-            worst = max(worst, (got - want).abs().max().item())
-assert "sae_query_steer" not in sys.modules
-print(f"equal without us, up to {worst:.1e}")
-"""
-
-
-@pytest.mark.slow
-def test_exported_heads_load_and_compute_in_a_python_without_this_package(tmp_path):
-    folders = [tmp_path / kind for kind in ("topk", "standard")]
-    for folder in folders:
-        folder.mkdir()
-        ours, queries = make(folder.name), randn(40, 3, 6, seed=4)
-        latents = ours.encode(queries)
-        write_tensors(
-            folder / "expected.safetensors",
-            {"queries": queries, "latents": latents, "reconstructions": ours.decode(latents)},
-        )
-        for head, one in enumerate(split_heads(ours)):
-            one.save_model(folder / str(head))
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US, *map(str, folders)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "equal without us" in run.stdout
-    for folder in folders:
-        config = json.loads((folder / "2" / "cfg.json").read_text())
-        assert "query_head" not in json.dumps(config)
-        assert config["metadata"]["hook_head_index"] == 2
 
 
 def test_saelens_scores_one_head_on_the_queries_of_that_head(model, saes):
@@ -350,11 +281,11 @@ def test_saelens_scores_one_head_on_the_queries_of_that_head(model, saes):
 @pytest.mark.parametrize(
     ("saes", "message"),
     [
-        ([], "one SAE for each head of a hook point, got none"),
-        ([plain(0), plain(2)], r"the 3 heads.*got \[0, 2\]: missing \[1\]"),
-        ([plain(0), plain(1), plain(1)], r"hook_head_index of saes\[2\] must be .* got 1"),
-        ([plain(0), plain(None)], r"hook_head_index of saes\[1\] must be .* got None"),
-        ([plain(-1)], r"hook_head_index of saes\[0\] must be .* got -1"),
+        ([], "each of the heads 0 to 0 once, got \\[\\]"),
+        ([plain(0), plain(2)], r"heads 0 to 2 once, got \[0, 2\]"),
+        ([plain(0), plain(1), plain(1)], r"heads 0 to 1 once, got \[0, 1, 1\]"),
+        ([plain(0), plain(None)], r"heads 0 to 0 once, got \[0, None\]"),
+        ([plain(-1)], r"heads 0 to 0 once, got \[-1\]"),
         ([plain(0), plain(1, k=5)], "same k, got 4 for head 0 and 5 for head 1"),
         ([plain(1, d_sae=12), plain(0)], "same d_sae, got 11 for head 0 and 12 for head 1"),
         ([plain(0), plain(1, d_in=5)], "same d_in, got 6 for head 0 and 5 for head 1"),
@@ -369,7 +300,7 @@ def test_saelens_scores_one_head_on_the_queries_of_that_head(model, saes):
         ),
         (
             [plain(0, metadata={"hook_name": None})],
-            "hook_name must be set.*None",
+            "'None' is no query hook point",
         ),
         (
             [plain(0, metadata={"hook_name": "blocks.1.attn.hook_k"})],
@@ -377,9 +308,9 @@ def test_saelens_scores_one_head_on_the_queries_of_that_head(model, saes):
         ),
         (
             [plain(0, normalize_activations="layer_norm")],
-            "normalize_activations must be 'none', got 'layer_norm'",
+            "normalize_activations must be 'none' for inference .* got 'layer_norm'",
         ),
-        ([plain(0), plain(1, metadata={"n_heads": 3})], r"missing \[2\]"),
+        ([plain(0), plain(1, metadata={"n_heads": 3})], "heads 0 to 2 once"),
         (
             [GatedSAE(GatedSAEConfig(d_in=6, d_sae=11, metadata=plain(0).cfg.metadata))],
             r"one of .*topk.*, got 'gated'",
@@ -404,19 +335,17 @@ def test_heads_that_do_not_make_one_layer_are_refused(saes, message, monkeypatch
 
 def test_the_number_of_heads_that_is_given_decides(monkeypatch):
     monkeypatch.setattr(module, "with_weights", None)
-    with pytest.raises(ValueError, match=r"the 4 heads.* missing \[2, 3\]"):
+    with pytest.raises(ValueError, match="heads 0 to 3 once"):
         join_heads([plain(0), plain(1)], n_heads=4)
-    with pytest.raises(ValueError, match=r"the 1 heads.*unknown \[1\]"):
+    with pytest.raises(ValueError, match="heads 0 to 0 once"):
         join_heads([plain(0), plain(1)], n_heads=1)
-    with pytest.raises(ValueError, match="the 0 heads"):
-        join_heads([plain(0)], n_heads=0)
 
 
 def test_what_is_no_plain_inference_sae_is_refused():
-    with pytest.raises(TypeError, match=r"saes\[0\] must be .* got QueryHeadTopKSAE"):
+    with pytest.raises(TypeError, match="saes must be plain .* got QueryHeadTopKSAE"):
         join_heads([make("topk")])
     training = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=6, d_sae=11, k=4))
-    with pytest.raises(TypeError, match=r"saes\[1\] must.*save_inference.*TopKTrainingSAE"):
+    with pytest.raises(TypeError, match="saes must be.*save_inference.*TopKTrainingSAE"):
         join_heads([plain(0), training])
 
 

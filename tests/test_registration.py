@@ -5,14 +5,34 @@ import subprocess
 import sys
 
 import pytest
-from sae_cases import CONFIGS, trained_like
+from sae_cases import CONFIGS, randn, trained_like
 
-from sae_query_steer.sae import to_inference
+from sae_query_steer.sae import split_heads, to_inference
+from sae_query_steer.storage.tensors import write_tensors
 
-ORDERS = {
-    "ours first": "import sys, sae_query_steer\nassert 'sae_lens' not in sys.modules\n",
-    "theirs first": "import sys, sae_lens, sae_query_steer\n",
-}
+OURS_FIRST = """
+import sys
+import sae_query_steer
+assert "sae_lens" not in sys.modules
+"""
+
+THEIRS_FIRST = """
+import sys
+import torch
+from pathlib import Path
+from safetensors.torch import load_file
+from sae_lens import SAE
+
+expected = load_file(Path(sys.argv[5], "expected.safetensors"))
+for head in range(3):  # single heads, exported by split_heads, need no package of ours
+    sae = SAE.load_from_disk(Path(sys.argv[5], str(head)))
+    assert type(sae).__module__.startswith("sae_lens."), type(sae)
+    x = expected["queries"][:, head].contiguous()
+    for name, got in (("latents", sae.encode(x)), ("reconstructions", sae(x))):
+        torch.testing.assert_close(got, expected[name][:, head], rtol=0, atol=1e-5)
+assert not any(name.startswith("sae_query_steer") for name in sys.modules)
+import sae_query_steer
+"""
 
 LOADS = """
 from pathlib import Path
@@ -62,20 +82,19 @@ assert type(runner.run()).__name__ == "QueryHeadTopKTrainingSAE"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
-def test_saelens_loads_and_trains_our_saes(order, tiny_folder, tmp_path):
-    sae = to_inference(trained_like(CONFIGS["topk"]))
+@pytest.mark.parametrize("first", [OURS_FIRST, THEIRS_FIRST], ids=["ours first", "theirs first"])
+def test_saelens_loads_and_trains_our_saes(first, tiny_folder, tmp_path):
+    sae, queries = to_inference(trained_like(CONFIGS["topk"])), randn(40, 3, 6)
     sae.save_model(tmp_path / "sae")
+    for head, one in enumerate(split_heads(sae)):
+        one.save_model(tmp_path / "heads" / str(head))
+    latents = sae.encode(queries)
+    tensors = {"queries": queries, "latents": latents, "reconstructions": sae.decode(latents)}
+    write_tensors(tmp_path / "heads" / "expected.safetensors", tensors)
     arguments = (tmp_path / "sae", float(sae.W_enc.sum()), tiny_folder, tmp_path)
+    script = first + LOADS + TRAINS
     done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            ORDERS[order] + LOADS + TRAINS,
-            *map(str, arguments),
-        ],
+        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments), tmp_path / "heads"],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -119,7 +119,7 @@ def test_sizes_that_contradict_the_heads_are_refused(change, message):
     [
         ("TopKTraining", {"k": 12}, "k must be .*11, got 12"),
         ("TopK", {"k": 12}, "k must be .*11, got 12"),
-        ("TopK", {"k": 4, "d_sae_per_head": 0}, "d_sae_per_head must .*1.*, got 0"),
+        ("TopK", {"k": 4, "d_sae_per_head": 0}, "d_sae_per_head must .* > 0, got 0"),
         ("StandardTraining", {"l1_coefficient": -1.0}, "l1_coefficient must be .* got -1.0"),
         ("GatedTraining", {"l1_warm_up_steps": -5}, "l1_warm_up_steps must be .* got -5"),
         ("JumpReLUTraining", {"jumprelu_bandwidth": 0.0}, "jumprelu_bandwidth must be .* got 0.0"),

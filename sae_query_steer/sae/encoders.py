@@ -25,20 +25,25 @@ class QueryEncoder(Protocol):
     @property
     def n_heads(self) -> int:
         """Query heads of the site."""
+        ...
 
     @property
     def d_head(self) -> int:
         """Dimension of the query of one head."""
+        ...
 
     @property
     def d_latent(self) -> int:
         """Latents of one head."""
+        ...
 
     def encode(self, x: Float[Tensor, "*batch head d_head"], /) -> Tensor:
         """Return the latents, [*batch head d_latent]."""
+        ...
 
     def decode(self, feature_acts: Float[Tensor, "*batch head d_latent"], /) -> Tensor:
         """Return the queries, [*batch head d_head]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +173,16 @@ def encoder_sites(encoders: Mapping[str, QueryEncoder]) -> dict[str, QuerySite]:
     """Return the site of every encoder, by hook name.
 
     Raises:
-        TypeError: not a mapping of encoders, or an empty one.
-        ValueError: a name is not that of a query hook point.
+        TypeError: not a mapping of encoders.
+        ValueError: it is empty, or a name is not that of a query hook point.
     """
-    if not isinstance(encoders, Mapping) or not encoders:
+    if not isinstance(encoders, Mapping):
         raise TypeError(
             "saes must be a mapping from hook name to SAE, such as train_query_saes returns, got "
-            f"{encoders!r:.80}"
+            f"{type(encoders).__name__}"
         )
+    if not encoders:
+        raise ValueError("saes must hold at least one SAE, by hook name, got none")
     sites = {}
     for name, encoder in encoders.items():
         if not isinstance(encoder, QueryEncoder):

@@ -106,9 +106,9 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
                 "saes must be plain inference SAEs of one head, such as SAE.load_from_disk returns "
                 f"after save_inference_model, got {type(sae).__name__}"
             )
-    heads = [sae.cfg.metadata.hook_head_index for sae in saes]
+    heads: list[Any] = [sae.cfg.metadata.hook_head_index for sae in saes]
     if n_heads is None:
-        known = [sae.cfg.metadata.n_heads or 0 for sae in saes]
+        known: list[Any] = [sae.cfg.metadata.n_heads or 1 for sae in saes]
         n_heads = max([1, *known, *(head + 1 for head in heads if isinstance(head, int))])
     if set(heads) != set(range(n_heads)) or len(heads) != n_heads:
         raise ValueError(
@@ -152,7 +152,8 @@ def _common_settings(saes: Sequence[SAE[Any]]) -> dict[str, Any]:
         for sae, settings in zip(saes, every, strict=True):
             # Above the rounding of 32-bit norms, too small to change a latent.
             norms = sae.W_dec.detach().float().norm(dim=-1)
-            settings[RESCALE] &= not bool(((norms - 1).abs() <= 1e-5).all())
+            other_than_1 = bool(((norms - 1).abs() > 1e-5).any())
+            settings[RESCALE] = bool(settings.get(RESCALE)) and other_than_1
     described = [
         {
             **{"architecture": sae.cfg.architecture(), "device": str(sae.W_dec.device)},
