@@ -55,7 +55,8 @@ class Architecture:
         _check_fields(self)
         for name in ("k", "target_l0"):  # of the latents of one head
             if (value := getattr(self, name, None)) is not None:
-                check_number(name, value, most=self.d_sae_per_head)
+                whole = isinstance(value, int)
+                check_number(name, value, whole=whole, most=self.d_sae_per_head)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ def test_steer_says_when_no_position_was_met(folder):
         (0, {"--texts": "model/config.json"}, "must be one of .csv, .tsv, .jsonl, .parquet"),
         (0, {"--training-tokens": "1.5"}, "--training-tokens"),
         (0, {"--lr": "nan"}, "lr must be a finite number > 0, got nan"),
-        (0, {"--sae.k": "99"}, "k must be a whole number >= 1 and <= 16, got 99"),
+        (0, {"--sae.k": "99"}, "k must be a whole number <= 16, got 99"),
         (0, {"--out": "saes"}, "exists: give another folder, or overwrite"),
         (1, {"--label": "grade"}, "no column 'grade'; the columns are"),
         (1, {"--span": "end"}, "--span"),

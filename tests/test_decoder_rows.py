@@ -10,7 +10,7 @@ import sae_query_steer as sqs
 from sae_query_steer.baselines.rows import class_latents, decoder_rows
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.fingerprint import Fingerprint
-from sae_query_steer.sae.topk import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
+from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
 from sae_query_steer.scopes.positions import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"

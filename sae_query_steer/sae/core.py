@@ -151,10 +151,16 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float | PerHead) -> None:
-        """Fold the factor by which training scaled the queries, of each head or of all."""
+        """Fold the factor by which training scaled the queries, of each head or of all.
+
+        Raises:
+            ValueError: a factor that is not finite, or not above 0.
+        """
         # At least 32 bits: SAELens multiplies by a Python float.
         kind = torch.promote_types(self.W_enc.dtype, torch.float32)
         factor = torch.as_tensor(scaling_factor, dtype=kind, device=self.W_enc.device)
+        if not bool((factor.isfinite() & (factor > 0)).all()):
+            raise ValueError(f"scaling_factor must be finite and > 0, got {scaling_factor}")
         self.W_enc.data *= factor.reshape(-1, 1, 1)
         self.W_dec.data /= factor.reshape(-1, 1, 1)
         self.b_dec.data /= factor.reshape(-1, 1)

@@ -107,13 +107,13 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
                 f"after save_inference_model, got {type(sae).__name__}"
             )
     heads: list[Any] = [sae.cfg.metadata.hook_head_index for sae in saes]
-    if n_heads is None:
-        known: list[Any] = [sae.cfg.metadata.n_heads or 1 for sae in saes]
-        n_heads = max([1, *known, *(head + 1 for head in heads if isinstance(head, int))])
-    if set(heads) != set(range(n_heads)) or len(heads) != n_heads:
+    known: list[Any] = [sae.cfg.metadata.n_heads or 1 for sae in saes]
+    highest = (head + 1 for head in heads if isinstance(head, int))
+    n = max([1, *known, *highest]) if n_heads is None else n_heads
+    if set(heads) != set(range(n)) or len(heads) != n:
         raise ValueError(
-            f"cfg.metadata.hook_head_index of saes must be each of the heads 0 to {n_heads - 1} "
-            f"once, got {heads}"
+            f"cfg.metadata.hook_head_index of saes must be each of the heads 0 to {n - 1} once, "
+            f"got {heads}"
         )
     saes.sort(key=lambda sae: sae.cfg.metadata.hook_head_index)
     settings = _common_settings(saes)
@@ -123,7 +123,7 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
         for name, value in metadata[0].items()
         if name not in _OF_ONE_HEAD and all(name in d and d[name] == value for d in metadata)
     }
-    hook_name, sizes = agreed.get("hook_name"), {"n_heads": n_heads, "d_head": saes[0].cfg.d_in}
+    hook_name, sizes = agreed.get("hook_name"), {"n_heads": n, "d_head": saes[0].cfg.d_in}
     QuerySite.from_hook_name(str(hook_name), **sizes)
     if (ours := f"query_head_{saes[0].cfg.architecture()}") not in PLAIN:
         raise ValueError(f"architecture must be one of {[*PLAIN.values()]}, got {ours[11:]!r}")
