@@ -5,6 +5,7 @@ repository, the page of the command line from the command line itself, and the r
 public names of the package and its sub-namespaces.
 """
 
+import inspect
 import io
 import re
 from contextlib import redirect_stdout, suppress
@@ -52,7 +53,13 @@ def reference() -> dict[str, str]:
             home = getattr(value, "__module__", "")
             if not home.startswith("sae_query_steer"):
                 home = module.__name__
-            lines += [f"::: {home}.{name}", ""]
+            try:
+                inspect.getsource(value)
+                lines += [f"::: {home}.{name}", ""]
+            except OSError:  # a class made by a function, which static analysis does not find
+                lines += [f"## `{name}`", "", str(value.__doc__), ""]
+            except TypeError:  # a constant
+                lines += [f"::: {home}.{name}", ""]
         pages[f"reference/{space}.md"] = "\n".join(lines)
     return pages
 
