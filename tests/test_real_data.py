@@ -7,7 +7,11 @@ from conftest import HOSTS
 import sae_query_steer as sqs
 from sae_query_steer.data.tokenized import tokenize_example
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # 35 of the 600 questions end in a space; these tests read them as they are.
+    pytest.mark.filterwarnings("ignore:.* prompts end in white space:UserWarning"),
+]
 
 PROMPTS = ["Once upon a time, there was", "Lily", "The big dog said that"]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "verbose": False}
