@@ -29,7 +29,7 @@ from sae_query_steer.diagnostics import (
     evaluate_saes,
     moved_latents,
     site_verdicts,
-    top_activating_texts,
+    top_tokens,
 )
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import identity_encoders
@@ -56,6 +56,12 @@ __all__ = [
     "token_rows",
     "top_activating_texts",
 ]
+
+
+def top_activating_texts(model, saes, texts, hook_name, head, *, k, context):
+    found = top_tokens(model, {hook_name: saes[hook_name]}, texts, k=k, heads=[head])
+    return found.table(hook_name, head, context=context)
+
 
 ARCHITECTURES = {
     "topk": config_module.TopK,
