@@ -166,6 +166,16 @@ def test_a_log_loses_no_outcome_to_a_line_that_is_cut_or_damaged(tmp_path, monke
     with pytest.warns(UserWarning, match="has 1 damaged line"):
         log = ComparisonLog(path, settings)
     assert [log.get({"n": n}) for n in (1, 2)] == [{"rate": 0.5}, {"rate": 1.0}]
+    with path.open("ab") as file:
+        file.write(first[:9])  # a write that failed half-way
+    log.add({"n": 3}, {"rate": 0.25})
+    with pytest.warns(UserWarning, match="has 2 damaged line"):
+        assert ComparisonLog(path, settings).get({"n": 3}) == {"rate": 0.25}
+    for other in (b"notes without an end of line", b'{"a": 1}\nand more'):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="is no log of a comparison"):
+            ComparisonLog(path, settings)
+        assert path.read_bytes() == other
     path.write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="is no log of a comparison"):
         ComparisonLog(path, settings)

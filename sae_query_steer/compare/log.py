@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,10 +53,12 @@ class ComparisonLog:
     def _read(self, head: dict[str, Any]) -> bool:
         """Read the whole lines and cut off what follows them; return whether there are some."""
         size_of(self.path)  # a pipe would block
-        with self.path.open("r+b") as file:
-            whole, end, _ = file.read().rpartition(b"\n")
-            file.truncate(len(whole + end))
+        data = self.path.read_bytes()
+        whole, end, cut = data.rpartition(b"\n")
+        if not end and not _line(head).startswith(cut):
+            raise ValueError(f"{self.path} is no log of a comparison")
         if not end:  # not even the head was written whole
+            os.truncate(self.path, 0)
             return False
         first, *lines = map(_parsed, whole.split(b"\n"))
         if first.get("format") != HEAD:
@@ -68,6 +71,7 @@ class ComparisonLog:
                 f"{self.path} is the log of another comparison ({differing}): give another folder, "
                 "or the settings of that one"
             )
+        os.truncate(self.path, len(whole + end))
         damaged = 0
         for line in lines:
             if all(isinstance(line.get(part), dict) for part in ("key", "outcome")):
@@ -82,15 +86,12 @@ class ComparisonLog:
         return True
 
     def _write(self, line: dict[str, Any]) -> None:
-        data = json.dumps(line).encode() + b"\n"
-        with self.path.open("ab") as file:
-            start = file.tell()
-            try:
-                file.write(data)
-                file.flush()
-            except OSError:
-                self.path.open("r+b").truncate(start)  # so that the next line is not glued to it
-                raise
+        with self.path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a write that failed must not cost this line
+                    file.write(b"\n")
+            file.write(_line(line))
 
 
 def digest_of(centroids: Iterable[CentroidTargets], examples: Iterable[LabelledExample]) -> str:
@@ -102,6 +103,10 @@ def digest_of(centroids: Iterable[CentroidTargets], examples: Iterable[LabelledE
         for mean in targets.means.values():
             found.update(mean.cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def _name(key: dict[str, Any]) -> str:
