@@ -151,14 +151,11 @@ def edit_hook(
         with torch.autocast(before.device.type, enabled=False):
             made = edit.change(in_32_bits(before), at, tokens, record=seen is not None)
             after = before + made.delta.to(before.dtype)
-            norms = [made.delta.detach().norm(dim=-1).max(), before.detach().norm(dim=-1).max()]
-            numbers = [after.detach().abs().max(), *norms]
-        largest, moved, norm = torch.stack([n.float() for n in numbers]).tolist()
-        if not math.isfinite(largest):
-            _raise_not_finite(before, at.hook_name)
-        if moved > LARGE_CHANGE * norm > 0 and not warned:
-            warned = True
-            _warn_of_large_change(edit, before, at, tokens, moved / norm)
+            size = _checked_size(before, made.delta, after, at.hook_name)
+            if size > LARGE_CHANGE and not warned:
+                warned = True
+                described = edit.change(in_32_bits(before), at, tokens, record=True)
+                _warn_of_large_change(edit, described, at, size)
         if every:
             edited = after
         else:
@@ -181,8 +178,10 @@ def keyed_hook(
     seen: "_Recorder | None" = None,
 ) -> Hook:
     """Return the hook, on the attention scores, of an edit that sees keys; Args as `edit_hook`."""
+    warned = False
 
     def change(scores: Tensor, hook: Any) -> Tensor | None:
+        nonlocal warned
         del hook  # its name differs between the backends
         positions = tracker.positions
         if positions is None:
@@ -198,8 +197,10 @@ def keyed_hook(
             keyed: Any = edit
             made = keyed.change(in_32_bits(before), at, tokens, record=seen is not None, keys=keys)
             after = before + made.delta.to(before.dtype)
-            if not bool(after.detach().isfinite().all()):
-                _raise_not_finite(before, at.hook_name)
+            size = _checked_size(before, made.delta, after, at.hook_name)
+            if size > LARGE_CHANGE and not warned:
+                warned = True
+                _warn_of_large_change(edit, made, at, size)
             edited = scores.clone()
             edited[keys.index] = keys.scores(after).to(scores.dtype)
         if seen is not None:
@@ -225,6 +226,20 @@ def by_head(activation: Tensor, at: SiteHeads) -> Tensor:
     return rearrange(activation, "b p (h d) -> b p h d", h=at.site.n_heads, d=at.site.d_head)
 
 
+def _checked_size(before: Tensor, delta: Tensor, after: Tensor, hook_name: str) -> float:
+    """Return the size of a change in units of the largest norm; 0 where all activations are 0.
+
+    Raises:
+        ValueError: the change, or what it makes of the activations, is not finite.
+    """
+    norms = [values.detach().norm(dim=-1).max() for values in (delta, before)]
+    numbers = [number.float() for number in (after.detach().abs().max(), *norms)]
+    largest, moved, norm = torch.stack(numbers).tolist()  # one wait for the device
+    if not math.isfinite(largest):
+        _raise_not_finite(before, hook_name)
+    return moved / norm if norm > 0 else 0.0
+
+
 def _raise_not_finite(before: Tensor, hook_name: str) -> None:
     if not bool(before.isfinite().all()):
         raise ValueError(
@@ -237,11 +252,8 @@ def _raise_not_finite(before: Tensor, hook_name: str) -> None:
     )
 
 
-def _warn_of_large_change(
-    edit: Edit, before: Tensor, at: SiteHeads, tokens: TokenPositions, size: float
-) -> None:
-    """Warn of the size of a change, with what the descent did where the edit is one."""
-    made = edit.change(in_32_bits(before), at, tokens, record=True)
+def _warn_of_large_change(edit: Edit, made: QueryChange, at: SiteHeads, size: float) -> None:
+    """Warn of the size of a change, with what the descent did if that was recorded."""
     text = f"the change at {at.hook_name} is {size:.3g} times the activations' norm"
     if made.distance_before is not None and made.distance_after is not None:
         names = [str(name) for name in edit.labels.get("classes", ())]
