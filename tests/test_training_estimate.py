@@ -145,6 +145,7 @@ def test_the_estimate_counts_what_its_formulas_say(tmp_path):
         ({"--training-tokens": "100"}, "training_tokens must be at least one step of"),
         ({"--context-size": "99999"}, "context_size must be at most n_ctx=4096, got 99999"),
         ({"--flops": "0"}, "flops_per_second must be a finite number > 0"),
+        ({"--flops": "1e12", "--dry-run": None}, "--flops must be given with --dry-run only"),
         ({"--dtype": "int8"}, "--dtype"),
         ({"--model": "/none/such"}, "no model folder /none/such"),
     ],

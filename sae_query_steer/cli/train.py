@@ -49,6 +49,8 @@ def train(
         dry_run: Show what the run needs; reads the model's config only, and writes nothing.
         flops: With --dry-run: operations a second of a forward pass, for the time.
     """
+    if flops is not None and not dry_run:
+        raise ValueError("--flops must be given with --dry-run only: add it, or leave --flops out")
     if not resume:
         output.check("query_saes.json")
     chosen = index_list(layers)
