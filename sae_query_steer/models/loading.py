@@ -7,6 +7,8 @@ import torch
 from torch._dynamo import OptimizedModule
 from transformer_lens.model_bridge import TransformerBridge
 
+from sae_query_steer.data.tokenized import bos_id
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Number formats of a model's weights."""
 
@@ -46,7 +48,7 @@ def check_device(device: str | None) -> None:
         return
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         here += ["mps"] if torch.backends.mps.is_available() else []
         raise ValueError(f"device must be one of {here} on this machine, got {device!r}") from error
@@ -126,4 +128,26 @@ def check_not_steered(model: Any) -> None:
             raise ValueError(
                 f"the model's queries are being changed at {point.name}: leave the "
                 "`with steerer.apply(...)` or `with attached_saes(...)` block before you measure it"
+            )
+
+
+def check_prompts_fit(model: Any, prompts: Any, prepend_bos: bool | None) -> None:
+    """Raise if a text has more tokens than a model's context.
+
+    Raises:
+        ValueError: the message gives row and length.
+    """
+    n_ctx = int(model.cfg.n_ctx)
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if model.tokenizer is None or not isinstance(texts, list | tuple):
+        return
+    for row, prompt in enumerate(texts):
+        if not isinstance(prompt, str) or 4 * len(prompt) < n_ctx:  # a character is 4 bytes at most
+            continue
+        ids = model.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        n = len(ids) + (bos_id(model, prepend_bos) is not None)
+        if n > n_ctx:
+            raise ValueError(
+                f"prompt {row} has {n} tokens, more than the model's context of {n_ctx}: the model "
+                "would cut it; shorten it, or pass tokens that you cut yourself"
             )

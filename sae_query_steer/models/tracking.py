@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae_query_steer.data.tokenized import bos_id
 from sae_query_steer.models.block_arguments import cache_of, cached_length, own_columns
 from sae_query_steer.models.calls import Enter, hooked, listening
+from sae_query_steer.models.loading import check_prompts_fit
 from sae_query_steer.models.placed_hooks import Hook, PlacedHooks
 from sae_query_steer.scopes.positions import (
     Positions,
@@ -304,25 +304,3 @@ class PositionTracker:
         if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
             return
         self._now.embedded = tokens
-
-
-def check_prompts_fit(model: Any, prompts: Any, prepend_bos: bool | None) -> None:
-    """Raise if a text has more tokens than a model's context.
-
-    Raises:
-        ValueError: the message gives row and length.
-    """
-    n_ctx = int(model.cfg.n_ctx)
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    if model.tokenizer is None or not isinstance(texts, list | tuple):
-        return
-    for row, prompt in enumerate(texts):
-        if not isinstance(prompt, str) or 4 * len(prompt) < n_ctx:  # a character is 4 bytes at most
-            continue
-        ids = model.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        n = len(ids) + (bos_id(model, prepend_bos) is not None)
-        if n > n_ctx:
-            raise ValueError(
-                f"prompt {row} has {n} tokens, more than the model's context of {n_ctx}: the model "
-                "would cut it; shorten it, or pass tokens that you cut yourself"
-            )
