@@ -94,7 +94,7 @@ def test_schedules_give_factors_by_age():
         (lambda age: age[:1], r"\[5\], got torch.float32 \[1\]"),
     ],
 )
-def test_a_schedule_that_gives_no_factors_is_refused(schedule, text):
+def test_a_schedule_that_gives_no_factors_is_refused(schedule, text, untyped):
     with pytest.raises(ValueError, match=text):
         scheduled(schedule, torch.arange(5.0))
 

@@ -352,6 +352,45 @@ def test_centroids_of_texts_with_bos_do_not_steer_a_model_whose_prompts_begin_wi
         pass
 
 
+class KeyedShift(Edit):
+    """Adds a large number to queries, and sees keys."""
+
+    needs_keys = True
+
+    def change(self, activations, at, tokens, *, record=False, keys):
+        return QueryChange(delta=torch.full_like(activations, 1e4))
+
+
+def test_an_edit_that_sees_keys_is_warned_of_too(model):
+    steerer = Steerer(KeyedShift(), Where(sqs.query_sites(model, [1])))
+    said = r"the change at \S+ is \S+ times the activations' norm"
+    with steerer.apply(model, prompt_lengths=[4]), pytest.warns(SteeringWarning, match=said):
+        model(tokens_of(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "gpu"}, "device must be one of .*'cpu'.*got 'gpu'"),
+        ({"dtype": "int8"}, "dtype must be one of .*'float16'.*got 'int8'"),
+    ],
+)
+def test_a_model_is_not_loaded_on_a_device_or_in_a_format_that_there_is_not(
+    tiny_folder, settings, message
+):
+    with pytest.raises(ValueError, match=message):
+        sqs.load_model(str(tiny_folder), **settings)
+    loaded = sqs.load_model(str(tiny_folder), device="cpu", dtype="bfloat16")
+    assert next(loaded.parameters()).dtype == torch.bfloat16
+
+
+def test_saes_and_targets_in_the_wrong_order_are_refused(saes, targets, untyped):
+    with pytest.raises(TypeError, match="in this order, got CentroidTargets and QuerySAEs"):
+        sqs.LatentGradientSteerer(
+            targets, saes, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1
+        )
+
+
 def test_what_is_no_model_is_refused_with_what_is(model):
     with (
         pytest.raises(TypeError, match="HookedTransformer or a TransformerBridge.*got str"),
