@@ -267,19 +267,21 @@ def _added(
     *,
     span: str,
     layers: Layers,
-    scope: Scope = LastPromptToken(),  # noqa: B008
+    scope: Scope | None = None,
     centroids: str | None = None,
 ) -> list[Method]:
+    at = LastPromptToken() if scope is None else scope
+
     def method(some: Sequence[int]) -> Method:
         def steerer(cases: Sequence[SteeringCase], strength: float) -> Any:
             wanted = [case.target for case in cases]
-            return make(target=wanted, strength=strength, scope=scope, layers=some)
+            return make(target=wanted, strength=strength, scope=at, layers=some)
 
         return Method(
             name=name,
             centroids=centroids,
             span=span,
-            scope=scope_name(scope),
+            scope=scope_name(at),
             layers=tuple(some),
             n_steps=1,
             strengths=STRENGTHS,

@@ -49,10 +49,8 @@ def example_report(
     for name in ordered_classes(labels):
         found[f"class {name}"] = [i for i, label in enumerate(labels) if label == name]
     texts = [(example.prompt, example.response) for example in examples]
-    times, in_classes = (
-        Counter(texts),
-        Counter(text for text, _ in set(zip(texts, labels, strict=True))),
-    )
+    times = Counter(texts)
+    in_classes = Counter(text for text, _ in set(zip(texts, labels, strict=True)))
     found["duplicate text"] = [i for i, text in enumerate(texts) if times[text] > 1]
     found["text with several labels"] = [i for i, t in enumerate(texts) if in_classes[t] > 1]
     found["prompt ends in white space"] = [
