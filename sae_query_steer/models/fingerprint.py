@@ -185,7 +185,7 @@ def check_reconstructions(
             )
 
 
-def _compared(stored: Mapping[str, Queries], name: str, found: Queries) -> tuple[Queries, float]:
+def _compared(stored: Mapping[str, Queries], name: str, found: Tensor) -> tuple[Queries, float]:
     if name not in stored:
         raise ValueError(f"no fingerprint for {name}: there is one for {sorted(stored)}")
     return stored[name], relative_difference(found, stored[name])
