@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 from contextlib import ExitStack
 
 import pytest
@@ -331,10 +332,22 @@ def test_a_change_that_diverges_is_warned_of_with_distances_and_steps(model, sae
     steerer = sqs.LatentGradientSteerer(
         saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1e4
     )
-    said = r"times the activations' norm; mean distance .*'create' from \S+ to .*0% of the steps"
+    said = r"times the activations' norm; mean distance .* \S+ before, \S+ after; 0% of"
     with steerer.apply(model), pytest.warns(SteeringWarning, match=said) as caught:
         model.generate(PROMPTS, **GREEDY)
     assert len(caught) == len(saes)  # once for each site
+
+
+def test_a_descent_that_passes_its_target_is_warned_of_once(model, saes, targets):
+    settings = {"objective": sqs.SquaredDistance(), "n_steps": 1, "layers": [2]}
+    for step_size, n_warnings in ((1.5, 0), (4.0, 1)):
+        steerer = sqs.LatentGradientSteerer(
+            saes, targets, target=["create", "apply"], step_size=step_size, **settings
+        )
+        with steerer.apply(model), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SteeringWarning)
+            model.generate(PROMPTS, **GREEDY)
+        assert len([one for one in caught if one.category is SteeringWarning]) == n_warnings
 
 
 def test_centroids_of_texts_with_bos_do_not_steer_a_model_whose_prompts_begin_without(

@@ -10,6 +10,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 import sae_query_steer as sqs
 from sae_query_steer.models.activations import read_activations
+from sae_query_steer.steering.engine import SteeringWarning
 
 PROMPTS = ["w1 w20 w33", "w5"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "stop_at_eos": False}
@@ -157,15 +158,16 @@ def test_the_summary_of_rows_with_targets_of_their_own_has_the_distances_to_thes
     ) as trace:
         model.generate(PROMPTS, **GREEDY)
     summary, table = trace.summary(), trace.to_dataframe().query("row == 0 and layer == 2")
-    distance = table["distance_before.apply"].mean()  # a mixture has no distance
-    assert summary["distance_before"].iloc[1] == pytest.approx(distance)
+    assert summary[["layer", "row"]].values.tolist() == [[0, 0], [0, 1], [2, 0], [2, 1]]
+    distance = table["distance_before.apply"].mean()
+    assert summary["distance_before"].iloc[2] == pytest.approx(distance)
+    assert summary["distance_before"].isna().tolist() == [False, True] * 2  # none of a mixture
 
 
 def test_the_summary_shows_a_descent_that_overshoots(model, saes, targets):
     given = {"target": "create", "objective": sqs.PrototypeLogLikelihood(), "n_steps": 20}
-    with sqs.LatentGradientSteerer(saes, targets, **given, step_size=40.0).apply(
-        model, record=True
-    ) as trace:
+    steerer = sqs.LatentGradientSteerer(saes, targets, **given, step_size=40.0)
+    with pytest.warns(SteeringWarning), steerer.apply(model, record=True) as trace:
         model.generate(PROMPTS, **GREEDY)
     summary = trace.summary()
     assert (summary["nearest_is_target_after"] == 1).all()

@@ -41,6 +41,19 @@ class Edit(ABC):
             record: also return how the change came about, for a trace.
         """
 
+    def progress(
+        self, activations: Tensor, at: SiteHeads, tokens: TokenPositions
+    ) -> tuple[bool, str]:
+        """Return whether the change overshoots its target, and how it comes about, for a warning.
+
+        Args:
+            activations: as for `change`.
+            at: as for `change`.
+            tokens: as for `change`.
+        """
+        del activations, at, tokens
+        return False, ""
+
     @property
     def labels(self) -> Mapping[str, Any]:
         """Return what a trace is to know: `method`, `classes`, `target`, `row_targets`."""

@@ -38,7 +38,7 @@ above which `SteeringWarning` is issued. Source: our choice; effective steers of
 
 
 class SteeringWarning(UserWarning):
-    """A change so large that the descent probably diverged."""
+    """A descent that probably diverged, or that went past its target."""
 
 
 @contextmanager
@@ -127,10 +127,9 @@ def edit_hook(
             the activation is none of this model's.
         seen: what keeps a trace.
     """
-    heads, warned = at.heads, False
+    heads, check = at.heads, _ChangeCheck(edit, at)
 
     def change(activation: Tensor, hook: Any) -> Tensor | None:
-        nonlocal warned
         del hook  # its name differs between the backends
         whole = by_head(activation, at)
         positions = positions_of(whole)
@@ -151,11 +150,7 @@ def edit_hook(
         with torch.autocast(before.device.type, enabled=False):
             made = edit.change(in_32_bits(before), at, tokens, record=seen is not None)
             after = before + made.delta.to(before.dtype)
-            size = _checked_size(before, made.delta, after, at.hook_name)
-            if size > LARGE_CHANGE and not warned:
-                warned = True
-                described = edit.change(in_32_bits(before), at, tokens, record=True)
-                _warn_of_large_change(edit, described, at, size)
+            check(before, made, after, tokens)
         if every:
             edited = after
         else:
@@ -178,10 +173,9 @@ def keyed_hook(
     seen: "_Recorder | None" = None,
 ) -> Hook:
     """Return the hook, on the attention scores, of an edit that sees keys; Args as `edit_hook`."""
-    warned = False
+    check = _ChangeCheck(edit, at)
 
     def change(scores: Tensor, hook: Any) -> Tensor | None:
-        nonlocal warned
         del hook  # its name differs between the backends
         positions = tracker.positions
         if positions is None:
@@ -197,10 +191,7 @@ def keyed_hook(
             keyed: Any = edit
             made = keyed.change(in_32_bits(before), at, tokens, record=seen is not None, keys=keys)
             after = before + made.delta.to(before.dtype)
-            size = _checked_size(before, made.delta, after, at.hook_name)
-            if size > LARGE_CHANGE and not warned:
-                warned = True
-                _warn_of_large_change(edit, made, at, size)
+            check(before, made, after, tokens)
             edited = scores.clone()
             edited[keys.index] = keys.scores(after).to(scores.dtype)
         if seen is not None:
@@ -224,6 +215,34 @@ def by_head(activation: Tensor, at: SiteHeads) -> Tensor:
     if activation.ndim == 4:
         return activation
     return rearrange(activation, "b p (h d) -> b p h d", h=at.site.n_heads, d=at.site.d_head)
+
+
+class _ChangeCheck:
+    """Checks every change of a hook, and warns once of one that diverged or overshot.
+
+    An overshoot is looked for in the first change alone: it costs a recorded descent.
+    """
+
+    def __init__(self, edit: Edit, at: SiteHeads) -> None:
+        self._edit, self._at, self._first, self._warned = edit, at, True, False
+
+    def __call__(
+        self, before: Tensor, made: QueryChange, after: Tensor, tokens: TokenPositions
+    ) -> None:
+        size = _checked_size(before, made.delta, after, self._at.hook_name)
+        first, self._first = self._first, False
+        if self._warned or not (first or size > LARGE_CHANGE):
+            return
+        with torch.no_grad():
+            overshot, progress = self._edit.progress(in_32_bits(before), self._at, tokens)
+        if overshot or size > LARGE_CHANGE:
+            self._warned = True
+            warnings.warn(
+                f"the change at {self._at.hook_name} is {size:.3g} times the activations' norm"
+                f"{progress}: use a smaller step_size or fewer steps",
+                SteeringWarning,
+                stacklevel=2,
+            )
 
 
 def _checked_size(before: Tensor, delta: Tensor, after: Tensor, hook_name: str) -> float:
@@ -250,21 +269,6 @@ def _raise_not_finite(before: Tensor, hook_name: str) -> None:
         f"the edit at {hook_name} is not finite: the descent diverged, or overflows "
         f"{before.dtype}; use a smaller step_size, fewer steps or less strength"
     )
-
-
-def _warn_of_large_change(edit: Edit, made: QueryChange, at: SiteHeads, size: float) -> None:
-    """Warn of the size of a change, with what the descent did if that was recorded."""
-    text = f"the change at {at.hook_name} is {size:.3g} times the activations' norm"
-    if made.distance_before is not None and made.distance_after is not None:
-        names = [str(name) for name in edit.labels.get("classes", ())]
-        if (target := edit.labels.get("target")) in names:
-            k = names.index(str(target))
-            start, end = made.distance_before[..., k].mean(), made.distance_after[..., k].mean()
-            text += f"; mean distance to the centroid of {target!r} from {start:.3g} to {end:.3g}"
-    if made.loss is not None and len(made.loss) > 1:
-        lowered = float((made.loss.diff(dim=0) < 0).float().mean())
-        text += f"; {lowered:.0%} of the steps lowered the loss"
-    warnings.warn(f"{text}: use a smaller step_size or fewer steps", SteeringWarning, stacklevel=2)
 
 
 class _Recorder:

@@ -12,7 +12,13 @@ from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.control import Bounds, Gate, LatentChoice, Schedule, opened
 from sae_query_steer.descent.goals import Goal, Target, target_name, weights_of
 from sae_query_steer.descent.loop import descend
-from sae_query_steer.descent.objectives import Objective
+from sae_query_steer.descent.objectives import (
+    CentroidContrast,
+    GaussianLogLikelihood,
+    Objective,
+    PrototypeLogLikelihood,
+    SquaredDistance,
+)
 from sae_query_steer.descent.strength import by_row, each, limited, scheduled
 from sae_query_steer.sae.encoders import (
     QueryEncoder,
@@ -31,6 +37,16 @@ from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import Heads, SiteHeads, Where
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import check_shapes
+
+OVERSHOOT = 1.1
+"""Mean distance to the target's centroid after the descent, in units of that before, above which
+`SteeringWarning` is issued. Source: our choice."""
+
+TOWARDS_CENTROIDS = (
+    *(SquaredDistance, PrototypeLogLikelihood),
+    *(CentroidContrast, GaussianLogLikelihood),
+)
+"""Objectives that lead to a centroid, so that a larger distance is an overshoot."""
 
 _Descent = TypeVar("_Descent", bound="LatentDescent")
 
@@ -139,6 +155,26 @@ class LatentDescent(Edit):
         move = self.descended(activations, at, tokens, record=record)
         delta = self.decoded(activations, at, move)
         return move.described(delta) if record else QueryChange(delta=delta)
+
+    def progress(
+        self, activations: Tensor, at: SiteHeads, tokens: TokenPositions
+    ) -> tuple[bool, str]:
+        """Return whether the descent ends farther from the target's centroid than it began."""
+        made = self.change(activations, at, tokens, record=True)
+        before, after, loss = made.distance_before, made.distance_after, made.loss
+        assert before is not None and after is not None and loss is not None, "recorded"
+        names = [target_name(target) for target in each(self.target, "target")]
+        if any(name not in self.targets.classes for name in names):  # a mixture has no centroid
+            return False, ""
+        by_row = torch.tensor([self.targets.classes.index(name) for name in names])
+        column = by_row.expand(tokens.n_rows)[tokens.row.cpu()].to(before.device)
+        start, end = (
+            float(d.take_along_dim(column[:, None, None], -1).mean()) for d in (before, after)
+        )
+        text = f"; mean distance to the target's centroid {start:.3g} before, {end:.3g} after"
+        if len(loss) > 1:
+            text += f"; {(loss.diff(dim=0) < 0).float().mean():.0%} of the steps lowered the loss"
+        return isinstance(self.objective, TOWARDS_CENTROIDS) and end > OVERSHOOT * start, text
 
     def descended(
         self,

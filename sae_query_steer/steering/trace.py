@@ -132,7 +132,9 @@ class SteeringTrace:
         return table.sort_values(KEYS).reset_index(drop=True)
 
     def summary(self) -> pd.DataFrame:
-        """Return one row for each layer, with means over its tokens and heads.
+        """Return one row for each layer, and for each row of the batch where targets differ.
+
+        The values are means over tokens and heads.
 
         Shows whether the descent reached the target and whether it overshot: `lowering_steps` far
         below 1, or `distance_after` above `distance_before`, means that `step_size` or `n_steps` is
@@ -140,12 +142,11 @@ class SteeringTrace:
         columns measures the effect on the text.
 
         Returns:
-            A table with the columns layer, n_tokens (steered tokens), relative_change,
-            distance_before and distance_after (Euclidean distance to the target's centroid; absent
-            for mixtures), lowering_steps (share of the steps that lowered the loss), loss_before,
-            loss_after,
-            nearest_is_target_before and nearest_is_target_after (share of tokens and heads whose
-            nearest centroid is the target's).
+            A table with the columns layer, row (where targets differ), n_tokens (steered tokens),
+            relative_change, distance_before and distance_after (Euclidean distance to the target's
+            centroid; absent for mixtures), lowering_steps (share of the steps that lowered the
+            loss), loss_before, loss_after, nearest_is_target_before and nearest_is_target_after
+            (share of tokens and heads whose nearest centroid is the target's).
 
         Raises:
             ValueError: the intervention was applied without `record=True`.
@@ -159,8 +160,9 @@ class SteeringTrace:
                     here = table["target"] == name
                     distance = table.loc[here, f"distance_{when}.{name}"]
                     table.loc[here, f"distance_{when}"] = distance
-        means = table.groupby("layer")[[name for name in _MEANS if name in table]].mean()
-        tokens = table.drop_duplicates(["layer", *KEYS[:3]]).groupby("layer").size()
+        by = ["layer", "row"] if self.row_targets else ["layer"]
+        means = table.groupby(by)[[name for name in _MEANS if name in table]].mean()
+        tokens = table.drop_duplicates(["layer", *KEYS[:3]]).groupby(by).size()
         means.insert(0, "n_tokens", tokens)
         return means.reset_index()
 
