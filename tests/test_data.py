@@ -50,8 +50,8 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
-def example(prompt: str, response: str = "", label: str = "a") -> LabelledExample:
-    return LabelledExample(prompt=prompt, response=response, label=label)
+def example(prompt: str, response: str = "", label: str = "a", place: str = "") -> LabelledExample:
+    return LabelledExample(prompt=prompt, response=response, label=label, place=place)
 
 
 def model_with(tokenizer, n_ctx: int = 99, default_prepend_bos: bool = True):
@@ -233,8 +233,31 @@ def test_a_chat_template_that_expects_parts_gets_them():
 def test_a_chat_template_that_drops_the_prompt_is_refused():
     tokenizer = word_tokenizer(bos_token="<s>")
     tokenizer.chat_template = "[user] moon"
-    with pytest.raises(ValueError, match="must write the prompt 'red', but drops or changes it"):
+    with pytest.raises(ValueError, match="must write every turn of .*'red'.* drops or changes one"):
         tokens_of(example("red"), tokenizer, chat_template=True)
+
+
+def test_turns_before_the_prompt_are_written_and_kept():
+    tokenizer = word_tokenizer(bos_token="<s>")
+    tokenizer.chat_template = PARTS_TEMPLATE
+    before = [{"role": "system", "content": "moon"}, {"role": "user", "content": "blue"}]
+    found = tokenize_examples(model_with(tokenizer), [example("red")], chat_template=before)
+    assert tokenizer.convert_ids_to_tokens(found[0].tokens.tolist()) == [
+        *("[user]", "moon", "[user]", "blue", "[user]", "red")
+    ]
+    assert found.chat_template == before
+    tokenizer.chat_template = "[user] {{ messages[-1]['content'] }}"
+    with pytest.raises(ValueError, match="must write every turn of .*'moon'"):
+        tokens_of(example("red"), tokenizer, chat_template=before)
+    with pytest.raises(ValueError, match="must be True, False or messages such as .*, got 'moon'"):
+        tokens_of(example("red"), tokenizer, chat_template=["moon"])
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one():
+    tokenizer = word_tokenizer(bos_token="<s>")
+    with pytest.raises(ValueError, match="begins with '<s>', so BOS would come twice"):
+        tokens_of(example("<s> red"), tokenizer, prepend_bos=True)
+    assert len(tokens_of(example("<s> red"), tokenizer, prepend_bos=False).tokens) == 2
 
 
 def test_prompts_that_end_in_a_space_are_warned_of_with_the_remedy():
@@ -281,10 +304,30 @@ def test_an_example_longer_than_the_context_is_refused_and_never_cut():
     assert [len(row.tokens) for row in found] == [2, 4]
     with pytest.raises(ValueError, match=r"^example 1 has 4 tokens.* 3\b"):
         tokenize_examples(model_with(tokenizer, n_ctx=3), examples)
-    kept = tokenize_examples(model_with(tokenizer, n_ctx=3), examples, drop_long=True)
+    kept = tokenize_examples(model_with(tokenizer, n_ctx=3), examples, long="drop")
     assert [len(row.tokens) for row in kept] == [2]
     with pytest.raises(ValueError, match="all 2 examples are longer than .* 1$"):
-        tokenize_examples(model_with(tokenizer, n_ctx=1), examples, drop_long=True)
+        tokenize_examples(model_with(tokenizer, n_ctx=1), examples, long="drop")
+
+
+def test_an_example_longer_than_the_context_is_cut_at_one_side():
+    tokenizer = word_tokenizer(bos_token="<s>")
+    long = [example("red blue", " green moon", place="row 8")]
+    (whole,) = tokenize_examples(model_with(tokenizer), long)
+    bos, red, blue, green, moon = whole.tokens.tolist()
+    for side, tokens, prompt_length in (
+        ("cut-end", [bos, red, blue, green], 3),
+        ("cut-start", [bos, blue, green, moon], 2),
+    ):
+        (cut,) = tokenize_examples(model_with(tokenizer, n_ctx=4), long, long=side)
+        assert (cut.tokens.tolist(), cut.prompt_length) == (tokens, prompt_length)
+    (all_of_the_prompt,) = tokenize_examples(model_with(tokenizer, n_ctx=3), long, long="cut-end")
+    assert all_of_the_prompt.tokens.tolist() == [bos, red, blue]
+    for side, n_ctx in (("cut-end", 2), ("cut-start", 3)):
+        with pytest.raises(ValueError, match="row 8 has 5 tokens .3 of the prompt., more than"):
+            tokenize_examples(model_with(tokenizer, n_ctx=n_ctx), long, long=side)
+    with pytest.raises(ValueError, match="long must be one of .*'cut-start'.*, got 'left'"):
+        tokenize_examples(model_with(tokenizer), long, long="left")
 
 
 def test_part_of_the_examples_keeps_their_settings():

@@ -239,10 +239,28 @@ def test_labels_are_stripped_and_normalised_and_near_equal_ones_refused():
         rows = pd.DataFrame(
             {"q": ["a", "b"], "level": ["ap ply" if " " in other else "apply", other]}
         )
-        with pytest.raises(ValueError, match=f"and '{other}' differ only in case or white space"):
+        with pytest.raises(
+            ValueError, match=rf"and '{other}' \(row 1\) differ only in case or white space"
+        ):
             read_examples(rows, prompt="q", label="level")
     lower = read_examples(rows, prompt="q", label="level", parse_label=lambda cell: "x")
     assert len(lower) == 2
+
+
+def test_blank_cells_and_near_equal_labels_are_named_at_once_by_row(tmp_path):
+    rows = [{"q": "a", "level": "x"}, {"q": " ", "level": "x"}, {"q": "b", "level": "X"}]
+    path = write("csv", tmp_path, rows)
+    said = r"row 2: column 'q' is blank.*\n.*labels 'x' \(row 1\) and 'X' \(row 3\) differ"
+    with pytest.raises(ValueError, match=said):
+        read_examples(path, prompt="q", label="level")
+
+
+def test_classes_with_too_few_examples_are_left_out():
+    rows = pd.DataFrame({"q": ["a", "b", "c"], "level": ["x", "y", "x"]})
+    found = read_examples(rows, prompt="q", label="level", min_class_size=2)
+    assert [(one.prompt, one.place) for one in found] == [("a", "row 0"), ("c", "row 2")]
+    with pytest.raises(ValueError, match="min_class_size=3 leaves no class: .*'x': 2"):
+        read_examples(rows, prompt="q", label="level", min_class_size=3)
 
 
 def test_white_space_around_prompts_is_kept_or_stripped():

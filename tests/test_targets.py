@@ -228,7 +228,7 @@ def test_the_span_is_kept_as_it_prints_and_a_function_by_its_name(model, saes, e
 
 
 def test_a_chat_template_changes_the_centroids_and_autocast_does_not(
-    model, saes, examples, monkeypatch
+    model, saes, examples, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(model.tokenizer, "chat_template", "w9 {{ messages[0]['content'] }} w8")
     plain = sqs.tokenize_examples(model, examples)
@@ -241,3 +241,8 @@ def test_a_chat_template_changes_the_centroids_and_autocast_does_not(
         check_belongs(model, saes, one)
     assert torch.equal(again.means[NAME], one.means[NAME])
     assert torch.equal(again.fingerprint.queries[NAME], one.fingerprint.queries[NAME])
+    turns = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", turns)
+    system = [{"role": "system", "content": "w7"}]
+    builder.fit(sqs.tokenize_examples(model, examples, chat_template=system)).save(tmp_path / "t")
+    assert sqs.CentroidTargets.load(tmp_path / "t").chat_template == system

@@ -14,7 +14,7 @@ def given():
     return [
         example("red moon", " blue", label="a"),
         example("red moon", " blue", label="b"),
-        example("blue red ", label="b"),
+        example("blue red ", label="b", place="row 3"),
         example("red foo", "bar", label="a"),  # the unknown token swallows the boundary
         example(" ".join(["red"] * 9), label="b"),
     ]
@@ -27,22 +27,25 @@ def test_every_finding_has_its_number_and_first_example(given):
         table = example_report(model, given)
     found = {row["finding"]: (row["n"], row["first"]) for row in table.to_dict("records")}
     assert found == {
-        "examples": (5, 0),
-        "class a": (2, 0),
-        "class b": (3, 1),
-        "duplicate text": (2, 0),
-        "text with several labels": (2, 0),
-        "prompt ends in white space": (1, 2),
-        "longer than the context": (1, 4),
-        "no exact boundary between prompt and response": (1, 3),
-        "span falls on 'moon'": (2, 0),
-        "span falls on 'red'": (1, 2),
+        "examples": (5, "example 0"),
+        "class a": (2, "example 0"),
+        "class b": (3, "example 1"),
+        "duplicate text": (2, "example 0"),
+        "text with several labels": (2, "example 0"),
+        "prompt ends in white space": (1, "row 3"),
+        "longer than the context": (1, "example 4"),
+        "no exact boundary between prompt and response": (1, "example 3"),
+        "span falls on 'moon'": (2, "example 0"),
+        "span falls on 'red'": (1, "row 3"),
     }
 
 
 def test_examples_without_a_token_in_the_span_are_counted(given):
     model = model_with(word_tokenizer(bos_token="<s>"), n_ctx=8)
-    table = sqs.diagnostics.example_report(model, given[:3], span=sqs.scopes.ResponseTokens())
+    table = sqs.diagnostics.example_report(
+        model, given[:1] + given[2:3], span=sqs.scopes.ResponseTokens()
+    )
     found = {row["finding"]: (row["n"], row["first"]) for row in table.to_dict("records")}
-    assert found["no token in the span"] == (1, 2)
-    assert found["span falls on 'blue'"] == (2, 0)
+    assert found["no token in the span"] == (1, "row 3")
+    assert found["class a (too few: 1)"] == (1, "example 0")
+    assert found["span falls on 'blue'"] == (1, "example 0")

@@ -72,7 +72,7 @@ def sweep(
             n_cases=n_cases,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            chat_template=examples.chat_template,
+            chat_template=examples.turns,
             seed=seed,
             settings=stored | {"model": model.model, "dtype": model.dtype},
             log=log,

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sae_query_steer as sqs
+from sae_query_steer.data.examples import Long
 from sae_query_steer.data.files import check_columns
 from sae_query_steer.storage.folders import check_replaceable, new_folder
 
@@ -114,6 +115,9 @@ class ExampleOptions:
     chat_template: bool = False
     """Use the tokenizer's chat template."""
 
+    system: str | None = None
+    """System prompt of the chat template; implies --chat-template."""
+
     where: tuple[str, ...] = ()
     """Keep only rows with these values, such as lang=english."""
 
@@ -123,8 +127,11 @@ class ExampleOptions:
     skip_blank: bool = False
     """Leave out rows with a blank cell."""
 
-    drop_long: bool = False
-    """Leave out texts that are longer than the model's context."""
+    min_class_size: int = 1
+    """Leave out classes with fewer texts."""
+
+    long: Long = "refuse"
+    """What to do with texts that are longer than the model's context."""
 
     encoding: str = "utf-8"
     """Encoding of a text file."""
@@ -137,6 +144,13 @@ class ExampleOptions:
             raise ValueError(f"--where must be COLUMN=VALUE, got {wrong[0]!r}")
         columns = [self.prompt, self.response, self.label, *self._conditions]
         check_columns(self.csv, columns, encoding=self.encoding, sep=self.sep)
+
+    @property
+    def turns(self) -> Any:
+        """Return `chat_template` for `tokenize_examples`."""
+        if self.system is None:
+            return self.chat_template
+        return [{"role": "system", "content": self.system}]
 
     @property
     def _conditions(self) -> dict[str, str]:
@@ -153,16 +167,17 @@ class ExampleOptions:
             where=self._conditions,
             strip=self.strip,
             skip_blank=self.skip_blank,
+            min_class_size=self.min_class_size,
             encoding=self.encoding,
             sep=self.sep,
         )
 
     def tokenized(self, model: Any) -> Any:
         """Return the examples as tokens."""
-        chosen = {"span": span_of(self.span), "chat_template": self.chat_template}
+        chosen = {"span": span_of(self.span), "chat_template": self.turns}
         examples = self.read()
         show(sqs.diagnostics.example_report(model, examples, **chosen))
-        return sqs.tokenize_examples(model, examples, **chosen, drop_long=self.drop_long)
+        return sqs.tokenize_examples(model, examples, **chosen, long=self.long)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,9 +115,10 @@ def steer(
     scope: SpanName = "last-prompt-token",
     layers: str = "all",
     max_new_tokens: int = 40,
-    chat_template: bool = False,
 ) -> None:
     """Continue a prompt greedily, without and with steering, and show the trace.
+
+    The prompt is put into the chat template if the texts of the targets were.
 
     Args:
         model: the language model and its SAEs.
@@ -131,17 +132,17 @@ def steer(
         scope: Tokens at which queries are changed.
         layers: Layers, such as 1,2 or 8-20 or all.
         max_new_tokens: Tokens to generate.
-        chat_template: Use the tokenizer's chat template.
     """
     output.check("texts.json")
     chosen = index_list(layers)
     check_number("--n-steps", n_steps, whole=True, least=0)
     check_number("--step-size", step_size, least=0)
     check_number("--max-new-tokens", max_new_tokens, whole=True, least=1)
+    centroids = sqs.CentroidTargets.load(targets)
     loaded, saes = model.load_both()
     steerer = sqs.LatentGradientSteerer(
         saes,
-        sqs.CentroidTargets.load(targets),
+        centroids,
         target=target,
         objective=class_named(objective, sqs.objectives)(),
         n_steps=n_steps,
@@ -149,7 +150,7 @@ def steer(
         scope=span_of(scope),
         layers=chosen,
     )
-    settings = {"max_new_tokens": max_new_tokens, "chat_template": chat_template}
+    settings = {"max_new_tokens": max_new_tokens, "chat_template": centroids.chat_template}
     plain = sqs.compare.continuations(loaded, [prompt], **settings).texts[0]
     with steerer.apply(loaded, record=True) as trace:
         steered = sqs.compare.continuations(loaded, [prompt], **settings).texts[0]

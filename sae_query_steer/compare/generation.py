@@ -13,7 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_query_steer.arguments import check_number
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.data.tokenized import chat_prompt, tokenize_example, tokenizer_of
+from sae_query_steer.data.tokenized import (
+    ChatTemplate,
+    chat_prompt,
+    tokenize_example,
+    tokenizer_of,
+)
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.steering.steerer import Steerer
@@ -44,20 +49,20 @@ def continuations(
     batch_size: int = 256,
     temperature: float | None = None,
     seeds: Sequence[int] | None = None,
-    chat_template: bool = False,
+    chat_template: ChatTemplate = False,
 ) -> Continuations:
     """Return continuations of prompts, greedy or sampled, each as if it were alone.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
-        prompts: texts of any lengths; BOS is prepended to each.
+        prompts: texts of any lengths; they begin with BOS as the model's prompts do.
         max_new_tokens: most tokens of a continuation.
         steerer: applied during generation; one with a target for each row needs all prompts in one
             batch.
         batch_size: rows of one call of `generate`.
         temperature: sample from softmax(logits / temperature); None decodes greedily.
         seeds: one for each prompt, with a temperature; see `seeded_sampling`.
-        chat_template: put every prompt into the tokenizer's chat template as the user's turn.
+        chat_template: as for `tokenize_examples`.
 
     Raises:
         ValueError: a size below 1, a temperature without one seed for each prompt or seeds without
@@ -71,7 +76,7 @@ def continuations(
             "temperature and seeds must be given together, one seed for each prompt, got "
             f"temperature={temperature} and {len(seeds or ())} seeds for {len(prompts)} prompts"
         )
-    tokenizer, ends, bos = tokenizer_of(model), end_tokens(model), not chat_template
+    tokenizer, ends, bos = tokenizer_of(model), end_tokens(model), _bos(chat_template)
     tokens: list[Tensor] = []
     changes: list[float] = []
     for start in range(0, len(prompts), batch_size):
@@ -107,7 +112,7 @@ def negative_log_likelihoods(
     tokens: Sequence[Tensor],
     *,
     batch_size: int = 64,
-    chat_template: bool = False,
+    chat_template: ChatTemplate = False,
 ) -> list[float]:
     """Return for each prompt the sum of -log p, in nats, of the tokens [pos] after it."""
     sums = []
@@ -125,7 +130,7 @@ def divergences(
     tokens: Sequence[Tensor],
     steerer: Steerer,
     *,
-    chat_template: bool = False,
+    chat_template: ChatTemplate = False,
 ) -> list[float]:
     """Return for each text the mean of KL(unsteered || steered), in nats, of its next tokens.
 
@@ -147,11 +152,11 @@ def divergences(
 
 
 def _next_tokens(
-    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], chat_template: bool
+    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], chat_template: ChatTemplate
 ) -> tuple[Float[Tensor, "token d_vocab"], list[int]]:
     """Return the log probabilities at every token of some texts, and their prompts' lengths."""
     rows = _as_read(model, prompts, chat_template)
-    contexts = [model.to_tokens(row, prepend_bos=not chat_template)[0].cpu() for row in rows]
+    contexts = [model.to_tokens(row, prepend_bos=_bos(chat_template))[0].cpu() for row in rows]
     pairs = list(zip(contexts, tokens, strict=True))
     joined = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
     row = torch.cat([torch.full((len(t),), i) for i, t in enumerate(tokens)])
@@ -160,15 +165,15 @@ def _next_tokens(
     return log_probs, [len(context) for context in contexts]
 
 
-def _as_read(model: Any, prompts: Sequence[str], chat_template: bool) -> list[str]:
+def _as_read(model: Any, prompts: Sequence[str], chat_template: ChatTemplate) -> list[str]:
     """Return prompts as the backend should read them; chat prompts checked token by token."""
     if not chat_template:
         return list(prompts)
     tokenizer = tokenizer_of(model)
-    written = [chat_prompt(prompt, tokenizer) for prompt in prompts]
+    written = [chat_prompt(prompt, tokenizer, chat_template) for prompt in prompts]
     for prompt, text in zip(prompts, written, strict=True):
         example = LabelledExample(prompt=prompt, label="none")
-        ours = tokenize_example(model, example, chat_template=True).tokens.tolist()
+        ours = tokenize_example(model, example, chat_template=chat_template).tokens.tolist()
         backend = model.to_tokens(text, prepend_bos=False)[0].tolist()
         # Centroids are made of the one, texts are written after the other.
         if backend != ours:
@@ -178,6 +183,11 @@ def _as_read(model: Any, prompts: Sequence[str], chat_template: bool) -> list[st
                 f"comes once, and shorten what exceeds the model's {model.cfg.n_ctx} tokens"
             )
     return written
+
+
+def _bos(chat_template: ChatTemplate) -> bool | None:
+    """Return `prepend_bos` for the backend: its own setting, or none before a chat template."""
+    return False if chat_template else None
 
 
 def _mean_changes(records: Sequence[TraceRecord], n_rows: int) -> list[float]:

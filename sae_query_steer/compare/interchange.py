@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.compare.methods import Layers, Method, SteeringCase
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.data.tokenized import tokenize_examples
+from sae_query_steer.data.tokenized import ChatTemplate, tokenize_examples
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken
@@ -59,7 +59,9 @@ def query_patch(
     return Steerer(QueryPatch(queries), Where(sites))
 
 
-def interchange_methods(model: Any, layers: Layers, *, chat_template: bool = False) -> list[Method]:
+def interchange_methods(
+    model: Any, layers: Layers, *, chat_template: ChatTemplate = False
+) -> list[Method]:
     """Return the reference, a method for each set of layers: queries of the requesting prompts.
 
     Each case gets, at its last prompt token, the queries that the model has there if its prompt
@@ -90,7 +92,7 @@ def interchange_methods(model: Any, layers: Layers, *, chat_template: bool = Fal
 
 
 def _requested(
-    model: Any, cases: Sequence[SteeringCase], layers: Sequence[int], chat_template: bool
+    model: Any, cases: Sequence[SteeringCase], layers: Sequence[int], chat_template: ChatTemplate
 ) -> Steerer:
     asking = [LabelledExample(prompt=c.requesting, label=c.target) for c in cases if c.requesting]
     if len(asking) < len(cases):

@@ -23,7 +23,7 @@ from sae_query_steer.compare.methods import (
 )
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.examples import LabelledExample, check_classes
-from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
+from sae_query_steer.data.tokenized import ChatTemplate, TokenizedExamples, tokenize_examples
 from sae_query_steer.diagnostics.class_separability import separability
 from sae_query_steer.diagnostics.interchange import interchange_effect
 from sae_query_steer.diagnostics.verdicts import site_verdicts
@@ -47,7 +47,7 @@ def compare_on_texts(
     n_cases: int = 60,
     max_new_tokens: int = 40,
     temperature: float | None = None,
-    chat_template: bool = False,
+    chat_template: ChatTemplate = False,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     log: str | Path | None = None,
@@ -70,7 +70,7 @@ def compare_on_texts(
         n_cases: cases of validation and of test each.
         max_new_tokens: most tokens of a text.
         temperature: of sampling, seeded row by row; None decodes greedily.
-        chat_template: put prompts into the tokenizer's chat template.
+        chat_template: as for `tokenize_examples`.
         seed: of splits, pairs, shown examples and sampling.
         settings: what else the log and the report should hold, such as names of files.
         log: a file for what the methods wrote, from which a stopped run continues; None keeps none.

@@ -19,6 +19,7 @@ from sae_query_steer.compare.generation import (
 from sae_query_steer.compare.judges import Judge
 from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import Method, SteeringCase
+from sae_query_steer.data.tokenized import ChatTemplate
 from sae_query_steer.steering.engine import SteeringWarning
 
 
@@ -119,7 +120,7 @@ class TextScorer:
     batch_size: int = 64
     """Rows of one call of `generate`."""
 
-    chat_template: bool = False
+    chat_template: ChatTemplate = False
     """Put every prompt into the tokenizer's chat template as the user's turn."""
 
     grounding: Judge | None = None

@@ -2,9 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from sae_query_steer.bloom import BloomLevel
+
+Long = Literal["refuse", "drop", "cut-start", "cut-end"]
+"""What to do with examples that are longer than the model's context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,9 @@ class LabelledExample:
     label: str
     """Name of the class; not blank."""
 
+    place: str = field(default="", compare=False, repr=False)
+    """Where it was read, such as "row 3"; for messages."""
+
     def __post_init__(self) -> None:
         for name in ("prompt", "response", "label"):
             if not isinstance(getattr(self, name), str):
@@ -32,6 +39,11 @@ class LabelledExample:
                     f"{name}={getattr(self, name)!r} is blank in an example: every example needs "
                     f"a {name} with some text in it"
                 )
+
+
+def place_of(example: LabelledExample, index: int) -> str:
+    """Return where an example was read, or else its index."""
+    return example.place or f"example {index}"
 
 
 def check_classes(labels: Iterable[str], *, at_least: int = 2) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def read_examples(
     where: Mapping[str, str] | Callable[[Mapping[str, Any]], bool] | None = None,
     strip: bool = False,
     skip_blank: bool = False,
+    min_class_size: int = 1,
     encoding: str = "utf-8",
     sep: str | None = None,
 ) -> list[LabelledExample]:
@@ -57,6 +59,7 @@ def read_examples(
         strip: remove white space around prompts. A prompt that ends in white space makes that its
             last token.
         skip_blank: leave out rows with a blank cell.
+        min_class_size: leave out the classes that have fewer examples.
         encoding: of a text file.
         sep: separator of a CSV file; None means a comma, in `.tsv` a tab.
 
@@ -92,13 +95,17 @@ def read_examples(
             continue
         start = texts[0].strip() if strip else texts[0]
         name = unicodedata.normalize("NFC", name.strip())
-        examples.append(LabelledExample(prompt=start, response=texts[1], label=name))
+        examples.append(LabelledExample(prompt=start, response=texts[1], label=name, place=number))
+    problems += _near_equal_labels(_name(source), examples)
     if problems:
         raise ValueError(listed(problems))
+    counts = Counter(example.label for example in examples)
+    examples = [example for example in examples if counts[example.label] >= min_class_size]
+    if counts and not examples:
+        raise ValueError(f"min_class_size={min_class_size} leaves no class: there are {counts}")
     if not examples:
         kept = f"where={where if callable(where) else dict(where or {})}"
         raise ValueError(f"{_name(source)} gives no examples: {kept} keeps 0 of {n_rows} rows")
-    _check_labels(_name(source), [example.label for example in examples])
     return examples
 
 
@@ -215,13 +222,17 @@ def _cell(row: Mapping[str, Any], column: str, place: str) -> str:
     return text
 
 
-def _check_labels(name: str, labels: list[str]) -> None:
-    """Raise if labels differ only in case or white space."""
-    seen: dict[str, str] = {}
-    for label in labels:
-        other = seen.setdefault(" ".join(label.casefold().split()), label)
-        if other != label:
-            raise ValueError(
-                f"{name}: the labels {other!r} and {label!r} differ only in case or white space; "
-                "write them alike, or pass parse_label= (--bloom for Bloom levels)"
+def _near_equal_labels(name: str, examples: Iterable[LabelledExample]) -> list[str]:
+    """Return a message for each pair of labels that differ only in case or white space."""
+    seen: dict[str, LabelledExample] = {}
+    found: dict[str, str] = {}
+    for example in examples:
+        first = seen.setdefault(" ".join(example.label.casefold().split()), example)
+        if first.label != example.label:
+            found.setdefault(
+                example.label,
+                f"{name}: the labels {first.label!r} ({first.place}) and {example.label!r} "
+                f"({example.place}) differ only in case or white space; write them alike, or pass "
+                "parse_label= (--bloom for Bloom levels)",
             )
+    return list(found.values())

@@ -3,9 +3,9 @@
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import Any, cast, get_args, overload
 
 import torch
 from jaxtyping import Int
@@ -14,10 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sae_query_steer.arguments import listed
-from sae_query_steer.data.examples import LabelledExample
+from sae_query_steer.data.examples import LabelledExample, Long, place_of
 from sae_query_steer.scopes.joins import check_scope, scope_name
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Span
+
+ChatTemplate = bool | Sequence[Mapping[str, str]]
+"""True: put each prompt into the tokenizer's chat template, as the user's turn. A list of messages,
+such as [{"role": "system", "content": "Be brief."}]: the same, after these turns."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +55,7 @@ def tokenize_example(
     example: LabelledExample,
     *,
     prepend_bos: bool | None = None,
-    chat_template: bool = False,
+    chat_template: ChatTemplate = False,
 ) -> TokenizedExample:
     """Return the tokens of an example, with an exact boundary between prompt and response.
 
@@ -64,7 +68,8 @@ def tokenize_example(
         example: the texts.
         prepend_bos: begin with BOS; None means as the model does, see `bos_id`. No effect with
             `chat_template`, which adds its own.
-        chat_template: make the prompt the user's turn and the response the model's.
+        chat_template: make the prompt the user's turn and the response the model's, after the turns
+            that are given, if any.
 
     Raises:
         ValueError: a token spans the boundary, or the model has no tokenizer, no BOS or no chat
@@ -74,10 +79,15 @@ def tokenize_example(
     start: list[int] = []
     prompt = example.prompt
     if chat_template:
-        prompt = chat_prompt(prompt, tokenizer)
+        prompt = chat_prompt(prompt, tokenizer, chat_template)
     elif (bos := bos_id(model, prepend_bos)) is not None:
         start = [bos]
     prompt_ids, _ = _encode(prompt, tokenizer)
+    if start and prompt_ids[:1] == start:
+        raise ValueError(
+            f"the prompt begins with {tokenizer.bos_token!r}, so BOS would come twice: pass "
+            "prepend_bos=False, or the text alone and chat_template=True"
+        )
     ids, ends = _encode(prompt + example.response, tokenizer)
     n_same = 0
     while n_same < len(prompt_ids) and ids[n_same : n_same + 1] == [prompt_ids[n_same]]:
@@ -119,30 +129,46 @@ def bos_id(model: Any, prepend_bos: bool | None = None) -> int | None:
     return cast(int, bos) if prepend_bos else None
 
 
-def chat_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate = True
+) -> str:
     """Return a prompt as the user's turn in the tokenizer's chat template, with special tokens.
 
+    Args:
+        prompt: the user's turn.
+        tokenizer: has the template.
+        chat_template: True, or the turns before it.
+
     Raises:
-        ValueError: the tokenizer has no chat template, or one that drops or changes the prompt.
+        ValueError: the tokenizer has no chat template, or one that drops or changes a turn; or a
+            turn has no role or no content.
     """
+    before = [] if isinstance(chat_template, bool) else list(chat_template)
+    for turn in before:
+        if not isinstance(turn, Mapping) or {"role", "content"} - set(turn):
+            raise ValueError(
+                "chat_template must be True, False or messages such as "
+                f"{{'role': 'system', 'content': '...'}}, got {turn!r:.80}"
+            )
+    turns = [*before, {"role": "user", "content": prompt}]
     if tokenizer.chat_template is None:
         raise ValueError(
             "the tokenizer has no chat template: pass chat_template=False, or set "
             "tokenizer.chat_template to the one that the model was trained with"
         )
-    for content in (prompt, [{"type": "text", "text": prompt}]):  # some templates expect parts
-        turns = [{"role": "user", "content": content}]
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    for form in (turns, parts):  # some templates expect parts
         try:
             written = tokenizer.apply_chat_template(
-                cast(Any, turns), add_generation_prompt=True, tokenize=False
+                cast(Any, form), add_generation_prompt=True, tokenize=False
             )
         except (TemplateError, TypeError):
             continue
-        if isinstance(written, str) and prompt.strip() in written:
+        if isinstance(written, str) and all(turn["content"].strip() in written for turn in turns):
             return written
     raise ValueError(
-        f"the tokenizer's chat template must write the prompt {prompt[:60]!r}, but drops or "
-        "changes it: set tokenizer.chat_template to one that writes the user's turn as it is"
+        f"the tokenizer's chat template must write every turn of {str(turns)[:200]}, but drops or "
+        "changes one: set tokenizer.chat_template to one that writes them as they are"
     )
 
 
@@ -180,14 +206,16 @@ class TokenizedExamples(Sequence[TokenizedExample]):
     prepend_bos: bool = True
     """Whether the examples begin with BOS that is not part of a chat template."""
 
-    chat_template: bool = False
-    """Whether the prompts are in the tokenizer's chat template."""
+    chat_template: ChatTemplate = False
+    """Whether the prompts are in the tokenizer's chat template, or the turns before them."""
 
     batch_size: int = 32
     """Examples of one forward pass."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "examples", tuple(self.examples))
+        if not isinstance(self.chat_template, bool):
+            object.__setattr__(self, "chat_template", [dict(turn) for turn in self.chat_template])
         if not self.examples:
             raise ValueError("examples must be one or more, got none")
         for index, example in enumerate(self.examples):
@@ -230,6 +258,22 @@ class TokenizedExamples(Sequence[TokenizedExample]):
         return dataclasses.replace(self, examples=[self.examples[i] for i in indices])
 
 
+def _cut(
+    tokens: TokenizedExample, n_ctx: int, long: Long, *, has_bos: bool
+) -> TokenizedExample | None:
+    """Return an example cut to a length; None where prompt or response would be lost."""
+    excess = len(tokens.tokens) - n_ctx
+    if long == "cut-end" and tokens.prompt_length <= n_ctx:
+        return dataclasses.replace(tokens, tokens=tokens.tokens[:n_ctx])
+    if long == "cut-start" and tokens.prompt_length - has_bos > excess:
+        return dataclasses.replace(
+            tokens,
+            tokens=torch.cat([tokens.tokens[:has_bos], tokens.tokens[has_bos + excess :]]),
+            prompt_length=tokens.prompt_length - excess,
+        )
+    return None
+
+
 def check_tokenized(examples: object, *, name: str = "examples") -> None:
     """Raise unless a value is tokenised examples.
 
@@ -249,11 +293,11 @@ def tokenize_examples(
     *,
     span: Span | None = None,
     prepend_bos: bool | None = None,
-    chat_template: bool = False,
-    drop_long: bool = False,
+    chat_template: ChatTemplate = False,
+    long: Long = "refuse",
     batch_size: int = 32,
 ) -> TokenizedExamples:
-    """Return the tokens of each example, in order; none is truncated.
+    """Return the tokens of each example, in order.
 
     Args:
         model: gives the tokenizer and the largest number of tokens, `n_ctx`.
@@ -261,8 +305,11 @@ def tokenize_examples(
         span: the positions to read; None means the last prompt token.
         prepend_bos: begin every prompt with BOS; None means as `generate` does, which goes by
             `model.cfg.default_prepend_bos`.
-        chat_template: put every prompt into the tokenizer's chat template, as the user's turn.
-        drop_long: leave out examples that are longer than the model's context.
+        chat_template: put every prompt into the tokenizer's chat template, as the user's turn; a
+            list of messages, such as [{"role": "system", "content": "Be brief."}], comes before it.
+        long: what to do with examples that are longer than the model's context: "refuse" all,
+            "drop" them, or cut tokens off: "cut-start" from the prompt, after BOS, or "cut-end"
+            from the response.
         batch_size: examples of one forward pass when they are read.
 
     Raises:
@@ -272,10 +319,13 @@ def tokenize_examples(
     Warns:
         UserWarning: prompts end in a space, which is then their last token.
     """
+    if long not in get_args(Long):
+        raise ValueError(f"long must be one of {get_args(Long)}, got {long!r}")
     n_ctx = int(model.cfg.n_ctx)
+    has_bos = not chat_template and bos_id(model, prepend_bos) is not None
     tokenized: list[TokenizedExample] = []
     problems: list[str] = []
-    spaced: list[int] = []
+    spaced: list[str] = []
     index = -1
     for index, example in enumerate(examples):
         try:
@@ -283,17 +333,21 @@ def tokenize_examples(
                 model, example, prepend_bos=prepend_bos, chat_template=chat_template
             )
         except ValueError as error:
-            problems.append(f"example {index}: {error}")
+            problems.append(f"{place_of(example, index)}: {error}")
             continue
         if len(tokens.tokens) > n_ctx:
-            if not drop_long:
-                problems.append(
-                    f"example {index} has {len(tokens.tokens)} tokens, more than the model's "
-                    f"context of {n_ctx}: shorten it, or pass drop_long=True (--drop-long)"
-                )
-            continue
+            cut = None if long == "drop" else _cut(tokens, n_ctx, long, has_bos=has_bos)
+            if cut is None:
+                if long != "drop":
+                    problems.append(
+                        f"{place_of(example, index)} has {len(tokens.tokens)} tokens "
+                        f"({tokens.prompt_length} of the prompt), more than the model's context of "
+                        f"{n_ctx}: shorten it, or pass long='drop', 'cut-start' or 'cut-end'"
+                    )
+                continue
+            tokens = cut
         if not chat_template and example.prompt.endswith((" ", "\t")):
-            spaced.append(index)
+            spaced.append(place_of(example, index))
         tokenized.append(tokens)
     if problems:
         raise ValueError(listed(problems))
@@ -301,7 +355,7 @@ def tokenize_examples(
         raise ValueError(f"all {index + 1} examples are longer than the model's context of {n_ctx}")
     if spaced:
         warnings.warn(
-            f"{len(spaced)} of {index + 1} prompts end in white space (the first is example "
+            f"{len(spaced)} of {index + 1} prompts end in white space (the first is "
             f"{spaced[0]}), which is then their last prompt token: pass strip=True to "
             "read_examples (--strip), unless the response should follow a space",
             stacklevel=2,
@@ -309,7 +363,7 @@ def tokenize_examples(
     return TokenizedExamples(
         examples=tokenized,
         span=LastPromptToken() if span is None else span,
-        prepend_bos=not chat_template and bos_id(model, prepend_bos) is not None,
+        prepend_bos=has_bos,
         chat_template=chat_template,
         batch_size=batch_size,
     )

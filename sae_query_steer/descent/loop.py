@@ -31,8 +31,8 @@ from sae_query_steer.descent.objectives import (
 )
 from sae_query_steer.scopes.positions import check_result
 
-Steps = int | Int[Tensor, "*batch"]
-StepSize = float | Float[Tensor, "*batch"]
+Steps = int | Int[Tensor, "*#batch"]
+StepSize = float | Float[Tensor, "*#batch"]
 
 
 class DescentResult(NamedTuple):

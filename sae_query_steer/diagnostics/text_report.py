@@ -7,8 +7,13 @@ from typing import Any
 import pandas as pd
 
 from sae_query_steer.data.batches import example_batches
-from sae_query_steer.data.examples import LabelledExample, ordered_classes
-from sae_query_steer.data.tokenized import TokenizedExample, tokenize_example, tokenizer_of
+from sae_query_steer.data.examples import LabelledExample, ordered_classes, place_of
+from sae_query_steer.data.tokenized import (
+    ChatTemplate,
+    TokenizedExample,
+    tokenize_example,
+    tokenizer_of,
+)
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Span, select
 
@@ -22,7 +27,7 @@ def example_report(
     *,
     span: Span | None = None,
     prepend_bos: bool | None = None,
-    chat_template: bool = False,
+    chat_template: ChatTemplate = False,
 ) -> pd.DataFrame:
     """Return what is in labelled examples, and what would go wrong with them. Nothing is run.
 
@@ -36,18 +41,20 @@ def example_report(
     Returns:
         A row for each finding, with
 
-        - finding: "examples"; "class C"; "duplicate text"; "text with several labels"; "prompt ends
-          in white space"; "longer than the context"; "no exact boundary between prompt and
-          response"; "no token in the span"; and "span falls on T" for the most frequent tokens
+        - finding: "examples"; "class C", "class C (too few: 1)"; "duplicate text"; "text with
+          several labels"; "prompt ends in white space"; "longer than the context"; "no exact
+          boundary between prompt and response"; "no token in the span"; and "span falls on T" for
+          the most frequent tokens
         - n: examples, or tokens of the span, to which it applies
-        - first: index of the first of them
+        - first: where the first of them was read, or its index
     """
     span = LastPromptToken() if span is None else span
     n_ctx, tokenizer = int(model.cfg.n_ctx), tokenizer_of(model)
     found: dict[str, list[int]] = {"examples": list(range(len(examples)))}
     labels = [example.label for example in examples]
     for name in ordered_classes(labels):
-        found[f"class {name}"] = [i for i, label in enumerate(labels) if label == name]
+        own = [i for i, label in enumerate(labels) if label == name]
+        found[f"class {name}" + (" (too few: 1)" if len(own) == 1 else "")] = own
     texts = [(example.prompt, example.response) for example in examples]
     times = Counter(texts)
     in_classes = Counter(text for text, _ in set(zip(texts, labels, strict=True)))
@@ -78,7 +85,7 @@ def example_report(
     for token, indices in sorted(places.items(), key=lambda item: -len(item[1]))[:N_TOKENS]:
         found[f"span falls on {tokenizer.decode([token])!r}"] = indices
     rows = [
-        {"finding": name, "n": len(indices), "first": min(indices)}
+        {"finding": name, "n": len(indices), "first": place_of(examples[i := min(indices)], i)}
         for name, indices in found.items()
         if indices
     ]

@@ -51,7 +51,7 @@ class CentroidTargetBuilder:
 
     def _start(self) -> None:
         self._classes = self._given
-        self._settings: dict[str, object] = {}
+        self._settings: dict[str, Any] = {}
         self._n_examples: Counter[str] = Counter()
         self._moments: dict[str, ClassMoments] = {}
 
@@ -128,7 +128,7 @@ class CentroidTargetBuilder:
             span=str(self._settings["span"]),
             fingerprint=take_fingerprint(self.model, self.saes),
             prepend_bos=bool(self._settings["prepend_bos"]),
-            chat_template=bool(self._settings["chat_template"]),
+            chat_template=self._settings["chat_template"],
         )
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class CentroidTargetBuilder:
                 self._moments[name] = moment
 
 
-def _settings(examples: TokenizedExamples) -> dict[str, object]:
+def _settings(examples: TokenizedExamples) -> dict[str, Any]:
     return {
         "span": scope_name(examples.span),
         "prepend_bos": examples.prepend_bos,

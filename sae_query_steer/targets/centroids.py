@@ -8,6 +8,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_query_steer.data.tokenized import ChatTemplate
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import Record, read_record, write_record
@@ -26,7 +27,7 @@ class _Settings(Record):
     hook_names: tuple[str, ...]
     model_dtype: str
     prepend_bos: bool | None
-    chat_template: bool
+    chat_template: ChatTemplate
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,8 +55,9 @@ class CentroidTargets:
     prepend_bos: bool | None = None
     """Whether the texts began with BOS; None if unknown."""
 
-    chat_template: bool = False
-    """Whether the prompts were in the tokenizer's chat template, which brings its own BOS."""
+    chat_template: ChatTemplate = False
+    """Whether the prompts were in the tokenizer's chat template, which brings its own BOS, or the
+    turns before them."""
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
