@@ -23,9 +23,9 @@ def ids_of(text: str) -> list[int]:
 
 
 @torch.no_grad()
-def written_alone(hf, prompt: str, n: int) -> list[int]:
+def written_alone(hf, prompt: str, n: int, *, bos: bool = True) -> list[int]:
     """Greedy tokens from whole forward passes over one row, without padding or cache."""
-    ids, new = ids_of(prompt), []
+    ids, new = ids_of(prompt)[not bos :], []
     while len(new) < n and new[-1:] != [EOS]:
         new.append(int(hf(torch.tensor([ids + new])).logits[0, -1].argmax()))
     return new
@@ -76,6 +76,18 @@ def test_each_continuation_is_what_transformers_writes_after_that_prompt_alone(
     words = [[WORDS[i - N_SPECIAL] for i in row if i >= N_SPECIAL] for row in expected]
     assert [text.split() for text in made.texts] == words
     assert all(words)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_model_whose_prompts_begin_without_bos_is_read_so(ending, host, monkeypatch):
+    monkeypatch.setattr(ending[host].cfg, "default_prepend_bos", False)
+    made = continuations(ending[host], PROMPTS, max_new_tokens=4)
+    expected = [written_alone(ending["plain"], prompt, 4, bos=False) for prompt in PROMPTS]
+    assert [row.tolist() for row in made.tokens] == expected
+    (found,) = negative_log_likelihoods(ending[host], PROMPTS[:1], [torch.tensor([9])])
+    with torch.no_grad():
+        logits = ending["plain"](torch.tensor([ids_of(PROMPTS[0])[1:]])).logits[0, -1]
+    assert found == pytest.approx(-float(logits.log_softmax(-1)[9]), rel=1e-4)
 
 
 @pytest.mark.parametrize("host", HOSTS)

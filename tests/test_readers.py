@@ -314,6 +314,16 @@ def test_what_is_no_file_of_text_is_refused(tmp_path):
             read_examples(tmp_path / name, prompt="q", label="level")
 
 
+def test_a_small_parquet_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    rows = pd.DataFrame({"q": ["a" * 100_000] * 2, "level": ["x"] * 2})
+    rows.to_parquet(tmp_path / "big.parquet", compression="zstd")
+    assert len(read_examples(tmp_path / "big.parquet", prompt="q", label="level")) == 2
+    monkeypatch.setattr("sae_query_steer.data.files.MAX_BYTES", 50_000)
+    assert (tmp_path / "big.parquet").stat().st_size < 50_000
+    with pytest.raises(ValueError, match="would take .* unpacked, more than .*: read it in parts"):
+        read_examples(tmp_path / "big.parquet", prompt="q", label="level")
+
+
 def test_a_column_in_another_case_is_suggested(tmp_path):
     path = write("csv", tmp_path, ROWS)
     with pytest.raises(ValueError, match=r"no column 'Q' \(did you mean 'q'\?\)"):

@@ -17,6 +17,9 @@ from sae_query_steer.storage.folders import size_of
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands in its file, such as "row 3", and its cells by column."""
 
+MAX_BYTES = 8 << 30
+"""Largest size of a Parquet file's values when they are unpacked."""
+
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 """Suffixes of the files that are read, in any case."""
 
@@ -219,9 +222,16 @@ def _parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    groups = (file.metadata.row_group(n) for n in range(file.metadata.num_row_groups))
+    if (size := sum(group.total_byte_size for group in groups)) > MAX_BYTES:
+        raise ValueError(
+            f"{path} would take {size / 2**30:.1f} GiB unpacked, more than {MAX_BYTES >> 30}: read "
+            "it in parts"
+        )
+    return file
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
