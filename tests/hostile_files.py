@@ -20,7 +20,7 @@ from random import Random
 from typing import Any
 
 import torch
-from hostile_kinds import HOOKS, KINDS
+from hostile_kinds import HOOKS, KINDS, TEXTS
 from safetensors.torch import load_file, save_file
 
 
@@ -160,6 +160,16 @@ def change_bytes(data: bytes, random: Random) -> bytes:
     return b""
 
 
+def change_text(data: bytes, random: Random) -> bytes:
+    """Something that a text file may hold, put into it once or several times."""
+    odd = [b'"', b",", b"\t", b"\n", b"\r", b"\0", b"{", b"\xef\xbb\xbf", b"\xe9", b"\xed\xa0\x80"]
+    odd += [b"NaN", b'{"q": ' * 3000, b"1e999", b"9" * 5000, b'"q": 1, ', "\u2028".encode()]
+    for _ in range(random.choice([1, 1, 2, 5])):
+        where = random.randrange(len(data) + 1)
+        data = data[:where] + random.choice(odd) + data[where + random.choice([0, 0, 1]) :]
+    return data
+
+
 def change_kind(path: Path, outside: Path, random: Random) -> None:
     """Something else under the name of a file, or nothing."""
     shutil.copy(path, outside)
@@ -195,6 +205,8 @@ def mutate(path: Path, outside: Path, random: Random) -> str:
         path.write_bytes(change_bytes(data, random))
     elif path.suffix == ".json":
         path.write_text(change_json(json.loads(data), random))
+    elif path.suffix in TEXTS:
+        path.write_bytes(change_text(data, random))
     elif random.random() < 0.5:
         how = "header"
         path.write_bytes(change_header(data, random))
@@ -237,9 +249,9 @@ def outcome(kind: str, number: int, seed: int, tmp: Path) -> tuple[str, str]:
     outside.write_text("{}")
     try:
         make(folder, number)
-        read_back = (".json", ".safetensors")
+        read_back = (".json", ".safetensors", *TEXTS)
         files = sorted(path for path in folder.rglob("*") if path.suffix in read_back)
-        chosen = random.sample(files, random.choice([1, 1, 1, 2]))
+        chosen = random.sample(files, min(len(files), random.choice([1, 1, 1, 2])))
         done = [mutate(path, outside, random) for path in chosen]
         before = sorted(room.rglob("*"))
         try:

