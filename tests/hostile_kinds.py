@@ -21,11 +21,11 @@ from wheel_check import make_model
 
 import sae_query_steer as sqs
 from sae_query_steer import sae
-from sae_query_steer.hub.layout import sha256
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae import to_inference
 from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.files import steerer_settings
+from sae_query_steer.storage.checksums import listed
 
 HOOKS = ("blocks.2.attn.hook_q", "blocks.10.attn.hook_rot_q")
 CLASSES = ("remember", "apply", "create")
@@ -180,7 +180,7 @@ def sign(folder: Path) -> None:
         for name, entry in told["files"].items():
             path = folder / name
             if path.is_file() and not path.is_symlink():
-                entry |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                entry |= listed(path).model_dump()
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
         return
     index.write_text(json.dumps(told))

@@ -1,12 +1,16 @@
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
 import torch
 
-from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.checksums import check_files, list_files
+from sae_query_steer.storage.folders import locked, new_folder
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.storage.tensors import read_tensors, write_tensors
 
@@ -218,3 +222,91 @@ def test_overwrite_replaces_an_empty_folder(tmp_path):
     with new_folder(tmp_path / "made", overwrite=True, holding="a.txt") as new:
         (new / "a.txt").write_text("new")
     assert contents(tmp_path) == {"made/a.txt": "new"}
+
+
+def test_what_a_process_left_that_was_killed_between_the_renames_comes_back(tmp_path):
+    left = tmp_path / ".made.new"
+    for name in ("old", "new"):
+        (left / name).mkdir(parents=True)
+        (left / name / "a.txt").write_text(name)
+    with (
+        pytest.raises(FileExistsError, match="exists: give another folder"),
+        new_folder(tmp_path / "made", holding="a.txt"),
+    ):
+        pass
+    assert contents(tmp_path) == {"made/a.txt": "old"}
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.json", lambda path, n: write_json(path, {"a": n})),
+        ("a.safetensors", lambda path, n: write_tensors(path, {"a": torch.tensor(n)})),
+    ],
+)
+def test_a_full_disk_costs_no_file_that_was_there(tmp_path, monkeypatch, name, write):
+    path = tmp_path / name
+    write(path, 1)
+    before = path.read_bytes()
+
+    def fill(data, path, **settings):
+        with Path(path).open("wb") as file:
+            file.write(b"half")
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sae_query_steer.storage.tensors.save_file", fill)
+    monkeypatch.setattr(Path, "write_text", lambda self, text, encoding: fill(text, self))
+    with pytest.raises(OSError, match="No space left"):
+        write(path, 2)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+HOLD = """
+import sys
+from sae_query_steer.storage.folders import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_keeps_other_processes_out_until_its_own_is_killed(tmp_path):
+    path = tmp_path / "made"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        for write in (locked(path), new_folder(path, overwrite=True, holding="a.txt")):
+            with (
+                pytest.raises(BlockingIOError, match=f"^{path} is being written by another"),
+                write,
+            ):
+                pass
+        other.kill()
+    with locked(path), locked(path):  # again in one thread
+        assert [file.name for file in tmp_path.iterdir()] == [".made.lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_held_until_the_outer_block_ends(tmp_path):
+    with locked(tmp_path / "made"):
+        with locked(tmp_path / "made"):
+            pass
+        assert (tmp_path / ".made.lock").exists()
+
+
+def test_files_that_differ_from_their_list_are_named(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    path.parent.mkdir()
+    path.write_text("good")
+    files = list_files(tmp_path)
+    check_files(tmp_path, files)
+    for text, error in (("gold", "the SHA-256"), ("goo", "must have 4 bytes, got 3")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=error):
+            check_files(tmp_path, files)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks a/b.txt"):
+        check_files(tmp_path, files)

@@ -21,9 +21,8 @@ from sae_query_steer.hub.layout import (
     BundleIndex,
     Evaluation,
     ModelFacts,
-    check_files,
+    check_bundle_files,
     head_folders,
-    list_files,
     read_index,
 )
 from sae_query_steer.models.fingerprint import (
@@ -41,6 +40,7 @@ from sae_query_steer.sae.encoders import encoder_sites
 from sae_query_steer.sae.heads import PLAIN, split_heads
 from sae_query_steer.steering.files import steerer_from_settings, steerer_settings
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+from sae_query_steer.storage.checksums import list_files
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import (
     read_json,
@@ -128,7 +128,7 @@ def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = N
     if device is None:
         device = "cpu" if model is None else str(model.cfg.device)
     index = read_index(folder)
-    check_files(folder, index.shared)
+    check_bundle_files(folder, index.shared)
     saes = QuerySAEs.load(folder / LAYERS, device=device)
     if tuple(saes) != index.hook_names:
         raise ValueError(f"{folder} lists {index.hook_names} and holds SAEs at {list(saes)}")

@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from sae_query_steer.hub.bundle import Bundle, load_bundle
 from sae_query_steer.hub.card import REPOSITORY
-from sae_query_steer.hub.layout import BUNDLE, CARD, check_files, read_index
+from sae_query_steer.hub.layout import BUNDLE, CARD, check_bundle_files, read_index
 from sae_query_steer.storage.folders import inside, size_of
 from sae_query_steer.storage.records import MAX_JSON
 
@@ -85,7 +85,7 @@ def push_to_hub(
     folder = Path(folder)
     load_bundle(folder)
     files = read_index(folder).files
-    check_files(folder, files)
+    check_bundle_files(folder, files)
     card = inside(folder, CARD)
     sizes = {name: listed.bytes for name, listed in files.items()}
     sizes |= {name: size_of(inside(folder, name)) for name in (BUNDLE, CARD)}

@@ -10,7 +10,6 @@ steerer.json                     settings of a `LatentGradientSteerer`, optional
 evaluation.json                  a table of scores, optional
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from pydantic import Field, StringConstraints, model_validator
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from sae_query_steer.sae.collection import INDEX
-from sae_query_steer.storage.folders import inside, size_of
+from sae_query_steer.storage.checksums import ListedFile, check_files
 from sae_query_steer.storage.records import Record, Table, read_record
 from sae_query_steer.targets.centroids import CENTROID_FILES
 
@@ -39,16 +38,6 @@ FileName = Annotated[
     str, StringConstraints(pattern=rf"^({_PART}/){{0,2}}{_PART}\.(json|safetensors)$")
 ]
 """Relative path of a JSON or safetensors file, at most two folders deep."""
-
-
-class ListedFile(Record):
-    """What `bundle.json` says of a file."""
-
-    bytes: Annotated[int, Field(ge=0)]
-    """Its size."""
-
-    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-    """Hash of its content."""
 
 
 class ModelFacts(Record):
@@ -122,39 +111,9 @@ def head_folders(files: Iterable[str]) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: list(map(int, re.findall(r"\d+", item[0])))))
 
 
-def list_files(folder: Path) -> dict[str, ListedFile]:
-    """Return size and hash of every file below a folder, by its path with forward slashes."""
-    return {
-        path.relative_to(folder).as_posix(): ListedFile(
-            bytes=path.stat().st_size, sha256=sha256(path)
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def check_files(folder: Path, files: Mapping[str, ListedFile]) -> None:
-    """Raise unless every listed file is there, with its size and hash.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is not in the folder (see `inside`), or differs from the list.
-    """
-    for name, listed in files.items():
-        path = inside(folder, name)
-        try:
-            found = size_of(path)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder} lacks {name}: fetch it again, whole") from error
-        # The size first, so that a file that is too large is not read.
-        if found != listed.bytes or (found := sha256(path)) != listed.sha256:
-            raise ValueError(
-                f"{path} is not the file that the bundle lists ({listed.bytes} bytes, SHA-256 "
-                f"{listed.sha256}), got {found}: fetch the bundle again, or save it again"
-            )
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_bundle_files(folder: Path, files: Mapping[str, ListedFile]) -> None:
+    """Raise unless every listed file is there, with its size and hash; see `check_files`."""
+    try:
+        check_files(folder, files)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}: fetch the bundle again, or save it again") from error

@@ -3,17 +3,76 @@
 import re
 import shutil
 import stat
-import tempfile
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PureWindowsPath
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep other processes and threads from writing a folder or file during the block.
+
+    The lock is `.<name>.lock` beside the path. The system releases it when a process is killed. A
+    thread that holds it may take it again.
+
+    Raises:
+        BlockingIOError: another process or thread holds the lock.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.parent.resolve() / f".{path.name}.lock"
+    lock = FileLock(file, timeout=0, is_singleton=True)
+    again = lock.is_locked
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(
+            f"{path} is being written by another process: wait until that has ended, or give "
+            "another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        if not again:
+            with suppress(OSError):  # Windows removes no open file; there filelock does it
+                file.unlink()
+        lock.release()
+
+
+def lock_for(owner: object, path: str | Path) -> None:
+    """Keep a folder or file `locked` for as long as an object lives.
+
+    Raises:
+        BlockingIOError: see `locked`.
+    """
+    held = ExitStack()
+    held.enter_context(locked(path))
+    weakref.finalize(owner, held.close)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; the file written there replaces `path` at the end.
+
+    After an exception the temporary file is removed and `path` is unchanged.
+    """
+    aside = path.with_name(f".{path.name}.new")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False, holding: str) -> Iterator[Path]:
     """Yield an empty temporary folder that is renamed to `path` once the block succeeds.
 
-    After an exception the temporary folder is removed and `path` is unchanged.
+    After an exception the temporary folder is removed and `path` is unchanged. `path` is `locked`
+    during the block.
 
     Args:
         path: the folder to make.
@@ -21,25 +80,29 @@ def new_folder(path: str | Path, *, overwrite: bool = False, holding: str) -> It
         holding: name of a file that identifies folders of this kind.
 
     Raises:
+        BlockingIOError: see `locked`.
         FileExistsError: see `check_replaceable`.
     """
     path = Path(path)
-    check_replaceable(path, overwrite=overwrite, holding=holding)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        written = aside / "new"
-        written.mkdir()
-        yield written
-        check_replaceable(path, overwrite=overwrite, holding=holding)
-        if path.exists():
-            path.rename(aside / "old")
-        written.rename(path)
-    finally:
-        # A crash between the two renames leaves the old folder under its temporary name.
-        if not path.exists() and (aside / "old").exists():
-            (aside / "old").rename(path)
+    with locked(path):
+        aside = path.with_name(f".{path.name}.new")
+        written, old = aside / "new", aside / "old"
+        # What a process left that was killed here: the old folder, if it was between the renames.
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
+        check_replaceable(path, overwrite=overwrite, holding=holding)
+        written.mkdir(parents=True)
+        try:
+            yield written
+            check_replaceable(path, overwrite=overwrite, holding=holding)
+            if path.exists():
+                path.rename(old)
+            written.rename(path)
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_replaceable(path: Path, *, overwrite: bool, holding: str) -> None:

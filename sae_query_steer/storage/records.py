@@ -18,7 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
-from sae_query_steer.storage.folders import inside, size_of
+from sae_query_steer.storage.folders import inside, new_file, size_of
 
 MAX_JSON = 16 * 2**20
 """Largest JSON file in bytes. Source: our choice; the largest that we wrote has 0.1 MiB."""
@@ -82,7 +82,7 @@ def _adapter(kind: Any) -> Any:  # beartype does not know TypeAdapter as a hint
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON.
+    """Write a mapping as JSON, whole or not at all.
 
     Raises:
         ValueError: a number is NaN or infinite, or the file would be larger than `MAX_JSON`.
@@ -93,7 +93,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
             f"{path} would have {len(text)} bytes, JSON files must have at most {MAX_JSON}: keep "
             "large tensors in safetensors"
         )
-    path.write_text(text, encoding="utf-8")
+    with new_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_query_steer.storage.folders import inside, size_of
+from sae_query_steer.storage.folders import inside, new_file, size_of
 
 MAX_HEADER = 4 * 2**20
 """Largest safetensors header in bytes, some 30,000 tensors: safetensors itself allows 100 MB, and
@@ -110,6 +110,19 @@ _OTHERS = {b"PK\x03\x04": "a zip archive, which torch.save writes", b"\x80": "a 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors."""
+    """Write named tensors as safetensors, whole or not at all."""
     # Copies, because safetensors refuses two names for the same memory.
-    save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, path)
+    copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    with new_file(path) as new:
+        save_file(copies, new)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless all numbers are finite.
+
+    Raises:
+        ValueError: the message names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinite numbers")
