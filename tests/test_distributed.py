@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +16,7 @@ from wheel_check import make_texts
 
 import sae_query_steer as sqs
 from sae_query_steer.config import TopK, TrainingConfig
+from sae_query_steer.storage.folders import locked
 from sae_query_steer.training.distributed import join_ranks, local_device, train_on_ranks
 
 MAIN = "from sae_query_steer.cli.main import main; main()"
@@ -74,6 +77,43 @@ def test_an_existing_folder_is_refused_before_a_rank_trains(tiny_models, tmp_pat
     sites = sqs.query_sites(tiny_models["bridge"])
     with pytest.raises(FileExistsError, match="saes exists"):
         train_on_ranks(tiny_models["bridge"], ["w0"], sites, CONFIG, out=tmp_path / "saes")
+
+
+def test_the_first_rank_locks_the_folder_of_all_and_each_its_own(
+    tiny_models, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sites = sqs.query_sites(tiny_models["bridge"])
+    train = partial(train_on_ranks, tiny_models["bridge"], ["w0"], sites, CONFIG)
+    for rank, folder in enumerate(("saes", "saes.rank1of2")):
+        monkeypatch.setenv("RANK", str(rank))
+        with ThreadPoolExecutor() as other, locked(tmp_path / folder):
+            with pytest.raises(BlockingIOError, match=f"{folder} is being written by another"):
+                other.submit(train, out=tmp_path / "saes").result()
+
+
+def test_ranks_that_replace_a_finished_run_train_each_in_its_own_folder(
+    tiny_models, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "saes").mkdir()
+    (tmp_path / "saes" / "query_saes.json").touch()
+    sites = sqs.query_sites(tiny_models["bridge"])
+
+    def train(*args, out, resume, overwrite=False):
+        if out.name == "saes":
+            assert not overwrite, "every rank would replace the folder"
+            raise ValueError("with other settings")
+        raise InterruptedError(out.name)
+
+    monkeypatch.setattr("sae_query_steer.training.distributed.train_query_saes", train)
+    with pytest.raises(InterruptedError, match="saes.rank0of2"):
+        train_on_ranks(
+            *(tiny_models["bridge"], ["w0"], sites, CONFIG),
+            out=tmp_path / "saes",
+            resume=True,
+            overwrite=True,
+        )
 
 
 def test_shares_are_joined_in_the_order_of_the_sites(tiny_models, saes):

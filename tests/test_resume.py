@@ -1,10 +1,13 @@
 """Runs that are stopped: whatever stops them, they end with the weights of one that was not."""
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +25,10 @@ from sae_query_steer.config import (
     TopK,
     TrainingConfig,
 )
+from sae_query_steer.storage.checksums import listed
+from sae_query_steer.storage.records import read_record, write_record
+from sae_query_steer.storage.tensors import read_tensors, write_tensors
+from sae_query_steer.training.checkpoints import CheckpointIndex, Checkpoints
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
 TOPK = TopK(d_sae_per_head=16, k=3)
@@ -96,7 +103,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(
     whole = train(model, sae=sae)
     # After 13 steps the last state is that of step 10; then again in the midst of the decay.
     stopped_after(monkeypatch, 13, model, sae=sae, out=tmp_path / "saes")
-    assert [p.name for p in (tmp_path / "saes.unfinished").glob("step-*")] == ["step-10"]
+    steps = sorted(p.name for p in (tmp_path / "saes.unfinished").glob("step-*"))
+    assert steps == ["step-10", "step-5"]
     stopped_after(monkeypatch, 22, model, sae=sae, out=tmp_path / "saes", resume=True)
     resumed = train(model, sae=sae, out=tmp_path / "saes", resume=True)
     assert_equal(whole, resumed)
@@ -178,21 +186,130 @@ def test_a_state_of_another_model_is_refused(tiny_models, tmp_path, monkeypatch)
             weight /= 1.1
 
 
-def test_damaged_states_and_folders_of_something_else_are_refused(
-    tiny_models, tmp_path, monkeypatch
-):
-    model, out = tiny_models["bridge"], tmp_path / "saes"
+def test_a_folder_of_something_else_is_refused(tiny_models, tmp_path):
     unfinished = tmp_path / "saes.unfinished"
     unfinished.mkdir()
     (unfinished / "thesis.tex").write_text("of great value")
     with pytest.raises(FileExistsError, match="it has no run.json, so something else wrote it"):
-        train(model, out=out, overwrite=True)
-    (unfinished / "thesis.tex").unlink()
-    stopped_after(monkeypatch, 13, model, out=out)
-    state = unfinished / "step-10" / "state.safetensors"
+        train(tiny_models["bridge"], out=tmp_path / "saes", overwrite=True)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_models, tmp_path_factory):
+    """The folder of a run with the checkpoints of steps 5 and 10."""
+    out = tmp_path_factory.mktemp("stopped") / "saes"
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(patch, 13, tiny_models["bridge"], out=out)
+    return out.with_name("saes.unfinished")
+
+
+@pytest.fixture
+def unfinished(stopped, tmp_path):
+    return Path(shutil.copytree(stopped, tmp_path / "saes.unfinished"))
+
+
+def open_checkpoints(folder: Path, run: Path) -> Checkpoints:
+    settings = json.loads((run / "run.json").read_text())
+    return Checkpoints(folder, settings, {}, every=5, resume=True, overwrite=False)
+
+
+FILES = ("run.json", "step-10/checkpoint.json", "step-10/state.safetensors")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_anywhere_in_a_checkpoint_is_found(stopped, unfinished, name):
+    open_checkpoints(unfinished, stopped)
+    good = (unfinished / name).read_bytes()
+    for bit in range(0, 8 * len(good), max(1, 8 * len(good) // 199)):
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (unfinished / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match="^a checkpoint is damaged: .*delete .*unfinished to"):
+            open_checkpoints(unfinished, stopped)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut", "missing", "exchanged"])
+def test_a_file_that_is_cut_missing_or_exchanged_is_named(stopped, unfinished, name, damage):
+    path = unfinished / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        other = stopped / name.replace("step-10", "step-5")
+        path.write_bytes(path.read_bytes()[:-9] if damage == "cut" else other.read_bytes())
+        if damage == "exchanged" and name == "run.json":
+            path.write_text(path.read_text().replace("0.01", "0.02"))
+    with pytest.raises(ValueError, match=f"a checkpoint is damaged: .*{Path(name).stem}"):
+        open_checkpoints(unfinished, stopped)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_sound_one_before_it(
+    tiny_models, unfinished, tmp_path
+):
+    model, out, last = tiny_models["bridge"], tmp_path / "saes", unfinished / "step-10"
+    state = last / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="state.safetensors is not a readable safetensors file"):
+    with pytest.raises(ValueError, match=f"or delete {last} to continue from step 5$"):
         train(model, out=out, resume=True)
+    shutil.rmtree(last)
+    assert_equal(train(model), train(model, out=out, resume=True))
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg"])
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(
+    tiny_models, unfinished, tmp_path, kind
+):
+    last = unfinished / "step-10"
+    tensors = read_tensors(last, "state.safetensors")
+    tensors[f"{NAME}/{kind}/W_enc"][0, 0, 0] = torch.nan
+    write_tensors(last / "state.safetensors", tensors)
+    index = read_record(last, "checkpoint.json", CheckpointIndex)
+    state = listed(last / "state.safetensors")
+    write_record(last / "checkpoint.json", index.model_copy(update={"state": state}))
+    with pytest.raises(ValueError, match=f"damaged: {NAME}/{kind}/W_enc must be finite.*delete"):
+        train(tiny_models["bridge"], out=tmp_path / "saes", resume=True)
+
+
+@pytest.mark.parametrize("out", [None, "saes"])
+def test_a_run_that_diverges_ends_with_an_error_and_keeps_the_last_checkpoint(
+    tiny_models, tmp_path, monkeypatch, out
+):
+    step = HeadwiseMultiTrainer._maybe_log_sparsity
+
+    def diverge(self, final=False):
+        step(self, final=final)
+        if self.n_training_steps == 7:
+            self.saes[NAME].W_dec.data[0] = torch.inf
+
+    monkeypatch.setattr(HeadwiseMultiTrainer, "_maybe_log_sparsity", diverge)
+    with pytest.raises(ValueError, match=f"training diverged .*{NAME}/.* finite.*a lower lr"):
+        train(tiny_models["bridge"], out=out and tmp_path / out)
+    assert [path.name for path in tmp_path.rglob("step-*")] == ["step-5"] * bool(out)
+
+
+def test_a_folder_that_another_is_writing_is_refused_at_once(tiny_models, tmp_path, monkeypatch):
+    out, errors = tmp_path / "saes", []
+
+    def attempt():
+        try:
+            train(tiny_models["bridge"], out=out, overwrite=True)
+        except BlockingIOError as error:
+            errors.append(str(error))
+
+    step = HeadwiseMultiTrainer._maybe_log_sparsity
+
+    def meet(self, final=False):
+        step(self, final=final)
+        if self.n_training_steps == 13:
+            thread = threading.Thread(target=attempt)
+            thread.start()
+            thread.join()
+
+    monkeypatch.setattr(HeadwiseMultiTrainer, "_maybe_log_sparsity", meet)
+    train(tiny_models["bridge"], out=out)
+    text = "is being written by another process: wait until that has ended, or give another folder"
+    assert errors == [f"{out} {text}"]
+    assert [path.name for path in tmp_path.iterdir()] == ["saes"]
 
 
 def test_what_a_killed_process_was_writing_is_passed_over_and_cleared_away(
@@ -201,8 +318,8 @@ def test_what_a_killed_process_was_writing_is_passed_over_and_cleared_away(
     model, out = tiny_models["bridge"], tmp_path / "saes"
     stopped_after(monkeypatch, 13, model, out=out)
     unfinished = tmp_path / "saes.unfinished"
-    (unfinished / ".step-15-abc" / "new").mkdir(parents=True)
-    (unfinished / "step-5").mkdir()  # killed before the older state was removed
+    (unfinished / ".step-15.new" / "new").mkdir(parents=True)
+    (unfinished / "step-5" / "state.safetensors").unlink()  # killed while it was removed
     assert_equal(train(model), train(model, out=out, resume=True))
 
 
@@ -224,7 +341,15 @@ def test_too_little_memory_or_disk_is_told_before_any_work(tiny_models, tmp_path
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**10))
         with pytest.raises(ValueError, match="GiB of disk at .*, where 9.54e-07 GiB are free"):
             train(model, out=out)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*")) == [tmp_path / "deep"]
+
+
+def test_the_checkpoints_of_a_run_that_continues_count_as_free_disk(
+    tiny_models, unfinished, tmp_path, monkeypatch
+):
+    held = sum(file.stat().st_size for file in unfinished.rglob("*.safetensors"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=held // 3))
+    train(tiny_models["bridge"], out=tmp_path / "saes", resume=True)
 
 
 @pytest.mark.slow

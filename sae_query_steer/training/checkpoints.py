@@ -1,29 +1,45 @@
 """Checkpoints of a training run, from which a stopped run continues with the same numbers.
 
-`<out>.unfinished` holds `run.json`, the settings of the run, and the last checkpoint `step-N/`:
-weights, Adam's moments and firing statistics as safetensors. Schedules are functions of the step,
-and the stream needs no state. A checkpoint is written aside and renamed before the previous one is
-removed, so one is complete at any moment a process is killed. SAELens's own trainer state is a
-pickle. No signal handler is installed.
+`<out>.unfinished` holds `run.json`, the settings of the run, and `step-N/`, the last two
+checkpoints: weights, Adam's moments and firing statistics as safetensors, and an index with the
+size and hash of both files. Schedules are functions of the step, and the stream needs no state. A
+checkpoint is written aside and renamed, so one is complete at any moment a process is killed.
+SAELens's own trainer state is a pickle. No signal handler is installed.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
 from sae_query_steer.models.fingerprint import default_tolerance, relative_difference
+from sae_query_steer.storage.checksums import ListedFile, check_files, listed
 from sae_query_steer.storage.folders import new_folder
-from sae_query_steer.storage.records import read_record, write_record
-from sae_query_steer.storage.tensors import FLOATS, read_tensors, write_tensors
+from sae_query_steer.storage.records import Record, read_record, write_record
+from sae_query_steer.storage.tensors import FLOATS, check_finite, read_tensors, write_tensors
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
-RUN, STATE = "run.json", "state.safetensors"
+RUN, INDEX, STATE = "run.json", "checkpoint.json", "state.safetensors"
 _STATISTICS = ("act_freq_scores", "n_forward_passes_since_fired")
+
+
+class CheckpointIndex(Record):
+    """What `checkpoint.json` holds."""
+
+    format: Literal["sae_query_steer.checkpoint/1"]
+    step: int
+    """Steps that were done."""
+
+    run: ListedFile
+    """`run.json` beside the checkpoint."""
+
+    state: ListedFile
+    """`state.safetensors` in it."""
 
 
 class Checkpoints:
@@ -40,7 +56,7 @@ class Checkpoints:
     Raises:
         FileExistsError: the folder holds a run and neither `resume` nor `overwrite` is given, or it
             holds something else.
-        ValueError: it holds a run with other settings.
+        ValueError: it holds a run with other settings, or a damaged one.
     """
 
     def __init__(
@@ -57,9 +73,14 @@ class Checkpoints:
         self._queries = {f"fingerprint/{name}": value for name, value in queries.items()}
         self._tolerance = default_tolerance(settings["model_dtype"])
         self._saved = 0
-        exists = (folder / RUN).is_file()
+        steps = self._steps()
+        exists = bool(steps) or (folder / RUN).is_file()
         if exists and resume:
-            stored = read_record(folder, RUN, dict[str, JsonValue])
+            last = max(steps, default=0)
+            with self._damage(last):
+                if last:
+                    self._check(last)
+                stored = read_record(folder, RUN, dict[str, JsonValue])
             check_same_run(folder / RUN, stored, settings)
         elif exists and not overwrite:
             raise FileExistsError(
@@ -71,14 +92,22 @@ class Checkpoints:
                 write_record(new / RUN, settings)
 
     def __call__(self, trainer: HeadwiseMultiTrainer) -> None:
-        """Write a checkpoint if one is due, or if training is at its end."""
+        """Write a checkpoint if one is due, or if training is at its end.
+
+        Raises:
+            ValueError: training has diverged; the last checkpoint is kept.
+        """
         step, total = trainer.n_training_steps, trainer.cfg.total_training_samples
         due = step % self.every == 0 or trainer.n_training_samples >= total
         if step == self._saved or not due:
             return
-        with new_folder(self.folder / f"step-{step}", overwrite=True, holding=STATE) as new:
+        check_not_diverged(trainer)
+        self._remove_all_but(self._saved)
+        with new_folder(self._path(step), overwrite=True, holding=INDEX) as new:
             write_tensors(new / STATE, self._queries | _tensors(trainer))
-        self._remove_all_but(step)
+            run, state = listed(self.folder / RUN), listed(new / STATE)
+            found = {"format": "sae_query_steer.checkpoint/1", "step": step}
+            write_record(new / INDEX, CheckpointIndex(**found, run=run, state=state))
         self._saved = step
 
     def restore(self, trainer: HeadwiseMultiTrainer) -> None:
@@ -87,14 +116,15 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is of another model, or damaged.
         """
-        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
-        step = max((int(name) for name in names if name.isdecimal()), default=0)
-        if step == 0:
+        if not (steps := self._steps()):
             return
+        step = steps[-1]
         _set_step(trainer, step)
         own = self._queries | _tensors(trainer)
         expected = {name: (FLOATS, tuple(tensor.shape)) for name, tensor in own.items()}
-        stored = read_tensors(self.folder, f"step-{step}/{STATE}", expected)
+        stored = read_tensors(self._path(step), STATE, expected)
+        with self._damage(step):
+            check_finite(stored)
         for name, queries in self._queries.items():
             difference = relative_difference(queries, stored[name])
             if not difference <= self._tolerance:  # NaN too
@@ -108,11 +138,39 @@ class Checkpoints:
         for site, one in trainer.trainers.items():
             one.n_frac_active_samples = int(stored[f"{site}/n_frac_active_samples"])
         self._saved = step
-        self._remove_all_but(step)
 
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove the folder, `run.json` last, by which what a killed process leaves is known."""
+        self._remove_all_but(0)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def _steps(self) -> list[int]:
+        """Return the steps of the checkpoints in the folder, the last one last."""
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _check(self, step: int) -> None:
+        """Raise unless the files of a checkpoint are those that its index lists."""
+        index = read_record(self._path(step), INDEX, CheckpointIndex)
+        if index.step != step:
+            raise ValueError(f"{self._path(step) / INDEX} must be of step {step}, got {index.step}")
+        check_files(self.folder, {RUN: index.run, f"step-{step}/{STATE}": index.state})
+
+    @contextmanager
+    def _damage(self, step: int) -> Iterator[None]:
+        """Add what to do to errors about the files of a checkpoint."""
+        try:
+            yield
+        except (FileNotFoundError, ValueError) as error:
+            remedy = f"delete {self.folder} to train from the start"
+            for before in (other for other in self._steps() if other < step):
+                with suppress(FileNotFoundError, ValueError):
+                    self._check(before)
+                    remedy += f", or delete {self._path(step)} to continue from step {before}"
+            raise ValueError(f"a checkpoint is damaged: {error}; {remedy}") from error
 
     def _remove_all_but(self, step: int) -> None:
         for path in self.folder.iterdir():
@@ -137,6 +195,21 @@ def check_same_run(path: Path, stored: Mapping[str, Any], settings: Mapping[str,
             f"{path} is of a run with other settings: {'; '.join(differ)}. Give the same settings, "
             "or another folder"
         )
+
+
+def check_not_diverged(trainer: HeadwiseMultiTrainer) -> None:
+    """Raise unless weights and moments are finite.
+
+    Raises:
+        ValueError: the message names the site and the tensor.
+    """
+    try:
+        check_finite(_tensors(trainer))
+    except ValueError as error:
+        raise ValueError(
+            f"training diverged before step {trainer.n_training_steps}: {error}; train with a "
+            "lower lr, or lr_warm_up_steps above 0"
+        ) from error
 
 
 def _tensors(trainer: HeadwiseMultiTrainer) -> dict[str, Tensor]:

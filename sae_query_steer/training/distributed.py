@@ -10,6 +10,7 @@ with it, so the result equals that of one process.
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.token_rows import Texts
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage.folders import check_replaceable
+from sae_query_steer.storage.folders import check_replaceable, locked
 from sae_query_steer.training.train import train_query_saes
 
 
@@ -54,6 +55,7 @@ def train_on_ranks(
         The SAEs of all sites, in every process.
 
     Raises:
+        BlockingIOError: as `train_query_saes`.
         FileExistsError: as `train_query_saes`.
         ValueError: as `train_query_saes`, or there are more processes than sites.
     """
@@ -62,24 +64,28 @@ def train_on_ranks(
     if n > max(1, len(sites)):
         raise ValueError(f"processes must be at most one per layer, {len(sites)}, got {n}")
     again: Any = {"resume": resume, "overwrite": overwrite}
-    if n == 1 or (resume and (out / INDEX).is_file()):
+    if n == 1:
         return train_query_saes(model, texts, sites, config, out=out, **again)
-    check_replaceable(out, overwrite=overwrite, holding=INDEX)
-    parts = [out.with_name(f"{out.name}.rank{r}of{n}") for r in range(n)]
-    train_query_saes(model, texts, sites[rank::n], config, out=parts[rank], **again)
-    # The first process to finish may wait long for the last.
-    distributed.init_process_group("gloo", timeout=timedelta(weeks=52))
-    try:
-        distributed.barrier()
-        if rank == 0:
-            joined = join_ranks([QuerySAEs.load(part) for part in parts], sites)
-            joined.save(out, overwrite=overwrite)
-            for part in parts:
-                shutil.rmtree(part, ignore_errors=True)
-        distributed.barrier()
-    finally:
-        distributed.destroy_process_group()
-    return QuerySAEs.load(out, device=str(model.cfg.device))
+    if resume and (out / INDEX).is_file():
+        with suppress(ValueError) if overwrite else nullcontext():  # of another run
+            return train_query_saes(model, texts, sites, config, out=out, resume=True)
+    with locked(out) if rank == 0 else nullcontext():
+        check_replaceable(out, overwrite=overwrite, holding=INDEX)
+        parts = [out.with_name(f"{out.name}.rank{r}of{n}") for r in range(n)]
+        train_query_saes(model, texts, sites[rank::n], config, out=parts[rank], **again)
+        # The first process to finish may wait long for the last.
+        distributed.init_process_group("gloo", timeout=timedelta(weeks=52))
+        try:
+            distributed.barrier()
+            if rank == 0:
+                joined = join_ranks([QuerySAEs.load(part) for part in parts], sites)
+                joined.save(out, overwrite=overwrite)
+                for part in parts:
+                    shutil.rmtree(part, ignore_errors=True)
+            distributed.barrier()
+        finally:
+            distributed.destroy_process_group()
+        return QuerySAEs.load(out, device=str(model.cfg.device))
 
 
 def join_ranks(parts: Sequence[QuerySAEs], sites: Sequence[QuerySite]) -> QuerySAEs:

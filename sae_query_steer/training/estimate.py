@@ -118,7 +118,9 @@ def check_resources(stream: QueryStream, out: Path | None) -> None:
     if out is not None:
         here = next(folder for folder in out.absolute().parents if folder.exists())
         remedy = "give another folder, or train fewer layers at a time"
-        _check_free(7 * weights, shutil.disk_usage(here).free, f"disk at {out}", remedy)
+        unfinished = out.with_name(f"{out.name}.unfinished").rglob("*")
+        free = shutil.disk_usage(here).free + sum(file.stat().st_size for file in unfinished)
+        _check_free(7 * weights, free, f"disk at {out}", remedy)
 
 
 def _check_free(needed: int, free: int | None, what: str, remedy: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sae.configs import training_config
 from sae_query_steer.sae.core import to_inference
 from sae_query_steer.sites import QuerySite, check_sites
-from sae_query_steer.storage.folders import check_replaceable
-from sae_query_steer.training.checkpoints import Checkpoints, check_same_run
+from sae_query_steer.storage.folders import check_replaceable, locked
+from sae_query_steer.training.checkpoints import (
+    Checkpoints,
+    check_not_diverged,
+    check_same_run,
+)
 from sae_query_steer.training.estimate import check_resources
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 from sae_query_steer.training.saelens import HeadNorms, HeadwiseMultiTrainer, trainer_config
@@ -75,10 +80,12 @@ def train_query_saes(
         less variance than the mean query does.
 
     Raises:
+        BlockingIOError: another process writes to `out`.
         FileExistsError: `out` exists, or a stopped run, and neither `resume` nor `overwrite` is
             given.
         ValueError: a site that the model does not have, settings that contradict a run to resume,
-            texts that can't be used, or too little memory or disk; always before training starts.
+            texts that can't be used, a damaged checkpoint, or too little memory or disk, all before
+            training starts; or training has diverged.
 
     Source: arXiv 2502.18644 (SAEs on queries); training is SAELens's.
     """
@@ -86,42 +93,44 @@ def train_query_saes(
     if out is None and (resume or overwrite):
         raise ValueError("resume and overwrite need a folder: give out=")
     out = None if out is None else Path(out)
-    if out is not None:
-        check_replaceable(out, overwrite=overwrite or resume, holding=INDEX)
-    rows = token_rows(
-        model,
-        texts,
-        context_size=config.context_size,
-        concat_sequences=config.concat_sequences,
-        prepend_bos=config.prepend_bos,
-        text_column=text_column,
-    )
-    stream = QueryStream(model=model, rows=rows, sites=sites, config=config)
-    settings = _settings(stream)
-    if out is not None and resume and (out / INDEX).is_file():
-        finished = QuerySAEs.load(out, device=str(model.cfg.device))
-        if not overwrite or finished.settings == settings:
-            check_same_run(out, finished.settings or {}, settings)
-            return finished
-    check_resources(stream, out)
-    checkpoints = None
-    if out is not None:
-        tokens = fingerprint_tokens(int(model.cfg.d_vocab))
-        with without_hooks(model):
-            queries = read_activations(model, tokens, [site.hook_name for site in sites])
-        checkpoints = Checkpoints(
-            out.with_name(f"{out.name}.unfinished"),
-            settings,
-            queries,
-            every=config.checkpoint_every,
-            resume=resume,
-            overwrite=overwrite,
+    finished = out is not None and resume and (out / INDEX).is_file()
+    with nullcontext() if out is None or (finished and not overwrite) else locked(out):
+        if out is not None:
+            check_replaceable(out, overwrite=overwrite or resume, holding=INDEX)
+        rows = token_rows(
+            model,
+            texts,
+            context_size=config.context_size,
+            concat_sequences=config.concat_sequences,
+            prepend_bos=config.prepend_bos,
+            text_column=text_column,
         )
-    result = _trained(stream, settings, checkpoints)
-    if out is not None and checkpoints is not None:
-        result.save(out, overwrite=overwrite)
-        checkpoints.remove()
-    return result
+        stream = QueryStream(model=model, rows=rows, sites=sites, config=config)
+        settings = _settings(stream)
+        if out is not None and resume and (out / INDEX).is_file():
+            finished = QuerySAEs.load(out, device=str(model.cfg.device))
+            if not overwrite or finished.settings == settings:
+                check_same_run(out, finished.settings or {}, settings)
+                return finished
+        check_resources(stream, out)
+        checkpoints = None
+        if out is not None:
+            tokens = fingerprint_tokens(int(model.cfg.d_vocab))
+            with without_hooks(model):
+                queries = read_activations(model, tokens, [site.hook_name for site in sites])
+            checkpoints = Checkpoints(
+                out.with_name(f"{out.name}.unfinished"),
+                settings,
+                queries,
+                every=config.checkpoint_every,
+                resume=resume,
+                overwrite=overwrite,
+            )
+        result = _trained(stream, settings, checkpoints)
+        if out is not None and checkpoints is not None:
+            result.save(out, overwrite=overwrite)
+            checkpoints.remove()
+        return result
 
 
 def _trained(
@@ -143,6 +152,7 @@ def _trained(
         batches = chain([first], batches)
     trainer.data_provider = batches
     trainer.fit()
+    check_not_diverged(trainer)
     trained = {name: to_inference(one) for name, one in saes.items()}
     metrics = None
     if config.metric_tokens:
