@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from wheel_check import chain, make_model, make_texts
 
 from sae_query_steer import QuerySAEs
 from sae_query_steer.config import ARCHITECTURES, TrainingConfig
+from sae_query_steer.storage.folders import locked
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,20 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(folder, index, chan
         result.exception, ValueError | TypeError | FileNotFoundError | FileExistsError
     )
     assert not (folder / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("command", range(4))
+def test_an_output_folder_that_another_writes_is_refused_before_the_model_is_read(
+    folder, tmp_path, command
+):
+    arguments, out = chain(folder[0])[command], tmp_path / "out"
+    for option, value in (("--model", "/none"), ("--out", str(out))):
+        arguments[arguments.index(option) + 1] = value
+    with ThreadPoolExecutor() as other, locked(out):
+        done = other.submit(invoke, arguments).result()
+    with pytest.raises(BlockingIOError, match=f"{out} is being written by another process: wait"):
+        raise done.exception
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_ends_with_one_line_and_status_two(tmp_path):

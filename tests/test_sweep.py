@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,8 +19,10 @@ from sae_query_steer.compare.methods import (
     prompt_methods,
     random_methods,
 )
+from sae_query_steer.compare.report import compare_into
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.compare.scores import distinct_n
+from sae_query_steer.storage.folders import locked
 
 CLASSES = ("apply", "create", "remember")
 
@@ -179,6 +182,18 @@ def test_a_log_loses_no_outcome_to_a_line_that_is_cut_or_damaged(tmp_path, monke
     path.write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="is no log of a comparison"):
         ComparisonLog(path, settings)
+
+
+def test_what_one_comparison_writes_is_refused_to_another_until_it_ends(tmp_path):
+    path, out = tmp_path / "log.jsonl", tmp_path / "out"
+    log = ComparisonLog(path, {})
+    with ThreadPoolExecutor() as other:
+        with pytest.raises(BlockingIOError, match="log.jsonl is being written by another"):
+            other.submit(ComparisonLog, path, {}).result()
+        with locked(out), pytest.raises(BlockingIOError, match="out is being written by another"):
+            other.submit(compare_into, out, pytest.fail).result()
+    del log
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_log_holds_a_line_for_each_outcome_that_json_alone_can_read(scorers, methods):

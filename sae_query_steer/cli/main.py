@@ -1,9 +1,12 @@
 """The entry point of the command line."""
 
+import functools
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -11,6 +14,7 @@ from sae_query_steer.cli.compare import demo, sweep
 from sae_query_steer.cli.publish import bundle, dashboard, push, registry_entry
 from sae_query_steer.cli.steer import sites, steer, targets
 from sae_query_steer.cli.train import train
+from sae_query_steer.storage.folders import locked
 
 COMMANDS = (
     *(demo, train, targets, sites, steer, dashboard),
@@ -26,12 +30,27 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: help was asked for, or an option is wrong.
     """
     tyro.extras.subcommand_cli_from_dict(
-        {command.__name__.replace("_", "-"): command for command in COMMANDS},
+        {command.__name__.replace("_", "-"): _locking(command) for command in COMMANDS},
         prog="sae-query-steer",
         description="Steer language models by gradient descent on sparse features of queries.",
         args=list(arguments),
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
+
+
+def _locking(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that locks its output folder until it ends."""
+
+    @functools.wraps(command)
+    def run_locked(**options: Any) -> None:
+        out = getattr(options.get("output"), "out", None)
+        # The first process of a launch locks for all.
+        if out is None or options.get("dry_run") or os.environ.get("RANK", "0") != "0":
+            return command(**options)
+        with locked(out):
+            return command(**options)
+
+    return run_locked
 
 
 def main() -> None:

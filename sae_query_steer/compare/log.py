@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.storage.folders import size_of
+from sae_query_steer.storage.folders import lock_for, size_of
 from sae_query_steer.targets.centroids import CentroidTargets
 
 HEAD = "sae_query_steer.comparison/1"
@@ -20,13 +20,15 @@ class ComparisonLog:
 
     The first line holds the settings; a log of other settings is refused. Lines are only appended:
     a last line without its end, as a killed process or a full disk leaves it, is cut off when the
-    log is opened again, and a line that cannot be read is skipped with a warning.
+    log is opened again, and a line that cannot be read is skipped with a warning. Other processes
+    cannot open the file for as long as this object lives.
 
     Args:
         path: the file; made with its folder.
         settings: what outcomes depend on: model, data, seeds, sizes.
 
     Raises:
+        BlockingIOError: another process writes to the file.
         ValueError: the file is the log of another comparison, or no log.
     """
 
@@ -34,7 +36,7 @@ class ComparisonLog:
         self.path = Path(path)
         self._known: dict[str, dict[str, Any]] = {}
         head = {"format": HEAD, "settings": json.loads(json.dumps(settings))}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock_for(self, self.path)
         if not (self.path.exists() and self._read(head)):
             self._write(head)
 

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from sae_query_steer.compare.comparison import MAX_PERPLEXITY_RATIO, Comparison
 from sae_query_steer.diagnostics.verdicts import closing_sentence
-from sae_query_steer.storage.folders import check_replaceable, new_folder
+from sae_query_steer.storage.folders import check_replaceable, locked, new_folder
 from sae_query_steer.storage.records import write_json
 
 RESULTS = "comparison.json"
@@ -273,9 +273,7 @@ def compare_into(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Comparison:
-    """Run a comparison and write it to a folder.
-
-    Until it is done, its log is in `<out>.unfinished`.
+    """Run a comparison and write it to a folder; until then its log is in `<out>.unfinished`.
 
     Args:
         out: the folder; see `write_comparison`.
@@ -284,17 +282,19 @@ def compare_into(
         overwrite: replace a comparison that is there.
 
     Raises:
+        BlockingIOError: another process writes to the folder.
         FileExistsError: the folder exists and `overwrite` is False, or is something else; or a
             stopped run is there and `resume` is False. Both before anything runs.
     """
     out = Path(out)
-    check_replaceable(out, overwrite=overwrite, holding=RESULTS)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    if unfinished.exists() and not resume:
-        raise FileExistsError(
-            f"{unfinished} holds a run that was stopped: continue it with --resume, or delete it"
-        )
-    found = compare(unfinished / "log.jsonl")
-    write_comparison(found, out, overwrite=overwrite)
-    shutil.rmtree(unfinished)
-    return found
+    with locked(out):
+        check_replaceable(out, overwrite=overwrite, holding=RESULTS)
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        if unfinished.exists() and not resume:
+            raise FileExistsError(
+                f"{unfinished} holds a stopped run: continue it with --resume, or delete it"
+            )
+        found = compare(unfinished / "log.jsonl")
+        write_comparison(found, out, overwrite=overwrite)
+        shutil.rmtree(unfinished)
+        return found

@@ -18,7 +18,7 @@ from sae_query_steer.models.activations import check_hook_point, key_hook, patte
 from sae_query_steer.models.loading import check_eager, model_name
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
 from sae_query_steer.steering.where import chosen_heads
-from sae_query_steer.storage.folders import check_replaceable, new_folder
+from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import write_json
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import check_belongs, check_shapes
@@ -81,6 +81,7 @@ def write_dashboards(
         The file of each page, by hook name; `index.html` beside them has links to all.
 
     Raises:
+        BlockingIOError: another process writes to the folder.
         FileExistsError: the folder exists and `overwrite` is False, or is something else.
         ValueError: a number, site, head or layer that is not allowed, texts that can't be used,
             centroids of another model or SAE, or an architecture that does not show its attention
@@ -92,7 +93,6 @@ def write_dashboards(
     for name, value in (("context", context), ("n_attention", n_attention), ("n_keys", n_keys)):
         check_number(name, value, whole=True, least=0)
     folder = Path(folder)
-    check_replaceable(folder, overwrite=overwrite, holding=INDEX)
     every = encoder_sites(saes)
     picked = chosen_heads(every, layers, heads)
     saes, sites = {n: saes[n] for n in picked}, {n: every[n] for n in picked}
@@ -107,17 +107,17 @@ def write_dashboards(
         check_belongs(model, saes, targets)
     looked = {"ignore_bos": ignore_bos, "batch_size": batch_size}
     by_layer = {sites[name].layer: own for name, own in picked.items()}
-    tops = top_tokens(model, saes, texts, k=k, heads=by_layer, **looked, **reading)
-    statistics, keys = read_again(model, saes, tops, context=context, keys=n_keys > 0, **looked)
-    pages = {name: f"{name}.html" for name in sites}
-    settings = {
-        "model": model_name(model),
-        "tokens": tops.n_tokens,
-        "texts": len(tops.rows),
-        "top texts of a latent": k,
-        "classes": ", ".join(map(str, targets.classes)) if targets else "none given",
-    }
     with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
+        tops = top_tokens(model, saes, texts, k=k, heads=by_layer, **looked, **reading)
+        statistics, keys = read_again(model, saes, tops, context=context, keys=n_keys > 0, **looked)
+        pages = {name: f"{name}.html" for name in sites}
+        settings = {
+            "model": model_name(model),
+            "tokens": tops.n_tokens,
+            "texts": len(tops.rows),
+            "top texts of a latent": k,
+            "classes": ", ".join(map(str, targets.classes)) if targets else "none given",
+        }
         for name, site in sites.items():
             attention = None
             if n_attention:
