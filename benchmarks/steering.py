@@ -29,6 +29,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
 from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
+from sae_query_steer.storage.folders import new_file
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import take_fingerprint
 
@@ -66,12 +67,13 @@ def main() -> None:
     table = pd.DataFrame(rows)
     print(table.round(3).to_string(index=False))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        with new_file(args.json) as new:
+            new.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if args.plot:
         found = table["name"].str.extract(r"(?P<way>.*), 1 layer, batch 1, (?P<steps>\d+) steps$")
         shown = table.join(found).dropna(subset=["steps"])
         shown["steps"] = shown["steps"].astype(int)
-        px.line(
+        figure = px.line(
             shown.sort_values("steps"),
             x="steps",
             y="ratio_median",
@@ -79,7 +81,9 @@ def main() -> None:
             log_x=True,
             markers=True,
             labels={"ratio_median": "speed, as a share of plain generation"},
-        ).write_html(args.plot)
+        )
+        with new_file(args.plot) as new:
+            figure.write_html(new)
 
 
 class Bench:

@@ -36,6 +36,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
 from sae_query_steer.sae import QueryHeadTopKTrainingSAE
+from sae_query_steer.storage.folders import new_file
 from sae_query_steer.training.saelens import HeadwiseTrainer
 
 SAMPLED = "(*)"
@@ -95,7 +96,8 @@ def main() -> None:
         for side in ("ours", "other"):
             print(f"peak memory, {side}: {peak_memory(side, args):.0f} MiB")
     if args.json:
-        args.json.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        with new_file(args.json) as new:
+            new.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 def make_model(device: str) -> HookedTransformer:

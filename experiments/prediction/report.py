@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.express as px
 from scipy.stats import spearmanr
 
+from sae_query_steer.storage.folders import new_file
 from sae_query_steer.storage.markdown import markdown_table
 
 STRENGTHS = (1.0, 2.0)
@@ -89,7 +90,8 @@ def _interval(value: float, drawn: Sequence[float]) -> str:
 
 def report(table: pd.DataFrame, out: Path) -> None:
     """Print the tables and write the CSV and the figure."""
-    table.to_csv(out / "sites.csv", index=False)
+    with new_file(out / "sites.csv") as new:
+        table.to_csv(new, index=False)
     change = f"change_{MAIN:g}"
     for strength in STRENGTHS:
         print(f"\nrank correlation with the change of the target rate at strength {strength:g}\n")
@@ -135,4 +137,5 @@ def report(table: pd.DataFrame, out: Path) -> None:
     )
     figure.update_xaxes(matches=None, showticklabels=True)
     figure.for_each_annotation(lambda a: a.update(text=a.text.partition("=")[2]))
-    figure.write_html(out / "prediction.html", include_plotlyjs=True)
+    with new_file(out / "prediction.html") as new:
+        figure.write_html(new, include_plotlyjs=True)

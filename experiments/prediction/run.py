@@ -31,6 +31,7 @@ from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.diagnostics.interchange import achieved_effect
 from sae_query_steer.diagnostics.verdicts import site_verdicts
 from sae_query_steer.sites import ALL_HEADS
+from sae_query_steer.storage.folders import lock_for
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.toy import TutorCorpus, restated_level, verb_level
 
@@ -208,7 +209,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    lock_for(args, args.out)
+    args.out.mkdir(exist_ok=True)
     parts = []
     jobs = [(f, tutor_task) for f in args.tutors] + [(f, gridworld_task) for f in args.gridworlds]
     for folder, task in jobs:

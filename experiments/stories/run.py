@@ -33,6 +33,7 @@ from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.positions import Span
+from sae_query_steer.storage.folders import lock_for, new_file
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 
@@ -97,7 +98,8 @@ class Kept:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, settings
-        folder.mkdir(parents=True, exist_ok=True)
+        lock_for(self, folder)
+        folder.mkdir(exist_ok=True)
         path = folder / "settings.json"
         if path.exists() and read_json(path) != settings:
             raise ValueError(
@@ -109,21 +111,23 @@ class Kept:
         """Return a table from its file, or make it and write the file."""
         path = self.folder / f"{name}.csv"
         if not path.exists():
-            make().to_csv(path, index=False)
+            with new_file(path) as new:
+                make().to_csv(new, index=False)
         return pd.read_csv(path)
 
     def texts(self, name: str, make: Callable[[], dict[str, list[str]]]) -> dict[str, list[str]]:
         """Return texts from their file, or make them and write the file."""
         path = self.folder / f"{name}.json"
         if not path.exists():
-            path.write_text(json.dumps(make()), encoding="utf-8")
+            with new_file(path) as new:
+                new.write_text(json.dumps(make()), encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
 
     def show(self, title: str, table: pd.DataFrame) -> None:
         """Print a table, and write it as CSV under its title."""
-        table.to_csv(
-            self.folder / f"{re.sub('[^A-Za-z0-9]+', ' ', title).strip()}.csv", index=False
-        )
+        name = re.sub("[^A-Za-z0-9]+", " ", title).strip()
+        with new_file(self.folder / f"{name}.csv") as new:
+            table.to_csv(new, index=False)
         print(f"\n{title}\n{table.round(3).to_string(index=False)}", flush=True)
 
 

@@ -38,6 +38,7 @@ from sae_query_steer.compare.tutor_task import (
     tutor_cases,
 )
 from sae_query_steer.diagnostics.metrics import wilson_interval
+from sae_query_steer.storage.folders import new_file
 from sae_query_steer.toy import TUTOR_FOLDER, TutorCorpus
 from sae_query_steer.toy.corpus import Split
 
@@ -230,7 +231,8 @@ def main() -> None:
     for name in args.only:
         table = getattr(ablations, name)
         found = pd.DataFrame(table())
-        found.to_csv(args.out / f"{name}.csv", index=False)
+        with new_file(args.out / f"{name}.csv") as new:
+            found.to_csv(new, index=False)
         print(f"\n### {name}\n{table.__doc__}\n")
         print("| " + " | ".join(found.columns) + " |\n|" + "---|" * len(found.columns))
         for row in found.astype(str).itertuples(index=False):

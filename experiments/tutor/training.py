@@ -19,6 +19,7 @@ from experiments.tiny_llama import check_training, feedback_loss, new_llama
 from experiments.tutor.batches import Kind, tutor_batch
 from experiments.tutor.obedience import obedience
 from experiments.tutor.tokenizer import tutor_tokenizer
+from sae_query_steer.storage.checksums import ListedFile, check_files, listed
 from sae_query_steer.storage.folders import check_replaceable, new_folder
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.storage.tensors import read_tensors, write_tensors
@@ -28,8 +29,8 @@ CARD = "tutor.json"
 
 CHECKPOINT_EVERY = 100
 
-STATE = "state.json"
-"""By this file the folder of an unfinished run is known."""
+STATE, WEIGHTS = "state.json", "state.safetensors"
+"""By the first of these files the folder of an unfinished run is known."""
 
 STAGES: tuple[tuple[str, tuple[Kind, ...], float | None], ...] = (
     ("Learning to copy", ("copies",), 1.0),
@@ -207,7 +208,7 @@ class _Run:
         for name, p in self.model.named_parameters():
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
         with new_folder(self.folder, overwrite=True, holding=STATE) as new:
-            write_tensors(new / "state.safetensors", tensors)
+            write_tensors(new / WEIGHTS, tensors)
             write_json(
                 new / STATE,
                 {
@@ -215,6 +216,7 @@ class _Run:
                     "stage": self.stage,
                     "steps": self.steps,
                     "losses": self.losses,
+                    "file": listed(new / WEIGHTS).model_dump(),
                 },
             )
 
@@ -226,7 +228,8 @@ class _Run:
                 f"{self.folder} holds an unfinished run of other settings: finish that one, or "
                 "remove the folder"
             )
-        tensors = read_tensors(self.folder, "state.safetensors")
+        check_files(self.folder, {WEIGHTS: ListedFile(**state["file"])})
+        tensors = read_tensors(self.folder, WEIGHTS)
         for name, p in self.model.named_parameters():
             p.copy_(tensors[f"weight.{name}"])
             self.optimizer.state[p] = {
