@@ -1,7 +1,9 @@
-"""Checks of numbers that a user gives, and lists of problems."""
+"""Checks of what a user gives, and lists of problems."""
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
@@ -37,3 +39,72 @@ def listed(problems: Sequence[str], most: int = 10) -> str:
     """Return problems as one message: the first of them in full, a line each, and the number."""
     more = len(problems) - most
     return "\n".join(problems[:most]) + (f"\nand {more} more" if more > 0 else "")
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Raise TypeError unless a value is of a type; the message has both types and the remedy."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(one.__name__ for one in kinds)
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}: {remedy}")
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless a value is a model of TransformerLens."""
+    if not hasattr(model, "cfg") or not hasattr(model, "tokenizer"):
+        raise TypeError(
+            "model must be a HookedTransformer or a TransformerBridge, such as load_model returns, "
+            f"got {type(model).__name__}"
+        )
+
+
+def check_device(device: object) -> None:
+    """Raise ValueError if a device is none of torch's, or is not on this machine."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: without CUDA
+        here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"device must be one of {here} on this machine, got {device!r}") from error
+
+
+def check_texts(name: str, texts: object) -> None:
+    """Raise TypeError if a value is one text, or no sequence, where a list of texts is wanted."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} must be a list of texts, such as ['...'], got {texts!r:.80}")
+
+
+def whole_numbers(name: str, values: Any) -> list[int]:
+    """Return whole numbers as a list.
+
+    Raises:
+        TypeError: not a list of whole numbers, such as "1-3" or 2.
+    """
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a list of whole numbers, such as [1, 2], got {values!r}"
+        ) from error
+
+
+def check_name(what: str, name: object, known: Iterable[object], *, place: str = "") -> None:
+    """Raise ValueError unless a name is among those there are; the message lists them.
+
+    Args:
+        what: what the names are of, such as "class" or "column".
+        name: the name.
+        known: those there are.
+        place: where, for the message.
+    """
+    names = [str(one) for one in known]
+    if name not in names:
+        near = {one.strip().casefold(): one for one in names}
+        like = get_close_matches(str(name).strip().casefold(), near, n=1)
+        hint = f"; did you mean {near[like[0]]!r}?" if like else ""
+        plural = f"{what}{'es' if what.endswith('s') else 's'}"
+        raise ValueError(f"{place}no {what} {str(name)!r}: the {plural} are {names}{hint}")

@@ -1,10 +1,11 @@
 """Sites: the hook point of a layer's queries, or other activations, and its heads."""
 
-import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sae_query_steer.arguments import check_model, whole_numbers
 
 ALL_HEADS = "all"
 """Value of the column `head` of a table for all heads of a layer together."""
@@ -126,12 +127,13 @@ def query_sites(
         The sites, each checked against the model.
 
     Raises:
+        TypeError: no model of TransformerLens, or `layers` is no list of whole numbers.
         ValueError: a layer that the model does not have, a layer named twice, or none at all.
 
     Source: arXiv 2502.18644 trains its SAEs on the query activations.
     """
-    every = range(int(model.cfg.n_layers))
-    chosen = [operator.index(layer) for layer in (every if layers is None else layers)]
+    check_model(model)
+    chosen = whole_numbers("layers", range(int(model.cfg.n_layers)) if layers is None else layers)
     if len(set(chosen)) != len(chosen) or not chosen:
         raise ValueError(f"layers must have at least one layer, and each once, got {chosen}")
     sizes = {"n_heads": int(model.cfg.n_heads), "d_head": int(model.cfg.d_head)}
@@ -152,7 +154,8 @@ def check_sites(model: Any, sites: Sequence[QuerySite]) -> None:
     """Raise ValueError unless this is a list of one or more sites of a model, and not of layers."""
     if not sites or not all(isinstance(site, QuerySite) for site in sites):
         raise ValueError(
-            f"sites must have at least one site, from query_sites(model, layers=[...]), got {sites}"
+            "sites must have at least one site, and sites alone, from query_sites(model, "
+            f"layers=[...]), got {sites!r:.80}"
         )
     for site in sites:
         site.check(model)
@@ -166,15 +169,29 @@ def _sizes(model: Any, hook_name: str) -> tuple[int, int]:
     return int(grouped or model.cfg.n_heads), int(model.cfg.d_head)
 
 
-def _check(site: QuerySite | Site, model: Any) -> None:
-    check_layer(site.layer, int(model.cfg.n_layers))
-    if site.hook_name not in model.hook_dict:
-        attention = f"blocks.{site.layer}.attn."
-        here = sorted(name for name in model.hook_dict if name.startswith(attention))
+def check_hook_point(model: Any, name: str) -> None:
+    """Raise unless a model has a hook point.
+
+    Raises:
+        ValueError: the message lists the hook points of the same module, or says that SAELens's
+            `add_sae` took its place.
+    """
+    check_model(model)
+    if name in getattr(model, "acts_to_saes", {}):
         raise ValueError(
-            f"no hook point {site.hook_name}: this architecture does not expose it; its attention "
-            f"has {[name.removeprefix(attention) for name in here]}"
+            f"an SAE is attached at {name} by add_sae, in the place of the hook point: take it "
+            f"off with model.reset_saes({name!r}) first"
         )
+    if name not in model.hook_dict:
+        prefix = name.rpartition(".")[0] + "."
+        near = sorted(n.removeprefix(prefix) for n in model.hook_dict if n.startswith(prefix))
+        raise ValueError(f"no hook point {name}: this architecture has {near} at {prefix[:-1]}")
+
+
+def _check(site: QuerySite | Site, model: Any) -> None:
+    check_model(model)
+    check_layer(site.layer, int(model.cfg.n_layers))
+    check_hook_point(model, site.hook_name)
     n_heads, d_head = _sizes(model, site.hook_name)
     if (site.n_heads, site.d_head) != (n_heads, d_head):
         raise ValueError(

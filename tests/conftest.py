@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -12,50 +12,15 @@ from wheel_check import WORDS, make_model
 
 import sae_query_steer as sqs
 
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-
 # The models are tiny: two threads that wait for each other on a busy machine cost 20 x more.
 torch.set_num_threads(1)
 
 HOSTS = ("hooked", "bridge")
 
 
-def as_hooked_transformer(hf, tokenizer) -> HookedTransformer:
-    """A HookedTransformer with the weights of a Hugging Face Llama, nothing folded or centred."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-
-    c = hf.config
-    config = HookedTransformerConfig(
-        d_model=c.hidden_size,
-        n_layers=c.num_hidden_layers,
-        n_heads=c.num_attention_heads,
-        d_head=c.head_dim,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        n_ctx=c.max_position_embeddings,
-        act_fn="silu",
-        gated_mlp=True,
-        normalization_type="RMS",
-        final_rms=True,
-        positional_embedding_type="rotary",
-        rotary_dim=c.head_dim,
-        n_key_value_heads=c.num_key_value_heads,
-        eps=c.rms_norm_eps,
-        original_architecture="LlamaForCausalLM",
-        default_prepend_bos=True,
-        device="cpu",
-    )
-    model = HookedTransformer(config, tokenizer=tokenizer)
-    model.load_and_process_state_dict(
-        convert_llama_weights(hf, model.cfg),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return model
+def on_both_hosts(folder: Path) -> dict[str, Any]:
+    """A model of a folder on both hosts, by name."""
+    return {name: sqs.load_model(folder, device="cpu", backend=name) for name in HOSTS}
 
 
 @pytest.fixture
@@ -78,15 +43,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_models(tiny_folder):
     """The tiny model on both hosts, by name."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    hf = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    return {
-        "hooked": as_hooked_transformer(hf, tokenizer),
-        "bridge": TransformerBridge.boot_transformers(str(tiny_folder), device="cpu"),
-    }
+    return on_both_hosts(tiny_folder)
 
 
 @pytest.fixture(params=HOSTS)
@@ -158,17 +115,9 @@ def stories_tokenizer(shared_data: Path):
 
 
 @pytest.fixture(scope="session")
-def stories(shared_data: Path, stories_tokenizer):
+def stories(shared_data: Path):
     """The pretrained model stories260K on both hosts, by name."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM
-
-    folder = shared_data / "stories260K"
-    hf = AutoModelForCausalLM.from_pretrained(folder)
-    return {
-        "hooked": as_hooked_transformer(hf, stories_tokenizer),
-        "bridge": TransformerBridge.boot_transformers(str(folder), device="cpu"),
-    }
+    return on_both_hosts(shared_data / "stories260K")
 
 
 def greedy_logits(model, prompts) -> torch.Tensor:

@@ -1,10 +1,13 @@
-"""Architectures beside Llama, tiny, from their Hugging Face configs, on the bridge."""
+"""Architectures beside Llama, tiny, from their Hugging Face configs."""
 
 import pytest
 import torch
+from transformer_lens import HookedTransformer
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -44,15 +47,20 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "stop_at_eo
 PROMPTS = ["w1 w2 w3 w4 w9 w12", "w7"]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def architecture(request, tmp_path_factory):
-    """A tiny model of another architecture, its sites, and dense centroids of two classes."""
-    cls, config = ARCHITECTURES[request.param]
-    folder = tmp_path_factory.mktemp("architecture")
+def write(name, folder):
+    """Write a model of an architecture to a folder, with its tokenizer."""
+    cls, config = ARCHITECTURES[name]
     with torch.random.fork_rng():
         torch.manual_seed(1)
         cls(config()).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request, tmp_path_factory):
+    """A tiny model of another architecture, its sites, and dense centroids of two classes."""
+    folder = tmp_path_factory.mktemp("architecture")
+    write(request.param, folder)
     model = sqs.load_model(str(folder), device="cpu")
     examples = [
         sqs.LabelledExample(prompt=f"w{i} w{i + 1} w{2 * i}", label="ab"[i % 2]) for i in range(20)
@@ -96,3 +104,27 @@ def test_positions_are_exact_with_cache_without_and_in_a_padded_batch(
     for row, wanted in enumerate(positions):
         steered = table.loc[table["row"] == row, "position"].unique().tolist()
         assert steered == list(wanted)[: 14 if row == 0 else 9]
+
+
+@pytest.mark.parametrize("name", ["llama", *ARCHITECTURES])
+def test_a_hooked_transformer_of_a_folder_computes_what_the_bridge_computes(
+    name, tiny_folder, tmp_path
+):
+    folder = tmp_path / "gemma-2-llama"  # a name that is no clue to what it holds
+    if name == "llama":  # whose heads are not d_model / n_heads wide
+        folder.symlink_to(tiny_folder)
+    else:
+        write(name, folder)
+    bridge = sqs.load_model(folder, device="cpu")
+    model = sqs.load_model(folder, device="cpu", backend="hooked")
+    assert isinstance(model, HookedTransformer)
+    for prompt in PROMPTS:
+        torch.testing.assert_close(model(prompt), bridge(prompt), rtol=0, atol=1e-4)
+
+
+def test_a_hooked_transformer_that_would_differ_is_refused(tmp_path):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    LlamaForCausalLM(LlamaConfig(**ROTARY, rope_parameters=rope)).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="log probabilities differ by .*use backend='bridge'"):
+        sqs.load_model(tmp_path, device="cpu", backend="hooked")

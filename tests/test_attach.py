@@ -292,6 +292,8 @@ def test_saelens_itself_rewrites_all_heads_with_the_sae_of_one(
             attached_saes(model, saes),
         ):
             pass
+        with pytest.raises(ValueError, match=rf"by add_sae.*model\.reset_saes\('{HOOK}'\) first"):
+            sqs.query_sites(model, [2])
     for head in range(4):
         assert torch.equal(by_one[:, :, head], one(q[:, :, head]))
         assert not torch.allclose(by_one[:, :, head], q[:, :, head], atol=1e-2)

@@ -163,7 +163,8 @@ def test_centroids_print_their_classes_counts_span_and_sites():
 def test_a_class_has_the_index_of_its_place_and_an_unknown_one_is_refused():
     targets = some_targets()
     assert [targets.class_index(name) for name in CLASSES] == [0, 1, 2]
-    with refuses("no class 'Apply': the classes are ['remember', 'apply', 'create']"):
+    known = "['remember', 'apply', 'create']"
+    with refuses(f"no class 'Apply': the classes are {known}; did you mean 'apply'?"):
         targets.class_index("Apply")
 
 

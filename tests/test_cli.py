@@ -92,7 +92,7 @@ def test_steer_says_when_no_position_was_met(folder):
         (0, {"--lr": "nan"}, "lr must be a finite number > 0, got nan"),
         (0, {"--sae.k": "99"}, "k must be a whole number <= 16, got 99"),
         (0, {"--out": "saes"}, "exists: give another folder, or overwrite"),
-        (1, {"--label": "grade"}, "no column 'grade'; the columns are"),
+        (1, {"--label": "grade"}, "no column 'grade': the columns are"),
         (1, {"--span": "end"}, "--span"),
         (1, {"--csv": "none.csv"}, "no file"),
         (1, {"--saes": "none"}, "none"),
@@ -194,8 +194,8 @@ SLOW = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "pa
         (
             [
                 "targets",
-                "--model=m",
-                "--saes=s",
+                "--model={m}",
+                "--saes={s}",
                 "--csv={csv}",
                 "--prompt=q",
                 "--label=l",
@@ -204,16 +204,26 @@ SLOW = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "pa
             2,
         ),
         (
-            ["train", "topk", "--model=m", "--layers=1", "--texts={csv}", "--text=q", "--out=o"]
+            ["train", "topk", "--model={m}", "--layers=1", "--texts={csv}", "--text=q", "--out=o"]
             + ["--training-tokens=1000", "--sae.d-sae-per-head=64"],
             2,
         ),
+        (["bundle", "--model={m}/no", "--saes={s}", "--out=o"], 2),
+        (["bundle", "--model={m}", "--saes={m}", "--out=o"], 2),
     ],
-    ids=["help", "help of train", "wrong option", "wrong column", "wrong column of texts"],
+    ids=[
+        *("help", "help of train", "wrong option", "wrong column", "wrong column of texts"),
+        *("no model", "no SAEs"),
+    ],
 )
 def test_help_and_refusals_import_no_slow_library(arguments, status, tmp_path):
     (tmp_path / "t.csv").write_text("question,level\na,b\n", encoding="utf-8")
-    arguments = [argument.format(csv=tmp_path / "t.csv") for argument in arguments]
+    for name in ("config.json", "query_saes.json"):
+        (tmp_path / name).write_text("{}")
+    paths = {"csv": tmp_path / "t.csv", "m": tmp_path, "s": tmp_path}
+    if "--saes={m}" in arguments:
+        (tmp_path / "query_saes.json").unlink()
+    arguments = [argument.format(**paths) for argument in arguments]
     code = (
         "import sys\n"
         "from sae_query_steer.cli.main import main\n"
@@ -224,5 +234,8 @@ def test_help_and_refusals_import_no_slow_library(arguments, status, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str([status])
+    if arguments[0] == "bundle":
+        named = "query_saes.json" if "/no" not in arguments[1] else "no"
+        assert f"{tmp_path / named}" in done.stderr
     if "csv" in str(arguments):
-        assert "no column 'q'; the columns are ['question', 'level']" in done.stderr
+        assert "no column 'q': the columns are ['question', 'level']" in done.stderr

@@ -303,10 +303,29 @@ def test_joined_steerers_act_in_their_order_as_nested_ones_do(model, make):
 
 def test_nothing_of_joined_steerers_is_left_if_one_does_not_belong(tiny_models, make, untyped):
     model = tiny_models["bridge"]
-    with pytest.raises(TypeError, match="steerers must be Steerer values, got 3"):
+    with pytest.raises(TypeError, match="steerer must be Steerer, got int"):
         sqs.steering.JoinedSteerers(make(), 3)
     with pytest.raises(ValueError, match="needs at least one steerer"):
         sqs.steering.JoinedSteerers()
     with pytest.raises(RuntimeError), sqs.steering.JoinedSteerers(make(), make()).apply(model):
         raise RuntimeError
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_a_list_of_steerers_is_not_joined(make, untyped):
+    with pytest.raises(TypeError, match=r"must be Steerer, got list: JoinedSteerers\(one, two\)"):
+        sqs.steering.JoinedSteerers([make(), make()])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": lambda age: 1.0}, r"schedule .*<lambda> returns must be .* \[1\], got 1.0"),
+        ({"latents": [3, 5]}, r"latents must be such as GivenLatents\(.*got \[3, 5\]"),
+        ({"heads": {"2": [0]}}, r"the layers of heads must be a list of whole numbers"),
+        ({"target": "Create"}, "did you mean 'create'"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_with_the_right_one(make, untyped, change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(**change)

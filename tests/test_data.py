@@ -462,3 +462,15 @@ def test_a_class_with_too_few_examples_is_refused():
         ValueError, match=r"^class 'a' has 1 example\(s\), fewer than at_least=2: add examples of"
     ):
         check_classes("abb")
+
+
+def test_a_column_of_ids_is_not_taken_for_classes():
+    with pytest.raises(ValueError, match="30 classes in 30 examples.* the class, not of an id"):
+        check_classes(str(i) for i in range(30))
+
+
+def test_what_is_no_labelled_example_or_no_model_is_refused(model, examples):
+    with pytest.raises(TypeError, match="example 0 must be LabelledExample, got str: read"):
+        tokenize_examples(model, ["w1 w2"])
+    with pytest.raises(TypeError, match="TransformerBridge, such as load_model returns, got list"):
+        tokenize_examples(examples, model)

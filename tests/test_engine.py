@@ -15,8 +15,10 @@ from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sites import Site
+from sae_query_steer.steering.attach import attached_saes
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.engine import SteeringWarning, apply_edits
+from sae_query_steer.steering.joined import JoinedSteerers
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import Where
@@ -218,7 +220,9 @@ def test_contexts_that_end_in_another_order_restore_the_model(model):
         assert torch.equal(model(tokens), plain)
         assert set(vars(model)) == before
         assert type(model) is kind
-    del made
+    with pytest.warns(SteeringWarning, match="was called and never entered") as caught:
+        made.clear()
+    assert len(caught) == 3
     modules = [*model.hook_dict.values(), *model.blocks, model.embed]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
@@ -385,6 +389,7 @@ def test_an_edit_that_sees_keys_is_warned_of_too(model):
     ("settings", "message"),
     [
         ({"device": "gpu"}, "device must be one of .*'cpu'.*got 'gpu'"),
+        ({"backend": "nnsight"}, "backend must be 'bridge' or 'hooked', got 'nnsight'"),
         ({"dtype": "int8"}, "dtype must be one of .*'float16'.*got 'int8'"),
     ],
 )
@@ -437,3 +442,41 @@ def test_a_compiled_model_is_refused_wherever_the_compilation_sits(tiny_folder):
 def test_a_steerer_prints_in_one_line(model):
     assert "\n" not in repr(shift(model))
     assert NAME in repr(shift(model))
+
+
+@pytest.mark.parametrize("name", ["runs/my-llama", "a/b/c", "/none", "no model"])
+def test_a_model_that_is_nowhere_is_named(name):
+    with pytest.raises(FileNotFoundError, match=f"no model folder '{name}', and no model of this"):
+        sqs.load_model(name)
+
+
+def test_a_block_in_which_no_model_ran_is_warned_of(model):
+    with (
+        pytest.warns(SteeringWarning, match="no forward pass ran .* generate inside it"),
+        shift(model).apply(model),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("made", ["joined", "edits", "saes"])
+def test_what_is_never_entered_is_warned_of(model, saes, made):
+    steerer = shift(model)
+    block = {
+        "joined": lambda: JoinedSteerers(steerer, steerer).apply(model),
+        "edits": lambda: apply_edits(model, [(steerer.edit, steerer.where)]),
+        "saes": lambda: attached_saes(model, saes),
+    }[made]()
+    assert "no effect until it is entered by `with`" in repr(block)
+    with pytest.warns(SteeringWarning, match="called and never entered, so it had no effect"):
+        del block
+
+
+def test_padding_of_a_float64_bridge_is_not_told_as_an_overflow_of_float16(tiny_folder):
+    model = sqs.load_model(tiny_folder, device="cpu", dtype="float64")
+    where = Where(sqs.query_sites(model, [2]), scope=sqs.scopes.EveryPosition())
+    with (
+        Steerer(Shift(), where).apply(model),
+        pytest.raises(ValueError, match=r"NaN of padding: use float32") as caught,
+    ):
+        model.generate(PROMPTS, **GREEDY)
+    assert "float16" not in str(caught.value)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import HOSTS, as_hooked_transformer
-from transformer_lens.model_bridge import TransformerBridge
+from conftest import HOSTS, on_both_hosts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wheel_check import WORDS
 
@@ -42,11 +41,7 @@ def ending(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ending") / "ending-llama"
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {
-        "plain": hf,
-        "hooked": as_hooked_transformer(hf, tokenizer),
-        "bridge": TransformerBridge.boot_transformers(str(folder), device="cpu"),
-    }
+    return {"plain": hf, **on_both_hosts(folder)}
 
 
 @pytest.fixture
@@ -275,3 +270,8 @@ def test_the_divergence_of_a_text_is_that_of_each_row_alone_steered_and_not(
 def test_a_divergence_without_a_text_is_refused(model, make):
     with pytest.raises(ValueError, match="shorter"):
         divergences(model, PROMPTS[:2], some_tokens()[:1], make())
+
+
+def test_one_string_is_not_taken_for_prompts(model, untyped):
+    with pytest.raises(TypeError, match="prompts must be a list of texts, .* got 'w1 w2'"):
+        continuations(model, "w1 w2", max_new_tokens=2)

@@ -90,7 +90,7 @@ def test_templates_filters_and_parsed_labels(read):
 )
 def test_an_absent_column_is_refused_with_those_there_are(read, how):
     with pytest.raises(
-        ValueError, match=r"no column 'x'; the columns are \['q', 'a', 'level', 'lang'\]"
+        ValueError, match=r"no column 'x': the columns are \['q', 'a', 'level', 'lang'\]"
     ):
         read(ROWS, **{"prompt": "q", "label": "level", **how})
 
@@ -326,7 +326,7 @@ def test_a_small_parquet_file_that_unpacks_to_too_much_is_refused(tmp_path, monk
 
 def test_a_column_in_another_case_is_suggested(tmp_path):
     path = write("csv", tmp_path, ROWS)
-    with pytest.raises(ValueError, match=r"no column 'Q' \(did you mean 'q'\?\)"):
+    with pytest.raises(ValueError, match=r"no column 'Q'.*; did you mean 'q'\?"):
         check_columns(path, ["Q"])
 
 
@@ -361,7 +361,7 @@ def test_columns_are_checked_from_the_header(tmp_path, kind):
     path = write(kind, tmp_path, ROWS)
     assert read_columns(path) == list(ROWS[0])
     check_columns(path, ["q", "{a} {lang}", None])
-    with pytest.raises(ValueError, match=r"x.* no column 'x'; the columns are \['q', 'a'"):
+    with pytest.raises(ValueError, match=r"x.* no column 'x': the columns are \['q', 'a'"):
         check_columns(path, ["q", "{a} {x}"])
     (tmp_path / "a.txt").write_text("text")
     check_columns(tmp_path / "a.txt", ["text"])

@@ -187,3 +187,17 @@ def test_a_head_in_which_nothing_fires_keeps_its_running_threshold():
     assert output.metrics["topk_threshold"] == sae.topk_threshold.mean()
     fired = (output.feature_acts.unflatten(-1, (3, 11)) > 0).sum((0, 2))
     assert fired.tolist() == [21, 0, 21]  # int(2.7 * 8) of each head
+
+
+def test_decoder_norms_of_1_can_be_folded_whatever_the_config():
+    sae = sqs_sae.to_inference(trained_like(CONFIGS["topk"]))
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    assert sae.cfg.rescale_acts_by_decoder_norm is False
+    sae.fold_W_dec_norm()
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def test_sparse_latents_are_decoded_as_dense_ones():
+    sae = sqs_sae.to_inference(trained_like(CONFIGS["topk"]))
+    latents = sae.encode(randn(5, 18))
+    assert torch.equal(sae.decode(latents.to_sparse()), sae.decode(latents))

@@ -71,7 +71,20 @@ def test_a_site_of_another_model_is_refused(model, n_heads, d_head):
 def test_an_architecture_that_does_not_expose_its_queries_is_refused():
     hooks = ("blocks.1.attn.hook_z", "blocks.1.attn.hook_in", "blocks.0.attn.hook_k", "hook_embed")
     model = SimpleNamespace(
-        cfg=SimpleNamespace(n_layers=2, n_heads=3, d_head=5), hook_dict=dict.fromkeys(hooks)
+        cfg=SimpleNamespace(n_layers=2, n_heads=3, d_head=5),
+        hook_dict=dict.fromkeys(hooks),
+        tokenizer=None,
     )
     with refuses("blocks.1.attn.hook_q", ["hook_in", "hook_z"]):
         query_sites(model, [1])
+
+
+@pytest.mark.parametrize("layers", ["1-3", 2, [1.5], ["1"]])
+def test_layers_that_are_no_list_of_whole_numbers_are_refused(model, layers):
+    with pytest.raises(TypeError, match=r"list of whole numbers, such as \[1, 2\], got"):
+        query_sites(model, layers)
+
+
+def test_what_is_no_model_has_no_sites():
+    with pytest.raises(TypeError, match="TransformerBridge, such as load_model returns, got str"):
+        query_sites("model", [1])

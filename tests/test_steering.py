@@ -328,7 +328,7 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
         ({"layers": []}, ValueError, "no site is left"),
         ({"layers": 2}, TypeError, r"layers must be a list of .* such as \[1, 2\], got 2"),
         ({"heads": 0}, TypeError, "heads must be a list"),
-        ({"heads": [0.5]}, TypeError, "float"),
+        ({"heads": [0.5]}, TypeError, r"list of whole numbers.* got \[0.5\]"),
         ({"scope": sqs.scopes.LastResponseToken()}, ValueError, "can't be a scope"),
         (
             {"scope": sqs.scopes.EveryPosition() | sqs.scopes.LastResponseToken()},

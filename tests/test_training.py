@@ -234,7 +234,7 @@ def test_metrics_can_be_left_out_and_the_weights_are_the_same(model, texts):
 
 
 def test_one_string_is_not_taken_for_a_list_of_letters(tiny_models):
-    with pytest.raises(TypeError, match="give a list of strings"):
+    with pytest.raises(TypeError, match="list of texts, .* got 'w0 w1 w2'"):
         small(tiny_models["bridge"], "w0 w1 w2")
 
 

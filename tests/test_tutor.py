@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_hooked_transformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_query_steer as sqs
@@ -77,7 +76,7 @@ def test_what_it_writes_is_the_same_on_both_hosts_and_in_plain_transformers(tuto
     model, tokenizer = plain(FOLDERS[notes])
     corpus = TutorCorpus("test", seed=3, notes=notes)
     prompts = [corpus.prompt(level).text for level in (*LEVELS, None)]
-    hosts = [tutors[notes], as_hooked_transformer(model, tokenizer)]
+    hosts = [tutors[notes], sqs.load_model(FOLDERS[notes], device="cpu", backend="hooked")]
     on_hosts = [continuations(host, prompts, max_new_tokens=32).texts for host in hosts]
     alone = []
     for prompt in prompts:

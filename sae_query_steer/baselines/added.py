@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.arguments import check_number
+from sae_query_steer.arguments import check_name, check_number
 from sae_query_steer.descent.strength import by_row, each
 from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.edit import Edit
@@ -46,8 +46,7 @@ class AddedDirection(Edit):
     def __post_init__(self) -> None:
         check_added(self.strength)
         for target in each(self.target, "target"):
-            if target not in self.classes:
-                raise ValueError(f"no class {str(target)!r}: the classes are {list(self.classes)}")
+            check_name("class", target, self.classes)
 
     @property
     def labels(self) -> Mapping[str, Any]:

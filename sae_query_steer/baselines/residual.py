@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sae_query_steer.arguments import check_kind, whole_numbers
 from sae_query_steer.baselines.added import AddedDirection, above_others
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.sae.encoders import IdentityEncoder
@@ -31,7 +32,10 @@ def residual_means(
     Raises:
         ValueError: no such layer, or what `CentroidTargetBuilder.fit` refuses.
     """
-    sites = [Site.of(model, f"blocks.{layer}.hook_resid_post") for layer in layers]
+    sites = [
+        Site.of(model, f"blocks.{layer}.hook_resid_post")
+        for layer in whole_numbers("layers", layers)
+    ]
     encoders = {s.hook_name: IdentityEncoder(n_heads=1, d_head=s.d_head) for s in sites}
     return CentroidTargetBuilder(model, encoders).fit(examples)
 
@@ -65,6 +69,7 @@ def residual_mean_difference(
     after the prompt, with a coefficient of either sign; ours is the difference of the means of
     classes, whose texts need no partners, and is added in the scope.
     """
+    check_kind("means", means, CentroidTargets, "give what residual_means returns")
     sites = [
         Site(hook_name=name, n_heads=1, d_head=mean.shape[-1]) for name, mean in means.means.items()
     ]

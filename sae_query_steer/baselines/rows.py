@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.arguments import check_number
+from sae_query_steer.arguments import check_kind, check_number
 from sae_query_steer.baselines.added import AddedDirection, above_others
 from sae_query_steer.descent.objectives import CentroidContrast
 from sae_query_steer.sae.encoders import QueryEncoder, device_of, encoder_sites
@@ -98,6 +98,7 @@ def class_latents(
     Raises:
         ValueError: no such class.
     """
+    check_kind("targets", targets, CentroidTargets, "as CentroidTargetBuilder.fit returns")
     index, chosen = targets.class_index(target), {}
     for name in targets.means:
         marks = _marks(targets, name)[index]

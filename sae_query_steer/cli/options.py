@@ -16,9 +16,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import sae_query_steer as sqs
-from sae_query_steer.data.examples import Long
+from sae_query_steer.data.examples import Long, check_classes
 from sae_query_steer.data.files import check_columns
-from sae_query_steer.storage.folders import check_replaceable, new_folder
+from sae_query_steer.storage.folders import (
+    check_holds,
+    check_model_folder,
+    check_replaceable,
+    new_folder,
+)
 
 FLAT = tyro.conf.arg(name="")
 """The options of a group have no prefix."""
@@ -45,6 +50,10 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the model's weights."""
 
+    def __post_init__(self) -> None:
+        if "/" in self.model or Path(self.model).exists():  # the others may be aliases
+            check_model_folder(self.model)
+
     def load(self, device: str | None = None) -> Any:
         """Return the model; `device` is used where none was given."""
         import torch
@@ -60,10 +69,15 @@ class ModelWithSAEsOptions(ModelOptions):
     saes: Path
     """Folder that `train` wrote."""
 
+    def __post_init__(self) -> None:
+        check_holds(self.saes, "query_saes.json", "a folder that train wrote")
+        super().__post_init__()
+
     def load_both(self) -> "tuple[Any, sqs.QuerySAEs]":
         """Return the model and the SAEs, on one device."""
+        saes = sqs.QuerySAEs.load(self.saes)  # before the model, which takes longer
         model = self.load()
-        return model, sqs.QuerySAEs.load(self.saes, device=str(model.cfg.device))
+        return model, saes.to(str(model.cfg.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +171,8 @@ class ExampleOptions:
         return dict(pair.split("=", 1) for pair in self.where)
 
     def read(self) -> "list[sqs.LabelledExample]":
-        """Return the examples."""
-        return sqs.read_examples(
+        """Return the examples, of two or more classes."""
+        examples = sqs.read_examples(
             self.csv,
             prompt=self.prompt,
             response=self.response,
@@ -171,11 +185,12 @@ class ExampleOptions:
             encoding=self.encoding,
             sep=self.sep,
         )
+        check_classes(example.label for example in examples)
+        return examples
 
-    def tokenized(self, model: Any) -> Any:
+    def tokenized(self, model: Any, examples: "list[sqs.LabelledExample]") -> Any:
         """Return the examples as tokens."""
         chosen = {"span": span_of(self.span), "chat_template": self.turns}
-        examples = self.read()
         show(sqs.diagnostics.example_report(model, examples, **chosen))
         return sqs.tokenize_examples(model, examples, **chosen, long=self.long)
 
@@ -242,8 +257,10 @@ def index_list(text: str) -> list[int] | None:
         return None
     if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) is None:
         raise ValueError(f"layers and heads must be all, or such as 1,2 or 8-20, got {text!r}")
-    ends = [part.split("-") for part in text.split(",")]
-    return [n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)]
+    ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
+    if any(end[0] > end[-1] for end in ends):
+        raise ValueError(f"layers and heads must rise, such as 8-20, got {text!r}")
+    return [n for end in ends for n in range(end[0], end[-1] + 1)]
 
 
 def say(text: str) -> None:

@@ -48,8 +48,9 @@ def targets(*, model: ModelWithSAEs, examples: Examples, output: Output) -> None
     output.check("centroids.json")
     import pandas as pd
 
+    labelled = examples.read()
     loaded, saes = model.load_both()
-    found = sqs.CentroidTargetBuilder(loaded, saes).fit(examples.tokenized(loaded))
+    found = sqs.CentroidTargetBuilder(loaded, saes).fit(examples.tokenized(loaded, labelled))
     found.save(output.out, overwrite=output.overwrite)
     show(pd.DataFrame({"class": map(str, found.classes), "tokens": found.counts.tolist()}))
     say(f"wrote {output.out}")
@@ -79,15 +80,16 @@ def sites(
     output.check("sites.csv")
     from sae_query_steer.diagnostics.verdicts import closing_sentence
 
+    labelled = examples.read()
+    centroids = None if targets is None else sqs.CentroidTargets.load(targets)
     loaded, saes = model.load_both()
-    tokenized = examples.tokenized(loaded)
+    tokenized = examples.tokenized(loaded, labelled)
     settings = {"n_pairs": n_pairs, "per_head": per_head, "seed": seed}
     apart = sqs.separability(loaded, saes, tokenized, seed=seed)
     chosen = sqs.query_sites(loaded, [int(layer) for layer in apart["layer"].unique()])
     moved = sqs.interchange_effect(loaded, chosen, tokenized, **settings)
     table = moved.merge(apart, on=["layer", "head"], how="left")
-    if targets is not None:
-        centroids = sqs.CentroidTargets.load(targets)
+    if centroids is not None:
         one_step = {"objective": sqs.SquaredDistance(), "n_steps": 1, "step_size": 1.0}
         steerer = sqs.LatentGradientSteerer(
             saes, centroids, target=centroids.classes[0], **one_step
@@ -139,6 +141,7 @@ def steer(
     check_number("--step-size", step_size, least=0)
     check_number("--max-new-tokens", max_new_tokens, whole=True, least=1)
     centroids = sqs.CentroidTargets.load(targets)
+    centroids.class_index(target)
     loaded, saes = model.load_both()
     steerer = sqs.LatentGradientSteerer(
         saes,

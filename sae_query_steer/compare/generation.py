@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sae_query_steer.arguments import check_number
+from sae_query_steer.arguments import check_kind, check_number, check_texts
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import (
@@ -69,6 +69,9 @@ def continuations(
             temperature, or a chat template that is missing or that the backend reads differently
             from `tokenize_example`.
     """
+    check_texts("prompts", prompts)
+    if steerer is not None:
+        check_kind("steerer", steerer, Steerer, "give a steerer, which is applied for you")
     check_number("max_new_tokens", max_new_tokens, whole=True, least=1)
     check_number("batch_size", batch_size, whole=True, least=1)
     if (temperature is None) != (seeds is None) or (seeds and len(seeds) != len(prompts)):

@@ -13,9 +13,10 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 from sae_query_steer.arguments import check_number
 from sae_query_steer.models.calls import Enter, listening
 from sae_query_steer.models.loading import check_eager
+from sae_query_steer.steering.block import block
 
 
-@contextmanager
+@block
 def seeded_sampling(
     model: Any, seeds: Sequence[int], *, temperature: float = 1.0
 ) -> Iterator[None]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sae_query_steer.arguments import check_texts
 from sae_query_steer.bloom import BloomLevel
 
 Long = Literal["refuse", "drop", "cut-start", "cut-end"]
@@ -60,6 +61,11 @@ def check_classes(labels: Iterable[str], *, at_least: int = 2) -> dict[str, int]
     """
     counts = Counter(str(label) for label in labels)
     names = ordered_classes(counts)
+    if 2 < len(names) > counts.total() / 2:
+        raise ValueError(
+            f"the labels name {len(names)} classes in {counts.total()} examples, such as "
+            f"{list(names[:3])}: most have one example; give the column of the class, not of an id"
+        )
     if len(names) < 2:
         raise ValueError(
             f"the labels name {len(names)} class(es), {list(names)}: a target needs at least "
@@ -76,6 +82,7 @@ def check_classes(labels: Iterable[str], *, at_least: int = 2) -> dict[str, int]
 
 def ordered_classes(classes: Iterable[str]) -> tuple[str, ...]:
     """Return the names of classes in order: Bloom's levels in theirs, others by name."""
+    check_texts("classes", classes)
     names = {str(name) for name in classes}
     bloom = [level.value for level in BloomLevel]
     return tuple(sorted(names, key=bloom.index if names <= set(bloom) else None))

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from sae_query_steer.arguments import check_name
 from sae_query_steer.storage.folders import size_of
 
 Row = tuple[str, Mapping[str, Any]]
@@ -82,11 +83,7 @@ def check_columns(
 
 def check_column(column: str, columns: Iterable[str], place: str) -> None:
     """Raise ValueError unless a column is among those there are."""
-    names = list(columns)
-    if column not in names:
-        alike = [name for name in names if name.strip().casefold() == column.strip().casefold()]
-        hint = f" (did you mean {alike[0]!r}?)" if alike else ""
-        raise ValueError(f"{place}: no column {column!r}{hint}; the columns are {names}")
+    check_name("column", column, columns, place=f"{place}: ")
 
 
 def read_rows(

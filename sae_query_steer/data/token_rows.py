@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sae_query_steer.arguments import check_model, check_name, check_texts
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.data.tokenized import TokenizedExample, bos_id, tokenizer_of
 
@@ -45,12 +46,12 @@ def token_rows(
         ValueError: no text, an empty one, a document longer than `context_size` that must stay
             whole, a context longer than the model's, or too little text for one row.
     """
+    check_model(model)
     n_ctx = int(model.cfg.n_ctx)
     context_size = min(128, n_ctx) if context_size is None else context_size
     if not 2 <= context_size <= n_ctx:
         raise ValueError(f"context_size must be 2 to n_ctx={n_ctx}, got {context_size}")
-    if isinstance(texts, str):
-        raise TypeError("texts is one string: give a list of strings, one for each document")
+    check_texts("texts", texts)
     if isinstance(texts, DatasetDict | IterableDatasetDict | IterableDataset):
         raise TypeError(
             f"texts is a {type(texts).__name__}: give one split of a data set that is not "
@@ -59,11 +60,8 @@ def token_rows(
     if isinstance(texts, Tensor):
         return _given_rows(texts, n_ctx, int(model.cfg.d_vocab))
     if isinstance(texts, Dataset):
-        if text_column not in texts.column_names:
-            raise ValueError(
-                f"the data set has no column {text_column!r}: it has {texts.column_names}; "
-                "name the one that holds the text with text_column"
-            )
+        place = "text_column must be that of the text: "
+        check_name("column", text_column, texts.column_names, place=place)
         texts = texts[text_column]
     items = list(texts)
     if not items:

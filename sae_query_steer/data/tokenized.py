@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sae_query_steer.arguments import listed
+from sae_query_steer.arguments import check_kind, check_model, check_texts, listed
 from sae_query_steer.data.examples import LabelledExample, Long, place_of
 from sae_query_steer.scopes.joins import check_scope, scope_name
 from sae_query_steer.scopes.named import LastPromptToken
@@ -188,6 +188,7 @@ def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: the model was made without one.
     """
+    check_model(model)
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: give it one, or pass token rows")
     return model.tokenizer
@@ -280,11 +281,7 @@ def check_tokenized(examples: object, *, name: str = "examples") -> None:
     Raises:
         TypeError: the message says how to tokenise.
     """
-    if not isinstance(examples, TokenizedExamples):
-        raise TypeError(
-            f"{name} must be TokenizedExamples, got {type(examples).__name__}: use "
-            "tokenize_examples(model, examples)"
-        )
+    check_kind(name, examples, TokenizedExamples, "use tokenize_examples(model, examples)")
 
 
 def tokenize_examples(
@@ -321,6 +318,8 @@ def tokenize_examples(
     """
     if long not in get_args(Long):
         raise ValueError(f"long must be one of {get_args(Long)}, got {long!r}")
+    tokenizer_of(model)
+    check_texts("examples", examples)
     n_ctx = int(model.cfg.n_ctx)
     has_bos = not chat_template and bos_id(model, prepend_bos) is not None
     tokenized: list[TokenizedExample] = []
@@ -328,6 +327,7 @@ def tokenize_examples(
     spaced: list[str] = []
     index = -1
     for index, example in enumerate(examples):
+        check_kind(f"example {index}", example, LabelledExample, "read them with read_examples")
         try:
             tokens = tokenize_example(
                 model, example, prepend_bos=prepend_bos, chat_template=chat_template

@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.goals import Goal, Latents
 from sae_query_steer.descent.objectives import posterior_of_target
+from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.positions import check_result
 
 Gate: TypeAlias = Callable[[Tensor, Goal], Tensor]
@@ -202,7 +203,9 @@ def opened(gate: Gate, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
     Raises:
         ValueError: the gate does not return a boolean for each token and head.
     """
-    return check_result(gate(z, goal), z.shape[:-1], f"the value of {gate!r}", torch.bool)
+    return check_result(
+        gate(z, goal), z.shape[:-1], f"what the gate {scope_name(gate)} returns", torch.bool
+    )
 
 
 def _check_latents(latents: LatentsByHead) -> None:

@@ -9,7 +9,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_query_steer.arguments import check_number
+from sae_query_steer.arguments import check_name, check_number
 
 Latents = Float[Tensor, "*batch head d_latent"]
 """Latents of some heads of a site."""
@@ -122,8 +122,7 @@ def weights_of(target: Target, classes: tuple[str, ...]) -> Float[Tensor, " clas
     """
     named: dict[str, float] = dict(target) if isinstance(target, Mapping) else {target: 1.0}
     for name, weight in named.items():
-        if name not in classes:
-            raise ValueError(f"no class {str(name)!r}: the classes are {list(classes)}")
+        check_name("class", name, classes)
         check_number(f"the weight of {str(name)!r}", weight)
     if not any(named.values()):
         raise ValueError(f"target must have a weight other than 0, got {named}")

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.descent.control import Schedule
+from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.positions import TokenPositions, check_result
 
 Queries = Float[Tensor, "token head d_head"]
@@ -47,11 +48,14 @@ def scheduled(schedule: Schedule, age: Float[Tensor, " token"]) -> Float[Tensor,
     Raises:
         ValueError: the schedule does not return one finite factor, 0 or more, for each token.
     """
-    factors = check_result(schedule(age), age.shape, f"the value of {schedule!r}")
+    factors = check_result(
+        schedule(age), age.shape, f"what the schedule {scope_name(schedule)} returns"
+    )
     if not bool((factors.isfinite() & (factors >= 0)).all()):
         raise ValueError(
-            f"the factors of {schedule!r} must be finite and 0 or more, got {factors.min():g} to "
-            f"{factors.max():g}; to steer away from a class, use a negative target weight"
+            f"the factors of the schedule {scope_name(schedule)} must be finite and 0 or more, got "
+            f"{factors.min():g} to {factors.max():g}; to steer away from a class, use a negative "
+            "target weight"
         )
     return factors
 

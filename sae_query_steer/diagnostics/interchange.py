@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sae_query_steer.arguments import check_kind
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.diagnostics.patches import Pair, Patch, Trial
@@ -124,6 +125,7 @@ def achieved_effect(
         ValueError: too few examples of a class, a class without a centroid, or a steerer of another
             model.
     """
+    check_kind("steerer", steerer, LatentGradientSteerer, "other edits have no target to replace")
     steerer.check_model(model)
     trial = Trial(model, examples, counterparts, n_pairs=n_pairs, seed=seed)
     chosen = steerer.where.chosen

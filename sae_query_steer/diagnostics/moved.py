@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.arguments import check_number
+from sae_query_steer.arguments import check_kind, check_number
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import (
     IdentityEncoder,
@@ -60,10 +60,12 @@ def moved_latents(steerer: Steerer, trace: SteeringTrace) -> pd.DataFrame:
 
     Source: our choice.
     """
+    check_kind("steerer", steerer, Steerer, "give moved_latents(steerer, trace)")
+    check_kind("trace", trace, SteeringTrace, "give moved_latents(steerer, trace)")
     if not trace.recording or not trace.records:
         raise ValueError(
             "the trace holds no steered token: use `with steerer.apply(model, record=True) as "
-            "trace`, and steer some token in it"
+            "trace`, and call model.generate inside the block"
         )
     edit = steerer.edit
     if not isinstance(edit, LatentDescent | PartOfLatents):
@@ -106,6 +108,7 @@ def most_moved(table: pd.DataFrame, m: int, *, target: str | None = None) -> ByH
     Raises:
         ValueError: m below 1, a target that the table does not have, or several and none named.
     """
+    check_kind("table", table, pd.DataFrame, "give what moved_latents returns")
     check_number("m", m, whole=True, least=1)
     targets = table["target"].unique().tolist()
     if target is None and len(targets) > 1:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from sae_query_steer.arguments import check_kind, check_texts
 from sae_query_steer.data.batches import example_batches
 from sae_query_steer.data.examples import LabelledExample, ordered_classes, place_of
 from sae_query_steer.data.tokenized import (
@@ -49,7 +50,10 @@ def example_report(
         - first: where the first of them was read, or its index
     """
     span = LastPromptToken() if span is None else span
-    n_ctx, tokenizer = int(model.cfg.n_ctx), tokenizer_of(model)
+    check_texts("examples", examples)
+    for index, example in enumerate(examples):
+        check_kind(f"example {index}", example, LabelledExample, "read them with read_examples")
+    tokenizer, n_ctx = tokenizer_of(model), int(model.cfg.n_ctx)
     found: dict[str, list[int]] = {"examples": list(range(len(examples)))}
     labels = [example.label for example in examples]
     for name in ordered_classes(labels):

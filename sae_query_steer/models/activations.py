@@ -14,10 +14,17 @@ from torch import Tensor
 from sae_query_steer.data.batches import example_batches
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.models.loading import check_not_steered
-from sae_query_steer.sites import QuerySite
+from sae_query_steer.sites import QuerySite, check_hook_point
 
 LOGITS = "logits"
 """Stands among hook names for the model's output."""
+
+_NOT_FINITE = {
+    torch.float16: " (float16 overflows above 65,504; use bfloat16 or float32)",
+    torch.float64: "; in float64 a TransformerBridge makes NaN of padding: use float32, or give "
+    "prompts of one length",
+}
+"""What else to do about activations that are not finite, by their number format."""
 
 
 @torch.no_grad()
@@ -53,7 +60,8 @@ def read_activations(
     """
     names = list(dict.fromkeys(hook_names))
     for name in names:
-        check_hook_point(model, name)
+        if name != LOGITS:
+            check_hook_point(model, name)
     layers = [re.match(r"blocks\.(\d+)\.", name) for name in names]
     stop = None
     if all(layers):
@@ -96,18 +104,6 @@ def _eval_mode(model: Any, *, autocast: bool) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def check_hook_point(model: Any, name: str) -> None:
-    """Raise unless a model has a hook point.
-
-    Raises:
-        ValueError: the message lists the hook points of the same module.
-    """
-    if name != LOGITS and name not in model.hook_dict:
-        prefix = name.rpartition(".")[0] + "."
-        near = sorted(n.removeprefix(prefix) for n in model.hook_dict if n.startswith(prefix))
-        raise ValueError(f"no hook point {name}: this architecture has {near} at {prefix[:-1]}")
 
 
 def pattern_hook(layer: int) -> str:
@@ -194,7 +190,7 @@ def check_finite(activations: Tensor, hook_name: str) -> None:
     if not bool(activations.isfinite().all()):
         raise ValueError(
             f"the activations at {hook_name} are not finite: look for an overflow in or before "
-            "this layer (float16 overflows above 65,504; try bfloat16 or float32)"
+            f"this layer{_NOT_FINITE.get(activations.dtype, '')}"
         )
 
 

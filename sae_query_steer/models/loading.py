@@ -1,70 +1,114 @@
 """Load models, and check that a model can be read and steered."""
 
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, overload
 
 import torch
 from torch._dynamo import OptimizedModule
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.loading_from_pretrained import (
+    convert_hf_model_config,
+    get_pretrained_state_dict,
+    make_model_alias_map,
+)
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sae_query_steer.arguments import check_device, check_model
 from sae_query_steer.data.tokenized import bos_id
+from sae_query_steer.storage.folders import check_model_folder
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Number formats of a model's weights."""
 
 
+@overload
 def load_model(
-    name_or_folder: str, *, device: str | None = None, dtype: torch.dtype | str = torch.float32
-) -> TransformerBridge:
-    """Return a model booted on TransformerBridge from a local folder or a hub name.
+    name_or_folder: str | Path,
+    *,
+    device: str | None = ...,
+    dtype: torch.dtype | str = ...,
+    backend: Literal["bridge"] = ...,
+) -> TransformerBridge: ...
+@overload
+def load_model(
+    name_or_folder: str | Path,
+    *,
+    device: str | None = ...,
+    dtype: torch.dtype | str = ...,
+    backend: Literal["hooked"],
+) -> HookedTransformer: ...
+def load_model(
+    name_or_folder: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    backend: Literal["bridge", "hooked"] = "bridge",
+) -> TransformerBridge | HookedTransformer:
+    """Return a model from a local folder or a hub name; no weights are folded or centred.
 
     Args:
         name_or_folder: a Hugging Face folder (config, safetensors, tokenizer), or a name on the
             hub or in its cache.
         device: where to put it; None lets TransformerLens choose.
         dtype: number format of the weights, such as torch.bfloat16 or "bfloat16".
+        backend: "bridge" for a TransformerBridge, "hooked" for a HookedTransformer.
 
     Raises:
-        ValueError: a device that there is not here, or another number format.
-        FileNotFoundError: it looks like a path, and there is no model there.
+        ValueError: a device that there is not here, another number format or backend, or a
+            HookedTransformer that does not compute what the Hugging Face model computes.
+        FileNotFoundError: there is no such model, neither as a folder nor on the hub.
 
-    Source: `HookedTransformer.from_pretrained` does not take a folder; the bridge takes both.
+    Source: `HookedTransformer.from_pretrained` does not take a folder.
     """
-    check_model_folder(name_or_folder)
+    path, name = Path(name_or_folder), str(name_or_folder)
+    if not path.exists():
+        name = make_model_alias_map().get(name.lower(), name)
     if (kind := getattr(torch, dtype, None) if isinstance(dtype, str) else dtype) not in DTYPES:
         raise ValueError(f"dtype must be one of {[str(one)[6:] for one in DTYPES]}, got {dtype!r}")
+    if backend not in ("bridge", "hooked"):
+        raise ValueError(f"backend must be 'bridge' or 'hooked', got {backend!r}")
     check_device(device)
-    path = Path(name_or_folder)
+    check_model_folder(name)
     if path.is_dir() and not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
         raise FileNotFoundError(
             f"{path} has no tokenizer files: TransformerLens needs them to boot"
         )
-    return TransformerBridge.boot_transformers(name_or_folder, device=device, dtype=kind)
+    if backend == "hooked":
+        return _hooked_transformer(name, device, kind)
+    return TransformerBridge.boot_transformers(name, device=device, dtype=kind)
 
 
-def check_device(device: str | None) -> None:
-    """Raise ValueError if a device is none of torch's, or is not on this machine."""
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        here += ["mps"] if torch.backends.mps.is_available() else []
-        raise ValueError(f"device must be one of {here} on this machine, got {device!r}") from error
-
-
-def check_model_folder(name_or_folder: str) -> None:
-    """Raise if a text looks like a path, and there is no model's config.
-
-    Raises:
-        FileNotFoundError: the message names the path.
-    """
-    path = Path(name_or_folder)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json: give a Hugging Face model folder")
-    if not path.exists() and (path.is_absolute() or name_or_folder.startswith((".", "~"))):
-        raise FileNotFoundError(f"no model folder {path}")
+@torch.no_grad()
+def _hooked_transformer(name: str, device: str | None, dtype: torch.dtype) -> HookedTransformer:
+    source = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    # A folder of another name: from names such as "llama" TransformerLens guesses the sizes.
+    if not hasattr(source.config, "n_ctx"):  # it reads that of a GPT-2
+        source.config.n_ctx = getattr(source.config, "max_position_embeddings", None)
+    with TemporaryDirectory() as folder:
+        source.config.save_pretrained(folder)
+        settings = convert_hf_model_config(folder)
+        d_head, wanted = settings["d_head"], getattr(source.config, "head_dim", None)
+        for size in ("d_head", "rotary_dim"):
+            if wanted is not None and settings.get(size) == d_head:
+                settings[size] = wanted
+        here = {"device": device, "dtype": dtype, "init_weights": False, "model_name": name}
+        config = HookedTransformerConfig.from_dict(settings | here)
+        weights = get_pretrained_state_dict(folder, config, source, dtype=dtype)
+    model = HookedTransformer(config, tokenizer=AutoTokenizer.from_pretrained(name))
+    whole = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed"), False)
+    model.load_and_process_state_dict(weights, fold_value_biases=False, **whole)
+    model.move_model_modules_to_device()
+    tokens = torch.arange(8)[None] % config.d_vocab
+    ours, theirs = model(tokens).float().cpu().log_softmax(-1), source(tokens).logits.float()
+    difference = float((ours - theirs.log_softmax(-1)).abs().max())
+    if not difference < (0.01 if dtype in (torch.float32, torch.float64) else 0.5):
+        raise ValueError(
+            f"{name} is not the same as a HookedTransformer: log probabilities differ by up to "
+            f"{difference:.3g}; use backend='bridge'"
+        )
+    return model
 
 
 def end_tokens(model: Any) -> list[int]:
@@ -94,11 +138,7 @@ def check_eager(model: Any) -> None:
         TypeError: it is no model of TransformerLens.
         ValueError: the message names the part.
     """
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "hook_dict"):
-        raise TypeError(
-            "model must be a HookedTransformer or a TransformerBridge, such as load_model returns, "
-            f"got {type(model).__name__}"
-        )
+    check_model(model)
     inner = vars(model).get("original_model")  # a TransformerBridge does not register it
     named = [*model.named_modules()]
     if isinstance(inner, torch.nn.Module):

@@ -8,8 +8,9 @@ from torch import nn
 from transformer_lens.model_bridge.sources.transformers import map_default_transformer_lens_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sae_query_steer.models.loading import check_model_folder
+from sae_query_steer.arguments import whole_numbers
 from sae_query_steer.sites import QuerySite, check_layer
+from sae_query_steer.storage.folders import check_model_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class ModelShape:
         Raises:
             ValueError: a layer that the model does not have.
         """
-        chosen = sorted(range(self.n_layers) if layers is None else layers)
+        chosen = sorted(whole_numbers("layers", range(self.n_layers) if layers is None else layers))
         for layer in chosen:
             check_layer(layer, self.n_layers)
         return tuple(QuerySite(layer=n, n_heads=self.n_heads, d_head=self.d_head) for n in chosen)

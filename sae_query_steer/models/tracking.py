@@ -85,6 +85,8 @@ class PositionTracker:
         self._given = as_lengths(prompt_lengths)
         self._keep_tokens = keep_tokens
         self._n_runs = 0
+        self.heard = False
+        """Whether the model was called."""
         self._loops: list[_Run] = []
         self._now = self._nothing_yet()
         self._check_pass: Callable[[set[int], set[int]], None] = lambda _layers, _ran: None
@@ -164,6 +166,7 @@ class PositionTracker:
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
         """Follow a forward pass, and check at its end that the hooks ran in it."""
+        self.heard = True
         if self._now.in_forward:
             # A hook of the user's runs the model inside the model: a pass of its own.
             with self._put_back(self._nothing_yet()), self.forward_pass():
@@ -184,6 +187,7 @@ class PositionTracker:
         Raises:
             ValueError: a prompt is longer than the model's context, where the model would cut it.
         """
+        self.heard = True
         given = inspect.signature(call).bind(*args, **kwargs).arguments
         check_prompts_fit(self._model, given.get("input"), kwargs.get("prepend_bos"))
         run = self._new_run()

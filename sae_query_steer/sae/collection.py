@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, JsonValue
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 
+from sae_query_steer.arguments import check_device
 from sae_query_steer.sae.core import QueryHeadSAE, with_weights
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.storage.folders import inside, new_folder
@@ -58,6 +59,8 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
         self.settings = settings
 
     def __getitem__(self, hook_name: str) -> QueryHeadSAE[Any]:
+        if hook_name not in self._saes:
+            raise KeyError(f"no SAE at {hook_name!r}: there are some at {list(self._saes)}")
         return self._saes[hook_name]
 
     def __iter__(self) -> Iterator[str]:
@@ -94,6 +97,7 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
 
     def to(self, device: str | torch.device) -> "QuerySAEs":
         """Move every SAE to a device, in place, and return this mapping."""
+        check_device(device)
         for sae in self.values():
             sae.to(device=device)
         return self
@@ -128,6 +132,7 @@ class QuerySAEs(Mapping[str, QueryHeadSAE[Any]]):
             ValueError: the folder is of another format or damaged, or an SAE in it is not a
                 query-head SAE.
         """
+        check_device(device)
         index = read_record(folder, INDEX, SAEsIndex)
         names = dict.fromkeys(index.hook_names)
         saes = {name: _read_sae(Path(folder), name, device) for name in names}

@@ -178,8 +178,8 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
         return norms
 
     def _to_heads(self, x: Tensor, size: int, what: str) -> tuple[Tensor, bool]:
-        """Return `x` as [..., head, size] and whether it was flat."""
-        n_heads = self.cfg.n_heads
+        """Return `x` as [..., head, size] and whether it was flat; sparse latents are dense."""
+        n_heads, x = self.cfg.n_heads, x.to_dense() if x.is_sparse else x
         if x.ndim >= 2 and x.shape[-2:] == (n_heads, size):
             return x, False
         if x.ndim >= 1 and x.shape[-1] == n_heads * size:
@@ -196,6 +196,14 @@ def _by_head(
     """Return x times the matrix of each head; 25 microseconds faster than einsum."""
     rows = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
     return torch.bmm(rows, weight).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def has_unit_norms(weights: Float[Tensor, "*batch d_latent d_head"]) -> bool:
+    """Return whether all decoder rows have norm 1.
+
+    Up to more than the rounding of 32-bit norms, and too little to change a latent.
+    """
+    return bool(((weights.detach().float().norm(dim=-1) - 1).abs() <= 1e-5).all())
 
 
 def _in_layout(x: Tensor, flat: bool) -> Tensor:

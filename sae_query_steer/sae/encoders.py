@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.arguments import check_number
+from sae_query_steer.arguments import check_device, check_kind, check_number
 from sae_query_steer.descent.goals import Latents
 from sae_query_steer.sae.core import QueryHeadSAE, with_weights
 from sae_query_steer.sites import QuerySite
@@ -116,6 +116,7 @@ def decoded_difference(
 
 def on_device(encoder: QueryEncoder, device: str | torch.device) -> QueryEncoder:
     """Return the encoder itself if it is on the device or has no weights, otherwise a copy."""
+    check_device(device)
     if not isinstance(encoder, torch.nn.Module) or device_of(encoder) == torch.device(device):
         return encoder
     return copy.deepcopy(encoder).to(device)
@@ -176,11 +177,7 @@ def encoder_sites(encoders: Mapping[str, QueryEncoder]) -> dict[str, QuerySite]:
         TypeError: not a mapping of encoders.
         ValueError: it is empty, or a name is not that of a query hook point.
     """
-    if not isinstance(encoders, Mapping):
-        raise TypeError(
-            "saes must be a mapping from hook name to SAE, such as train_query_saes returns, got "
-            f"{type(encoders).__name__}"
-        )
+    check_kind("saes", encoders, Mapping, "give SAEs by hook name, as train_query_saes returns")
     if not encoders:
         raise ValueError("saes must hold at least one SAE, by hook name, got none")
     sites = {}

@@ -15,7 +15,7 @@ from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_query_steer.sae.configs import RESCALE
-from sae_query_steer.sae.core import QueryHeadSAE, with_weights
+from sae_query_steer.sae.core import QueryHeadSAE, has_unit_norms, with_weights
 from sae_query_steer.sites import QuerySite
 
 PLAIN = {f"query_head_{name}": name for name in ("gated", "jumprelu", "standard", "topk")}
@@ -150,10 +150,7 @@ def _common_settings(saes: Sequence[SAE[Any]]) -> dict[str, Any]:
     every = [_settings(sae) for sae in saes]
     if len({settings.get(RESCALE) for settings in every}) > 1:
         for sae, settings in zip(saes, every, strict=True):
-            # Above the rounding of 32-bit norms, too small to change a latent.
-            norms = sae.W_dec.detach().float().norm(dim=-1)
-            other_than_1 = bool(((norms - 1).abs() > 1e-5).any())
-            settings[RESCALE] = bool(settings.get(RESCALE)) and other_than_1
+            settings[RESCALE] = bool(settings.get(RESCALE)) and not has_unit_norms(sae.W_dec)
     described = [
         {
             **{"architecture": sae.cfg.architecture(), "device": str(sae.W_dec.device)},

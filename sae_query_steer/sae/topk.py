@@ -19,6 +19,7 @@ from sae_query_steer.sae.core import (
     PerHead,
     QueryHeadSAE,
     QueryHeadTrainingSAE,
+    has_unit_norms,
 )
 from sae_query_steer.sae.fused_topk import fused_topk
 
@@ -44,12 +45,13 @@ class QueryHeadTopKSAE(QueryHeadSAE[Any], config=configs.QueryHeadTopKSAEConfig)
 
     @override
     def fold_W_dec_norm(self) -> None:
-        if not self.cfg.rescale_acts_by_decoder_norm:
+        if self.cfg.rescale_acts_by_decoder_norm:
+            super().fold_W_dec_norm()
+        elif not has_unit_norms(self.W_dec):
             raise NotImplementedError(
-                "decoder norms can't be folded with rescale_acts_by_decoder_norm=False: they would "
-                "change which latents are the k largest"
+                "decoder norms other than 1 can't be folded with rescale_acts_by_decoder_norm="
+                "False: they would change which latents are the k largest; train with True"
             )
-        super().fold_W_dec_norm()
 
 
 class QueryHeadTopKTrainingSAE(

@@ -87,8 +87,8 @@ class Not(Joinable):
         return positions.valid & ~select(self.scope, positions)
 
 
-def scope_name(scope: Scope) -> str:
-    """Return how a scope prints; a function by its name, without the address that changes."""
+def scope_name(scope: Callable[..., Any]) -> str:
+    """Return how a scope, schedule or gate prints; a function by its name, not its address."""
     name = getattr(scope, "__qualname__", None)
     return repr(scope) if name is None else f"{scope.__module__}.{name}"
 

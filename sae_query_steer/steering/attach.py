@@ -20,12 +20,13 @@ from torch import Tensor
 from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
+from sae_query_steer.steering.block import block
 from sae_query_steer.steering.engine import by_head
 from sae_query_steer.steering.where import SiteHeads, chosen_heads
 from sae_query_steer.targets.fingerprint import check_devices
 
 
-@contextmanager
+@block
 def attached_saes(
     model: Any,
     saes: Mapping[str, QueryEncoder],
@@ -68,11 +69,6 @@ def attached_saes(
     sites = encoder_sites(saes)
     chosen = chosen_heads(sites, layers, heads)
     for name in chosen:
-        if name in getattr(model, "acts_to_saes", {}):
-            raise ValueError(
-                f"an SAE is attached at {name} by add_sae, in the place of the hook point: take it "
-                f"off with model.reset_saes({name!r}) first"
-            )
         sites[name].check(model)
     check_devices(model, {name: saes[name] for name in chosen})
     hooks = [

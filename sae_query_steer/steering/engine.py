@@ -9,14 +9,14 @@ something removed its hook, ends in an error.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from sae_query_steer.models.activations import check_hook_point, pattern_hook
+from sae_query_steer.models.activations import check_finite, pattern_hook
 from sae_query_steer.models.attention_scores import ScoresReader
 from sae_query_steer.models.loading import check_eager
 from sae_query_steer.models.placed_hooks import Hook
@@ -24,24 +24,20 @@ from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.sae.encoders import in_32_bits
 from sae_query_steer.scopes.joins import needs_tokens
 from sae_query_steer.scopes.positions import Positions, PromptLengths, Scope, TokenPositions, select
-from sae_query_steer.sites import QuerySite
+from sae_query_steer.sites import QuerySite, check_hook_point
 from sae_query_steer.steering.attention_trace import AttentionRecorder
+from sae_query_steer.steering.block import SteeringWarning, block
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.keys import AttentionKeys
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace, TraceRecord
 from sae_query_steer.steering.where import SiteHeads, Where
 
 LARGE_CHANGE = 10.0
-"""Largest change of an activation, in units of the largest norm of the activations that change,
-above which `SteeringWarning` is issued. Source: our choice; effective steers of the toy model have
-1 to 4."""
+"""Change of an activation, in units of the largest norm of those that change, above which
+`SteeringWarning` is issued. Source: our choice; effective steers of the toy model have 1 to 4."""
 
 
-class SteeringWarning(UserWarning):
-    """A descent that probably diverged, or that went past its target."""
-
-
-@contextmanager
+@block
 def apply_edits(
     model: Any,
     edits: Sequence[tuple[Edit, Where]],
@@ -68,6 +64,9 @@ def apply_edits(
     Raises:
         ValueError: the model is compiled, or has no such site.
         RuntimeError: at the end of a forward pass, or of the block: a hook of an edit was removed.
+
+    Warns:
+        SteeringWarning: it is never entered, or no forward pass ran in the block.
     """
     check_eager(model)
     for _, where in edits:
@@ -103,6 +102,12 @@ def apply_edits(
             stack.enter_context(reader.listening())
         stack.enter_context(tracker.attached(hooks))
         yield traces
+    if not tracker.heard:
+        warnings.warn(
+            "no forward pass ran in the `with` block, so nothing was steered: generate inside it",
+            SteeringWarning,
+            stacklevel=2,
+        )
 
 
 def new_trace(model: Any, edit: Edit, *, recording: bool) -> SteeringTrace:
@@ -255,20 +260,12 @@ def _checked_size(before: Tensor, delta: Tensor, after: Tensor, hook_name: str) 
     numbers = [number.float() for number in (after.detach().abs().max(), *norms)]
     largest, moved, norm = torch.stack(numbers).tolist()  # one wait for the device
     if not math.isfinite(largest):
-        _raise_not_finite(before, hook_name)
-    return moved / norm if norm > 0 else 0.0
-
-
-def _raise_not_finite(before: Tensor, hook_name: str) -> None:
-    if not bool(before.isfinite().all()):
+        check_finite(before, hook_name)
         raise ValueError(
-            f"the activations at {hook_name} are not finite: look for an overflow before this "
-            "layer (float16 overflows above 65,504; try bfloat16 or float32)"
+            f"the edit at {hook_name} is not finite: the descent diverged, or overflows "
+            f"{before.dtype}; use a smaller step_size, fewer steps or less strength"
         )
-    raise ValueError(
-        f"the edit at {hook_name} is not finite: the descent diverged, or overflows "
-        f"{before.dtype}; use a smaller step_size, fewer steps or less strength"
-    )
+    return moved / norm if norm > 0 else 0.0
 
 
 class _Recorder:

@@ -15,6 +15,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from sae_query_steer.arguments import check_kind
 from sae_query_steer.descent.control import (
     ActiveLatents,
     ExceptLatents,
@@ -104,6 +105,7 @@ def save_steerer(
         FileExistsError: the folder exists and `overwrite` is False, or it is something else.
         ValueError: a setting is a function of your own, or an encoder is no SAE of this package.
     """
+    check_kind("steerer", steerer, LatentGradientSteerer, "other steerers can't be saved")
     settings = steerer_settings(steerer)
     identities = {n: e for n, e in steerer.saes.items() if isinstance(e, IdentityEncoder)}
     own = {n: e for n, e in steerer.saes.items() if isinstance(e, QueryHeadSAE)}

@@ -105,7 +105,8 @@ class LatentDescent(Edit):
     def __post_init__(self) -> None:
         if not isinstance(self.targets, CentroidTargets) or not isinstance(self.saes, Mapping):
             raise TypeError(
-                "saes must be SAEs by hook name and targets CentroidTargets, in this order, got "
+                "saes must be SAEs by hook name and targets CentroidTargets, such as "
+                "CentroidTargetBuilder(model, saes).fit(examples), in this order, got "
                 f"{type(self.saes).__name__} and {type(self.targets).__name__}"
             )
         for n_steps in each(self.n_steps, "n_steps"):
@@ -119,10 +120,16 @@ class LatentDescent(Edit):
             )
         for target in each(self.target, "target"):
             weights_of(target, self.targets.classes)
-        for name in ("schedule", "latents", "gate"):
+        for name, such_as in (
+            ("schedule", "ExponentialDecay(8)"),
+            ("latents", "GivenLatents({hook name: {head: [3, 5]}})"),
+            ("gate", "PosteriorBelow(0.9)"),
+        ):
             value = getattr(self, name)
             if isinstance(value, type) or not (value is None or callable(value)):
-                raise TypeError(f"{name} must be a value, or a function, got {value!r}")
+                raise TypeError(f"{name} must be such as {such_as}, or a function, got {value!r}")
+        if self.schedule is not None:
+            scheduled(self.schedule, torch.zeros(1))
         for name, most in (("trust_radius", None), ("max_relative_change", None), ("until", 1)):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0, most=most)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_query_steer.arguments import check_kind
 from sae_query_steer.descent.control import LatentChoice
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.scopes.positions import TokenPositions
@@ -91,8 +92,7 @@ def partial_steerer(steerer: LatentGradientSteerer, *, latents: LatentChoice) ->
 
     Source: our choice.
     """
-    if not isinstance(steerer, LatentGradientSteerer):
-        raise TypeError(f"steerer must be a LatentGradientSteerer, got {type(steerer).__name__}")
+    check_kind("steerer", steerer, LatentGradientSteerer, "other edits move no latents")
     if isinstance(latents, type) or not callable(latents):
         raise TypeError(f"latents must be a value, such as GivenLatents(...), got {latents!r}")
     return Steerer(PartOfLatents(steerer, latents), steerer.where, origin=steerer)

@@ -1,7 +1,6 @@
 """`Steerer`: an edit and where it acts, as a value with `apply`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sae_query_steer.models.loading import check_eager
 from sae_query_steer.scopes.positions import Positions, PromptLengths, fixed_positions
+from sae_query_steer.steering.block import block
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.engine import apply_edits, edit_hook
 from sae_query_steer.steering.origin import Origin
@@ -44,9 +44,11 @@ class Steerer:
         A model whose weights are changed in place afterwards is not looked at again.
 
         Raises:
-            ValueError: the model has no such site, is another model than the edit was made for, or
-                lies on another device.
+            TypeError: no model of TransformerLens.
+            ValueError: the model is compiled, has no such site, is another model than the edit was
+                made for, or lies on another device.
         """
+        check_eager(model)
         if model in self._verified:
             return
         self.where.check(model)
@@ -59,6 +61,7 @@ class Steerer:
         origin = None if self.origin is None else self.origin.to(device)
         return replace(self, edit=self.edit.to(device), origin=origin)
 
+    @block
     def apply(
         self,
         model: Any,
@@ -66,7 +69,7 @@ class Steerer:
         record: bool = False,
         record_attention: bool = False,
         prompt_lengths: PromptLengths | None = None,
-    ) -> AbstractContextManager[SteeringTrace]:
+    ) -> Iterator[SteeringTrace]:
         """Steer every forward pass of a model for the length of a `with` block.
 
         Works in `generate` and `generate_stream` with the KV cache on and off, in batches of
@@ -88,22 +91,23 @@ class Steerer:
             A context manager that yields the trace.
 
         Raises:
+            TypeError: no model of TransformerLens.
             ValueError: the model is not the one that the steerer belongs to, or is compiled.
             RuntimeError: at the end of a forward pass, or of the block, if something removed the
                 hook, such as `model.reset_hooks()` or SAELens's `add_sae`.
+
+        Warns:
+            SteeringWarning: it is never entered, no forward pass ran in the block, or a change is
+                very large.
         """
-        return self._applied(
+        self.check_model(model)
+        with apply_edits(
             model,
+            [(self.edit, self.where)],
             record=record,
             record_attention=record_attention,
             prompt_lengths=prompt_lengths,
-        )
-
-    @contextmanager
-    def _applied(self, model: Any, **settings: Any) -> Iterator[SteeringTrace]:
-        check_eager(model)
-        self.check_model(model)
-        with apply_edits(model, [(self.edit, self.where)], **settings) as traces:
+        ) as traces:
             yield traces[0]
 
     def fwd_hooks(
@@ -129,7 +133,6 @@ class Steerer:
         Raises:
             ValueError: the model is not the one that the steerer belongs to, or is compiled.
         """
-        check_eager(model)
         self.check_model(model)
 
         def positions(activation: Tensor) -> Positions:

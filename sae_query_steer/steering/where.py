@@ -1,10 +1,10 @@
 """Where an edit acts: sites, heads of each, and a scope of tokens."""
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
+from sae_query_steer.arguments import whole_numbers
 from sae_query_steer.scopes.joins import check_scope
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope
@@ -108,14 +108,10 @@ def chosen_heads(
                 "each, and join them with JoinedSteerers"
             )
         by_layer[site.layer] = name
-    for name, value in (("layers", layers), ("heads", heads)):
-        if isinstance(value, int | float | str):
-            raise TypeError(f"{name} must be a list of numbers, such as [1, 2], got {value!r}")
-    wanted = sorted(by_layer) if layers is None else [operator.index(layer) for layer in layers]
-    named = wanted
+    named = wanted = sorted(by_layer) if layers is None else whole_numbers("layers", layers)
     if isinstance(heads, Mapping):
         wanted = [layer for layer in wanted if layer in heads] if layers is None else wanted
-        named = [*wanted, *heads]
+        named = [*wanted, *whole_numbers("the layers of heads", heads)]
     for layer in named:
         if layer not in by_layer:
             raise ValueError(f"no site at layer {layer}: there are some at {sorted(by_layer)}")
@@ -123,7 +119,7 @@ def chosen_heads(
     for layer in wanted:
         site = sites[by_layer[layer]]
         here = heads.get(layer) if isinstance(heads, Mapping) else heads
-        picked = tuple(range(site.n_heads) if here is None else map(operator.index, here))
+        picked = tuple(range(site.n_heads) if here is None else whole_numbers("heads", here))
         for head in picked:
             if not 0 <= head < site.n_heads:
                 raise ValueError(

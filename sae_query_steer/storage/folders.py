@@ -158,6 +158,39 @@ def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
     return path
 
 
+def check_holds(folder: Path, name: str, kind: str) -> None:
+    """Raise FileNotFoundError unless a folder holds the file that folders of a kind have."""
+    if not (folder / name).exists():
+        here = "there is no such folder, check the path"
+        if folder.is_dir():
+            here = f"it holds {sorted(file.name for file in folder.iterdir())[:5]}"
+        raise FileNotFoundError(f"no file {folder / name}: {folder} must be {kind}; {here}")
+
+
+def check_model_folder(name: str) -> None:
+    """Raise unless there is a model's config: in a folder, in the cache, or on the hub.
+
+    Raises:
+        FileNotFoundError: the message names the path.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    path = Path(name)
+    if path.is_dir():
+        return check_holds(path, "config.json", "a Hugging Face model folder")
+    try:
+        if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+            raise FileNotFoundError("it is a path")
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)  # once: transformers asks six times in 24 s
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"no model folder {name!r}, and no model of this name on the hub or in its cache "
+            f"({cause}): check the path"
+        ) from error
+
+
 def _root_of(folder: Path) -> Path:
     here = folder.resolve()
     for snapshot in (here, *here.parents):

@@ -18,7 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
-from sae_query_steer.storage.folders import inside, new_file, size_of
+from sae_query_steer.storage.folders import check_holds, inside, new_file, size_of
 
 MAX_JSON = 16 * 2**20
 """Largest JSON file in bytes. Source: our choice; the largest that we wrote has 0.1 MiB."""
@@ -53,7 +53,8 @@ def read_record(folder: str | Path, name: str, kind: Any) -> Any:
         ValueError: not allowed by `inside` or `read_json`, or not a valid `kind`; the message
             names the file and the first field that is wrong.
     """
-    path = inside(Path(folder), name)
+    path = inside(folder := Path(folder), name)
+    check_holds(folder, name, "a folder that this package wrote for this use")
     data = _checked_json(path)[0]
     try:
         return _adapter(kind).validate_json(data, strict=True)

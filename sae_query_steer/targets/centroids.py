@@ -8,6 +8,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_query_steer.arguments import check_name
 from sae_query_steer.data.tokenized import ChatTemplate
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.storage.folders import new_folder
@@ -92,8 +93,7 @@ class CentroidTargets:
         Raises:
             ValueError: no such class; the message lists those there are.
         """
-        if target not in self.classes:
-            raise ValueError(f"no class {str(target)!r}: the classes are {list(self.classes)}")
+        check_name("class", target, self.classes)
         return self.classes.index(target)
 
     def class_share_of_variance(self, hook_name: str, *, head: int | None = None) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_query_steer.models.activations import check_hook_point
+from sae_query_steer.arguments import check_kind, check_model
 from sae_query_steer.models.fingerprint import (
     Fingerprint,
     check_queries,
@@ -18,6 +18,7 @@ from sae_query_steer.models.fingerprint import (
     read_fingerprint,
 )
 from sae_query_steer.sae.encoders import QueryEncoder, device_of, encoded, encoder_sites
+from sae_query_steer.sites import check_hook_point
 from sae_query_steer.targets.centroids import CentroidTargets
 
 
@@ -97,9 +98,11 @@ def check_encoders(model: Any, encoders: Mapping[str, QueryEncoder]) -> None:
     """Raise unless a model has the hook point of every encoder.
 
     Raises:
-        TypeError: a value is not an encoder.
+        TypeError: no model of TransformerLens, or a value is not an encoder.
         ValueError: no encoders, no such hook point, or query heads other than the encoder's.
     """
+    check_model(model)
+    check_kind("saes", encoders, Mapping, "give SAEs by hook name, as train_query_saes returns")
     others = {name for name in encoders if not re.search(r"\.attn\.hook_(rot_)?q$", name)}
     for name in others:
         check_hook_point(model, name)

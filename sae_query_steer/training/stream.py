@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_query_steer.arguments import check_device
 from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.models.activations import read_activations
@@ -44,6 +45,9 @@ class QueryStream:
 
     config: TrainingConfig
     """Sizes of batches, passes and chunks; a chunk of `n_batches_in_buffer` rows is shuffled."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
 
     @property
     def device(self) -> str:
