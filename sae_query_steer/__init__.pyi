@@ -23,6 +23,7 @@ from .diagnostics.interchange import interchange_effect as interchange_effect
 from .hub.bundle import save_bundle as save_bundle
 from .hub.hub import from_pretrained as from_pretrained
 from .models.loading import load_model as load_model
+from .models.loading import load_smollm2 as load_smollm2
 from .sae.collection import QuerySAEs as QuerySAEs
 from .sae.core import QueryHeadSAE as QueryHeadSAE
 from .scopes.named import LastPromptToken as LastPromptToken

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 import sae_query_steer as sqs
 from sae_query_steer.models import gguf
 from sae_query_steer.models.gguf import gguf_folder, smollm2_file
+from sae_query_steer.models.shapes import model_shape
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +83,15 @@ def test_without_the_packages_the_commands_are_named(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
+def test_smollm2_is_a_name_of_a_model_for_commands_too(smollm2, monkeypatch):
+    monkeypatch.setattr(gguf, "gguf_folder", lambda path: smollm2)
+    shape = model_shape("smollm2")
+    assert (shape.n_heads, shape.n_key_heads, shape.d_head, shape.n_ctx) == (9, 3, 64, 8192)
+    assert 134e6 < shape.n_parameters < 135e6
+    assert sqs.load_smollm2(dtype="bfloat16").cfg.d_model == 576
+
+
 def test_a_damaged_file_is_refused_and_leaves_nothing(tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\x07" * 64)
@@ -99,6 +109,6 @@ def test_another_file_than_that_of_the_release_is_refused(tmp_path, monkeypatch)
 
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(gguf, "files", lambda name: [File()])
-    with pytest.raises(ValueError, match=f"must have the SHA-256 {gguf.SMOLLM2[1]}, got"):
+    with pytest.raises(ValueError, match=f"must have the SHA-256 {gguf.SMOLLM2_SHA256}, got"):
         smollm2_file()
     shutil.rmtree(tmp_path)

@@ -23,6 +23,7 @@ from sae_query_steer.storage.folders import (
     check_model_folder,
     check_replaceable,
     new_folder,
+    size_of,
 )
 
 FLAT = tyro.conf.arg(name="")
@@ -42,7 +43,7 @@ class ModelOptions:
     """The language model."""
 
     model: str
-    """Hugging Face model folder, or a name on its hub."""
+    """Hugging Face model folder, GGUF file, "smollm2", or a name on the hub."""
 
     device: str | None = None
     """Device to run on; TransformerLens chooses if unset."""
@@ -51,7 +52,9 @@ class ModelOptions:
     """Number format of the model's weights."""
 
     def __post_init__(self) -> None:
-        if "/" in self.model or Path(self.model).exists():  # the others may be aliases
+        if self.model.lower().endswith(".gguf"):
+            size_of(Path(self.model))
+        elif "/" in self.model or Path(self.model).exists():  # the others may be aliases
             check_model_folder(self.model)
 
     def load(self, device: str | None = None) -> Any:

