@@ -228,5 +228,5 @@ def test_heads_that_give_no_rows_are_refused_before_the_texts_are_read(
 
 
 def test_a_head_that_is_no_list_is_refused(tiny_models, saes, rows, untyped):
-    with pytest.raises(TypeError, match=r"heads must be a list of numbers, .*, got 1"):
+    with pytest.raises(TypeError, match=r"heads must be a list of whole numbers, .*, got 1"):
         evaluate_saes(tiny_models["bridge"], saes, rows, heads=1)

@@ -126,6 +126,6 @@ def test_a_model_without_rotary_embedding_has_no_rotated_sites():
     config = HookedTransformerConfig(
         n_layers=1, d_model=8, n_heads=2, d_head=4, d_vocab=9, n_ctx=7, act_fn="gelu"
     )
-    text = "no hook point blocks.0.attn.hook_rot_q: this architecture does not expose it"
+    text = "no hook point blocks.0.attn.hook_rot_q: this architecture has "
     with pytest.raises(ValueError, match=re.escape(text)):
         sqs.query_sites(HookedTransformer(config), rotated=True)

@@ -123,7 +123,7 @@ def test_a_recorded_steer_without_a_scoped_position_gives_an_empty_table(model, 
     )
     table = record(model, nowhere)
     assert len(table) == 0
-    with nowhere.apply(model, record=True) as trace:
+    with pytest.warns(SteeringWarning), nowhere.apply(model, record=True) as trace:
         assert len(trace.summary()) == 0
     assert {"run", "row", "position", "layer", "head", "relative_change"} <= set(table.columns)
 
