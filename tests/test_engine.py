@@ -195,6 +195,13 @@ def test_a_deep_copy_is_a_model_of_its_own_that_is_not_steered(model):
     assert not any(point.fwd_hooks or point._forward_hooks for point in points)
 
 
+def test_a_model_that_was_copied_is_steered_as_before(model):
+    with shift(model, sqs.LastPromptToken()).apply(model):
+        before = model.generate(tokens_of(model), **GREEDY)
+        copy.deepcopy(model)
+        assert torch.equal(model.generate(tokens_of(model), **GREEDY), before)
+
+
 def test_contexts_that_end_in_another_order_restore_the_model(model):
     before, tokens, kind = set(vars(model)), tokens_of(model), type(model)
     plain = model(tokens)
