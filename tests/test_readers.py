@@ -253,6 +253,8 @@ def test_blank_cells_and_near_equal_labels_are_named_at_once_by_row(tmp_path):
     said = r"row 2: column 'q' is blank.*\n.*labels 'x' \(row 1\) and 'X' \(row 3\) differ"
     with pytest.raises(ValueError, match=said):
         read_examples(path, prompt="q", label="level")
+    merged = read_examples(path, prompt="q", label="level", skip_blank=True, merge_labels=True)
+    assert [(one.label, one.place) for one in merged] == [("x", "row 1"), ("x", "row 3")]
 
 
 def test_classes_with_too_few_examples_are_left_out():

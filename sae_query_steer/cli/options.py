@@ -144,6 +144,9 @@ class ExampleOptions:
     skip_blank: bool = False
     """Leave out rows with a blank cell."""
 
+    merge_labels: bool = False
+    """Read labels that differ only in case or white space as the first of them."""
+
     min_class_size: int = 1
     """Leave out classes with fewer texts."""
 
@@ -184,6 +187,7 @@ class ExampleOptions:
             where=self._conditions,
             strip=self.strip,
             skip_blank=self.skip_blank,
+            merge_labels=self.merge_labels,
             min_class_size=self.min_class_size,
             encoding=self.encoding,
             sep=self.sep,

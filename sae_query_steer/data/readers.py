@@ -4,6 +4,7 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def read_examples(
     where: Mapping[str, str] | Callable[[Mapping[str, Any]], bool] | None = None,
     strip: bool = False,
     skip_blank: bool = False,
+    merge_labels: bool = False,
     min_class_size: int = 1,
     encoding: str = "utf-8",
     sep: str | None = None,
@@ -59,6 +61,7 @@ def read_examples(
         strip: remove white space around prompts. A prompt that ends in white space makes that its
             last token.
         skip_blank: leave out rows with a blank cell.
+        merge_labels: read labels that differ only in case or white space as the first of them.
         min_class_size: leave out the classes that have fewer examples.
         encoding: of a text file.
         sep: separator of a CSV file; None means a comma, in `.tsv` a tab.
@@ -96,7 +99,21 @@ def read_examples(
         start = texts[0].strip() if strip else texts[0]
         name = unicodedata.normalize("NFC", name.strip())
         examples.append(LabelledExample(prompt=start, response=texts[1], label=name, place=number))
-    problems += _near_equal_labels(_name(source), examples)
+    first: dict[str, LabelledExample] = {}
+    for example in examples:
+        first.setdefault(_key(example.label), example)
+    if merge_labels:
+        examples = [replace(one, label=first[_key(one.label)].label) for one in examples]
+    near = {
+        one.label: one for one in reversed(examples) if first[_key(one.label)].label != one.label
+    }
+    for one in near.values():
+        other = first[_key(one.label)]
+        problems.append(
+            f"{_name(source)}: the labels {other.label!r} ({other.place}) and {one.label!r} "
+            f"({one.place}) differ only in case or white space; write them alike, or pass "
+            "merge_labels=True (--merge-labels) or parse_label= (--bloom for Bloom levels)"
+        )
     if problems:
         raise ValueError(listed(problems))
     counts = Counter(example.label for example in examples)
@@ -222,17 +239,6 @@ def _cell(row: Mapping[str, Any], column: str, place: str) -> str:
     return text
 
 
-def _near_equal_labels(name: str, examples: Iterable[LabelledExample]) -> list[str]:
-    """Return a message for each pair of labels that differ only in case or white space."""
-    seen: dict[str, LabelledExample] = {}
-    found: dict[str, str] = {}
-    for example in examples:
-        first = seen.setdefault(" ".join(example.label.casefold().split()), example)
-        if first.label != example.label:
-            found.setdefault(
-                example.label,
-                f"{name}: the labels {first.label!r} ({first.place}) and {example.label!r} "
-                f"({example.place}) differ only in case or white space; write them alike, or pass "
-                "parse_label= (--bloom for Bloom levels)",
-            )
-    return list(found.values())
+def _key(label: str) -> str:
+    """Return what near-equal labels have in common."""
+    return " ".join(label.casefold().split())
