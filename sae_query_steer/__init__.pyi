@@ -20,7 +20,6 @@ from .descent.objectives import SquaredDistance as SquaredDistance
 from .diagnostics.class_separability import separability as separability
 from .diagnostics.interchange import achieved_effect as achieved_effect
 from .diagnostics.interchange import interchange_effect as interchange_effect
-from .hub.bundle import save_bundle as save_bundle
 from .hub.hub import from_pretrained as from_pretrained
 from .models.loading import load_model as load_model
 from .models.loading import load_smollm2 as load_smollm2

@@ -158,7 +158,7 @@ def bundle_folder() -> Path:
         n_steps=1,
         step_size=0.5,
     )
-    sqs.save_bundle(
+    sqs.hub.save_bundle(
         folder / "bundle",
         model,
         saes,

@@ -13,6 +13,7 @@ import pytest
 from command_line import invoke
 from wheel_check import chain, make_model, make_texts
 
+import sae_query_steer as sqs
 from sae_query_steer import QuerySAEs
 from sae_query_steer.config import ARCHITECTURES, TrainingConfig
 from sae_query_steer.storage.folders import locked
@@ -126,11 +127,11 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(folder, index, chan
 
 @pytest.mark.parametrize("command", range(4))
 def test_an_output_folder_that_another_writes_is_refused_before_the_model_is_read(
-    folder, tmp_path, command
+    folder, tmp_path, command, monkeypatch
 ):
     arguments, out = chain(folder[0])[command], tmp_path / "out"
-    for option, value in (("--model", "/none"), ("--out", str(out))):
-        arguments[arguments.index(option) + 1] = value
+    arguments[arguments.index("--out") + 1] = str(out)
+    monkeypatch.setattr(sqs, "load_model", None)
     with ThreadPoolExecutor() as other, locked(out):
         done = other.submit(invoke, arguments).result()
     with pytest.raises(BlockingIOError, match=f"{out} is being written by another process: wait"):

@@ -453,7 +453,9 @@ def test_a_steerer_prints_in_one_line(model):
 
 @pytest.mark.parametrize("name", ["runs/my-llama", "a/b/c", "/none", "no model"])
 def test_a_model_that_is_nowhere_is_named(name):
-    with pytest.raises(FileNotFoundError, match=f"no model folder '{name}', and no model of this"):
+    with pytest.raises(
+        FileNotFoundError, match=f"no model folder '?{name}'?(, and no model of|: check)"
+    ):
         sqs.load_model(name)
 
 

@@ -119,8 +119,8 @@ def folders(tmp_path_factory, tiny_models, saes, targets):
     steerer = sqs.LatentGradientSteerer(
         saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=0.625
     )
-    sqs.save_bundle(root / "bundle", model, saes, steerer=steerer)
-    sqs.save_bundle(root / "second", model, saes)
+    sqs.hub.save_bundle(root / "bundle", model, saes, steerer=steerer)
+    sqs.hub.save_bundle(root / "second", model, saes)
     return root
 
 

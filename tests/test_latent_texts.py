@@ -166,6 +166,7 @@ def test_a_token_within_a_letter_or_a_word_reads_as_in_its_text():
     assert [spots[0], spots[2], spots[3]] == [["", "a", "éz"], ["a", "é", "z"], ["aé", "z", ""]]
 
 
+@pytest.mark.filterwarnings("ignore:no forward pass ran")
 def test_what_can_t_be_read_or_shown_is_refused(tiny_models, saes, targets, texts):
     model = tiny_models["bridge"]
     found = sqs.diagnostics.top_tokens(model, saes, texts[:2], k=2, heads={2: [1, 3]})

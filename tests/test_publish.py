@@ -46,7 +46,7 @@ def scores():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_models, steerer, scores):
     folder = tmp_path_factory.mktemp("publish") / "bundle"
-    sqs.save_bundle(
+    sqs.hub.save_bundle(
         folder,
         tiny_models["bridge"],
         steerer.saes,
@@ -117,7 +117,7 @@ def test_the_card_is_a_model_card_that_says_how_to_load_it(folder):
 
 
 def test_saes_alone_make_a_bundle(tiny_models, saes, tmp_path):
-    sqs.save_bundle(tmp_path / "b", tiny_models["hooked"], saes)
+    sqs.hub.save_bundle(tmp_path / "b", tiny_models["hooked"], saes)
     bundle = sqs.hub.load_bundle(tmp_path / "b", model=tiny_models["bridge"])
     assert (bundle.targets, bundle.steerer, bundle.evaluation) == (None,) * 3
 
@@ -136,7 +136,7 @@ def test_saes_that_saelens_does_not_know_are_saved_as_a_whole(tiny_models, tmp_p
             metric_tokens=0,
         ),
     )
-    sqs.save_bundle(tmp_path / "b", model, saes)
+    sqs.hub.save_bundle(tmp_path / "b", model, saes)
     assert list(sqs.hub.load_bundle(tmp_path / "b").saes) == ["blocks.1.attn.hook_q"]
     assert "no architecture for one head" in (tmp_path / "b" / "README.md").read_text()
     with pytest.raises(ValueError, match="holds no SAE of a single head"):
@@ -184,25 +184,27 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
         ("can't be saved", {"steerer": own}),
     ):
         with pytest.raises(ValueError, match=refused):
-            sqs.save_bundle(out, model, **{"saes": saes, **changes})
+            sqs.hub.save_bundle(out, model, **{"saes": saes, **changes})
     with pytest.raises(ValueError, match="3 layers|4 layers|heads of"):
-        sqs.save_bundle(out, sqs.load_tutor(), saes)
+        sqs.hub.save_bundle(out, sqs.load_tutor(), saes)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_plain_mappings_and_training_saes_are_refused(tmp_path, tiny_models, saes, untyped):
     with pytest.raises(TypeError, match="saes is a dict: give QuerySAEs"):
-        sqs.save_bundle(tmp_path / "b", tiny_models["bridge"], dict(saes))
+        sqs.hub.save_bundle(tmp_path / "b", tiny_models["bridge"], dict(saes))
     training = sqs.sae.QueryHeadTopKTrainingSAE(
         sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
     )
     with pytest.raises(TypeError, match=r"still in training: give to_inference\(sae\)"):
-        sqs.save_bundle(tmp_path / "b", tiny_models["bridge"], sqs.QuerySAEs({HOOKS[0]: training}))
+        sqs.hub.save_bundle(
+            tmp_path / "b", tiny_models["bridge"], sqs.QuerySAEs({HOOKS[0]: training})
+        )
 
 
 def test_a_bundle_is_not_replaced_unless_asked(folder, tiny_models, saes):
     with pytest.raises(FileExistsError, match="give another folder, or overwrite=True"):
-        sqs.save_bundle(folder, tiny_models["bridge"], saes)
+        sqs.hub.save_bundle(folder, tiny_models["bridge"], saes)
 
 
 def test_a_changed_file_is_refused(copy):
@@ -269,10 +271,10 @@ def test_tables_that_would_not_come_back_are_refused_before_anything_is_written(
         (pd.DataFrame({"when": [pd.Timestamp("2026-01-01")]}), r"0\.when\S*: .*, got Timestamp"),
     ):
         with pytest.raises(ValueError, match=said):
-            sqs.save_bundle(tmp_path / "b", model, saes, evaluation=table)
+            sqs.hub.save_bundle(tmp_path / "b", model, saes, evaluation=table)
     assert list(tmp_path.iterdir()) == []
     table = pd.DataFrame({"rate": [0.5]}, index=pd.Index(["SAE"], name="method"))
-    sqs.save_bundle(tmp_path / "b", model, saes, evaluation=table)
+    sqs.hub.save_bundle(tmp_path / "b", model, saes, evaluation=table)
     found = sqs.hub.load_bundle(tmp_path / "b").evaluation
     assert found.to_dict("records") == [{"method": "SAE", "rate": 0.5}]
 
@@ -280,7 +282,7 @@ def test_tables_that_would_not_come_back_are_refused_before_anything_is_written(
 def test_a_model_of_a_local_folder_is_no_base_model(tmp_path, tiny_models, saes, monkeypatch):
     model = tiny_models["hooked"]
     monkeypatch.setattr(model.cfg, "model_name", "../models/tiny")
-    sqs.save_bundle(tmp_path / "b", model, saes)
+    sqs.hub.save_bundle(tmp_path / "b", model, saes)
     card = ModelCard.load(tmp_path / "b" / "README.md")
     assert card.data.base_model is None
     assert "attention queries of tiny" in card.text

@@ -98,7 +98,9 @@ def test_there_is_a_recipe_for_each_model_with_the_whole_chain():
         assert [words[0] for words in found] == CHAIN
         assert all(words[words.index("--model") + 1] == model for words in found)
         assert all(words[words.index("--dtype") + 1] == "bfloat16" for words in found)
-        assert all("--chat-template" in words for words in found if words[0] != "train")
+        assert all(
+            "--chat-template" in words for words in found if words[0] not in ("train", "steer")
+        )
 
 
 def test_every_size_of_the_recipes_is_made_smaller_for_the_test():

@@ -216,6 +216,7 @@ def test_every_example_is_a_receiver_once_before_one_is_so_twice():
         assert pair.control != pair.base
 
 
+@pytest.mark.filterwarnings("ignore:no forward pass ran")
 def test_a_steered_model_is_not_measured(model, saes, targets, examples):
     steerer = sqs.LatentGradientSteerer(
         saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=1, step_size=1.0

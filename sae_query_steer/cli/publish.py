@@ -90,7 +90,7 @@ def bundle(
     if steerer is not None:
         made = sqs.steering.load_steerer(steerer, follow_references=True)
         made = replace(made, saes=saes, targets=centroids or made.targets)
-    sqs.save_bundle(
+    sqs.hub.save_bundle(
         output.out,
         loaded,
         saes,

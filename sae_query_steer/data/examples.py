@@ -75,7 +75,8 @@ def check_classes(labels: Iterable[str], *, at_least: int = 2) -> dict[str, int]
         if counts[name] < at_least:
             raise ValueError(
                 f"class {name!r} has {counts[name]} example(s), fewer than at_least={at_least}: "
-                "add examples of it or leave the class out"
+                f"add examples of it, or leave it out with min_class_size={at_least} "
+                "(--min-class-size)"
             )
     return {name: counts[name] for name in names}
 

@@ -178,9 +178,9 @@ def check_model_folder(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         return check_holds(path, "config.json", "a Hugging Face model folder")
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+        raise FileNotFoundError(f"no model folder {name}: check the path")
     try:
-        if path.exists() or path.is_absolute() or name.startswith((".", "~")):
-            raise FileNotFoundError("it is a path")
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)  # once: transformers asks six times in 24 s
     except Exception as error:
