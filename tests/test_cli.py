@@ -44,11 +44,12 @@ def test_the_four_commands_show_tables_and_write_folders(folder):
     table = pd.read_csv(folder / "sites" / "sites.csv")
     assert set(table["layer"]) == {0, 1}
     assert {"kl", "kl_control", "accuracy_latents", "accuracy_position"} <= set(table.columns)
-    assert len(table) == 2 * 5
-    # A bar may stand before it on its line: the runner takes both streams for one.
-    assert re.search(r"layer +head +class_effect +class_effect_se .* verdict$", sites, re.M)
-    closing = ("Steer here: layer", "Nothing to steer at any of these 10 sites")
-    assert sum(line.startswith(closing) for line in sites.splitlines()) == 1
+    assert list(table["head"]) == ["all"] * 2
+    closing = ("Steer here: layer", "Nothing to steer at any of these 2 sites")
+    lines = sites.splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.startswith(closing))
+    assert re.match(r" *layer +verdict +class_effect +class_effect_se", lines[first + 2])
+    assert len(lines) == first + 2 + 3 + 1, "the sentence, the layers, and the folder"
     assert set(table["steer_here"]) <= {True, False}
     texts = json.loads((folder / "steered" / "texts.json").read_text())
     assert texts["prompt"] == "w1 w2 w3"
@@ -60,14 +61,18 @@ def test_the_four_commands_show_tables_and_write_folders(folder):
 
 def test_sites_with_centroids_also_steers_each_site(folder, tmp_path):
     folder, (*_, plain, _) = folder
-    arguments = [*chain(folder)[2], "--targets", str(folder / "targets")]
+    arguments = [*chain(folder)[2], "--targets", str(folder / "targets"), "--per-head"]
     arguments[arguments.index("--out") + 1] = str(tmp_path / "sites")
     result = invoke(arguments, catch=False)
     assert "achieved_effect" in result.output
     assert "achieved_effect" not in plain
     table = pd.read_csv(tmp_path / "sites" / "sites.csv")
     before = pd.read_csv(folder / "sites" / "sites.csv")
-    pd.testing.assert_frame_equal(table[before.columns], before)
+    layers = table[table["head"] == "all"].reset_index(drop=True)
+    numbers = [name for name in before if name not in ("steer_here", "verdict")]
+    pd.testing.assert_frame_equal(layers[numbers], before[numbers])
+    assert len(table) == 2 * 5
+    assert re.search(r"^ *layer +head +verdict", result.output, re.M)
     assert (table["achieved_moved"] > 0).all()
 
 

@@ -103,7 +103,7 @@ def test_every_task_has_every_row(demo):
     assert bare["perplexity_ratio_original"].to_numpy() == pytest.approx(1)
     asked = demo.rows[demo.rows["method"] == "instruction"]
     assert asked["perplexity_ratio"].to_numpy() == pytest.approx(1)
-    assert demo.judge["feedback"] >= 0.95
+    assert demo.judge["accuracy"] >= 0.95
 
 
 @pytest.mark.slow

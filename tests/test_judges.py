@@ -13,7 +13,8 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 import sae_query_steer as sqs
-from sae_query_steer.compare.endpoint import ChatEndpoint
+from sae_query_steer.compare.endpoint import ChatEndpoint, NoAnswerError
+from sae_query_steer.compare.held_out import judge_sentence, may_guess
 from sae_query_steer.compare.judges import ClassifierJudge, Judge, LanguageModelJudge, RuleJudge
 
 VERBS = {
@@ -145,6 +146,33 @@ def test_classes_of_different_sizes_are_balanced_in_the_second_score_alone():
 def test_examples_that_teach_nothing_are_refused(examples, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ClassifierJudge.fit(examples)
+
+
+# --- what its accuracy is worth
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "n", "majority", "guessing"),
+    [
+        (1 / 3, 6, 1 / 3, True),
+        (0.5, 24, 1 / 3, True),  # Wilson: 0.314 and up
+        (0.5, 60, 1 / 3, False),  # 0.377 and up
+        (0.5, 60, 0.5, True),  # no better than the name of the most frequent class
+        (1.0, 6, 1 / 3, False),
+    ],
+)
+def test_a_judge_may_be_guessing_where_its_interval_reaches_chance(accuracy, n, majority, guessing):
+    held_out = {"accuracy": accuracy, "n": n, "chance": 1 / 3, "majority": majority}
+    assert may_guess(held_out) is guessing
+    said = judge_sentence(held_out)
+    assert said.startswith(f"Judge: accuracy {accuracy:.2f} [")
+    assert f"n = {n}, chance {majority:.2f}." in said
+    assert ("No verdict" in said) is guessing
+
+
+def test_a_judge_that_was_not_measured_is_told_how():
+    assert not may_guess({})
+    assert "accuracy unknown; measure it with" in judge_sentence({})
 
 
 # --- the rule
@@ -394,6 +422,23 @@ def test_an_answer_of_more_than_a_mebibyte_is_refused(server):
     server.answers = [(500, b"x" * 2**21)]
     with pytest.raises(RuntimeError, match=f"more than {2**20} bytes"):
         endpoint(server, tries=1)("?")
+
+
+def test_a_reply_without_an_answer_costs_one_text_its_class_and_no_other(server):
+    deep = (200, b"[" * 100_000 + b"]" * 100_000)
+    with pytest.raises(NoAnswerError, match=r"no chat completion \(RecursionError\)"):
+        server.answers = [deep]
+        endpoint(server)("?")
+    judge = LanguageModelJudge(endpoint(server), ["apply", "create"])
+    server.answers = [deep, (200, completion("apply"))]
+    with pytest.warns(UserWarning, match="1 of 2 texts have no class: .*no chat completion"):
+        assert judge(["p", "q"], ["a", "b"]) == [None, "apply"]
+    server.answers = [deep]
+    with pytest.raises(NoAnswerError):
+        judge(["p", "q"], ["a", "b"])
+    server.answers = [(401, b""), (200, completion("apply"))]
+    with pytest.raises(RuntimeError, match="status 401"):
+        judge(["p", "q"], ["a", "b"])
 
 
 def test_a_server_that_sends_a_byte_now_and_then_meets_the_deadline(server):

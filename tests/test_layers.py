@@ -18,11 +18,11 @@ LAYERS = (
     {"models", "sae"},
     {"config", "data", "descent"},
     {"scopes", "sites"},
-    {"arguments", "bloom", "storage"},
+    {"arguments", "bloom", "progress", "storage"},
 )
 """From top to bottom. A folder or root module imports from lower layers and from itself only."""
 
-NO_BACKEND = {"arguments", "data", "descent", "bloom", "scopes", "sites", "storage"}
+NO_BACKEND = {"arguments", "data", "descent", "bloom", "progress", "scopes", "sites", "storage"}
 """These import neither TransformerLens nor SAELens."""
 
 

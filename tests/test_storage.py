@@ -1,3 +1,4 @@
+import csv
 import pickle
 import re
 import shutil
@@ -6,10 +7,12 @@ import sys
 from errno import ENOSPC
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from sae_query_steer.storage.checksums import check_files, list_files
+from sae_query_steer.storage.csv_files import csv_text, read_csv_text
 from sae_query_steer.storage.folders import locked, new_folder
 from sae_query_steer.storage.records import read_json, write_json
 from sae_query_steer.storage.tensors import read_tensors, write_tensors
@@ -310,3 +313,17 @@ def test_files_that_differ_from_their_list_are_named(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="lacks a/b.txt"):
         check_files(tmp_path, files)
+
+
+def test_texts_that_begin_like_a_formula_are_text_in_a_csv_and_come_back_as_they_were(tmp_path):
+    texts = ["=1+1", "+1", "-x", "@a", "\ta", "\ra", "'=1", "plain", "'s", "a=b", ""]
+    table = pd.DataFrame({"=name": texts, "score": [-1.5] * 11, "n": range(-1, 10)})
+    path = tmp_path / "table.csv"
+    path.write_text(csv_text(table), encoding="utf-8", newline="")
+    with path.open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["'=name", "score", "n"]
+    assert [row[0] for row in rows[:7]] == [f"'{text}" for text in texts[:7]]
+    assert [row[0] for row in rows[7:]] == texts[7:]
+    assert (rows[0][1], rows[0][2]) == ("-1.5", "-1")
+    pd.testing.assert_frame_equal(read_csv_text(path).fillna(""), table)

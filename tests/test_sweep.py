@@ -1,10 +1,13 @@
 """The sweep: cases, the log it goes on from, and what it compares."""
 
+import csv
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
+from markupsafe import Markup
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.comparison import compare_methods, outcome_row
@@ -19,7 +22,12 @@ from sae_query_steer.compare.methods import (
     prompt_methods,
     random_methods,
 )
-from sae_query_steer.compare.report import compare_into
+from sae_query_steer.compare.report import (
+    comparison_html,
+    compare_into,
+    verdict,
+    write_comparison,
+)
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.compare.scores import distinct_n
 from sae_query_steer.storage.folders import locked
@@ -116,6 +124,27 @@ def test_a_sweep_compares_every_method_on_the_test_cases_at_its_own_strength(sco
     assert shares["unsteered"] == bare["target_rate"]
 
 
+def test_the_verdict_names_the_judges_accuracy_and_is_none_where_the_judge_may_guess(
+    scorers, methods
+):
+    unknown = compare_methods(**scorers(), methods=methods)
+    assert unknown.judge == {}
+    sentences = verdict(unknown)
+    assert sentences.startswith("Judge: accuracy unknown")
+    assert "Success, redirect, n = 9: unsteered" in sentences
+    guess = {"accuracy": 1 / 3, "n": 6.0, "chance": 1 / 3, "majority": 1 / 3}
+    said = verdict(replace(unknown, judge=guess))
+    assert said == (
+        "Judge: accuracy 0.33 [0.10, 0.70], n = 6, chance 0.33. No verdict: the judge's interval is "
+        "not above chance, so its target rates mean nothing. Give it more labelled texts, or use "
+        "another judge."
+    )
+    assert Markup.escape(said) in comparison_html(replace(unknown, judge=guess))
+    good = verdict(replace(unknown, judge=guess | {"accuracy": 1.0}))
+    assert good.startswith("Judge: accuracy 1.00 [0.61, 1.00], n = 6, chance 0.33. Success,")
+    assert "better than random directions; more cases narrow them" in good
+
+
 def test_a_sweep_that_goes_on_from_its_log_writes_no_text_again_and_finds_the_same(
     scorers, methods, monkeypatch
 ):
@@ -202,6 +231,15 @@ def test_a_log_holds_a_line_for_each_outcome_that_json_alone_can_read(scorers, m
     assert head["settings"] == {"model": "bridge"}
     assert [line["key"]["split"] for line in lines] == ["test"]
     assert all(len(line["outcome"]["texts"]) == 9 for line in lines)
+
+
+def test_texts_of_a_comparison_are_no_formulas_in_a_spreadsheet(scorers, methods, tmp_path):
+    found = compare_methods(**scorers(), methods=methods[:1])
+    texts = found.texts.assign(text='=HYPERLINK("http://x")')
+    write_comparison(replace(found, texts=texts), tmp_path / "out")
+    with (tmp_path / "out" / "texts.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["text"] for row in rows} == {'\'=HYPERLINK("http://x")'}
 
 
 def test_a_request_is_used_where_the_cases_have_one(tiny_models):

@@ -283,8 +283,8 @@ def test_every_judge_finds_the_level_of_right_feedback(judge):
 
 def test_the_classifier_finds_no_level_in_text_that_is_no_feedback(judge):
     assert judge.classes == tuple(LEVELS)
-    assert min(judge.held_out.values()) >= 0.95
-    assert set(judge.held_out) == {"feedback", "shuffled", "verb_repeating"}
+    assert judge.held_out["n"] == 600
+    assert min(judge.held_out[name] for name in ("accuracy", "shuffled", "verb_repeating")) >= 0.95
     texts = ["", " ", "\n", "the the the", "w1 w20"]
     assert judge(texts, texts) == [None] * 5
 

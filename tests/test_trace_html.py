@@ -26,7 +26,7 @@ class Page(HTMLParser):
         attributes = dict(attrs)
         self.attributes |= set(attributes)
         if "title" in attributes:
-            self.spans.append([attributes["title"], attributes["style"], ""])
+            self.spans.append([attributes["title"], attributes.get("style", ""), ""])
 
     def handle_data(self, data):
         self.text += data
@@ -40,6 +40,10 @@ class Page(HTMLParser):
     @property
     def tokens(self) -> list[str]:
         return [text for _, _, text in self.spans]
+
+    @property
+    def steered(self) -> list[str]:
+        return [text for _, style, text in self.spans if "background" in style]
 
     @property
     def opacities(self) -> list[float]:
@@ -177,6 +181,30 @@ def test_the_trace_of_a_generation_shows_its_steered_tokens(model, saes, targets
     means = table.groupby(["run", "row", "position"])["relative_change"].mean()
     assert page.opacities == pytest.approx(list(0.6 * means / means.max()), abs=1e-3)
     first = table.drop_duplicates(["run", "row", "position"])["text"].tolist()
-    assert [text for text in page.tokens if text != " … "] == first
+    assert page.steered == first
     assert trace.to_html("posterior_after.create") != trace.to_html()
     assert len(sqs.plots.plot_posterior(table).data) == 2 * 2 * 2
+
+
+def test_the_end_of_the_prompt_and_what_was_written_stand_around_the_steered_token(
+    model, saes, targets
+):
+    prompts = [" ".join(f"w{i}" for i in range(20)), "w5 w6"]
+    settings = {"objective": sqs.SquaredDistance(), "n_steps": 1, "step_size": 0.5}
+    steerer = sqs.LatentGradientSteerer(saes, targets, target="create", **settings)
+    with steerer.apply(model, record=True) as trace:
+        tokens = model.generate(
+            prompts,
+            max_new_tokens=12,
+            return_type="tokens",
+            do_sample=False,
+            stop_at_eos=False,
+            verbose=False,
+        )
+    page = Page(trace.to_html())
+    assert page.steered == ["w19", "w6"]
+    texts = [[model.tokenizer.decode([token]) for token in row] for row in tokens.tolist()]
+    written = [row[-12:-1] for row in texts]  # the last token is never read
+    end, short = [f"w{i}" for i in range(11, 20)], ["<s>", "w5", "w6"]
+    assert page.tokens == [" … ", *end, *written[0], *short, *written[1]]
+    assert page.spans[-1][:2] == ["position 13: not steered", ""]

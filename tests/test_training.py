@@ -31,7 +31,8 @@ import sae_query_steer as sqs
 from sae_query_steer.config import Standard, TopK, TrainingConfig
 from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.models.activations import read_activations
-from sae_query_steer.training.saelens import HeadwiseTrainer
+from sae_query_steer.progress import SECONDS, progress_bar
+from sae_query_steer.training.saelens import HeadwiseMultiTrainer, HeadwiseTrainer
 
 TOPK = TopK(d_sae_per_head=16, k=3)
 
@@ -249,9 +250,26 @@ def test_sites_and_config_must_fit_the_model(tiny_models, texts):
 
 
 def test_training_ends_with_the_progress_bars_switched_off(tiny_models, texts, monkeypatch):
-    monkeypatch.setattr("sae_query_steer.training.stream.tqdm", partial(tqdm, disable=True))
+    monkeypatch.setattr("sae_query_steer.training.stream.progress_bar", partial(tqdm, disable=True))
     saes = small(tiny_models["bridge"], texts)
     assert (saes.metrics["n_tokens"] >= 16_384).all()
+
+
+def test_bars_update_rarely_and_name_the_loss(tiny_models, texts, monkeypatch):
+    bars = []
+    update = HeadwiseMultiTrainer._update_pbar
+
+    def seen(self, outputs, bar, update_interval=100):
+        update(self, outputs, bar, update_interval=1)
+        bars.append((bar.mininterval, bar.postfix))
+
+    monkeypatch.setattr(HeadwiseMultiTrainer, "_update_pbar", seen)
+    small(tiny_models["bridge"], texts)
+    assert {seconds for seconds, _ in bars} == {SECONDS}
+    assert all(text.startswith("loss blocks.") for _, text in bars)
+    with progress_bar(total=2) as bar:
+        bar.update(2)
+    assert bar.last_print_n == 0, "short work shows no bar"
 
 
 def test_training_starts_at_the_mean_query_and_a_poor_end_is_told(tiny_models, texts):

@@ -129,6 +129,7 @@ def demo(
 def _show(found: "sqs.compare.Comparison") -> None:
     from sae_query_steer.compare.report import display_rows, verdict
 
+    say(f"\n{verdict(found)}\n")
     show(display_rows(found))
     judge = ", ".join(f"{name} {share:.3f}" for name, share in found.judge.items())
-    say(f"\njudge: {judge}\n\n{verdict(found)}\n")
+    say(f"\njudge: {judge}")

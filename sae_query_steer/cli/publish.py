@@ -83,7 +83,7 @@ def bundle(
         note: A paragraph for the model card.
     """
     output.check("bundle.json")
-    import pandas as pd
+    from sae_query_steer.storage.csv_files import read_csv_text
 
     made, centroids = None, None if targets is None else sqs.CentroidTargets.load(targets)
     loaded, saes = model.load_both()
@@ -96,7 +96,7 @@ def bundle(
         saes,
         targets=centroids,
         steerer=made,
-        evaluation=None if evaluation is None else pd.read_csv(evaluation),
+        evaluation=None if evaluation is None else read_csv_text(evaluation),
         model_name=model_name,
         license=license,
         note=note,

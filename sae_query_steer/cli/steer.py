@@ -18,6 +18,7 @@ from sae_query_steer.cli.options import (
     show,
     span_of,
 )
+from sae_query_steer.sites import ALL_HEADS
 
 ObjectiveName = Literal[
     "prototype-log-likelihood",
@@ -30,11 +31,10 @@ ObjectiveName = Literal[
 _ACHIEVED = ("class_effect", "class_effect_se", "moved", "moved_control")
 
 _SHOWN = (
-    *("layer", "head", *_ACHIEVED, "achieved_effect", "achieved_moved"),
-    *("accuracy_latents", "accuracy_query", "accuracy_position", "accuracy_token"),
-    *("chance", "verdict"),
+    *("layer", "head", "verdict", *_ACHIEVED, "achieved_effect", "achieved_moved"),
+    *("accuracy_latents", "accuracy_query", "accuracy_position", "accuracy_token", "chance"),
 )
-"""Columns that `sites` shows; the file has all."""
+"""Columns that `sites` shows, the verdict first; the file has all."""
 
 
 def targets(*, model: ModelWithSAEs, examples: Examples, output: Output) -> None:
@@ -63,7 +63,7 @@ def sites(
     output: Optional,
     targets: Path | None = None,
     n_pairs: int = 64,
-    per_head: bool = True,
+    per_head: bool = False,
     seed: int = 0,
 ) -> None:
     """Measure which sites can be steered: interchange effect, separability, and a verdict.
@@ -74,11 +74,12 @@ def sites(
         output: the folder of the table as CSV.
         targets: Folder that `targets` wrote: also steer each site to its centroids.
         n_pairs: Pairs for the interchange effect.
-        per_head: Also measure every head alone.
+        per_head: Also measure and show every head alone.
         seed: Random seed.
     """
     output.check("sites.csv")
     from sae_query_steer.diagnostics.verdicts import closing_sentence
+    from sae_query_steer.storage.csv_files import csv_text
 
     labelled = examples.read()
     centroids = None if targets is None else sqs.CentroidTargets.load(targets)
@@ -99,9 +100,13 @@ def sites(
         achieved = achieved[["layer", "head", *_ACHIEVED]].rename(columns=names)
         table = table.merge(achieved, on=["layer", "head"])
     table = sqs.diagnostics.site_verdicts(table)
-    show(table.filter(_SHOWN))
-    say(closing_sentence(table))
-    output.write({"sites.csv": table.to_csv(index=False)})
+    say(f"\n{closing_sentence(table)}\n")
+    of_layer = table["head"] == ALL_HEADS
+    show(table[of_layer].filter(_SHOWN).drop(columns="head"))
+    if per_head:
+        say("")
+        show(table[~of_layer].filter(_SHOWN))
+    output.write({"sites.csv": csv_text(table)})
 
 
 def steer(
@@ -163,6 +168,8 @@ def steer(
         say("No token was steered: none of the tokens that were read is in the scope.")
     else:
         show(trace.summary())
+    from sae_query_steer.storage.csv_files import csv_text
+
     texts = {"prompt": prompt, "unsteered": plain, "steered": steered}
-    files = {"texts.json": json.dumps(texts, indent=2), "trace.csv": table.to_csv(index=False)}
+    files = {"texts.json": json.dumps(texts, indent=2), "trace.csv": csv_text(table)}
     output.write(files)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from sae_query_steer.compare.methods import Method, random_methods
 from sae_query_steer.compare.scorer import Outcome, TextScorer
 from sae_query_steer.compare.scores import distinct_n
 from sae_query_steer.diagnostics.metrics import wilson_interval
+from sae_query_steer.progress import progress_bar
 
 MAX_PERPLEXITY_RATIO = 1.5
 """Highest perplexity ratio of a strength that is chosen. Source: our choice."""
@@ -37,7 +37,7 @@ class Comparison:
     """Metrics of the SAEs by layer, if they were trained for the comparison."""
 
     judge: Mapping[str, float] = field(default_factory=dict)
-    """Held-out accuracy of the judge."""
+    """Held-out scores of the judge, see `Judge`."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Sizes, seeds, and what else the numbers depend on."""
@@ -76,7 +76,7 @@ def compare_methods(
     chosen: list[tuple[Method, dict[str, float]]] = []
     curves = []
     best: tuple[float, int] | None = None
-    for method in tqdm(methods, desc="Choosing strengths", unit="method"):
+    for method in progress_bar(methods, desc="Choosing strengths", unit="method"):
         strengths = dict.fromkeys(tasks, float(method.strengths[0]))
         if len(method.strengths) > 1 or method.objective is not None:
             found = strength_curves(validation, method)
@@ -91,7 +91,7 @@ def compare_methods(
         model_of, strengths = chosen[best[1]]
         chosen += [(control, strengths) for control in random_methods(model_of, control_seeds)]
     rows, texts = [], []
-    for method, strengths in tqdm(chosen, desc="Comparing methods", unit="method"):
+    for method, strengths in progress_bar(chosen, desc="Comparing methods", unit="method"):
         for strength in sorted(set(strengths.values())):
             same = [task for task in tasks if strengths[task] == strength]
             for task, outcome in test.score(method, strength, same).items():
@@ -100,7 +100,10 @@ def compare_methods(
     for table in (rows, curves, texts):
         table.sort(key=lambda row: tasks.index(row["task"]))
     return Comparison(
-        rows=pd.DataFrame(rows), curves=pd.DataFrame(curves), texts=pd.DataFrame(texts)
+        rows=pd.DataFrame(rows),
+        curves=pd.DataFrame(curves),
+        texts=pd.DataFrame(texts),
+        judge=test.judge.held_out,
     )
 
 

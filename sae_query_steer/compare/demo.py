@@ -205,7 +205,7 @@ def run_demo(
         compared,
         sites=table,
         saes=metrics,
-        judge={**judge.held_out, **(_agreement(compared.texts) if notes else {})},
+        judge={**compared.judge, **(_agreement(compared.texts) if notes else {})},
         settings=told | {"layers": list(layers)},
     )
 

@@ -11,6 +11,13 @@ from sae_query_steer.arguments import check_number
 MAX_BYTES = 2**20
 """Largest answer of a server that is read."""
 
+_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""What the client raises on JSON of another form, or that is too deep."""
+
+
+class NoAnswerError(RuntimeError):
+    """A reply without an answer, to one question: a `LanguageModelJudge` finds no class in it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatEndpoint:
@@ -68,8 +75,9 @@ class ChatEndpoint:
 
         Raises:
             ConnectionError: the server cannot be reached, or has not answered in `timeout` seconds.
-            RuntimeError: it answers with an error, with more than 1 MiB, or with something that is
-                no chat completion.
+            RuntimeError: it answers with an error.
+            NoAnswerError: it answers with more than 1 MiB, or with something that is no chat
+                completion.
             ImportError: the client `openai` is not installed.
         """
         found: list[str | Exception] = []
@@ -133,12 +141,12 @@ class ChatEndpoint:
             said = f"status {error.status_code}: {error.response.text}"
             raise RuntimeError(self._answered(said)) from None
         except _TooLongError as error:
-            raise RuntimeError(self._answered(str(error))) from None
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError) as error:
+            raise NoAnswerError(self._answered(str(error))) from None
+        except _UNREADABLE + (openai.OpenAIError,) as error:
             said = f"no chat completion ({type(error).__name__}): does base_url end in /v1?"
-            raise RuntimeError(self._answered(said)) from None
+            raise NoAnswerError(self._answered(said)) from None
         if not isinstance(answer, str):
-            raise RuntimeError(
+            raise NoAnswerError(
                 self._answered(f"no text: max_tokens={self.max_tokens} may be too few to reason")
             )
         return answer

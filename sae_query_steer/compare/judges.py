@@ -4,6 +4,7 @@ Train and measure a judge on other texts than those that made the centroids.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import Formatter
@@ -12,10 +13,11 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import recall_score
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 
+from sae_query_steer.compare.endpoint import NoAnswerError
+from sae_query_steer.compare.held_out import held_out_scores
 from sae_query_steer.data.examples import LabelledExample, check_classes
 
 TEMPLATE = """Which of these classes does the response belong to: {classes}?
@@ -68,7 +70,9 @@ class _Measured:
                 "examples out"
             )
         found = self([e.prompt for e in examples], [e.response for e in examples])
-        return replace(self, held_out=_scores(found, [e.label for e in examples], self.classes))
+        return replace(
+            self, held_out=held_out_scores(found, [e.label for e in examples], self.classes)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,14 +140,29 @@ class LanguageModelJudge(_Measured):
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
         """Return the class that the model names for each text; None if it names none or several.
 
+        Texts to which `ask` raised `NoAnswerError` have no class either, with a warning.
+
         Raises:
             ValueError: not one prompt for each text.
+            NoAnswerError: there is no answer to any text.
         """
         names = ", ".join(self.classes)
-        return [
-            self.parsed(self.ask(self.template.format(prompt=prompt, text=text, classes=names)))
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        found: list[str | None] = []
+        errors: list[NoAnswerError] = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            question = self.template.format(prompt=prompt, text=text, classes=names)
+            try:
+                found.append(self.parsed(self.ask(question)))
+            except NoAnswerError as error:
+                errors.append(error)
+                found.append(None)
+        if errors and len(errors) == len(found):
+            raise errors[0]
+        if errors:
+            warnings.warn(
+                f"{len(errors)} of {len(found)} texts have no class: {errors[0]}", stacklevel=2
+            )
+        return found
 
     def parsed(self, answer: str) -> str | None:
         """Return the one class that an answer names, or None."""
@@ -201,7 +220,7 @@ class ClassifierJudge:
             test += out
         judge = cls(pipeline=_fitted(train), classes=classes, held_out={})
         texts, labels = [text for text, _ in test], [label for _, label in test]
-        scores = _scores(judge(texts, texts), labels, classes)
+        scores = held_out_scores(judge(texts, texts), labels, classes)
         return replace(judge, pipeline=_fitted(pairs), held_out=scores)
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
@@ -227,23 +246,6 @@ def _fitted(pairs: Sequence[tuple[str, str]]) -> Pipeline:
         LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000),
     )
     return pipeline.fit([text for text, _ in pairs], [label for _, label in pairs])
-
-
-def _scores(
-    found: Sequence[str | None], labels: Sequence[str], classes: Sequence[str]
-) -> dict[str, float]:
-    """Return `Judge.held_out` of found and true classes."""
-    right = [guess == label for guess, label in zip(found, labels, strict=True)]
-    present = sorted(set(labels))
-    guesses = ["" if guess is None else guess for guess in found]
-    return {
-        "accuracy": sum(right) / len(right),
-        "balanced_accuracy": float(recall_score(labels, guesses, labels=present, average="macro")),
-        "answered": sum(guess is not None for guess in found) / len(found),
-        "n": float(len(found)),
-        "chance": 1 / len(classes),
-        "majority": max(labels.count(name) for name in present) / len(labels),
-    }
 
 
 def _check_responses(examples: Sequence[LabelledExample]) -> None:

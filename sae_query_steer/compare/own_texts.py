@@ -131,7 +131,7 @@ def compare_on_texts(
         kept = ComparisonLog(log, told | {"contents": digest_of(made, examples)})
         scorers = [replace(scorer, log=kept) for scorer in scorers]
     compared = compare_methods(scorers[0], scorers[1], methods)
-    return replace(compared, sites=table, judge=judge.held_out, settings=told)
+    return replace(compared, sites=table, settings=told)
 
 
 def layer_verdicts(

@@ -15,7 +15,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_query_steer.compare.comparison import MAX_PERPLEXITY_RATIO, Comparison
+from sae_query_steer.compare.held_out import judge_sentence, may_guess
 from sae_query_steer.diagnostics.verdicts import closing_sentence
+from sae_query_steer.storage.csv_files import csv_text
 from sae_query_steer.storage.folders import check_replaceable, locked, new_folder
 from sae_query_steer.storage.records import write_json
 
@@ -48,6 +50,7 @@ _SHOWN = {
 
 _SITES = {
     "layer": "layer",
+    "verdict": "verdict",
     "class_effect": "class effect, nats",
     "class_effect_se": "its s.e.",
     "moved": "probability moved",
@@ -56,7 +59,6 @@ _SITES = {
     "accuracy_latents": "separability: latents",
     "accuracy_query": "raw q",
     "accuracy_token": "token alone",
-    "verdict": "verdict",
 }
 
 
@@ -74,7 +76,7 @@ def write_comparison(found: Comparison, folder: str | Path, *, overwrite: bool =
     with new_folder(folder, overwrite=overwrite, holding=RESULTS) as new:
         for name, table in tables.items():
             if table is not None:
-                table.to_csv(new / f"{name}.csv", index=False)
+                (new / f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
         told = {"settings": dict(found.settings), "judge": dict(found.judge)}
         write_json(new / RESULTS, told | {"versions": _versions()})
         (new / "report.html").write_text(comparison_html(found), encoding="utf-8")
@@ -152,7 +154,7 @@ def _frontier_figure(found: Comparison) -> go.Figure:
         color="name",
         symbol="name",
         facet_col="task",
-        hover_data="step_size",
+        hover_data=["step_size", "n", "ci_low", "ci_high"],
         log_x=True,
         range_y=[0, 1.03],
         height=460,
@@ -183,8 +185,14 @@ def row_names(table: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
 
 
 def verdict(found: Comparison) -> str:
-    """Return the result in a few sentences: the best of each kind, and the negative control."""
+    """Return the result in a few sentences: the judge, the best of each kind, and the control.
+
+    If the judge may be guessing, there is no result.
+    """
     said = [] if found.sites is None else [closing_sentence(found.sites)]
+    said.append(judge_sentence(found.judge))
+    if may_guess(found.judge):
+        return " ".join(said)
     for task, rows in found.rows.assign(name=row_names(found.rows, found.rows)).groupby(
         "task", sort=False
     ):
@@ -206,8 +214,11 @@ def verdict(found: Comparison) -> str:
         if "random directions of its length" in best:
             control = best["random directions of its length"]
             if best["best steering"]["success_low"] <= control["success_high"]:
-                parts.append("the intervals overlap: steering is no better than chance")
-        said.append(f"Success, {task}: " + ", ".join(parts) + ".")
+                parts.append(
+                    "the intervals overlap: steering is not shown to be better than random "
+                    "directions; more cases narrow them"
+                )
+        said.append(f"Success, {task}, n = {rows['n'].max()}: " + ", ".join(parts) + ".")
     return " ".join(said)
 
 

@@ -10,6 +10,7 @@ from sklearn.pipeline import make_pipeline
 
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.compare.generation import continuations
+from sae_query_steer.compare.held_out import held_out_scores
 from sae_query_steer.compare.judges import ClassifierJudge, RuleJudge
 from sae_query_steer.compare.methods import SteeringCase
 from sae_query_steer.data.examples import LabelledExample
@@ -113,8 +114,8 @@ def level_judge(*, n_per_level: int = 400, seed: int = 7) -> ClassifierJudge:
 
     It is trained on texts of the corpus's split "train". Half of them are no feedback (shuffled
     words, and verbs of a level repeated), so that a text that only contains a level's words has no
-    class. Its `held_out` is of the split "validation": "feedback", the share of feedbacks given
-    their level; "shuffled" and "verb_repeating", the share of such texts given no level.
+    class. Its `held_out` is of the feedbacks of the split "validation", with two entries more:
+    "shuffled" and "verb_repeating", the share of such texts given no level.
 
     Args:
         n_per_level: feedbacks of each level to train on.
@@ -131,8 +132,7 @@ def level_judge(*, n_per_level: int = 400, seed: int = 7) -> ClassifierJudge:
     pipeline.fit(texts + broken, labels + ["none"] * len(broken))
     judge = ClassifierJudge(pipeline=pipeline, classes=tuple(BloomLevel), held_out={})
     texts, labels = _labelled("validation", 0, 100)
-    right = [a == b for a, b in zip(judge(texts, texts), labels, strict=True)]
-    shares = {"feedback": sum(right) / len(right)}
+    shares = held_out_scores(judge(texts, texts), labels, judge.classes)
     for name, kind in _BROKEN.items():
         judged = judge(texts, kind(texts, labels, 0))
         shares[name] = judged.count(None) / len(judged)

@@ -7,11 +7,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_query_steer.diagnostics.latent_texts import TopTokens
 from sae_query_steer.diagnostics.moved import decoder_rows
 from sae_query_steer.models.activations import pattern_hook, read_activations
+from sae_query_steer.progress import progress_bar
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.sites import QuerySite
 
@@ -66,7 +66,9 @@ def attention_effect(
     places = tops.places[site.hook_name][..., :n_tokens]
     directions = decoder_rows(encoder, heads).float().cpu()
     found: dict[tuple[int, int, int], Look] = {}
-    with tqdm(total=int((places >= 0).sum()), desc="Switching latents off", unit="latent") as bar:
+    with progress_bar(
+        total=int((places >= 0).sum()), desc="Switching latents off", unit="latent"
+    ) as bar:
         for own in _passes(places, width, site.n_heads, batch_size):
             head, latent, rank, position = torch.tensor(
                 own[["head", "latent", "rank", "position"]].to_numpy()

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from sae_query_steer.data.tokenized import TokenizedExample
+from sae_query_steer.progress import progress_bar
 from sae_query_steer.scopes.positions import Positions, Span, by_position, select
 
 PAD = -1
@@ -78,7 +78,9 @@ def example_batches(
         description: of the progress bar; None shows none.
     """
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
-    with tqdm(total=len(order), desc=description, unit="text", disable=description is None) as bar:
+    with progress_bar(
+        total=len(order), desc=description, unit="text", disable=description is None
+    ) as bar:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             rows = [examples[index] for index in indices]
@@ -115,7 +117,7 @@ def row_batches(
         batch_size: rows of a batch, 1 or more.
         description: of the progress bar.
     """
-    with tqdm(total=len(rows), desc=description, unit="row") as bar:
+    with progress_bar(total=len(rows), desc=description, unit="row") as bar:
         for start in range(0, len(rows), batch_size):
             tokens = rows[start : start + batch_size].long()
             real = tokens != PAD

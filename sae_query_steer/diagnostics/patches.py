@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.data.batches import TokenBatch, example_batches
@@ -18,6 +17,7 @@ from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
 from sae_query_steer.diagnostics.metrics import kl_divergence, total_variation
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import check_not_steered
+from sae_query_steer.progress import progress_bar
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 
 
@@ -149,7 +149,9 @@ class Trial:
         found: list[list[pd.DataFrame]] = [[] for _ in cases]
         order: list[int] = []
         bases = self.examples.subset(pair.base for pair in self.pairs)
-        with tqdm(total=len(self.pairs) * len(cases), desc=description, unit="patch") as bar:
+        with progress_bar(
+            total=len(self.pairs) * len(cases), desc=description, unit="patch"
+        ) as bar:
             for batch in example_batches(bases, bases.batch_size):
                 order += batch.indices
                 pairs = [self.pairs[i] for i in batch.indices]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
@@ -34,7 +35,9 @@ def site_verdicts(table: pd.DataFrame, *, n_sites: int | None = None) -> pd.Data
         n_sites: number of sites that were tested; None means the rows of the table.
 
     Returns:
-        The table with `steer_here` and `verdict`, the reason with its numbers.
+        The table with `steer_here` and `verdict`, the first reason in at most 48 characters, which
+        pandas prints whole. A site without a standard error has no verdict: add examples. Where the
+        latents do not separate the classes, train other SAEs.
 
     Raises:
         ValueError: missing columns, or no sites.
@@ -66,31 +69,38 @@ def closing_sentence(table: pd.DataFrame) -> str:
     if good:
         named = "; ".join(f"{_name(row)} ({row['shift']:.0%})" for row in good)
         return f"Steer here: {named}. In brackets: total variation beyond that of the control."
-    best = order.iloc[0].to_dict()
     where = "this site" if len(table) == 1 else f"any of these {len(table)} sites"
+    if not np.isfinite(table["class_effect_se"]).any():
+        return f"No verdict at {where}: too few examples for a standard error. Add examples."
+    best = order.iloc[0].to_dict()
+    numbers = (
+        f"class effect {best['class_effect']:.3f} ± {best['class_effect_se']:.3f} nats, total "
+        f"variation {best['moved']:.1%}, control {best['moved_control']:.1%}"
+    )
+    if "accuracy_latents" in best:
+        numbers += f", separability {best['accuracy_latents']:.2f}, chance {best['chance']:.2f}"
     reason = best["verdict"].split(": ", 1)[1]
-    return f"Nothing to steer at {where}. Largest total variation at {_name(best)}: {reason}."
+    return (
+        f"Nothing to steer at {where}. Largest total variation at {_name(best)}: {reason} "
+        f"({numbers})."
+    )
 
 
 def _judged(row: dict[Hashable, Any], n_errors: float) -> tuple[bool, str]:
     effect, error = row["class_effect"], row["class_effect_se"]
-    found = f"class effect {effect:.3f} ± {error:.3f} nats"
-    moved = f"total variation {row['moved']:.1%}, control {row['moved_control']:.1%}"
-    none = f"nothing to steer here: {found}"
+    beyond, none = row["moved"] - row["moved_control"], "nothing to steer here"
     if not math.isfinite(error):
-        return False, f"{none}, too few examples for a standard error"
+        return False, "no verdict: too few examples"
     if not effect > n_errors * error:
-        return False, f"{none}, not above {n_errors:.1f} standard errors"
-    if row["moved"] - row["moved_control"] < MIN_MOVED:
-        return False, f"{none}, but {moved}, which differ by less than {MIN_MOVED:.0%}"
+        return False, f"{none}: class effect < {n_errors:.1f} s.e."
+    if beyond < MIN_MOVED:
+        return False, f"{none}: moves less than {MIN_MOVED:.0%}"
     if "accuracy_latents" in row:
         accuracy, chance = row["accuracy_latents"], row["chance"]
+        # The lower end of Wilson's interval is above chance.
         if not accuracy > chance + n_errors * math.sqrt(chance * (1 - chance) / row["n_test"]):
-            return False, (
-                f"{none}, {moved}, but the latents do not separate the classes "
-                f"(accuracy {accuracy:.2f}, chance {chance:.2f}): train other SAEs"
-            )
-    return True, f"steer here: {found}, {moved}"
+            return False, f"{none}: latents do not separate"
+    return True, f"steer here: moves {beyond:.0%} more than the control"
 
 
 def _name(row: dict[Hashable, Any]) -> str:

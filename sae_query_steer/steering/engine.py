@@ -140,6 +140,8 @@ def edit_hook(
         positions = positions_of(whole)
         if positions is None:
             return None
+        if seen is not None:
+            seen.read(positions)
         mask = select(scope, positions)
         tokens = positions.tokens_at(mask)
         rows, columns = tokens.row, tokens.column
@@ -185,6 +187,8 @@ def keyed_hook(
         positions = tracker.positions
         if positions is None:
             return None
+        if seen is not None:
+            seen.read(positions)
         tokens = positions.tokens_at(select(scope, positions))
         if len(tokens.row) == 0:
             return None
@@ -275,6 +279,11 @@ class _Recorder:
         self, trace: SteeringTrace, tracker: PositionTracker, attention: AttentionRecorder | None
     ) -> None:
         self._trace, self._tracker, self._attention = trace, tracker, attention
+
+    def read(self, positions: Positions) -> None:
+        """Keep the tokens of the rows so far, steered or not."""
+        if positions.tokens is not None:
+            self._trace.read[self._tracker.run_number] = positions
 
     def keep(
         self, made: QueryChange, before: Tensor, at: SiteHeads, tokens: TokenPositions

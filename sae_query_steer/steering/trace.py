@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.scopes.positions import TokenPositions
+from sae_query_steer.scopes.positions import Positions, TokenPositions
 from sae_query_steer.steering.attention_trace import KEYS, AttentionTrace
 from sae_query_steer.steering.trace_html import note_html, text_html
 
@@ -90,6 +91,9 @@ class SteeringTrace:
     method: str = "latent gradient"
     tokenizer: Any = None
     records: list[TraceRecord] = field(default_factory=list)
+    read: dict[int, Positions] = field(default_factory=dict)
+    """The last forward pass of each run whose tokens are known."""
+
     attention: AttentionTrace = field(default_factory=AttentionTrace)
 
     def __repr__(self) -> str:
@@ -194,8 +198,10 @@ class SteeringTrace:
     def to_html(self, value: str = "relative_change") -> str:
         """Return the steered text, each token coloured by a value.
 
-        Notebooks display it if the trace is the last expression of a cell. Tooltips show the
-        position, the relative change, and the nearest class before and after.
+        Shown are the steered tokens, those around them, and what was written, up to the last token,
+        which the model never reads. Notebooks display it if the trace is the last expression of a
+        cell. Tooltips show the position, the relative change, and the nearest class before and
+        after.
 
         Args:
             value: the column of `to_dataframe` that sets the colour, as mean over layers and heads.
@@ -207,13 +213,30 @@ class SteeringTrace:
             ValueError: the intervention was applied without `record=True`, or `value` is not a
                 numeric column.
         """
-        return text_html(self.to_dataframe(), value)
+        return text_html(self.to_dataframe(), value, self._texts())
 
     def _repr_html_(self) -> str:
         try:
             return self.to_html()
         except ValueError as error:
             return note_html(str(error))
+
+    def _texts(self) -> pd.DataFrame:
+        """Return every token that was read, steered or not, and whether it was generated."""
+        known = self.tokenizer is not None
+        decode = cache(lambda token: self.tokenizer.decode([token]) if known else None)
+        rows = []
+        for run, positions in self.read.items():
+            assert positions.tokens is not None, "kept where tokens are known"
+            for row, tokens in enumerate(positions.tokens.tolist()):
+                ends = positions.prompt_lengths
+                end = len(tokens) if ends is None else int(ends[row])
+                rows += [
+                    (run, row, position, decode(token), position >= end)
+                    for position, token in enumerate(tokens)
+                    if token >= 0
+                ]
+        return pd.DataFrame(rows, columns=[*KEYS[:3], "text", "written"])
 
     def _table(self, record: TraceRecord) -> pd.DataFrame:
         n_tokens, n_heads = record.query_norm.shape

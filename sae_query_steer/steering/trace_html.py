@@ -14,16 +14,24 @@ _CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {10: "↵\n", 9: "
 """Control characters as they are shown."""
 
 
-def text_html(table: pd.DataFrame, value: str = "relative_change") -> str:
+CONTEXT = 8
+"""Tokens that are shown on either side of a steered one."""
+
+
+def text_html(
+    table: pd.DataFrame, value: str = "relative_change", read: pd.DataFrame | None = None
+) -> str:
     """Return the steered tokens of every run and row in order, coloured by a value.
 
     The value of a token is its mean over layers and heads; the opacity of its background is the
     value's share of the largest, and negative values have another colour. An ellipsis stands for
-    tokens that were not steered: the table does not contain them.
+    tokens that are not shown.
 
     Args:
         table: the result of `SteeringTrace.to_dataframe`.
         value: the column to show, such as "delta_norm" or "posterior_after.analyze".
+        read: all tokens, with run, row, position, text and written. Those within `CONTEXT` of a
+            steered token are shown too, and those that were written.
 
     Raises:
         ValueError: the table has no such numeric column; the message lists those it has.
@@ -46,6 +54,9 @@ def text_html(table: pd.DataFrame, value: str = "relative_change") -> str:
     tokens = table.groupby(KEYS[:3], as_index=False).agg(**present)
     scale = max((abs(x) for x in tokens["value"] if math.isfinite(x)), default=0.0)
     tokens["share"] = (tokens["value"] / scale).fillna(0.0) if scale else 0.0
+    tokens["steered"] = True
+    if read is not None and len(read):
+        tokens = _with_others(tokens, read)
     by_row = groupby(tokens.to_dict("records"), lambda token: (token["run"], token["row"]))
     return _render(
         value=value,
@@ -54,6 +65,17 @@ def text_html(table: pd.DataFrame, value: str = "relative_change") -> str:
         no_text=not any(isinstance(text, str) and text for text in tokens.get("text", ())),
         rows=[(key, list(own)) for key, own in by_row],
     )
+
+
+def _with_others(tokens: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
+    """Return the tokens to show: the steered ones, those around them and those written."""
+    own = tokens.drop(columns="text", errors="ignore")
+    every = own.merge(read, how="outer", on=KEYS[:3], sort=True)
+    for name in ("steered", "written"):
+        every[name] = every[name].eq(True)
+    by_row = every["steered"].astype(float).groupby([every["run"], every["row"]])
+    near = by_row.transform(lambda s: s.rolling(2 * CONTEXT + 1, 1, center=True).max())
+    return every[(near > 0) | (every["written"] & (by_row.transform("max") > 0))]
 
 
 def note_html(message: str) -> str:

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from sae_query_steer.config import TrainingConfig
+from sae_query_steer.progress import SECONDS
 
 CLIP_NORM = 1.0
 """Largest norm of the gradient of one head; SAELens's value for a whole SAE."""
@@ -122,10 +123,11 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
     @override
     def _update_pbar(self, step_outputs: Any, pbar: Any, update_interval: int = 100) -> None:
         # SAELens moves the bar every 100 steps: a short run would stay at 0 % to its end.
-        pbar.update(self.n_training_samples - pbar.n)
+        pbar.mininterval = SECONDS
         if self.n_training_steps % update_interval == 0:
-            losses = (f"{name}: {out.loss.item():.4f}" for name, out in step_outputs.items())
-            pbar.set_postfix_str(", ".join(losses))
+            losses = (f"{name} {out.loss.item():.4f}" for name, out in step_outputs.items())
+            pbar.set_postfix_str(f"loss {', '.join(losses)}", refresh=False)
+        pbar.update(self.n_training_samples - pbar.n)
 
 
 class HeadwiseScaler(ActivationScaler):

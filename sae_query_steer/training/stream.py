@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_query_steer.arguments import check_device
 from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.models.activations import read_activations
+from sae_query_steer.progress import progress_bar
 from sae_query_steer.sites import QuerySite
 
 Queries = dict[str, Float[Tensor, "token d_in"]]
@@ -78,7 +78,7 @@ class QueryStream:
 
     def take(self, n: int, description: str, *, start: int = 0) -> Iterator[Queries]:
         """Yield `n` batches from batch `start` on, with a progress bar."""
-        return iter(tqdm(islice(self.batches(start), n), description, n, unit="batch"))
+        return iter(progress_bar(islice(self.batches(start), n), description, n, unit="batch"))
 
     @torch.no_grad()
     def _read(self, chunk: int) -> Queries:
