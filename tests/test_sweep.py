@@ -23,8 +23,8 @@ from sae_query_steer.compare.methods import (
     random_methods,
 )
 from sae_query_steer.compare.report import (
-    comparison_html,
     compare_into,
+    comparison_html,
     verdict,
     write_comparison,
 )
@@ -135,8 +135,8 @@ def test_the_verdict_names_the_judges_accuracy_and_is_none_where_the_judge_may_g
     guess = {"accuracy": 1 / 3, "n": 6.0, "chance": 1 / 3, "majority": 1 / 3}
     said = verdict(replace(unknown, judge=guess))
     assert said == (
-        "Judge: accuracy 0.33 [0.10, 0.70], n = 6, chance 0.33. No verdict: the judge's interval is "
-        "not above chance, so its target rates mean nothing. Give it more labelled texts, or use "
+        "Judge: accuracy 0.33 [0.10, 0.70], n = 6, chance 0.33. No verdict: the judge's interval "
+        "is not above chance, so its target rates mean nothing. Give it more labelled texts, or use "
         "another judge."
     )
     assert Markup.escape(said) in comparison_html(replace(unknown, judge=guess))
