@@ -135,7 +135,7 @@ def test_classes_of_different_sizes_are_balanced_in_the_second_score_alone():
         (corpus()[::3], "the labels name 1 class(es), ['remember']: a target needs at least"),
         (
             [*corpus(), *[labelled("new", f"a {i % 3}") for i in range(9)]],
-            "class 'new' has 3 example(s), fewer than at_least=4: add examples of it or leave",
+            "class 'new' has 3 example(s), fewer than at_least=4: add examples of it, or leave",
         ),
         (
             [*corpus(), labelled("create", "  ", prompt="Design a bridge")],

@@ -136,8 +136,8 @@ def test_the_verdict_names_the_judges_accuracy_and_is_none_where_the_judge_may_g
     said = verdict(replace(unknown, judge=guess))
     assert said == (
         "Judge: accuracy 0.33 [0.10, 0.70], n = 6, chance 0.33. No verdict: the judge's interval "
-        "is not above chance, so its target rates mean nothing. Give it more labelled texts, or use "
-        "another judge."
+        "is not above chance, so its target rates mean nothing. Give it more labelled texts, or "
+        "use another judge."
     )
     assert Markup.escape(said) in comparison_html(replace(unknown, judge=guess))
     good = verdict(replace(unknown, judge=guess | {"accuracy": 1.0}))

@@ -1,5 +1,6 @@
 """Tables as CSV in which no text is a formula to a spreadsheet."""
 
+import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ def csv_text(table: pd.DataFrame) -> str:
     Source: OWASP, CSV injection.
     """
     escaped = _with_texts(table, lambda text: f"'{text}" if _FORMULA.match(text) else text)
-    return escaped.to_csv(index=False)
+    # Quoted, because a carriage return in a text would end its row.
+    return escaped.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def read_csv_text(path: Path) -> pd.DataFrame:
