@@ -358,6 +358,13 @@ def test_texts_are_a_column_or_a_template_or_plain_text(tmp_path):
         read_texts(tmp_path / "x.csv", text="a")
 
 
+def test_blank_texts_are_refused_with_a_remedy_that_is_there(tmp_path):
+    path = write("csv", tmp_path, [{"q": "a", "level": "x"}, {"q": " ", "level": "x"}])
+    with pytest.raises(ValueError, match=r"row 2: column 'q' is blank; .* skip_blank=True"):
+        read_texts(path, text="q")
+    assert read_texts(path, text="q", skip_blank=True) == ["a"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_are_checked_from_the_header(tmp_path, kind):
     path = write(kind, tmp_path, ROWS)

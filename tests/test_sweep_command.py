@@ -118,6 +118,7 @@ def test_a_sweep_does_not_go_on_with_other_texts_under_the_same_name(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
+        ("--long", "cut-end", "--long must be refuse or drop in a comparison, got cut-end"),
         ("--objectives", "distance", "--objectives must be all, or some of .*distance"),
         ("--layers", "1", "saes must hold all layers, got none for .1.: train them"),
         ("--n-cases", "100", "n cases must be a whole number >= 1 and <= .*, got 100"),

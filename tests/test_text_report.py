@@ -2,6 +2,7 @@
 
 import warnings
 
+import pandas as pd
 import pytest
 from test_data import example, model_with, word_tokenizer
 
@@ -38,6 +39,28 @@ def test_every_finding_has_its_number_and_first_example(given):
         "span falls on 'moon'": (2, "example 0"),
         "span falls on 'red'": (1, "row 3"),
     }
+
+
+def test_rows_that_were_left_out_and_words_for_nothing_are_counted():
+    rows = pd.DataFrame(
+        {
+            "q": ["red", "blue", "", "moon", "red moon", "green"],
+            "level": ["a", "NA", "a", "b", "a", "a"],
+            "lang": [*["en"] * 5, "de"],
+        }
+    )
+    examples = sqs.read_examples(
+        rows, prompt="q", label="level", where={"lang": "en"}, skip_blank=True
+    )
+    table = example_report(model_with(word_tokenizer(bos_token="<s>")), examples)
+    found = {row["finding"]: (row["n"], row["first"]) for row in table.to_dict("records")}
+    assert found["left out: where"] == (1, "")
+    assert found["left out: blank cell"] == (1, "")
+    assert found["prompt or label is a word for nothing"] == (1, "row 1")
+    large = sqs.read_examples(
+        rows, prompt="q", label="level", skip_blank=True, min_class_size=2, where={"lang": "en"}
+    )
+    assert large.left_out == {"where": 1, "blank cell": 1, "class too small": 2}
 
 
 def test_examples_without_a_token_in_the_span_are_counted(given):

@@ -52,6 +52,8 @@ def sweep(
     chosen = index_list(layers)
     if examples.response is None:
         raise ValueError("--response must be given: the column or template of the response")
+    if examples.long.startswith("cut"):
+        raise ValueError(f"--long must be refuse or drop in a comparison, got {examples.long}")
     known = {descent.name: descent for descent in sqs.compare.DESCENTS}
     names = list(known) if objectives == "all" else objectives.split(",")
     if unknown := [name for name in names if name not in known]:
@@ -60,6 +62,7 @@ def sweep(
     def compare(log: Path) -> "sqs.compare.Comparison":
         labelled = examples.read()
         loaded, saes = model.load_both()
+        labelled = examples.fitting(loaded, labelled)
         stored = asdict(examples) | {"csv": str(examples.csv), "saes": str(model.saes)}
         return sqs.compare.compare_on_texts(
             loaded,

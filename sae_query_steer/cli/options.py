@@ -93,6 +93,9 @@ class TextOptions:
     text: str = "text"
     """Column of the text, or a template over columns."""
 
+    skip_blank: bool = False
+    """Leave out rows with a blank cell."""
+
     encoding: str = "utf-8"
     """Encoding of a text file."""
 
@@ -104,7 +107,13 @@ class TextOptions:
 
     def read(self) -> list[str]:
         """Return the texts."""
-        return sqs.read_texts(self.texts, text=self.text, encoding=self.encoding, sep=self.sep)
+        return sqs.read_texts(
+            self.texts,
+            text=self.text,
+            skip_blank=self.skip_blank,
+            encoding=self.encoding,
+            sep=self.sep,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +204,19 @@ class ExampleOptions:
         check_classes(example.label for example in examples)
         return examples
 
+    def fitting(
+        self, model: Any, examples: "list[sqs.LabelledExample]"
+    ) -> "list[sqs.LabelledExample]":
+        """Show a report on the examples, and return those that fit the model's context."""
+        from sae_query_steer.data.tokenized import tokenize_example
+
+        self.tokenized(model, examples)  # refuses long ones unless they are to be left out
+        n_ctx = int(model.cfg.n_ctx)
+        sizes = [tokenize_example(model, one, chat_template=self.turns) for one in examples]
+        return [e for e, size in zip(examples, sizes, strict=True) if len(size.tokens) <= n_ctx]
+
     def tokenized(self, model: Any, examples: "list[sqs.LabelledExample]") -> Any:
-        """Return the examples as tokens."""
+        """Show a report on the examples, and return them as tokens."""
         chosen = {"span": span_of(self.span), "chat_template": self.turns}
         show(sqs.diagnostics.example_report(model, examples, **chosen))
         return sqs.tokenize_examples(model, examples, **chosen, long=self.long)

@@ -79,17 +79,20 @@ def read_examples(
     templates = [template_parts(text) for text in (prompt, response)]
     examples: list[LabelledExample] = []
     problems: list[str] = []
-    n_rows = 0
+    left_out = Counter[str]()
     for number, row in _rows(source, encoding, sep):
-        n_rows += 1
         place = f"{_name(source)}, {number}"
         if not _kept(row, where, place):
+            left_out["where"] += 1
             continue
         try:
             texts = [_filled(parts, row, place) for parts in templates]
             raw = _filled_cell(row, label, place).strip()
         except _BlankError as error:
-            problems += [] if skip_blank else [str(error)]
+            if skip_blank:
+                left_out["blank cell"] += 1
+            else:
+                problems.append(str(error))
             continue
         try:
             name = str(parse_label(raw))
@@ -122,18 +125,36 @@ def read_examples(
         raise ValueError(f"min_class_size={min_class_size} leaves no class: there are {counts}")
     if not examples:
         kept = f"where={where if callable(where) else dict(where or {})}"
+        n_rows = left_out.total()
         raise ValueError(f"{_name(source)} gives no examples: {kept} keeps 0 of {n_rows} rows")
-    return examples
+    if small := counts.total() - len(examples):
+        left_out["class too small"] = small
+    return ExampleList(examples, left_out)
+
+
+class ExampleList(list[LabelledExample]):
+    """Labelled examples that were read, and how many rows were left out."""
+
+    def __init__(self, examples: Iterable[LabelledExample], left_out: Mapping[str, int]) -> None:
+        super().__init__(examples)
+        self.left_out = dict(left_out)
+        """Rows that were left out, by reason: "where", "blank cell", "class too small"."""
 
 
 def read_texts(
-    source: Source, *, text: str = "text", encoding: str = "utf-8", sep: str | None = None
+    source: Source,
+    *,
+    text: str = "text",
+    skip_blank: bool = False,
+    encoding: str = "utf-8",
+    sep: str | None = None,
 ) -> list[str]:
     """Return the texts of a file, frame or dataset, in order.
 
     Args:
         source: as for `read_examples`; or plain text (`.txt`) with blank lines between documents.
         text: a column or a template, see `read_examples`; plain text has none.
+        skip_blank: leave out rows with a blank cell.
         encoding: of a text file.
         sep: separator of a CSV file.
 
@@ -151,7 +172,7 @@ def read_texts(
             try:
                 texts.append(_filled(parts, row, f"{name}, {number}"))
             except _BlankError as error:
-                problems.append(str(error))
+                problems += [] if skip_blank else [str(error)]
         if problems:
             raise ValueError(listed(problems))
     if not texts:

@@ -18,6 +18,9 @@ from sae_query_steer.data.tokenized import (
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Span, select
 
+NOTHING = {"none", "na", "n/a", "nan", "null"}
+"""Words that often stand for a missing value, and are read as text."""
+
 N_TOKENS = 5
 """Most frequent tokens of the span that are listed."""
 
@@ -42,10 +45,11 @@ def example_report(
     Returns:
         A row for each finding, with
 
-        - finding: "examples"; "class C", "class C (too few: 1)"; "duplicate text"; "text with
-          several labels"; "prompt ends in white space"; "longer than the context"; "no exact
-          boundary between prompt and response"; "no token in the span"; and "span falls on T" for
-          the most frequent tokens
+        - finding: "examples"; "left out: REASON" for rows that `read_examples` left out; "class C",
+          "class C (too few: 1)"; "prompt or label is a word for nothing" (None, NA, nan, null);
+          "duplicate text"; "text with several labels"; "prompt ends in white space"; "longer than
+          the context"; "no exact boundary between prompt and response"; "no token in the span"; and
+          "span falls on T" for the most frequent tokens
         - n: examples, or tokens of the span, to which it applies
         - first: where the first of them was read, or its index
     """
@@ -59,6 +63,9 @@ def example_report(
     for name in ordered_classes(labels):
         own = [i for i, label in enumerate(labels) if label == name]
         found[f"class {name}" + (" (too few: 1)" if len(own) == 1 else "")] = own
+    found["prompt or label is a word for nothing"] = [
+        i for i, e in enumerate(examples) if {e.prompt.strip().lower(), e.label.lower()} & NOTHING
+    ]
     texts = [(example.prompt, example.response) for example in examples]
     times = Counter(texts)
     in_classes = Counter(text for text, _ in set(zip(texts, labels, strict=True)))
@@ -92,6 +99,10 @@ def example_report(
         {"finding": name, "n": len(indices), "first": place_of(examples[i := min(indices)], i)}
         for name, indices in found.items()
         if indices
+    ]
+    left_out = getattr(examples, "left_out", {})
+    rows[1:1] = [
+        {"finding": f"left out: {why}", "n": n, "first": ""} for why, n in left_out.items()
     ]
     return pd.DataFrame(rows, columns=["finding", "n", "first"])
 
