@@ -5,6 +5,7 @@ from .files import load_steerer as load_steerer
 from .files import save_steerer as save_steerer
 from .joined import JoinedSteerers as JoinedSteerers
 from .latent_descent import LatentGradientSteerer as LatentGradientSteerer
+from .latent_edit import edit_latents as edit_latents
 from .partial import partial_steerer as partial_steerer
 from .steerer import Steerer as Steerer
 from .trace import SteeringTrace as SteeringTrace

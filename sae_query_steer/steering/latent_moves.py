@@ -36,15 +36,22 @@ class LatentMove:
     @torch.no_grad()
     def described(self, delta: Float[Tensor, "token head d_head"]) -> QueryChange:
         """Return the change of the queries, with distances, loss and most moved latents."""
-        moved = self.after - self.before
-        most = moved.abs().topk(min(N_MOVED, moved.shape[-1]), dim=-1).indices
         return QueryChange(
             delta=delta,
             distance_before=squared_distances(self.before, self.goal.centroids).sqrt(),
             distance_after=squared_distances(self.after, self.goal.centroids).sqrt(),
             loss=self.loss,
-            moved_latents=most,
-            moved_by=moved.gather(-1, most),
-            n_moved=(moved != 0).sum(-1),
             temperature=self.temperature,
+            **most_moved(self.before, self.after),
         )
+
+
+def most_moved(before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """Return `moved_latents`, `moved_by` and `n_moved` of a `QueryChange`."""
+    moved = after - before
+    most = moved.abs().topk(min(N_MOVED, moved.shape[-1]), dim=-1).indices
+    return {
+        "moved_latents": most,
+        "moved_by": moved.gather(-1, most),
+        "n_moved": (moved != 0).sum(-1),
+    }
