@@ -1,5 +1,7 @@
 """Edits by hand, against a loop over latents on the SAE itself."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -60,7 +62,8 @@ def test_what_changes_no_latent_is_the_identity_and_removing_is_setting_to_zero(
     tokens = model.to_tokens(PROMPTS[0])
     every = sqs.scopes.EveryPosition()
     plain = model(tokens)
-    for how, value in (("add", 0.0), ("scale", 1.0), ("clamp", (0.0, 1e9))):
+    same: tuple[tuple[Any, Any], ...] = (("add", 0.0), ("scale", 1.0), ("clamp", (0.0, 1e9)))
+    for how, value in same:
         values = {NAME: {head: dict.fromkeys(range(16), value) for head in range(4)}}
         with edit_latents(saes, values, how=how, scope=every).apply(model):
             assert torch.equal(model(tokens), plain)

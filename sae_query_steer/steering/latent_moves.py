@@ -1,6 +1,7 @@
 """How a descent moves the latents of some tokens."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,7 +47,7 @@ class LatentMove:
         )
 
 
-def most_moved(before: Tensor, after: Tensor) -> dict[str, Tensor]:
+def most_moved(before: Tensor, after: Tensor) -> dict[str, Any]:
     """Return `moved_latents`, `moved_by` and `n_moved` of a `QueryChange`."""
     moved = after - before
     most = moved.abs().topk(min(N_MOVED, moved.shape[-1]), dim=-1).indices
