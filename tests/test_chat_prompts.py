@@ -13,7 +13,8 @@ from sae_query_steer.compare.interchange import interchange_methods
 from sae_query_steer.compare.judges import RuleJudge
 from sae_query_steer.compare.methods import Method, SteeringCase
 from sae_query_steer.compare.scorer import TextScorer
-from sae_query_steer.data.tokenized import chat_prompt, tokenize_example
+from sae_query_steer.data.prompts import chat_prompt
+from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.loading import end_tokens
 

@@ -13,12 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_query_steer.arguments import check_kind, check_number, check_texts
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.data.tokenized import (
-    ChatTemplate,
-    chat_prompt,
-    tokenize_example,
-    tokenizer_of,
-)
+from sae_query_steer.data.prompts import ChatTemplate, chat_prompt, tokenizer_of
+from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.steering.steerer import Steerer

@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.compare.methods import Layers, Method, SteeringCase
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.data.tokenized import ChatTemplate, tokenize_examples
+from sae_query_steer.data.prompts import ChatTemplate
+from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken

@@ -23,7 +23,8 @@ from sae_query_steer.compare.methods import (
 )
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.examples import LabelledExample, check_classes
-from sae_query_steer.data.tokenized import ChatTemplate, TokenizedExamples, tokenize_examples
+from sae_query_steer.data.prompts import ChatTemplate
+from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
 from sae_query_steer.diagnostics.class_separability import separability
 from sae_query_steer.diagnostics.interchange import interchange_effect
 from sae_query_steer.diagnostics.verdicts import site_verdicts

@@ -19,7 +19,7 @@ from sae_query_steer.compare.generation import (
 from sae_query_steer.compare.judges import Judge
 from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import Method, SteeringCase
-from sae_query_steer.data.tokenized import ChatTemplate
+from sae_query_steer.data.prompts import ChatTemplate
 from sae_query_steer.steering.engine import SteeringWarning
 
 

@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.arguments import check_model, check_name, check_texts
 from sae_query_steer.data.batches import PAD
-from sae_query_steer.data.tokenized import TokenizedExample, bos_id, tokenizer_of
+from sae_query_steer.data.prompts import bos_id, tokenizer_of
+from sae_query_steer.data.tokenized import TokenizedExample
 
 Texts = Dataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
 

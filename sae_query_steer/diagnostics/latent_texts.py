@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.data.batches import PAD, row_batches
+from sae_query_steer.data.prompts import tokenizer_of
 from sae_query_steer.data.token_rows import Texts, token_rows
-from sae_query_steer.data.tokenized import tokenizer_of
 from sae_query_steer.models.activations import check_finite, read_activations
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, at_heads, device_of, encoder_sites

@@ -9,12 +9,8 @@ import pandas as pd
 from sae_query_steer.arguments import check_kind, check_texts
 from sae_query_steer.data.batches import example_batches
 from sae_query_steer.data.examples import LabelledExample, ordered_classes, place_of
-from sae_query_steer.data.tokenized import (
-    ChatTemplate,
-    TokenizedExample,
-    tokenize_example,
-    tokenizer_of,
-)
+from sae_query_steer.data.prompts import ChatTemplate, tokenizer_of
+from sae_query_steer.data.tokenized import TokenizedExample, tokenize_example
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Span, select
 

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_query_steer.arguments import check_device, check_model
-from sae_query_steer.data.tokenized import bos_id
+from sae_query_steer.data.prompts import bos_id
 from sae_query_steer.models.gguf import SMOLLM2, converted
 from sae_query_steer.storage.folders import check_model_folder
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from sae_query_steer.data.tokenized import bos_id
+from sae_query_steer.data.prompts import bos_id
 from sae_query_steer.sae.encoders import QueryEncoder, on_device
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import check_belongs

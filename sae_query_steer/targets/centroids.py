@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.arguments import check_name
-from sae_query_steer.data.tokenized import ChatTemplate
+from sae_query_steer.data.prompts import ChatTemplate
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.storage.folders import new_folder
 from sae_query_steer.storage.records import Record, read_record, write_record

@@ -19,8 +19,8 @@ from sae_lens.util import temporary_seed
 from torch import Tensor
 
 from sae_query_steer.config import TrainingConfig
+from sae_query_steer.data.prompts import bos_id
 from sae_query_steer.data.token_rows import Texts, token_rows
-from sae_query_steer.data.tokenized import bos_id
 from sae_query_steer.models.activations import read_activations, without_hooks
 from sae_query_steer.models.fingerprint import dtype_name, fingerprint_tokens
 from sae_query_steer.models.loading import model_name
