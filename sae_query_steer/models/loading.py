@@ -123,7 +123,8 @@ def _hooked_transformer(name: str, device: str | None, dtype: torch.dtype) -> Ho
     whole = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed"), False)
     model.load_and_process_state_dict(weights, fold_value_biases=False, **whole)
     model.move_model_modules_to_device()
-    tokens = torch.arange(8)[None] % config.d_vocab
+    # From the middle of the vocabulary: padding at its beginning would be masked.
+    tokens = (torch.arange(8)[None] + config.d_vocab // 2) % config.d_vocab
     ours, theirs = model(tokens).float().cpu().log_softmax(-1), source(tokens).logits.float()
     difference = float((ours - theirs.log_softmax(-1)).abs().max())
     if not difference < (0.01 if dtype in (torch.float32, torch.float64) else 0.5):
