@@ -79,6 +79,12 @@ def dashboard(tiny_models, saes, targets, texts):
     }
 
 
+def test_the_page_shows_the_line_of_code_that_sets_a_latent(dashboard):
+    page = dashboard_html(dashboard)
+    assert "sqs.steering.edit_latents(saes, ${where}, scope=sqs.scopes.EveryPosition())" in page
+    assert page_data(page)["site"] == NAME
+
+
 def test_a_page_holds_every_latent_and_its_texts_as_they_stand(
     model, saes, targets, texts, tmp_path
 ):

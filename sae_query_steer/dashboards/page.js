@@ -129,6 +129,7 @@ function detail(item) {
   if (fired) side.append(make("h3", {}, "Activations where it fires"), histogram(value(item, "histogram"), value(item, "max")));
   if (data.classes) side.append(...classPart(item));
   if (data.has_keys) side.append(...keyPart(item));
+  if (fired) side.append(...codePart(item));
   main.append(...textPart(item));
   if (data.has_attention) main.append(...attentionPart(item));
   return [title, facts, make("div", { cls: "parts" }, side, main)];
@@ -140,6 +141,15 @@ function classPart(item) {
     make("h3", {}, "Mean by class"),
     bars(data.classes.map((name, i) => [name, means[i]]), value(item, "class")),
     make("p", { cls: "note" }, `Over ${data.span}. The class explains ${share(value(item, "share"))} of the variance; ${share(data.share_by_chance)} would be chance, and more for the best of many latents.`),
+  ];
+}
+
+function codePart(item) {
+  const latent = `{${latentOf(item)}: ${Number(value(item, "max").toPrecision(3))}}`;
+  const where = `{"${data.site}": {${headOf(item).head}: ${latent}}}`;
+  return [
+    make("h3", {}, "Set it to its largest activation"),
+    make("pre", { cls: "code" }, `sqs.steering.edit_latents(saes, ${where}, scope=sqs.scopes.EveryPosition())`),
   ];
 }
 
