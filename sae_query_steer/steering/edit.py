@@ -23,6 +23,9 @@ class Edit(ABC):
     """Whether `change` has a parameter `keys` and takes an `AttentionKeys`: sites of queries only.
     Such an edit takes effect in the attention scores, not at the hook point of the queries."""
 
+    has_target: ClassVar[bool] = False
+    """Whether `progress` tells an overshoot: the first change of a block is then recorded."""
+
     @abstractmethod
     def change(
         self,
@@ -41,17 +44,14 @@ class Edit(ABC):
             record: also return how the change came about, for a trace.
         """
 
-    def progress(
-        self, activations: Tensor, at: SiteHeads, tokens: TokenPositions
-    ) -> tuple[bool, str]:
-        """Return whether the change overshoots its target, and how it comes about, for a warning.
+    def progress(self, made: QueryChange, tokens: TokenPositions) -> tuple[bool, str]:
+        """Return whether a recorded change overshoots its target, and a text for a warning.
 
         Args:
-            activations: as for `change`.
-            at: as for `change`.
+            made: what `change` returned with `record=True`.
             tokens: as for `change`.
         """
-        del activations, at, tokens
+        del made, tokens
         return False, ""
 
     @property

@@ -242,8 +242,12 @@ class _ChangeCheck:
         first, self._first = self._first, False
         if self._warned or not (first or size > LARGE_CHANGE):
             return
-        with torch.no_grad():
-            overshot, progress = self._edit.progress(in_32_bits(before), self._at, tokens)
+        overshot, progress = False, ""
+        if self._edit.has_target:
+            if made.loss is None:
+                with torch.no_grad():
+                    made = self._edit.change(in_32_bits(before), self._at, tokens, record=True)
+            overshot, progress = self._edit.progress(made, tokens)
         if overshot or size > LARGE_CHANGE:
             self._warned = True
             warnings.warn(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -100,6 +100,8 @@ class LatentDescent(Edit):
     keep_norm: bool = False
     """Turn the query and leave its norm: attention then moves, and does not sharpen."""
 
+    has_target: ClassVar[bool] = True
+
     _made: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,11 +165,8 @@ class LatentDescent(Edit):
         delta = self.decoded(activations, at, move)
         return move.described(delta) if record else QueryChange(delta=delta)
 
-    def progress(
-        self, activations: Tensor, at: SiteHeads, tokens: TokenPositions
-    ) -> tuple[bool, str]:
+    def progress(self, made: QueryChange, tokens: TokenPositions) -> tuple[bool, str]:
         """Return whether the descent ends farther from the target's centroid than it began."""
-        made = self.change(activations, at, tokens, record=True)
         before, after, loss = made.distance_before, made.distance_after, made.loss
         assert before is not None and after is not None and loss is not None, "recorded"
         names = [target_name(target) for target in each(self.target, "target")]
@@ -249,9 +248,7 @@ class LatentDescent(Edit):
         """Return the encoder of these heads alone, made once for each device."""
         key = (at.hook_name, at.heads, device)
         if key not in self._made:
-            # It outlives the call of `generate` in which it is made, which is in inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                self._made[key] = at_heads(self.saes[at.hook_name], at.heads, device)
+            self._made[key] = at_heads(self.saes[at.hook_name], at.heads, device)
         return self._made[key]
 
     def _goal(self, at: SiteHeads, tokens: TokenPositions, z: Tensor) -> Goal:

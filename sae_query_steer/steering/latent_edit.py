@@ -97,9 +97,7 @@ class LatentEdit(Edit):
     def _encoder(self, at: SiteHeads, device: torch.device) -> QueryEncoder:
         key = (at.hook_name, at.heads, device)
         if key not in self._made:
-            # It outlives the call of `generate` in which it is made, which is in inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                self._made[key] = at_heads(self.saes[at.hook_name], at.heads, device)
+            self._made[key] = at_heads(self.saes[at.hook_name], at.heads, device)
         return self._made[key]
 
 
