@@ -211,6 +211,8 @@ class ExampleOptions:
         from sae_query_steer.data.tokenized import tokenize_example
 
         self.tokenized(model, examples)  # refuses long ones unless they are to be left out
+        if self.long == "refuse":
+            return examples
         n_ctx = int(model.cfg.n_ctx)
         sizes = [tokenize_example(model, one, chat_template=self.turns) for one in examples]
         return [e for e, size in zip(examples, sizes, strict=True) if len(size.tokens) <= n_ctx]

@@ -3,7 +3,7 @@
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,7 @@ def read_examples(
         first.setdefault(_key(example.label), example)
     if merge_labels:
         examples = [replace(one, label=first[_key(one.label)].label) for one in examples]
-    near = {
-        one.label: one for one in reversed(examples) if first[_key(one.label)].label != one.label
-    }
-    for one in near.values():
-        other = first[_key(one.label)]
-        problems.append(
-            f"{_name(source)}: the labels {other.label!r} ({other.place}) and {one.label!r} "
-            f"({one.place}) differ only in case or white space; write them alike, or pass "
-            "merge_labels=True (--merge-labels) or parse_label= (--bloom for Bloom levels)"
-        )
+    problems += _near_equal_labels(_name(source), first, examples)
     if problems:
         raise ValueError(listed(problems))
     counts = Counter(example.label for example in examples)
@@ -258,6 +249,20 @@ def _cell(row: Mapping[str, Any], column: str, place: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: column {column!r} is no valid Unicode: {error}") from error
     return text
+
+
+def _near_equal_labels(
+    name: str, first: Mapping[str, LabelledExample], examples: Sequence[LabelledExample]
+) -> list[str]:
+    """Return a message for each label that is not that of the first example with its key."""
+    near = {one.label: one for one in reversed(examples)}
+    return [
+        f"{name}: the labels {other.label!r} ({other.place}) and {one.label!r} ({one.place}) "
+        "differ only in case or white space; write them alike, or pass merge_labels=True "
+        "(--merge-labels) or parse_label= (--bloom for Bloom levels)"
+        for one in near.values()
+        if (other := first[_key(one.label)]).label != one.label
+    ]
 
 
 def _key(label: str) -> str:

@@ -183,7 +183,7 @@ def check_model_folder(name: str) -> None:
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=10)  # once: transformers asks six times in 24 s
-    except Exception as error:
+    except Exception as error:  # of whatever HTTP library huggingface_hub uses
         cause = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
             f"no model folder {name!r}, and no model of this name on the hub or in its cache "
