@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff")
 COMMAND_LINE = "reference/command_line.md"
 NAMESPACES = (
-    *("scopes", "objectives", "control", "sae", "steering", "baselines", "diagnostics"),
-    *("compare", "hub", "plots", "dashboards", "toy", "config"),
+    *("scopes", "objectives", "control", "sae", "steering", "learning"),
+    *("baselines", "diagnostics", "compare", "hub", "plots", "dashboards", "toy", "config"),
 )
 """Each is one page of the reference; `reference/front.md` has the other names of the front."""
 

@@ -62,9 +62,9 @@ with steerer.apply(float64): float64.generate([texts[0], "Lesson"], max_new_toke
 weight_metrics(saes[name])
 saes["blocks.9.attn.hook_q"]
 sqs.diagnostics.moved_latents(trace, steerer)
-sqs.separability(model, targets, tokenized)
-sqs.interchange_effect(model, [1, 2], tokenized)
-sqs.achieved_effect(model, targets, tokenized)
+sqs.diagnostics.separability(model, targets, tokenized)
+sqs.diagnostics.interchange_effect(model, [1, 2], tokenized)
+sqs.diagnostics.achieved_effect(model, targets, tokenized)
 sqs.diagnostics.evaluate_saes(model, saes, "one long text")
 sqs.diagnostics.evaluate_saes(model, saes, texts, n_token=100)
 sqs.compare.continuations(model, "one prompt", max_new_tokens=3)

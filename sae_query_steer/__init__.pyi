@@ -2,6 +2,7 @@ from . import baselines as baselines
 from . import compare as compare
 from . import diagnostics as diagnostics
 from . import hub as hub
+from . import learning as learning
 from . import plots as plots
 from . import sae as sae
 from . import scopes as scopes
@@ -17,10 +18,8 @@ from .descent import control as control
 from .descent import objectives as objectives
 from .descent.objectives import PrototypeLogLikelihood as PrototypeLogLikelihood
 from .descent.objectives import SquaredDistance as SquaredDistance
-from .diagnostics.class_separability import separability as separability
-from .diagnostics.interchange import achieved_effect as achieved_effect
-from .diagnostics.interchange import interchange_effect as interchange_effect
 from .hub.hub import from_pretrained as from_pretrained
+from .learning.learner import TargetLearner as TargetLearner
 from .models.loading import load_model as load_model
 from .models.loading import load_smollm2 as load_smollm2
 from .sae.collection import QuerySAEs as QuerySAEs
@@ -31,5 +30,6 @@ from .sites import query_sites as query_sites
 from .steering.latent_descent import LatentGradientSteerer as LatentGradientSteerer
 from .targets.builder import CentroidTargetBuilder as CentroidTargetBuilder
 from .targets.centroids import CentroidTargets as CentroidTargets
+from .targets.centroids import LearnedTargets as LearnedTargets
 from .toy.pretrained import load_tutor as load_tutor
 from .training.train import train_query_saes as train_query_saes

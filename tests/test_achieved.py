@@ -31,7 +31,7 @@ def effect(model, sites, examples, **settings):
     others = settings.pop("counterparts", None)
     if others is not None:
         settings["counterparts"] = sqs.tokenize_examples(model, others)
-    return sqs.interchange_effect(
+    return sqs.diagnostics.interchange_effect(
         model, sites, sqs.tokenize_examples(model, prompts), per_head=False, **settings
     )
 
@@ -42,8 +42,8 @@ def test_to_steer_all_the_way_to_real_queries_is_to_patch_them_in(model, same_te
     dense = sqs.sae.identity_encoders(sites)
     tokenized = sqs.tokenize_examples(model, same_texts)
     centroids = sqs.CentroidTargetBuilder(model, dense).fit(tokenized)
-    patched = sqs.interchange_effect(model, sites, tokenized, n_pairs=12, seed=3)
-    steered = sqs.achieved_effect(
+    patched = sqs.diagnostics.interchange_effect(model, sites, tokenized, n_pairs=12, seed=3)
+    steered = sqs.diagnostics.achieved_effect(
         model, steerer_to(centroids, dense), tokenized, n_pairs=12, seed=3
     )
     assert list(steered.columns) == list(patched.columns)
@@ -55,7 +55,7 @@ def test_no_steps_move_nothing(model, saes, targets, examples):
     for still in ({"n_steps": 0}, {"step_size": 0.0}):
         steerer = steerer_to(targets, saes, **still)
         tokenized = sqs.tokenize_examples(model, examples)
-        table = sqs.achieved_effect(model, steerer, tokenized, n_pairs=6)
+        table = sqs.diagnostics.achieved_effect(model, steerer, tokenized, n_pairs=6)
         assert table["kl"].abs().max() < 1e-6
         assert (table[["moved", "moved_control"]].abs() < 1e-6).all(axis=None)
         assert (table[["toward_class", "class_effect"]].abs() < 1e-5).all(axis=None)
@@ -64,7 +64,7 @@ def test_no_steps_move_nothing(model, saes, targets, examples):
 def test_it_is_what_the_same_steer_does_in_a_forward_pass(model, saes, targets, examples):
     given = {"objective": sqs.PrototypeLogLikelihood(), "n_steps": 5, "step_size": 2.0}
     tokenized = sqs.tokenize_examples(model, examples, batch_size=2)
-    table = sqs.achieved_effect(
+    table = sqs.diagnostics.achieved_effect(
         model, steerer_to(targets, saes, **given), tokenized, n_pairs=3, seed=1
     )
     pairs = draw_pairs([e.label for e in examples], 3, seed=1)
@@ -99,7 +99,7 @@ def test_it_is_what_the_same_steer_does_in_a_forward_pass(model, saes, targets, 
 def test_every_token_of_a_span_is_steered(model, saes, targets, examples):
     tokenized = sqs.tokenize_examples(model, examples, span=sqs.scopes.ResponseTokens())
     steerer = steerer_to(targets, saes)
-    table = sqs.achieved_effect(model, steerer, tokenized, n_pairs=6, per_head=False)
+    table = sqs.diagnostics.achieved_effect(model, steerer, tokenized, n_pairs=6, per_head=False)
     assert list(table["head"]) == ["all", "all"]
     assert table["kl"].min() > 1e-5
 
@@ -107,8 +107,8 @@ def test_every_token_of_a_span_is_steered(model, saes, targets, examples):
 def test_heads_that_the_steerer_leaves_alone_are_not_measured(model, saes, targets, examples):
     tokenized = sqs.tokenize_examples(model, examples)
     two = steerer_to(targets, saes, layers=[2], heads=[3, 1])
-    table = sqs.achieved_effect(model, two, tokenized, n_pairs=4)
-    whole = sqs.achieved_effect(model, steerer_to(targets, saes), tokenized, n_pairs=4)
+    table = sqs.diagnostics.achieved_effect(model, two, tokenized, n_pairs=4)
+    whole = sqs.diagnostics.achieved_effect(model, steerer_to(targets, saes), tokenized, n_pairs=4)
     whole = whole[whole["layer"] == 2].set_index("head")
     assert sorted(table["head"].astype(str)) == ["1", "3", "all"]
     table = table.set_index("head")
@@ -120,14 +120,14 @@ def test_heads_that_the_steerer_leaves_alone_are_not_measured(model, saes, targe
 def test_it_refuses_what_it_cannot_steer(model, saes, targets, examples):
     unknown = [sqs.LabelledExample(prompt=f"w{i} w{i + 1}", label="wild") for i in range(4)]
     with pytest.raises(ValueError, match="no class 'wild': the classes are"):
-        sqs.achieved_effect(
+        sqs.diagnostics.achieved_effect(
             model,
             steerer_to(targets, saes),
             sqs.tokenize_examples(model, [*examples, *unknown]),
             n_pairs=40,
         )
     with pytest.raises(ValueError, match="n_pairs must be a whole number >= 1, got 0"):
-        sqs.achieved_effect(
+        sqs.diagnostics.achieved_effect(
             model, steerer_to(targets, saes), sqs.tokenize_examples(model, examples), n_pairs=0
         )
 

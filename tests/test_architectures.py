@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_prefix import largest_difference
 from transformer_lens import HookedTransformer
 from transformers import (
     GPT2Config,
@@ -128,3 +129,7 @@ def test_a_hooked_transformer_that_would_differ_is_refused(tmp_path):
     word_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="log probabilities differ by .*use backend='bridge'"):
         sqs.load_model(tmp_path, device="cpu", backend="hooked")
+
+
+def test_rows_behind_a_prefix_equal_whole_passes(architecture):
+    assert largest_difference(architecture[0], [7, 5, 13, 2]) < 1e-4

@@ -13,6 +13,7 @@ LAYERS = (
     {"cli"},
     {"compare", "dashboards", "hub"},
     {"baselines", "diagnostics", "plots", "toy"},
+    {"learning"},
     {"steering"},
     {"targets", "training"},
     {"models", "sae"},

@@ -125,8 +125,8 @@ def test_bloom_levels_of_real_questions_are_six_classes_with_checks_by_site(
     assert bloom_targets.classes == tuple(level.value for level in sqs.BloomLevel)
     assert bloom_targets.counts.tolist() == [100] * 6
     tokenized = sqs.tokenize_examples(model, questions)
-    apart = sqs.separability(model, stories_saes, tokenized)
-    moved = sqs.interchange_effect(
+    apart = sqs.diagnostics.separability(model, stories_saes, tokenized)
+    moved = sqs.diagnostics.interchange_effect(
         model, sqs.query_sites(model, [1, 3]), tokenized, n_pairs=12, per_head=False
     )
     assert apart["chance"].tolist() == pytest.approx([1 / 6] * len(apart))

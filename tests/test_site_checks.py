@@ -22,7 +22,7 @@ def test_separability_is_the_held_out_balanced_accuracy_of_the_nearest_centroid(
     few = [e for e in examples if e.label == "apply"][:6]
     examples = [e for e in examples if e.label != "apply"] + few
     tokenized = sqs.tokenize_examples(model, examples)
-    table = sqs.separability(model, saes, tokenized, seed=3, test_share=0.4)
+    table = sqs.diagnostics.separability(model, saes, tokenized, seed=3, test_share=0.4)
     name, head = "blocks.2.attn.hook_q", 1
     labels = [e.label for e in tokenized]
     queries = torch.stack(
@@ -63,7 +63,7 @@ def test_labels_without_meaning_score_at_chance_however_unequal_the_classes(tiny
         for i, row in enumerate(words)
     ]
     model = tiny_models["hooked"]
-    table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
+    table = sqs.diagnostics.separability(model, saes, sqs.tokenize_examples(model, examples))
     for column in ("accuracy_latents", "accuracy_query", "accuracy_position", "accuracy_token"):
         assert table[column].mean() == pytest.approx(0.5, abs=0.12), column
     assert (table["chance"] == 0.5).all()
@@ -78,7 +78,7 @@ def test_classes_that_differ_by_their_last_token_alone_are_told_apart_by_the_tok
         for i in range(12)
     ]
     model = tiny_models["hooked"]
-    table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
+    table = sqs.diagnostics.separability(model, saes, sqs.tokenize_examples(model, examples))
     assert (table["accuracy_token"] == 1).all()
     assert (table["accuracy_position"] == 0.5).all()
 
@@ -90,26 +90,28 @@ def test_classes_that_differ_by_length_alone_are_told_apart_by_position(tiny_mod
         for _ in range(12)
     ]
     model = tiny_models["hooked"]
-    table = sqs.separability(model, saes, sqs.tokenize_examples(model, examples))
+    table = sqs.diagnostics.separability(model, saes, sqs.tokenize_examples(model, examples))
     assert (table["accuracy_position"] == 1).all()
 
 
 def test_separability_refuses_what_it_cannot_split(tiny_models, saes, examples):
     model = tiny_models["bridge"]
     with pytest.raises(ValueError, match="test_share must be between 0 and 1, got 1.0"):
-        sqs.separability(model, saes, sqs.tokenize_examples(model, examples), test_share=1.0)
+        sqs.diagnostics.separability(
+            model, saes, sqs.tokenize_examples(model, examples), test_share=1.0
+        )
     few = [e for e in examples if e.label != "apply"][:20] + [
         sqs.LabelledExample(prompt=f"w{i}", label="apply") for i in range(3)
     ]
     with pytest.raises(ValueError, match="class 'apply' has 3 example"):
-        sqs.separability(model, saes, sqs.tokenize_examples(model, few))
+        sqs.diagnostics.separability(model, saes, sqs.tokenize_examples(model, few))
 
 
 def test_the_interchange_effect_equals_a_patch_made_by_hand(model, examples):
     # Two examples of two classes: every pair is known.
     chosen = [next(e for e in examples if e.label == k) for k in ("apply", "create")]
     pair = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in chosen for _ in (0, 1)]
-    table = sqs.interchange_effect(
+    table = sqs.diagnostics.interchange_effect(
         model, sqs.query_sites(model, [1]), tokens(model, pair), n_pairs=2
     )
     name = "blocks.1.attn.hook_q"
@@ -153,7 +155,7 @@ def test_a_site_whose_output_is_cut_off_has_no_effect(tiny_folder, examples):
     model = sqs.load_model(str(tiny_folder), device="cpu")
     with torch.no_grad():
         model.blocks[1].attn.o.original_component.weight.zero_()
-    table = sqs.interchange_effect(
+    table = sqs.diagnostics.interchange_effect(
         model, sqs.query_sites(model), tokens(model, examples), n_pairs=6, per_head=False
     ).set_index("layer")
     assert table.loc[1, "kl"] == pytest.approx(0, abs=1e-6)
@@ -163,7 +165,7 @@ def test_a_site_whose_output_is_cut_off_has_no_effect(tiny_folder, examples):
 
 def test_spans_of_unequal_length_are_patched_as_far_as_both_go(tiny_models, examples):
     model = tiny_models["hooked"]
-    table = sqs.interchange_effect(
+    table = sqs.diagnostics.interchange_effect(
         model,
         sqs.query_sites(model, [0]),
         tokens(model, examples, span=sqs.scopes.ResponseTokens(), batch_size=4),
@@ -176,7 +178,7 @@ def test_spans_of_unequal_length_are_patched_as_far_as_both_go(tiny_models, exam
 def test_equal_seeds_give_equal_tables_and_leave_no_hook(model, examples):
     tokenized = tokens(model, examples)
     tables = [
-        sqs.interchange_effect(
+        sqs.diagnostics.interchange_effect(
             model, sqs.query_sites(model, [2]), tokenized, n_pairs=5, seed=seed, per_head=False
         )
         for seed in (1, 1, 2)
@@ -186,7 +188,7 @@ def test_equal_seeds_give_equal_tables_and_leave_no_hook(model, examples):
     points = {id(point): point for point in model.hook_dict.values()}.values()
     assert not any(point._forward_hooks for point in points)
     with pytest.raises(ValueError, match="n_pairs must be a whole number >= 1, got 0"):
-        sqs.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=0)
+        sqs.diagnostics.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=0)
 
 
 @pytest.mark.slow
@@ -195,13 +197,13 @@ def test_the_error_counts_examples_and_not_pairs(tiny_models, examples):
     # Six examples make two hundred pairs no more certain than they are.
     few = [e for k in ("apply", "create", "remember") for e in examples if e.label == k][::8]
     errors = [
-        sqs.interchange_effect(
+        sqs.diagnostics.interchange_effect(
             model, sqs.query_sites(model, [0]), tokens(model, few), n_pairs=n, per_head=False
         )["class_effect_se"].iloc[0]
         for n in (12, 192)
     ]
     assert errors[1] > errors[0] / 2
-    alone = sqs.interchange_effect(
+    alone = sqs.diagnostics.interchange_effect(
         model, sqs.query_sites(model, [0]), tokens(model, examples), n_pairs=1, per_head=False
     )
     assert alone["class_effect_se"].isna().all()
@@ -225,13 +227,13 @@ def test_a_steered_model_is_not_measured(model, saes, targets, examples):
     with steerer.apply(model):
         for measure in (
             lambda: sqs.CentroidTargetBuilder(model, saes).fit(tokenized),
-            lambda: sqs.separability(model, saes, tokenized),
-            lambda: sqs.interchange_effect(model, sqs.query_sites(model), tokenized),
+            lambda: sqs.diagnostics.separability(model, saes, tokenized),
+            lambda: sqs.diagnostics.interchange_effect(model, sqs.query_sites(model), tokenized),
         ):
             with pytest.raises(ValueError, match="queries are being changed at blocks.0"):
                 measure()
     with pytest.raises(ValueError, match="sites must have at least one"):
-        sqs.interchange_effect(model, [], tokenized)
+        sqs.diagnostics.interchange_effect(model, [], tokenized)
 
 
 def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(tiny_models, examples):
@@ -240,7 +242,7 @@ def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(tiny_model
     chosen = [sqs.LabelledExample(prompt=e.prompt, label=e.label) for e in chosen]
     labels = [e.label for e in chosen]
     assert sorted(labels) == ["apply", "apply", "create", "create"]
-    table = sqs.interchange_effect(
+    table = sqs.diagnostics.interchange_effect(
         model, sqs.query_sites(model, [1]), tokens(model, chosen), n_pairs=4, seed=2, per_head=False
     )
     name = "blocks.1.attn.hook_q"

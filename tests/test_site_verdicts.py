@@ -117,7 +117,7 @@ def test_of_a_model_whose_queries_decide_nothing_it_says_so(tiny_folder, example
             block.attn.o.original_component.weight.zero_()
     tokenized = sqs.tokenize_examples(model, examples)
     table = sqs.diagnostics.site_verdicts(
-        sqs.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=12)
+        sqs.diagnostics.interchange_effect(model, sqs.query_sites(model), tokenized, n_pairs=12)
     )
     assert not table["steer_here"].any()
     assert closing_sentence(table).startswith("Nothing to steer at any of these 15 sites")

@@ -153,7 +153,7 @@ def test_the_interchange_effect_tells_the_null_beforehand(tutors):
     for notes, model in tutors.items():
         texts = TutorCorpus("validation", seed=0, notes=notes).examples(120)
         examples = sqs.tokenize_examples(model, texts)
-        table = sqs.interchange_effect(
+        table = sqs.diagnostics.interchange_effect(
             model, sqs.query_sites(model), examples, n_pairs=90, per_head=False
         )
         effect[notes] = table.set_index("layer")["class_effect"]

@@ -95,7 +95,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     dense = sqs.sae.identity_encoders(sites)
     texts = GridCorpus("validation", seed=args.seed).examples(240)
     validation = sqs.tokenize_examples(model, texts)
-    effect = sqs.interchange_effect(
+    effect = sqs.diagnostics.interchange_effect(
         model, sites, validation, n_pairs=240, per_head=False, seed=args.seed
     )
     print(f"\n{markdown_table(effect.drop(columns='head'), digits=3)}", flush=True)

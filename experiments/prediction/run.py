@@ -150,10 +150,10 @@ def measured(model: Any, task: Task, pairs: int) -> list[dict[str, Any]]:
     # Paired prompts hold the content still, so a third of the pairs tells as much.
     paired = {"n_pairs": math.ceil(pairs / 3), "counterparts": counterparts}
     key = ["layer", "head"]
-    table = sqs.interchange_effect(model, sites, looked_at, **given)
-    table = site_verdicts(table.merge(sqs.separability(model, saes, looked_at), on=key))
+    table = sqs.diagnostics.interchange_effect(model, sites, looked_at, **given)
+    table = site_verdicts(table.merge(sqs.diagnostics.separability(model, saes, looked_at), on=key))
     for name, found in (
-        ("paired", sqs.interchange_effect(model, sites, looked_at, **paired)),
+        ("paired", sqs.diagnostics.interchange_effect(model, sites, looked_at, **paired)),
         ("achieved", achieved_effect(model, steerer, looked_at, **paired)),
     ):
         columns = ["class_effect", "class_effect_se", "class_share", "moved", "moved_control"]

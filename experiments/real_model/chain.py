@@ -92,9 +92,9 @@ def main() -> None:
         with timed(f"centroids: {name}", seconds):
             targets[name] = sqs.CentroidTargetBuilder(model, saes).fit(examples)
         with timed(f"separability: {name}", seconds):
-            apart = sqs.separability(model, saes, examples, seed=args.seed)
+            apart = sqs.diagnostics.separability(model, saes, examples, seed=args.seed)
         with timed(f"interchange effect: {name}", seconds):
-            moved = sqs.interchange_effect(
+            moved = sqs.diagnostics.interchange_effect(
                 model,
                 sites,
                 examples,

@@ -113,14 +113,14 @@ def residual_values(means: Any) -> dict[str, Any]:
 
 def separability(model: Any, saes: Any, examples: Any, *, span: Any = None) -> Any:
     """Return the table of `separability`."""
-    return sqs.separability(model, saes, tokenized(model, examples, span))
+    return sqs.diagnostics.separability(model, saes, tokenized(model, examples, span))
 
 
 def interchange_effect(model: Any, sites: Any, examples: Any, **options: Any) -> Any:
     """Return the table of `interchange_effect`."""
     if "counterparts" in options:
         options["counterparts"] = tokenized(model, options["counterparts"])
-    return sqs.interchange_effect(model, sites, tokenized(model, examples), **options)
+    return sqs.diagnostics.interchange_effect(model, sites, tokenized(model, examples), **options)
 
 
 def achieved_effect(
@@ -143,7 +143,7 @@ def achieved_effect(
         n_steps=n_steps,
         step_size=step_size,
     )
-    return sqs.achieved_effect(model, steerer, tokenized(model, examples), **options)
+    return sqs.diagnostics.achieved_effect(model, steerer, tokenized(model, examples), **options)
 
 
 def sweep_tables(names: Any) -> dict[str, Any]:

@@ -175,13 +175,13 @@ def sites_table(
         examples = sqs.tokenize_examples(model, candidate.parts["sites"], span=span)
         paired = {"seed": args.seed, "n_pairs": args.pairs}
         sites = sqs.query_sites(model)
-        moved = sqs.interchange_effect(model, sites, examples, per_head=False, **paired)
+        moved = sqs.diagnostics.interchange_effect(model, sites, examples, per_head=False, **paired)
         if name == "last prompt token":
             z = moved["class_effect"] / moved["class_effect_se"]
             best = int(moved["layer"].iloc[int(z.argmax())])
-            alone = sqs.interchange_effect(model, [sites[best]], examples, **paired)
+            alone = sqs.diagnostics.interchange_effect(model, [sites[best]], examples, **paired)
             moved = pd.concat([moved, alone[alone["head"] != "all"]])
-        apart = sqs.separability(model, saes, examples, seed=args.seed)
+        apart = sqs.diagnostics.separability(model, saes, examples, seed=args.seed)
         rows.append(moved.merge(apart, on=["layer", "head"]).assign(span=name))
     table = pd.concat(rows)
     table.insert(0, "candidate", candidate.name)
@@ -202,7 +202,7 @@ def confirmed(
         row = own.query("head == 'all'").sort_values("z", ascending=False).iloc[0]
         heads = own.query("head != 'all'").sort_values("z", ascending=False)
         layer = int(row["layer"])
-        again = sqs.interchange_effect(
+        again = sqs.diagnostics.interchange_effect(
             model,
             sqs.query_sites(model, [layer]),
             sqs.tokenize_examples(model, candidate.parts["confirm"]),
@@ -270,7 +270,7 @@ def study(
         ("last prompt token", sqs.LastPromptToken(), examples),
         ("all tokens of the text", sqs.scopes.ResponseTokens(), answered),
     ):
-        apart = sqs.separability(
+        apart = sqs.diagnostics.separability(
             model, saes, sqs.tokenize_examples(model, some, span=span), seed=args.seed
         )
         by_head = apart.query("head != 'all'").sort_values("accuracy_latents", ascending=False)

@@ -86,16 +86,16 @@ def sites(
     loaded, saes = model.load_both()
     tokenized = examples.tokenized(loaded, labelled)
     settings = {"n_pairs": n_pairs, "per_head": per_head, "seed": seed}
-    apart = sqs.separability(loaded, saes, tokenized, seed=seed)
+    apart = sqs.diagnostics.separability(loaded, saes, tokenized, seed=seed)
     chosen = sqs.query_sites(loaded, [int(layer) for layer in apart["layer"].unique()])
-    moved = sqs.interchange_effect(loaded, chosen, tokenized, **settings)
+    moved = sqs.diagnostics.interchange_effect(loaded, chosen, tokenized, **settings)
     table = moved.merge(apart, on=["layer", "head"], how="left")
     if centroids is not None:
         one_step = {"objective": sqs.SquaredDistance(), "n_steps": 1, "step_size": 1.0}
         steerer = sqs.LatentGradientSteerer(
             saes, centroids, target=centroids.classes[0], **one_step
         )
-        achieved = sqs.achieved_effect(loaded, steerer, tokenized, **settings)
+        achieved = sqs.diagnostics.achieved_effect(loaded, steerer, tokenized, **settings)
         names = {name: f"achieved_{name.removeprefix('class_')}" for name in _ACHIEVED}
         achieved = achieved[["layer", "head", *_ACHIEVED]].rename(columns=names)
         table = table.merge(achieved, on=["layer", "head"])

@@ -63,6 +63,17 @@ class ActiveLatents:
 
 
 @dataclass(frozen=True)
+class TargetLatents:
+    """Only latents that are not 0 in the target may move: a sparse target makes a sparse change."""
+
+    def __call__(
+        self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]
+    ) -> Bool[Tensor, "*batch head d_latent"]:
+        """Return where the weighted sum of the targets is not zero."""
+        return (goal.pull != 0).expand_as(z)
+
+
+@dataclass(frozen=True)
 class TopLatents:
     """Only the m latents of each head that discriminate best between the classes may move.
 

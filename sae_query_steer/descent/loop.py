@@ -4,7 +4,7 @@ The plain loop takes any objective. Some objectives allow faster methods with th
 
 - squared distance: z_K = p + (1 - s a)^K (z_0 - p) with a = sum_k w_k and p = c_w / a, if no latent
   would leave its range, that is s a <= 1 and z_0 and p lie in it;
-- contrast and linear probe: the gradient g is constant, so z_K = max(lower, z_0 - K s g);
+- contrast, fixed move, linear probe: the gradient g is constant, so z_K = max(lower, z_0 - K s g);
 - prototype without a lower bound: the trajectory lies in the span of the centroids, so K steps need
   only <z, c_k> and the Gram matrix of the centroids, whatever the number of latents;
 - prototype with a lower bound: the same loop in place, with fewer operations per step.
@@ -23,6 +23,7 @@ from sae_query_steer.descent.control import Bounds
 from sae_query_steer.descent.goals import Goal, Latents
 from sae_query_steer.descent.objectives import (
     CentroidContrast,
+    FixedMove,
     LinearProbe,
     Objective,
     PrototypeLogLikelihood,
@@ -163,7 +164,7 @@ def fast_descent(
     kind = type(objective)  # exactly: a subclass may have another gradient
     if kind is SquaredDistance:
         end = _squared_distance(z, goal, n_steps, step_size, lower)
-    elif kind in (CentroidContrast, LinearProbe):
+    elif kind in (CentroidContrast, FixedMove, LinearProbe):
         end = z - n_steps * step_size * objective.gradient(z, goal)
         end = end if lower is None else end.clamp(min=lower)
     elif isinstance(objective, PrototypeLogLikelihood) and kind is PrototypeLogLikelihood:
@@ -201,7 +202,7 @@ def _prototype(
     z: Tensor, goal: Goal, n_steps: Any, step_size: Any, temperature: float, bounds: Bounds
 ) -> Tensor | None:
     """Descend in place, with few operations per step, over all rows of a head at once."""
-    if z.requires_grad and torch.is_grad_enabled():
+    if (z.requires_grad or goal.centroids.requires_grad) and torch.is_grad_enabled():
         return None  # in-place operations have no gradient
 
     def by_head(latents: Tensor) -> Tensor:

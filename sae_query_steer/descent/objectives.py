@@ -103,6 +103,25 @@ class CentroidContrast:
 
 
 @dataclass(frozen=True)
+class FixedMove:
+    """`-<z, m_w>`: latents move by the target's own move, wherever they are.
+
+    For targets that hold moves and no points, see `LearnedTargets`: n steps of size s add n * s
+    times the move, up to the latent range.
+
+    Source: a static sparse vector; learning it through the model is our choice.
+    """
+
+    def loss(self, z: Latents, goal: Goal) -> Loss:
+        """Return `-<z, m_w>`."""
+        return -(z * goal.pull).sum(-1)
+
+    def gradient(self, z: Latents, goal: Goal) -> Latents:
+        """Return -m_w, the same at every latent."""
+        return -goal.pull.expand_as(z)
+
+
+@dataclass(frozen=True)
 class CosineSimilarity:
     """`-<z, u> / n` with u = c_w / ||c_w|| and n = sqrt(||z||^2 + (softening ||c_w||)^2).
 

@@ -81,7 +81,9 @@ def limited(
         return delta
     size = delta.norm(dim=-1, keepdim=True)
     most = max_relative_change * queries.norm(dim=-1, keepdim=True)
-    return torch.where(size > most, delta * (most / size), delta)
+    # Divided by 1 where nothing is shortened: a zero would make gradients NaN.
+    shorter = delta * (most / torch.where(size > most, size, 1.0))
+    return torch.where(size > most, shorter, delta)
 
 
 def _turned(queries: Tensor, delta: Tensor, most: float | None) -> Tensor:

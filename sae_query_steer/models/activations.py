@@ -66,7 +66,7 @@ def read_activations(
     stop = None
     if all(layers):
         stop = 1 + max(int(layer[1]) for layer in layers if layer)
-    with _eval_mode(model, autocast=autocast), model.hooks(fwd_hooks=list(fwd_hooks)):
+    with eval_mode(model, autocast=autocast), model.hooks(fwd_hooks=list(fwd_hooks)):
         logits, cache = model.run_with_cache(
             tokens.clamp(min=0).long().to(model.cfg.device),
             names_filter=[name for name in names if name != LOGITS],
@@ -86,7 +86,7 @@ def _by_head(activation: Tensor, name: str, d_head: int) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(model: Any, *, autocast: bool) -> Iterator[None]:
+def eval_mode(model: Any, *, autocast: bool = False) -> Iterator[None]:
     """Run a model in eval mode, in or outside autocast; afterwards each module is as it was."""
     modules = [*model.modules()]
     if isinstance(original := vars(model).get("original_model"), torch.nn.Module):

@@ -121,6 +121,8 @@ def edit_hook(
     scope: Scope,
     positions_of: Callable[[Tensor], Positions | None],
     seen: "_Recorder | None" = None,
+    *,
+    checked: bool = True,
 ) -> Hook:
     """Return the hook of an edit at one site.
 
@@ -131,8 +133,9 @@ def edit_hook(
         positions_of: where the columns of an activation [batch pos head d_head] stand; None where
             the activation is none of this model's.
         seen: what keeps a trace.
+        checked: whether a change that is not finite, very large or an overshoot is told.
     """
-    heads, check = at.heads, _ChangeCheck(edit, at)
+    heads, check = at.heads, _ChangeCheck(edit, at) if checked else None
 
     def change(activation: Tensor, hook: Any) -> Tensor | None:
         del hook  # its name differs between the backends
@@ -157,7 +160,8 @@ def edit_hook(
         with torch.autocast(before.device.type, enabled=False):
             made = edit.change(in_32_bits(before), at, tokens, record=seen is not None)
             after = before + made.delta.to(before.dtype)
-            check(before, made, after, tokens)
+            if check is not None:
+                check(before, made, after, tokens)
         if every:
             edited = after
         else:

@@ -24,11 +24,13 @@ from sae_query_steer.descent.control import (
     LatentAbove,
     LinearWarmUp,
     PosteriorBelow,
+    TargetLatents,
     TopLatents,
 )
 from sae_query_steer.descent.objectives import (
     CentroidContrast,
     CosineSimilarity,
+    FixedMove,
     GaussianLogLikelihood,
     LinearProbe,
     PrototypeLogLikelihood,
@@ -63,9 +65,9 @@ VALUES: dict[str, Any] = {
         *(FirstResponseTokens, Window, WindowAroundPromptEnd, AtPositions, RowMask, AfterToken),
         *(AnyOf, AllOf, Not),
         *(SquaredDistance, PrototypeLogLikelihood, CentroidContrast, CosineSimilarity),
-        *(GaussianLogLikelihood, LinearProbe),
+        *(GaussianLogLikelihood, LinearProbe, FixedMove),
         *(ExponentialDecay, LinearWarmUp, ActiveLatents, TopLatents, GivenLatents),
-        *(ExceptLatents, PosteriorBelow, LatentAbove),
+        *(ExceptLatents, TargetLatents, PosteriorBelow, LatentAbove),
     )
 }
 """Values that a file may name."""

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.control import Bounds, Gate, LatentChoice, Schedule, opened
 from sae_query_steer.descent.goals import Goal, Target, target_name, weights_of
 from sae_query_steer.descent.loop import descend
@@ -29,6 +28,7 @@ from sae_query_steer.sae.encoders import (
 )
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope, TokenPositions
+from sae_query_steer.steering.descent_checks import check_descent
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_moves import LatentMove
 from sae_query_steer.steering.origin import FromCentroids, Origin, encoders_on
@@ -105,36 +105,7 @@ class LatentDescent(Edit):
     _made: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.targets, CentroidTargets) or not isinstance(self.saes, Mapping):
-            raise TypeError(
-                "saes must be SAEs by hook name and targets CentroidTargets, such as "
-                "CentroidTargetBuilder(model, saes).fit(examples), in this order, got "
-                f"{type(self.saes).__name__} and {type(self.targets).__name__}"
-            )
-        for n_steps in each(self.n_steps, "n_steps"):
-            check_number("n_steps", n_steps, whole=True, least=0)
-        for step_size in each(self.step_size, "step_size"):
-            check_number("step_size", step_size, least=0)
-        if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
-            raise TypeError(
-                "objective must be SquaredDistance(), PrototypeLogLikelihood(), "
-                f"CentroidContrast(), or a value with loss and gradient, got {self.objective!r}"
-            )
-        for target in each(self.target, "target"):
-            weights_of(target, self.targets.classes)
-        for name, such_as in (
-            ("schedule", "ExponentialDecay(8)"),
-            ("latents", "GivenLatents({hook name: {head: [3, 5]}})"),
-            ("gate", "PosteriorBelow(0.9)"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, type) or not (value is None or callable(value)):
-                raise TypeError(f"{name} must be such as {such_as}, or a function, got {value!r}")
-        if self.schedule is not None:
-            scheduled(self.schedule, torch.zeros(1))
-        for name, most in (("trust_radius", None), ("max_relative_change", None), ("until", 1)):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), above=0, most=most)
+        check_descent(self)
 
     @property
     def labels(self) -> Mapping[str, Any]:
@@ -168,7 +139,8 @@ class LatentDescent(Edit):
     def progress(self, made: QueryChange, tokens: TokenPositions) -> tuple[bool, str]:
         """Return whether the descent ends farther from the target's centroid than it began."""
         before, after, loss = made.distance_before, made.distance_after, made.loss
-        assert before is not None and after is not None and loss is not None, "recorded"
+        if before is None or after is None or loss is None:  # a move
+            return False, ""
         names = [target_name(target) for target in each(self.target, "target")]
         if any(name not in self.targets.classes for name in names):  # a mixture has no centroid
             return False, ""
@@ -284,7 +256,12 @@ class LatentDescent(Edit):
 
     def _move(self, before: Tensor, after: Tensor, goal: Goal, loss: Tensor | None) -> LatentMove:
         return LatentMove(
-            before=before, after=after, goal=goal, loss=loss, temperature=self._temperature
+            before=before,
+            after=after,
+            goal=goal,
+            loss=loss,
+            temperature=self._temperature,
+            has_points=not self.targets.are_moves,
         )
 
 

@@ -34,9 +34,14 @@ class LatentMove:
     temperature: float = 1.0
     """T of the posterior."""
 
+    has_points: bool = True
+    """Whether the goal has points, so that there are distances."""
+
     @torch.no_grad()
     def described(self, delta: Float[Tensor, "token head d_head"]) -> QueryChange:
         """Return the change of the queries, with distances, loss and most moved latents."""
+        if not self.has_points:
+            return QueryChange(delta=delta, **most_moved(self.before, self.after))
         return QueryChange(
             delta=delta,
             distance_before=squared_distances(self.before, self.goal.centroids).sqrt(),

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -21,6 +23,19 @@ CENTROID_FILES = (_SETTINGS, _TENSORS)
 """The files of a folder of centroids."""
 
 
+class Learned(Record):
+    """How targets were learned."""
+
+    kind: Literal["points", "moves"]
+    """What the means of the classes are: where to go, or how far."""
+
+    unsteered: dict[str, float]
+    """Held-out loss without steering, in nats a token, by class."""
+
+    history: tuple[dict[str, float | str | None], ...]
+    """The rows of `LearnedTargets.history`."""
+
+
 class _Settings(Record):
     format: Literal["sae_query_steer.centroids/1"]
     classes: tuple[str, ...]
@@ -29,6 +44,7 @@ class _Settings(Record):
     model_dtype: str
     prepend_bos: bool | None
     chat_template: ChatTemplate
+    learned: Learned | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,6 +98,11 @@ class CentroidTargets:
             raise ValueError(f"{self.counts.numel()} counts do not fit {len(self.classes)} classes")
         if self.counts.is_floating_point() or int(self.counts.min()) < 1:
             raise ValueError(f"counts={self.counts.tolist()} must be whole numbers above 0")
+
+    @property
+    def are_moves(self) -> bool:
+        """Whether the means are moves and no points: for the objective `FixedMove` alone."""
+        return False
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{c} {int(n)}" for c, n in zip(self.classes, self.counts, strict=True))
@@ -139,6 +160,7 @@ class CentroidTargets:
             model_dtype=self.fingerprint.dtype,
             prepend_bos=self.prepend_bos,
             chat_template=self.chat_template,
+            learned=self.learned if isinstance(self, LearnedTargets) else None,
         )
         with new_folder(folder, overwrite=overwrite, holding=_SETTINGS) as new:
             write_tensors(new / _TENSORS, tensors)
@@ -157,8 +179,10 @@ class CentroidTargets:
         expected = {f"{part}.{n}": (FLOATS, None) for n in names for part in ("mean", "variance")}
         expected |= {"counts": (INTEGERS, None), **Fingerprint.expected_tensors(names)}
         tensors = read_tensors(folder, _TENSORS, expected)
+        learned = settings.learned
+        kind = CentroidTargets if learned is None else partial(LearnedTargets, learned=learned)
         try:
-            return cls(
+            return kind(
                 classes=settings.classes,
                 means={name: tensors[f"mean.{name}"] for name in names},
                 variances={name: tensors[f"variance.{name}"] for name in names},
@@ -170,3 +194,47 @@ class CentroidTargets:
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LearnedTargets(CentroidTargets):
+    """Targets that a `TargetLearner` found by gradient through the frozen model.
+
+    `means` holds a point of each class, site and head, to which latents descend, or a move that is
+    added to them; `variances` are those of the centroids from which points started, and 0 of moves;
+    `counts` are training examples; `span` is the scope.
+    """
+
+    learned: Learned
+    """How they were learned."""
+
+    @property
+    def are_moves(self) -> bool:
+        """Whether the means are moves and no points: for the objective `FixedMove` alone."""
+        return self.learned.kind == "moves"
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The progress of learning, with a row for each class at each evaluation.
+
+        Columns: step; label; loss, the mean on the training examples since the row before, and
+        held_out_loss, both in nats a token; relative_change, the mean ||change of q|| / ||q||; and
+        n_latents, latents of a head that are not 0 in the target, on average.
+        """
+        return pd.DataFrame(list(self.learned.history))
+
+    @property
+    def share_removed(self) -> dict[str, float]:
+        """The share of the unsteered held-out loss that steering removes, by class; 0 for none."""
+        if not self.learned.history:
+            return {}
+        best = self.history.groupby("label")["held_out_loss"].min()
+        removed = {k: 1 - float(best[k]) / loss for k, loss in self.learned.unsteered.items()}
+        return {k: max(0.0, share) for k, share in removed.items()}
+
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{k} {share:.0%}" for k, share in self.share_removed.items())
+        return (
+            f"LearnedTargets({self.learned.kind}; held-out loss removed: {shares}; scope "
+            f"{self.span}; sites {list(self.means)})"
+        )

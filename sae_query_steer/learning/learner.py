@@ -1,0 +1,265 @@
+"""`TargetLearner`: find targets of steering by gradient through the frozen language model."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_query_steer.arguments import check_kind, check_number, whole_numbers
+from sae_query_steer.data.examples import ordered_classes
+from sae_query_steer.data.tokenized import (
+    TokenizedExample,
+    TokenizedExamples,
+    check_tokenized,
+)
+from sae_query_steer.descent.control import TargetLatents
+from sae_query_steer.learning.rows import (
+    LearningRows,
+    check_counterparts,
+    frozen,
+    learning_rows,
+)
+from sae_query_steer.learning.run import LearningRun
+from sae_query_steer.models.loading import check_not_steered
+from sae_query_steer.sae.encoders import QueryEncoder, device_of
+from sae_query_steer.scopes.joins import scope_name
+from sae_query_steer.steering.files import steerer_settings
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+from sae_query_steer.targets.centroids import Learned, LearnedTargets
+from sae_query_steer.targets.fingerprint import check_encoders, take_fingerprint
+
+
+class LearningWarning(UserWarning):
+    """Learning did not lower the loss on the examples that were held out."""
+
+
+def no_moves(
+    model: Any, saes: Mapping[str, QueryEncoder], classes: Iterable[str]
+) -> LearnedTargets:
+    """Return moves of length 0, from which a `TargetLearner` starts.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        saes: encoders by hook name.
+        classes: names of the classes, two or more.
+    """
+    names = ordered_classes(classes)
+    check_encoders(model, saes)
+    means = {
+        name: torch.zeros(
+            len(names), sae.n_heads, sae.d_latent, device=device_of(sae) or model.cfg.device
+        )
+        for name, sae in saes.items()
+    }
+    return LearnedTargets(
+        classes=names,
+        means=means,
+        variances={name: torch.zeros_like(mean) for name, mean in means.items()},
+        counts=torch.ones(len(names), dtype=torch.long),
+        span="none",
+        fingerprint=take_fingerprint(model, saes),
+        learned=Learned(kind="moves", unsteered={}, history=()),
+    )
+
+
+class TargetLearner:
+    """Learns the targets of a steerer, so that the model writes what the class would.
+
+    The steerer is the recipe: its SAEs, sites, heads, scope, objective, steps, limits and its
+    targets, from which learning starts. With centroids the points to which latents descend are
+    learned, through the K projected steps; with `no_moves` and the objective `FixedMove`, moves
+    that are added. Over `identity_encoders` both are dense. The classes are learned independently
+    of each other, in the same batches, by Adam; values stay within the latent range. The model's
+    weights get no gradient.
+
+    >>> start = no_moves(model, saes, ["create", "remember"])
+    >>> recipe = LatentGradientSteerer(
+    ...     saes, start, target="create", objective=FixedMove(), n_steps=1, step_size=1.0,
+    ...     max_relative_change=0.5, scope=LastPromptToken() | ResponseTokens())
+    >>> learner = TargetLearner(model, recipe, l1=0.1)
+    >>> steerer = replace(recipe, targets=learner.fit(examples, counterparts=requested))
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        steerer: the recipe; its own target does not matter.
+        l1: penalty in nats for latents that move, by the sum of their moves in units of the query's
+            norm, averaged over tokens, sites and heads.
+        n_latents: latents of each head that are not 0 in a target at most, 1 or more. Those of
+            least magnitude are set to 0 step by step over the first 60 % of the updates. Points
+            need `latents=TargetLatents()` in the steerer, or the others would move as well.
+        n_latents_total: the same over all heads and sites of a target.
+        n_updates: most updates.
+        learning_rate: of Adam, in units of the root mean square of the head's query.
+        batch_size: examples of an update.
+        every: updates between two evaluations on the examples that are held out.
+        patience: evaluations without a better one, for any class, after which learning stops.
+        seed: of the order of the batches.
+
+    Raises:
+        TypeError: the steerer is no `LatentGradientSteerer`.
+        ValueError: a number that is not allowed.
+
+    Source: our choice. Static sparse vectors learned through the model are known as SAE-SSV;
+    pruning by magnitude on a schedule is arXiv 1710.01878.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        steerer: LatentGradientSteerer,
+        *,
+        l1: float = 0.0,
+        n_latents: int | None = None,
+        n_latents_total: int | None = None,
+        n_updates: int = 60,
+        learning_rate: float = 0.05,
+        batch_size: int = 24,
+        every: int = 5,
+        patience: int = 4,
+        seed: int = 0,
+    ) -> None:
+        check_kind("steerer", steerer, LatentGradientSteerer, "it says what is learned")
+        check_number("l1", l1, least=0)
+        check_number("learning_rate", learning_rate, above=0)
+        counts = {"n_updates": n_updates, "batch_size": batch_size, "every": every}
+        limits = {"n_latents": n_latents, "n_latents_total": n_latents_total}
+        limits = {name: value for name, value in limits.items() if value is not None}
+        for name, value in (counts | {"patience": patience} | limits).items():
+            check_number(name, value, whole=True, least=1)
+        if limits and not steerer.targets.are_moves:
+            check_kind("latents of the steerer", steerer.latents, TargetLatents, "or learn moves")
+        steerer.check_model(model)
+        self.model, self.steerer = model, steerer
+        self.l1, self.n_latents, self.n_latents_total = l1, n_latents, n_latents_total
+        self.n_updates, self.learning_rate, self.batch_size = n_updates, learning_rate, batch_size
+        self.every, self.patience, self.seed = every, patience, seed
+
+    def _digest(self, examples: Sequence[TokenizedExample]) -> str:
+        """Return a digest of all that decides the targets."""
+        settings = {k: v for k, v in vars(self).items() if k not in ("model", "steerer")}
+        settings |= steerer_settings(self.steerer)
+        found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for example in examples:
+            found.update(repr((example.label, example.prompt_length)).encode())
+            found.update(example.tokens.numpy().tobytes())
+        targets = self.steerer.targets
+        for tensor in (*targets.means.values(), *targets.fingerprint.to_tensors().values()):
+            found.update(tensor.float().cpu().numpy().tobytes())
+        return found.hexdigest()
+
+    def fit(
+        self,
+        examples: TokenizedExamples,
+        *,
+        counterparts: TokenizedExamples | None = None,
+        held_out: Sequence[int] | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> LearnedTargets:
+        """Return targets with which the steered model writes the responses of each class.
+
+        Without counterparts the loss is minus the log-likelihood of the response, a token; with
+        them KL(model after the counterpart || steered model), averaged over the tokens of the
+        response and the one after it. So counterparts with blank responses learn the next token.
+
+        Args:
+            examples: prompts that do not request the class, with responses of the class. The cache
+                of their prompts and, with counterparts, the log probabilities are kept in memory.
+            counterparts: the same responses after prompts that request the class, in order.
+            held_out: indices of examples on which the best update of each class is chosen; choose
+                those of other topics. None means every fourth example of each class.
+            checkpoint: a folder that is written at each evaluation, from which a stopped run
+                continues with the same numbers; removed at the end. None writes nothing.
+
+        Raises:
+            ValueError: a class of the steerer without examples to learn from or held out, an
+                example without response or without a token in the scope, counterparts that do not
+                fit, a model that is being steered, a loss that is not finite, or a checkpoint of
+                another run.
+
+        Warns:
+            LearningWarning: no update lowered the held-out loss of a class; its target is then the
+                one that learning started from.
+        """
+        check_tokenized(examples)
+        check_not_steered(self.model)
+        if counterparts is not None:
+            check_tokenized(counterparts, name="counterparts")
+            check_counterparts(examples, counterparts)
+        learned, kept = _split(examples.labels, self.steerer.targets.classes, held_out)
+        scope = self.steerer.scope
+
+        def rows(indices: Sequence[int], size: int) -> list[LearningRows]:
+            others = None if counterparts is None else counterparts.subset(indices)
+            return learning_rows(self.model, examples.subset(indices), others, scope, size)
+
+        order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(self.seed))
+        shuffled = [learned[i] for i in order.tolist()]
+        size = self.batch_size
+        with frozen([self.model, *self.steerer.saes.values()]):
+            parts = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+            batches = [one for part in parts for one in rows(part, size)]
+            digest = "" if checkpoint is None else self._digest([*examples, *(counterparts or ())])
+            run = LearningRun(self, batches, rows(kept, size), checkpoint, digest)
+            run.run()
+        counts = [examples.labels.count(name) for name in self.steerer.targets.classes]
+        return self._targets(run, counts, examples)
+
+    def _targets(
+        self, run: LearningRun, counts: list[int], examples: TokenizedExamples
+    ) -> LearnedTargets:
+        start = self.steerer.targets
+        means = {name: mean.clone() for name, mean in start.means.items()}
+        for name, at in self.steerer.where.chosen.items():
+            means[name][:, list(at.heads)] = run.best[name].to(means[name])
+        found = LearnedTargets(
+            classes=start.classes,
+            means=means,
+            variances=start.variances,
+            counts=torch.tensor(counts),
+            span=scope_name(self.steerer.scope),
+            fingerprint=start.fingerprint,
+            prepend_bos=examples.prepend_bos,
+            chat_template=examples.chat_template,
+            learned=Learned(
+                kind="moves" if start.are_moves else "points",
+                unsteered=run.unsteered,
+                history=tuple(run.history),
+            ),
+        )
+        if failed := [name for name, share in found.share_removed.items() if share <= 0]:
+            warnings.warn(
+                f"nothing was learned for {failed}: no update brought the held-out loss below that "
+                "without steering; use other layers, a larger max_relative_change, more examples, "
+                "or less l1",
+                LearningWarning,
+                stacklevel=3,
+            )
+        return found
+
+
+def _split(
+    labels: Sequence[str], classes: Sequence[str], held_out: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """Return the indices of examples to learn from and of those that are held out."""
+    if held_out is None:
+        own = {name: [i for i, label in enumerate(labels) if label == name] for name in classes}
+        kept = sorted(i for indices in own.values() for i in indices[3::4])
+    else:
+        kept = whole_numbers("held_out", held_out)
+        for index in kept:
+            check_number("held_out", index, whole=True, least=0, most=len(labels) - 1)
+    learned = [i for i in range(len(labels)) if i not in set(kept)]
+    for name in classes:
+        for part, indices in (("learn from", learned), ("hold out", kept)):
+            if not any(labels[i] == name for i in indices):
+                raise ValueError(
+                    f"class {name!r} must have examples to {part}, got none: give four or more of "
+                    "each class of the steerer, or other held_out"
+                )
+    if unknown := sorted({*labels} - {*classes}):
+        raise ValueError(f"labels must be classes of the steerer, {list(classes)}, got {unknown}")
+    return learned, kept

@@ -1,0 +1,162 @@
+"""Examples as a learner reads them: prefixes in the cache, and what the model should write."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae_query_steer.data.batches import TokenBatch, example_batches
+from sae_query_steer.data.tokenized import TokenizedExamples
+from sae_query_steer.models.prefix import PrefixedRows
+from sae_query_steer.scopes.positions import Scope, select
+
+
+@dataclass(frozen=True, eq=False)
+class LearningRows:
+    """Rows of one batch, the next tokens that are read, and what they should be."""
+
+    prefixed: PrefixedRows
+    """The rows from the first token of the scope on."""
+
+    labels: tuple[str, ...]
+    """Class of each row."""
+
+    row: Int[Tensor, " token"]
+    """Row of each token whose next token is read."""
+
+    column: Int[Tensor, " token"]
+    """Its column in `prefixed`."""
+
+    wanted: Int[Tensor, " token"] | Float[Tensor, "token d_vocab"]
+    """The next token, or log probabilities of it."""
+
+    def losses(self, fwd_hooks: Any = ()) -> Float[Tensor, " batch"]:
+        """Return the mean loss of each row in nats a token, in a pass with hooks."""
+        logits = self.prefixed.logits(fwd_hooks)
+        device = logits.device
+        rows, wanted = self.row.to(device), self.wanted.to(device)
+        log_probs = logits[rows, self.column.to(device)].float().log_softmax(-1)
+        if wanted.is_floating_point():
+            found = (wanted.exp() * (wanted - log_probs)).sum(-1)
+        else:
+            found = -log_probs.gather(-1, wanted[:, None])[:, 0]
+        sums = found.new_zeros(len(self.labels)).index_add(0, rows, found)
+        return sums / torch.bincount(rows, minlength=len(self.labels))
+
+
+def learning_rows(
+    model: Any,
+    examples: TokenizedExamples,
+    counterparts: TokenizedExamples | None,
+    scope: Scope,
+    batch_size: int,
+) -> list[LearningRows]:
+    """Return examples in batches, with their prefixes in the cache.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        examples: prompts and responses.
+        counterparts: the same responses after other prompts; then log probabilities after these are
+            wanted, otherwise the tokens of the response.
+        scope: tokens that are steered.
+        batch_size: rows of a batch.
+
+    Raises:
+        ValueError: an example has no token in the scope, or no response and no counterpart.
+    """
+    made = []
+    for batch in example_batches(examples, batch_size):
+        positions = batch.positions
+        scoped = select(scope, positions)
+        if not bool(scoped.any(1).all()):
+            row = int((~scoped.any(1)).nonzero()[0])
+            raise ValueError(
+                f"example {batch.indices[row]} ({batch.labels[row]!r}) has no token in the scope "
+                f"{scope!r}: use another scope, or examples with such a token"
+            )
+        first = torch.minimum(scoped.long().argmax(1), batch.prompt_lengths - 1)
+        prefixed = PrefixedRows(model, batch, first)
+        row, position = _read(batch, whole=counterparts is not None)
+        if counterparts is None:
+            wanted = batch.tokens[row, position + 1]
+        else:
+            wanted = _log_probs(model, batch, counterparts.subset(batch.indices))
+        column = prefixed.columns(row, position)
+        made.append(LearningRows(prefixed, batch.labels, row, column, wanted))
+    return made
+
+
+def _read(batch: TokenBatch, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """Return row and position of the tokens whose next token is read.
+
+    From the last prompt token on, up to the last token, or with `whole` that one too.
+    """
+    index = batch.positions.index
+    last = batch.lengths[:, None] - (1 if whole else 2)
+    inside = (index >= batch.prompt_lengths[:, None] - 1) & (index <= last)
+    if not bool(inside.any(1).all()):
+        row = int((~inside.any(1)).nonzero()[0])
+        raise ValueError(
+            f"example {batch.indices[row]} ({batch.labels[row]!r}) must have a response, got none: "
+            "give one, or counterparts"
+        )
+    rows, positions = inside.nonzero(as_tuple=True)
+    return rows, positions
+
+
+@torch.no_grad()
+def _log_probs(
+    model: Any, batch: TokenBatch, others: TokenizedExamples
+) -> Float[Tensor, "token d_vocab"]:
+    """Return log probabilities of the next token at the same places of the counterparts."""
+    (whole,) = example_batches(others, len(others))
+    order = [whole.indices.index(i) for i in range(len(others))]
+    prefixed = PrefixedRows(model, whole, whole.prompt_lengths - 1)
+    logits = prefixed.logits()[order]
+    lengths = (batch.lengths - batch.prompt_lengths + 1).tolist()
+    parts = [row[:n].float().log_softmax(-1) for row, n in zip(logits, lengths, strict=True)]
+    return torch.cat(parts)
+
+
+def check_counterparts(examples: TokenizedExamples, counterparts: TokenizedExamples) -> None:
+    """Raise unless counterparts have the same responses and classes.
+
+    Raises:
+        ValueError: the message names the first that differs.
+    """
+    if len(counterparts) != len(examples):
+        raise ValueError(
+            f"counterparts must be one for each of the {len(examples)} examples, in their order, "
+            f"got {len(counterparts)}"
+        )
+    for index, (one, other) in enumerate(zip(examples, counterparts, strict=True)):
+        same = one.tokens[one.prompt_length :].equal(other.tokens[other.prompt_length :])
+        if one.label != other.label or not same:
+            raise ValueError(
+                f"counterpart {index} must have the class and the response of its example: the "
+                "same response after the prompt with the request"
+            )
+
+
+@contextmanager
+def frozen(modules: Sequence[Any]) -> Iterator[None]:
+    """Let no parameter of some modules have gradients, for a `with` block."""
+    own = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+    own += [
+        p
+        for m in modules
+        if isinstance(inner := vars(m).get("original_model"), nn.Module)
+        for p in inner.parameters()
+    ]
+    trained = [p for p in own if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,332 @@
+"""One run of a learner: updates, evaluations on held-out examples, checkpoints."""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_query_steer.descent.goals import Goal
+from sae_query_steer.learning.rows import LearningRows
+from sae_query_steer.progress import progress_bar
+from sae_query_steer.scopes.positions import TokenPositions, select
+from sae_query_steer.steering.engine import by_head, edit_hook
+from sae_query_steer.steering.latent_descent import LatentDescent
+from sae_query_steer.steering.trace import QueryChange
+from sae_query_steer.steering.where import SiteHeads
+from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.records import Record, read_record, write_record
+from sae_query_steer.storage.tensors import FLOATS, check_finite, read_tensors, write_tensors
+
+PRUNED_BY = 0.6
+"""Share of the updates after which no further latents are removed. Source: our choice."""
+
+RUN, STATE = "learning.json", "learning.safetensors"
+
+
+class _Run(Record):
+    """What `learning.json` of a checkpoint holds."""
+
+    format: Literal["sae_query_steer.learning/1"]
+    settings: str
+    step: int
+    idle: int
+    lowest: dict[str, float | None]
+    history: tuple[dict[str, float | str | None], ...]
+
+
+class LearningRun:
+    """One run of a `TargetLearner`."""
+
+    def __init__(
+        self,
+        learner: Any,
+        batches: list[LearningRows],
+        held_out: list[LearningRows],
+        checkpoint: str | Path | None,
+        digest: str,
+    ) -> None:
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._digest = digest
+        self._learner, self._batches, self._held_out = learner, batches, held_out
+        steerer = learner.steerer
+        self._classes, self._chosen = steerer.targets.classes, steerer.where.chosen
+        settings = {f.name: getattr(steerer, f.name) for f in fields(LatentDescent) if f.init}
+        self._edit = LearnedDescent(**settings)
+        self._values: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}
+        self._optimiser: Any = None
+        self._lowest: dict[str, float] = {}
+        self._step, self._idle = 0, 0
+        self.best: dict[str, Tensor] = {}
+        self.unsteered: dict[str, float] = {}
+        self.history: list[dict[str, float | str | None]] = []
+
+    def run(self) -> None:
+        """Learn; afterwards `best`, `unsteered` and `history` are set."""
+        learner = self._learner
+        self._begin()
+        self._optimiser = torch.optim.Adam(list(self._values.values()), lr=learner.learning_rate)
+        if not self._restored():
+            self._lowest = self._evaluated(0, ByClass())
+        seen = ByClass()
+        with progress_bar(
+            total=learner.n_updates, initial=self._step, desc="Learning targets", unit="update"
+        ) as bar:
+            while self._step < learner.n_updates and not self._stopped:
+                batch = self._batches[self._step % len(self._batches)]
+                self._step += 1
+                losses = self._update(batch)
+                seen.add(batch.labels, losses)
+                bar.set_postfix(loss=f"{float(losses.mean()):.3f}", refresh=False)
+                bar.update()
+                if self._step % learner.every == 0 or self._step == learner.n_updates:
+                    found = self._evaluated(self._step, seen, self._lowest)
+                    better = {k: loss for k, loss in found.items() if loss < self._lowest[k]}
+                    self._lowest |= better
+                    seen, self._idle = ByClass(), 0 if better else self._idle + 1
+                    self._save()
+        if self._checkpoint is not None:
+            shutil.rmtree(self._checkpoint, ignore_errors=True)
+
+    @property
+    def _stopped(self) -> bool:
+        return self._idle >= self._learner.patience and self._step >= self._pruned_by
+
+    def _update(self, batch: LearningRows) -> Tensor:
+        """Take one step on a batch, and return the loss of each row before it."""
+        learner = self._learner
+        losses, edit = self._losses(batch)
+        if not bool(losses.isfinite().all()):
+            raise ValueError(
+                f"learning diverged at update {self._step}: the loss is not finite; use a "
+                f"learning_rate below {learner.learning_rate}"
+            )
+        self._optimiser.zero_grad()
+        (losses.mean() + learner.l1 * torch.stack(edit.moved).mean()).backward()
+        self._optimiser.step()
+        self._project(self._step)
+        return losses.detach()
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return all tensors of the run: the present targets, the best, and Adam's moments."""
+        state = {f"best/{name}": value for name, value in self.best.items()}
+        for name, value in self._values.items():
+            moments = self._optimiser.state[value]
+            state |= {f"value/{name}": value.detach()}
+            state |= {f"{key}/{name}": moment for key, moment in moments.items()}
+        return state
+
+    def _save(self) -> None:
+        if self._checkpoint is None:
+            return
+        with new_folder(self._checkpoint, overwrite=True, holding=RUN) as new:
+            write_tensors(new / STATE, self._state())
+            kept = _Run(
+                format="sae_query_steer.learning/1",
+                settings=self._digest,
+                step=self._step,
+                idle=self._idle,
+                lowest={k: v if math.isfinite(v) else None for k, v in self._lowest.items()},
+                history=tuple(self.history),
+            )
+            write_record(new / RUN, kept)
+
+    def _restored(self) -> bool:
+        """Continue the run of the checkpoint, if there is one; return whether there was.
+
+        Raises:
+            ValueError: it is of a run with other settings or examples, or damaged.
+        """
+        if self._checkpoint is None or not self._checkpoint.exists():
+            return False
+        kept = read_record(self._checkpoint, RUN, _Run)
+        if kept.settings != self._digest:
+            raise ValueError(
+                f"checkpoint must be of the same settings and examples: {self._checkpoint} is of "
+                "another run; give another folder, or delete it"
+            )
+        for value in self._values.values():  # the moments exist after a step
+            value.grad = torch.zeros_like(value)
+        self._optimiser.step()
+        own = self._state()
+        stored = read_tensors(
+            self._checkpoint, STATE, {n: (FLOATS, tuple(t.shape)) for n, t in own.items()}
+        )
+        check_finite(stored)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
+        self._step, self._idle, self.history = kept.step, kept.idle, list(kept.history)
+        self._lowest = {k: math.inf if v is None else v for k, v in kept.lowest.items()}
+        return True
+
+    @property
+    def _pruned_by(self) -> float:
+        learner = self._learner
+        prunes = learner.n_latents is not None or learner.n_latents_total is not None
+        return PRUNED_BY * learner.n_updates if prunes else 0
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Measure the loss without steering and the size of queries, and set the start."""
+        squares: dict[str, list[Tensor]] = {name: [] for name in self._chosen}
+        losses = ByClass()
+        for batch in self._held_out:
+            scoped = select(self._learner.steerer.scope, batch.prefixed.positions)
+
+            def keep(values: Tensor, hook: Any, at: SiteHeads, scoped: Tensor = scoped) -> None:
+                del hook  # its name differs between the backends
+                queries = by_head(values, at)[:, :, list(at.heads)][scoped.to(values.device)]
+                squares[at.hook_name].append(queries.float().square().mean(-1))
+
+            hooks = [(name, partial(keep, at=at)) for name, at in self._chosen.items()]
+            losses.add(batch.labels, batch.losses(hooks))
+        self.unsteered = losses.means(self._classes)
+        for name, at in self._chosen.items():
+            size = torch.cat(squares[name]).mean(0).sqrt()
+            self._scales[name] = size[:, None].clamp(min=1e-6)
+            start = self._learner.steerer.targets.means[name][:, list(at.heads)]
+            self.best[name] = start.clone()
+            scaled = start.to(self._scales[name]) / self._scales[name]
+            self._values[name] = scaled.clone().requires_grad_()
+
+    def _targets(self) -> dict[str, Tensor]:
+        return {name: value * self._scales[name] for name, value in self._values.items()}
+
+    def _losses(self, batch: LearningRows) -> "tuple[Tensor, LearnedDescent]":
+        """Return the loss of each row with the present targets, and the edit that was applied."""
+        made: dict[str, Any] = {"values": self._targets(), "moved": [], "changes": []}
+        edit = replace(self._edit, target=list(batch.labels), **made)
+        positions, scope = batch.prefixed.positions, self._learner.steerer.scope
+        hooks = [
+            (name, edit_hook(edit, at, scope, lambda _: positions, checked=False))
+            for name, at in self._chosen.items()
+        ]
+        return batch.losses(hooks), edit
+
+    @torch.no_grad()
+    def _evaluated(
+        self, step: int, seen: "ByClass", lowest: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
+        """Return the held-out loss of each class, and keep targets that are the best so far."""
+        losses, changes = ByClass(), ByClass()
+        for batch in self._held_out:
+            found, edit = self._losses(batch)
+            losses.add(batch.labels, found)
+            changes.add(batch.labels, torch.stack(edit.changes).mean(0))
+        of_class, changed = (one.means(self._classes) for one in (losses, changes))
+        targets = self._targets()
+        n_heads = sum(len(at.heads) for at in self._chosen.values())
+        for index, label in enumerate(self._classes):
+            if step >= self._pruned_by and (lowest is None or of_class[label] < lowest[label]):
+                for name, value in targets.items():
+                    self.best[name][index] = value[index].to(self.best[name])
+            active = sum(int((value[index] != 0).sum()) for value in targets.values())
+            self.history.append(
+                {
+                    "step": float(step),
+                    "label": label,
+                    "loss": seen.means([label])[label] if step else None,
+                    "held_out_loss": of_class[label],
+                    "relative_change": changed[label],
+                    "n_latents": active / n_heads,
+                }
+            )
+        if step < self._pruned_by:  # more latents than are allowed
+            return dict.fromkeys(of_class, math.inf)
+        return of_class
+
+    @torch.no_grad()
+    def _project(self, step: int) -> None:
+        """Bring targets back into the latent range, and remove latents that are too many."""
+        learner = self._learner
+        for name, value in self._values.items():
+            least = learner.steerer.saes[name].latent_min
+            if least is not None:
+                value.clamp_(min=least)
+        done = min(1.0, step / self._pruned_by) if self._pruned_by else 1.0
+        if learner.n_latents is not None:
+            for value in self._values.values():
+                keep = _allowed(value.shape[-1], learner.n_latents, done)
+                _cut(value, value.shape[-1], keep)
+        if learner.n_latents_total is not None:
+            joined = torch.cat([value.flatten(1) for value in self._values.values()], dim=1)
+            _cut(joined, joined.shape[1], _allowed(joined.shape[1], learner.n_latents_total, done))
+            sizes = [value[0].numel() for value in self._values.values()]
+            for value, own in zip(self._values.values(), joined.split(sizes, 1), strict=True):
+                value.copy_(own.view_as(value))
+
+
+def _allowed(n: int, wanted: int, done: float) -> int:
+    """Return how many of n latents are left when a share of the removal is done."""
+    return max(wanted, round(n * (min(wanted, n) / n) ** done))
+
+
+def _cut(values: Float[Tensor, "*any d"], n: int, keep: int) -> None:
+    """Set all but the largest values to 0."""
+    if keep < n:
+        least = values.abs().topk(keep, dim=-1).values[..., -1:]
+        values[values.abs() < least] = 0
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedDescent(LatentDescent):
+    """The descent with targets that have gradients; keeps how much latents moved."""
+
+    values: Mapping[str, Float[Tensor, "class head d_latent"]] = field(default_factory=dict)
+    moved: list[Tensor] = field(default_factory=list)
+    """Sum of the moves of latents in units of the query's norm, averaged, of each site."""
+    changes: list[Float[Tensor, " batch"]] = field(default_factory=list)
+    """||change of q|| / ||q|| of each row, averaged over tokens and heads, of each site."""
+
+    def change(
+        self,
+        activations: Tensor,
+        at: SiteHeads,
+        tokens: TokenPositions,
+        *,
+        record: bool = False,
+    ) -> QueryChange:
+        """Return what the descent adds; Args as `LatentDescent.change`."""
+        del record
+        move = self.descended(activations, at, tokens)
+        delta = self.decoded(activations, at, move)
+        norms = activations.detach().norm(dim=-1).clamp(min=1e-6)
+        self.moved.append(((move.after - move.before).abs().sum(-1) / norms).mean())
+        ratios = (delta.detach().norm(dim=-1) / norms).mean(-1)
+        n_tokens = torch.bincount(tokens.row, minlength=tokens.n_rows)
+        sums = ratios.new_zeros(tokens.n_rows).index_add(0, tokens.row, ratios)
+        self.changes.append(sums / n_tokens)
+        return QueryChange(delta=delta)
+
+    def _goal(self, at: SiteHeads, tokens: TokenPositions, z: Tensor) -> Goal:
+        goal = super()._goal(at, tokens, z)
+        return Goal(
+            centroids=self.values[at.hook_name].to(z),
+            weights=goal.weights,
+            variances=goal.variances,
+        )
+
+
+class ByClass:
+    """Numbers of examples, and their means by class."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[float]] = {}
+
+    def add(self, labels: Sequence[str], values: Tensor) -> None:
+        """Add a number of each example."""
+        for label, value in zip(labels, values.tolist(), strict=True):
+            self._found.setdefault(label, []).append(value)
+
+    def means(self, classes: Sequence[str]) -> dict[str, float]:
+        """Return the mean of each class; NaN of those without examples."""
+        found = {name: self._found.get(name, ()) for name in classes}
+        return {k: sum(some) / len(some) if some else math.nan for k, some in found.items()}

@@ -1,0 +1,107 @@
+"""Run the first tokens of some rows once, and the tokens after them as often as is asked."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformers import DynamicCache
+
+from sae_query_steer.data.batches import TokenBatch
+from sae_query_steer.models.activations import eval_mode
+from sae_query_steer.scopes.positions import Positions
+
+
+class PrefixedRows:
+    """The last tokens of some rows, behind a KV cache of those before them.
+
+    The cache is made once, without gradients, and is never written again: each pass extends a copy
+    that shares its tensors. So a pass costs the last tokens alone. It runs through all layers:
+    TransformerBridge has no `start_at_layer`.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        batch: the rows.
+        start: position of the first token of each row that is not in the cache.
+        stop: position after the last token that is needed; None means the row's end.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: TokenBatch,
+        start: Int[Tensor, " batch"],
+        stop: Int[Tensor, " batch"] | None = None,
+    ) -> None:
+        self.model = model
+        self._is_bridge = not isinstance(model, HookedTransformer)
+        ends = batch.lengths if stop is None else stop
+        rows = list(zip(batch.tokens, start.tolist(), ends.tolist(), strict=True))
+        before = [row[:first] for row, first, _ in rows]
+        after = [row[first:end] for row, first, end in rows]
+        # Aligned at the border: the prefixes are padded on the left, the rest on the right.
+        prefix = pad_sequence(before, batch_first=True, padding_side="left")
+        self.tokens: Int[Tensor, "batch pos"] = pad_sequence(after, batch_first=True)
+        seen = torch.arange(prefix.shape[1]) >= prefix.shape[1] - start[:, None]
+        new = torch.arange(self.tokens.shape[1]) < (ends - start)[:, None]
+        self._mask = torch.cat([seen, new], dim=1).long()
+        self.positions = Positions(
+            index=start[:, None] + torch.arange(self.tokens.shape[1]),
+            valid=new,
+            prompt_lengths=batch.prompt_lengths,
+            lengths=batch.lengths,
+            tokens=batch.positions.tokens,
+        )
+        self._cache: Any = None
+        if prefix.shape[1]:
+            with torch.no_grad():
+                self._cache = self._run(prefix, self._new_cache(len(prefix)), ())[1]
+
+    def logits(
+        self, fwd_hooks: Iterable[tuple[str, Any]] = ()
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return the logits of these tokens in a pass with hooks; with gradients where enabled."""
+        cache = None if self._cache is None else self._copied()
+        return self._run(self.tokens, cache, fwd_hooks)[0]
+
+    def columns(
+        self, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]
+    ) -> Int[Tensor, " token"]:
+        """Return the columns of tokens by their absolute positions."""
+        return positions - self.positions.index[rows, 0]
+
+    def _run(self, tokens: Tensor, cache: Any, hooks: Iterable[tuple[str, Any]]) -> tuple[Any, Any]:
+        device = self.model.cfg.device
+        n_past = 0 if cache is None else self._past(cache)
+        mask = self._mask[:, : n_past + tokens.shape[1]].to(device)
+        given: dict[str, Any] = {"attention_mask": mask}
+        if self._is_bridge and cache is not None:
+            given |= {"past_key_values": cache, "use_cache": True}
+        elif cache is not None:
+            given |= {"past_kv_cache": cache, "attention_mask": mask[:, n_past:]}
+        with eval_mode(self.model), self.model.hooks(fwd_hooks=list(hooks)):
+            return self.model(tokens.to(device), return_type="logits", **given), cache
+
+    def _past(self, cache: Any) -> int:
+        return int(
+            cache.get_seq_length() if self._is_bridge else cache.previous_attention_mask.shape[1]
+        )
+
+    def _new_cache(self, n_rows: int) -> Any:
+        if self._is_bridge:
+            return DynamicCache(config=self.model.original_model.config)
+        return TransformerLensKeyValueCache.init_cache(
+            self.model.cfg, self.model.cfg.device, n_rows
+        )
+
+    def _copied(self) -> Any:
+        """Return a copy of the cache; what extends it makes new tensors."""
+        other = copy.copy(self._cache)
+        name = "layers" if self._is_bridge else "entries"
+        setattr(other, name, [copy.copy(layer) for layer in getattr(self._cache, name)])
+        return other

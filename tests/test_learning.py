@@ -1,0 +1,254 @@
+"""Targets learned through the frozen model: gradients, limits, early stopping, resume, files."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import greedy_logits
+
+import sae_query_steer as sqs
+from sae_query_steer.descent.control import PosteriorBelow, TargetLatents, TopLatents
+from sae_query_steer.descent.objectives import FixedMove
+from sae_query_steer.learning import LearningWarning, no_moves
+from sae_query_steer.learning.rows import learning_rows
+from sae_query_steer.learning.run import LearningRun
+from sae_query_steer.scopes import LastPromptToken, ResponseTokens, Window
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::sae_query_steer.learning.learner.LearningWarning"  # the models are random
+)
+CLASSES = ("create", "remember")
+SCOPE = LastPromptToken() | ResponseTokens()
+
+
+def texts(prompt: str) -> list[sqs.LabelledExample]:
+    answers = {"create": " w40 w41 w42", "remember": " w10 w11"}
+    return [
+        sqs.LabelledExample(prompt=f"{prompt} w{i} w{i + 1}", response=answers[k], label=k)
+        for i in range(4, 12)
+        for k in CLASSES
+    ]
+
+
+@pytest.fixture
+def data(model):
+    """Open prompts with responses, and the same after prompts with a request."""
+    return tuple(sqs.tokenize_examples(model, texts(p)) for p in ("w1", "w1 w20 w21"))
+
+
+def recipe(model, saes, **changes):
+    settings = {"objective": FixedMove(), "n_steps": 1, "step_size": 1.0, "scope": SCOPE}
+    start = no_moves(model, saes, CLASSES)
+    return sqs.LatentGradientSteerer(saes, start, **{"target": "create"} | settings | changes)
+
+
+def dense(model, layers=(0, 1, 2)):
+    return sqs.sae.identity_encoders(sqs.query_sites(model, layers))
+
+
+def learner(model, steerer, **changes):
+    settings = {"n_updates": 12, "every": 3, "learning_rate": 0.2, "batch_size": 8}
+    return sqs.TargetLearner(model, steerer, **settings | changes)
+
+
+def test_moves_lower_the_held_out_loss_and_steer_generation_likewise(model, data):
+    steerer = recipe(model, dense(model))
+    learned = learner(model, steerer).fit(data[0])
+    assert all(share > 0 for share in learned.share_removed.values())
+    steered = replace(steerer, targets=learned)
+    example = data[0][0]
+    tokens = example.tokens[None]
+    with steered.apply(model, prompt_lengths=[example.prompt_length]), torch.no_grad():
+        logits = model(tokens)[0]
+    read = slice(example.prompt_length - 1, -1)
+    loss = torch.nn.functional.cross_entropy(logits[read], tokens[0, example.prompt_length :])
+    (rows,) = learning_rows(model, data[0].subset([0]), None, SCOPE, 1)
+    run = LearningRun(learner(model, steered), [rows], [rows], None, "")
+    run._classes = ("create",)
+    run._begin()
+    torch.testing.assert_close(
+        float(loss), float(run._losses(rows)[0].detach()), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("counterparts", [False, True])
+@pytest.mark.parametrize("points", [False, True])
+def test_the_gradient_equals_finite_differences(model, saes, targets, data, points, counterparts):
+    if points:
+        changes = {"objective": sqs.SquaredDistance(), "n_steps": 2, "step_size": 0.5}
+        three = replace(targets, classes=(*CLASSES, "apply"))
+        # The last layer: a change there can't switch the active latents of a later one.
+        changes |= {"scope": SCOPE, "layers": [2]}
+        steerer = sqs.LatentGradientSteerer(saes, three, target="create", **changes)
+    else:
+        steerer = recipe(model, saes, max_relative_change=0.5)
+    others = data[1].subset(range(4)) if counterparts else None
+    (rows,) = learning_rows(model, data[0].subset(range(4)), others, SCOPE, 4)
+    run = LearningRun(learner(model, steerer), [rows], [rows], None, "")
+    run._classes = CLASSES
+    run._begin()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in run._values.values():
+            value += 0.5 * torch.rand(value.shape, generator=generator)
+    value = run._values["blocks.2.attn.hook_q"]
+    (gradient,) = torch.autograd.grad(run._losses(rows)[0].mean(), value)
+    direction = torch.randn(value.shape, generator=generator)
+    expected = float((gradient * direction).sum())
+    found = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            value += sign * 1e-3 * direction
+            found.append(float(run._losses(rows)[0].double().mean()))
+            value -= sign * 1e-3 * direction
+    assert abs(expected) > 1e-4
+    assert (found[0] - found[1]) / 2e-3 == pytest.approx(expected, rel=0.05, abs=2e-4)
+
+
+def test_counterparts_are_what_the_steered_model_comes_near_to(model, data):
+    learned = learner(model, recipe(model, dense(model))).fit(data[0], counterparts=data[1])
+    assert all(share > 0 for share in learned.share_removed.values())
+
+
+def test_points_start_at_the_centroids_and_lower_the_loss(model, saes, targets, data):
+    three = replace(targets, classes=("apply", *CLASSES))
+    steerer = sqs.LatentGradientSteerer(
+        saes, three, target="create", objective=sqs.SquaredDistance(), n_steps=3, step_size=0.3
+    )
+    more = [replace(e, label="apply") for e in data[0]][::2]
+    examples = replace(data[0], examples=[*data[0].examples, *more])
+    learned = learner(model, steerer).fit(examples)
+    first = learned.history.groupby("label")["held_out_loss"].first()
+    last = learned.history.groupby("label")["held_out_loss"].min()
+    assert (last <= first).all() and (last < first).any()
+    travelled = (learned.means["blocks.2.attn.hook_q"] - three.means["blocks.2.attn.hook_q"]).norm()
+    assert travelled > 0
+    assert not learned.are_moves
+    assert min(float(mean.min()) for mean in learned.means.values()) >= 0
+    replace(steerer, targets=learned, gate=PosteriorBelow(0.9), until=0.9)
+
+
+def test_moves_stay_in_the_range_of_the_latents_and_keep_to_their_number(model, saes, data):
+    learned = learner(model, recipe(model, saes), n_latents=2, n_updates=20).fit(data[0])
+    for mean in learned.means.values():
+        assert float(mean.min()) >= 0
+        assert int((mean != 0).sum(-1).max()) <= 2
+    total = learner(model, recipe(model, saes), n_latents_total=5, n_updates=20).fit(data[0])
+    joined = torch.cat([mean.flatten(1) for mean in total.means.values()], dim=1)
+    assert int((joined != 0).sum(-1).max()) <= 5
+
+
+def test_a_penalty_makes_moves_smaller(model, saes, data):
+    sizes = []
+    for l1 in (0.0, 1.0):
+        learned = learner(model, recipe(model, saes), l1=l1).fit(data[0])
+        sizes.append(sum(float(mean.abs().sum()) for mean in learned.means.values()))
+    assert sizes[1] < sizes[0] / 2
+
+
+def test_a_sparse_point_moves_its_own_latents_alone(model, saes, targets):
+    sparse = {
+        name: torch.where(torch.rand(m.shape) < 0.2, 1.0, 0.0) for name, m in targets.means.items()
+    }
+    steerer = sqs.LatentGradientSteerer(
+        *(saes, replace(targets, means=sparse)),
+        target="create",
+        objective=sqs.SquaredDistance(),
+        n_steps=1,
+        step_size=1.0,
+        latents=TargetLatents(),
+    )
+    with steerer.apply(model, record=True) as trace:
+        greedy_logits(model, ["w3 w4 w5"])
+    for record in trace.records:
+        own = sparse[f"blocks.{record.layer}.attn.hook_q"][targets.class_index("create")]
+        moved = record.change.moved_latents[record.change.moved_by != 0]
+        heads = (record.change.moved_by != 0).nonzero()[:, 1]
+        assert bool((own[heads, moved] == 1).all())
+
+
+def test_learning_is_the_same_again_and_after_a_stop(model, data, tmp_path, monkeypatch):
+    steerer = recipe(model, dense(model))
+    wanted = learner(model, steerer).fit(data[0])
+    again = learner(model, steerer).fit(data[0])
+    assert all(again.means[name].equal(mean) for name, mean in wanted.means.items())
+    update, calls = LearningRun._update, []
+
+    def stopping(self, batch):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return update(self, batch)
+
+    monkeypatch.setattr(LearningRun, "_update", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        learner(model, steerer).fit(data[0], checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="must be of the same settings and examples"):
+        learner(model, steerer, l1=0.1).fit(data[0], checkpoint=tmp_path / "run")
+    resumed = learner(model, steerer).fit(data[0], checkpoint=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert all(resumed.means[name].equal(mean) for name, mean in wanted.means.items())
+    assert len(calls) < 8 + 12
+
+
+def test_learned_targets_are_read_back_and_steer_alike(model, saes, data, tmp_path):
+    steerer = recipe(model, saes, max_relative_change=0.5)
+    steered = replace(steerer, targets=learner(model, steerer).fit(data[0]))
+    sqs.steering.save_steerer(steered, tmp_path / "steerer")
+    loaded = sqs.steering.load_steerer(tmp_path / "steerer")
+    assert isinstance(loaded.targets, sqs.LearnedTargets)
+    assert loaded.targets.history.equals(steered.targets.history)
+    logits = []
+    for one in (steered, loaded):
+        with one.apply(model):
+            logits.append(greedy_logits(model, ["w3 w4 w5", "w7"]))
+    assert logits[0].equal(logits[1])
+
+
+def test_a_class_that_is_not_learned_is_told(model, data):
+    steerer = recipe(model, dense(model), scope=Window(0, 1))  # which attends to itself alone
+    with pytest.warns(LearningWarning, match="nothing was learned for"):
+        learned = learner(model, steerer).fit(data[0])
+    assert set(learned.share_removed.values()) == {0.0}
+
+
+def test_moves_refuse_what_has_no_meaning_for_them(model, saes, targets):
+    with pytest.raises(ValueError, match="until must not be 0.9 for moves"):
+        recipe(model, saes, until=0.9)
+    with pytest.raises(ValueError, match="gate must not be"):
+        recipe(model, saes, gate=PosteriorBelow(0.5))
+    with pytest.raises(ValueError, match="latents must not be"):
+        recipe(model, saes, latents=TopLatents(2))
+    with pytest.raises(ValueError, match="objective must be FixedMove"):
+        recipe(model, saes, objective=sqs.SquaredDistance())
+    with pytest.raises(ValueError, match="objective must be FixedMove"):
+        sqs.LatentGradientSteerer(
+            saes, targets, target="create", objective=FixedMove(), n_steps=1, step_size=1.0
+        )
+
+
+def test_wrong_input_is_refused_before_the_model_runs(model, saes, data):
+    steerer = recipe(model, saes)
+    for wrong in ({"l1": -1.0}, {"n_latents": 0}, {"learning_rate": 0.0}, {"n_updates": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            learner(model, steerer, **wrong)
+    with pytest.raises(ValueError, match="must have examples to hold out"):
+        learner(model, steerer).fit(data[0].subset(range(4)))
+    with pytest.raises(ValueError, match="counterparts must be one for each"):
+        learner(model, steerer).fit(data[0], counterparts=data[1].subset(range(3)))
+    with pytest.raises(ValueError, match="counterpart 0 must have the class and the response"):
+        others = data[1].subset([1, 0, *range(2, len(data[1]))])
+        learner(model, steerer).fit(data[0], counterparts=others)
+    with pytest.raises(ValueError, match="max_relative_change must be"):
+        recipe(model, saes, max_relative_change=0.0)
+    prompts = [sqs.LabelledExample(prompt=f"w{i} w2", label=k) for i in range(4) for k in CLASSES]
+    with pytest.raises(ValueError, match="must have a response, got none"):
+        learner(model, steerer).fit(sqs.tokenize_examples(model, prompts))
+
+
+def test_the_models_weights_stay_as_they_were(model, data):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    wanted = [p.requires_grad for p in model.parameters()]
+    learner(model, recipe(model, dense(model))).fit(data[0])
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(p.equal(before[name]) and p.grad is None for name, p in model.named_parameters())
