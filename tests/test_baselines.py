@@ -154,3 +154,29 @@ def test_a_strength_that_is_not_allowed_is_named_as_the_user_gave_it(dense, stre
 def test_a_control_without_its_steerer_is_refused(saes, untyped):
     with pytest.raises(TypeError, match="steerer must be a LatentGradientSteerer, got QuerySAEs"):
         sqs.baselines.random_direction(saes)
+
+
+def test_control_dictionaries_have_the_size_and_norms_of_the_trained_ones(saes):
+    for kind in ("random", "permuted"):
+        made = sqs.baselines.control_dictionaries(saes, kind, seed=1)
+        for name, sae in saes.items():
+            norms = [one.W_dec.norm(dim=-1).flatten().sort().values for one in (sae, made[name])]
+            torch.testing.assert_close(*norms)
+            assert made[name].W_dec.shape == sae.W_dec.shape
+            assert not made[name].W_dec.equal(sae.W_dec)
+        again = sqs.baselines.control_dictionaries(saes, kind, seed=1)
+        assert all(again[name].W_dec.equal(one.W_dec) for name, one in made.items())
+
+
+def test_permuted_rows_keep_their_encoder_and_bias(saes):
+    name, sae = next(iter(saes.items()))
+    made = sqs.baselines.control_dictionaries(saes, "permuted")[name]
+    row = made.W_dec[0, 0]
+    head, latent = (sae.W_dec == row).all(-1).nonzero()[0].tolist()
+    assert made.W_enc[0, :, 0].equal(sae.W_enc[head, :, latent])
+    assert made.b_enc[0, 0] == sae.b_enc[head, latent]
+
+
+def test_unknown_control_dictionaries_are_refused(saes):
+    with pytest.raises(ValueError, match="kind must be one of"):
+        sqs.baselines.control_dictionaries(saes, "shuffled")

@@ -1,3 +1,4 @@
+from .dictionaries import control_dictionaries as control_dictionaries
 from .residual import residual_mean_difference as residual_mean_difference
 from .residual import residual_means as residual_means
 from .rows import class_latents as class_latents
