@@ -1,6 +1,7 @@
 """Run the first tokens of some rows once, and the tokens after them as often as is asked."""
 
 import copy
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,14 +61,15 @@ class PrefixedRows:
         self._cache: Any = None
         if prefix.shape[1]:
             with torch.no_grad():
-                self._cache = self._run(prefix, self._new_cache(len(prefix)), ())[1]
+                self._cache = self._new_cache(len(prefix))
+                self._run(prefix, self._cache, (), last=True)
 
     def logits(
         self, fwd_hooks: Iterable[tuple[str, Any]] = ()
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of these tokens in a pass with hooks; with gradients where enabled."""
         cache = None if self._cache is None else self._copied()
-        return self._run(self.tokens, cache, fwd_hooks)[0]
+        return self._run(self.tokens, cache, fwd_hooks)
 
     def columns(
         self, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]
@@ -75,7 +77,15 @@ class PrefixedRows:
         """Return the columns of tokens by their absolute positions."""
         return positions - self.positions.index[rows, 0]
 
-    def _run(self, tokens: Tensor, cache: Any, hooks: Iterable[tuple[str, Any]]) -> tuple[Any, Any]:
+    def _run(
+        self,
+        tokens: Tensor,
+        cache: Any,
+        hooks: Iterable[tuple[str, Any]],
+        *,
+        last: bool = False,
+    ) -> Tensor:
+        """Return the logits of a pass that extends a cache; with `last` of its last token alone."""
         device = self.model.cfg.device
         n_past = 0 if cache is None else self._past(cache)
         mask = self._mask[:, : n_past + tokens.shape[1]].to(device)
@@ -84,8 +94,12 @@ class PrefixedRows:
             given |= {"past_key_values": cache, "use_cache": True}
         elif cache is not None:
             given |= {"past_kv_cache": cache, "attention_mask": mask[:, n_past:]}
+        if last and self._is_bridge:  # a large vocabulary is most of the memory
+            accepted = inspect.signature(self.model.original_model.forward).parameters
+            given |= {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        kind = None if last and not self._is_bridge else "logits"
         with eval_mode(self.model), self.model.hooks(fwd_hooks=list(hooks)):
-            return self.model(tokens.to(device), return_type="logits", **given), cache
+            return self.model(tokens.to(device), return_type=kind, **given)
 
     def _past(self, cache: Any) -> int:
         return int(
