@@ -12,11 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.arguments import check_kind, check_number, check_texts
 from sae_query_steer.compare.sampling import seeded_sampling
+from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.prompts import ChatTemplate, chat_prompt, tokenizer_of
 from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
+from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import TraceRecord
 
@@ -117,9 +119,15 @@ def negative_log_likelihoods(
     sums = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        log_probs, _ = _next_tokens(model, prompts[part], tokens[part], chat_template)
-        own = log_probs.gather(1, torch.cat(list(tokens[part]))[:, None])[:, 0].double()
-        sums += [-float(row.sum()) for row in own.split([len(row) for row in tokens[part]])]
+        batch = _batch(model, prompts[part], tokens[part], chat_template)
+        row, position = _written(batch)
+        # Behind a cached prefix, so that there are logits of the texts alone.
+        prefixed = PrefixedRows(model, batch, batch.prompt_lengths - 1)
+        with torch.no_grad():
+            logits = prefixed.logits().cpu()
+        own = logits[row, prefixed.columns(row, position) - 1].float().log_softmax(-1)
+        found = own.gather(1, batch.tokens[row, position][:, None])[:, 0].double()
+        sums += [-float(one.sum()) for one in found.split([len(some) for some in tokens[part]])]
     return sums
 
 
@@ -154,14 +162,34 @@ def _next_tokens(
     model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], chat_template: ChatTemplate
 ) -> tuple[Float[Tensor, "token d_vocab"], list[int]]:
     """Return the log probabilities at every token of some texts, and their prompts' lengths."""
+    batch = _batch(model, prompts, tokens, chat_template)
+    row, position = _written(batch)
+    log_probs = next_token_log_probs(model, batch.tokens, row, position - 1).cpu()
+    return log_probs, batch.prompt_lengths.tolist()
+
+
+def _batch(
+    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], chat_template: ChatTemplate
+) -> TokenBatch:
+    """Return prompts, as the backend reads them, with the tokens after them."""
     rows = _as_read(model, prompts, chat_template)
     contexts = [model.to_tokens(row, prepend_bos=_bos(chat_template))[0].cpu() for row in rows]
-    pairs = list(zip(contexts, tokens, strict=True))
-    joined = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True)
-    row = torch.cat([torch.full((len(t),), i) for i, t in enumerate(tokens)])
-    column = torch.cat([torch.arange(len(t)) + len(c) - 1 for c, t in pairs])
-    log_probs = next_token_log_probs(model, joined, row, column).cpu()
-    return log_probs, [len(context) for context in contexts]
+    joined = [torch.cat(pair) for pair in zip(contexts, tokens, strict=True)]
+    return TokenBatch(
+        tokens=pad_sequence(joined, batch_first=True),
+        lengths=torch.tensor([len(row) for row in joined]),
+        prompt_lengths=torch.tensor([len(context) for context in contexts]),
+        labels=("",) * len(rows),
+        indices=tuple(range(len(rows))),
+    )
+
+
+def _written(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Return row and position of the tokens after the prompts."""
+    index = batch.positions.index
+    after = (index >= batch.prompt_lengths[:, None]) & (index < batch.lengths[:, None])
+    row, position = after.nonzero(as_tuple=True)
+    return row, position
 
 
 def _as_read(model: Any, prompts: Sequence[str], chat_template: ChatTemplate) -> list[str]:

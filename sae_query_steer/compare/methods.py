@@ -186,6 +186,7 @@ def descent_methods(
     heads: Iterable[Sequence[int] | None] = (None,),
     scopes: Iterable[Scope] = (LastPromptToken(),),
     centroids: str | None = None,
+    max_relative_change: float | None = None,
 ) -> list[Method]:
     """Return descent over some encoders, a method for each combination of the choices.
 
@@ -198,6 +199,7 @@ def descent_methods(
         heads: sets of heads; None means all.
         scopes: which tokens are steered.
         centroids: label of the prompts that gave the centroids.
+        max_relative_change: as of `LatentGradientSteerer`.
     """
 
     def method(
@@ -214,6 +216,7 @@ def descent_methods(
                 scope=at,
                 layers=layers,
                 heads=heads,
+                max_relative_change=max_relative_change,
             )
 
         return Method(
