@@ -129,13 +129,14 @@ def test_points_start_at_the_centroids_and_lower_the_loss(model, saes, targets, 
 
 
 def test_moves_stay_in_the_range_of_the_latents_and_keep_to_their_number(model, saes, data):
-    learned = learner(model, recipe(model, saes), n_latents=2, n_updates=20).fit(data[0])
+    few = {"n_updates": 20, "every": 2, "patience": 2}  # it must not stop before all are removed
+    learned = learner(model, recipe(model, saes), n_latents=2, **few).fit(data[0])
     for mean in learned.means.values():
         assert float(mean.min()) >= 0
-        assert int((mean != 0).sum(-1).max()) <= 2
-    total = learner(model, recipe(model, saes), n_latents_total=5, n_updates=20).fit(data[0])
+        assert 1 <= int((mean != 0).sum(-1).max()) <= 2
+    total = learner(model, recipe(model, saes), n_latents_total=5, **few).fit(data[0])
     joined = torch.cat([mean.flatten(1) for mean in total.means.values()], dim=1)
-    assert int((joined != 0).sum(-1).max()) <= 5
+    assert 1 <= int((joined != 0).sum(-1).max()) <= 5
 
 
 def test_a_penalty_makes_moves_smaller(model, saes, data):

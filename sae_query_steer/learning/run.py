@@ -90,14 +90,15 @@ class LearningRun:
                     found = self._evaluated(self._step, seen, self._lowest)
                     better = {k: loss for k, loss in found.items() if loss < self._lowest[k]}
                     self._lowest |= better
-                    seen, self._idle = ByClass(), 0 if better else self._idle + 1
+                    waits = better or self._step < self._pruned_by
+                    seen, self._idle = ByClass(), 0 if waits else self._idle + 1
                     self._save()
         if self._checkpoint is not None:
             shutil.rmtree(self._checkpoint, ignore_errors=True)
 
     @property
     def _stopped(self) -> bool:
-        return self._idle >= self._learner.patience and self._step >= self._pruned_by
+        return self._idle >= self._learner.patience
 
     def _update(self, batch: LearningRows) -> Tensor:
         """Take one step on a batch, and return the loss of each row before it."""
