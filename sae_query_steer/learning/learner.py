@@ -62,7 +62,7 @@ def no_moves(
         counts=torch.ones(len(names), dtype=torch.long),
         span="none",
         fingerprint=take_fingerprint(model, saes),
-        learned=Learned(kind="moves", unsteered={}, history=()),
+        learned=Learned(kind="moves", unsteered={}, steered={}, history=()),
     )
 
 
@@ -227,6 +227,7 @@ class TargetLearner:
             learned=Learned(
                 kind="moves" if start.are_moves else "points",
                 unsteered=run.unsteered,
+                steered=run.lowest,
                 history=tuple(run.history),
             ),
         )

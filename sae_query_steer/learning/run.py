@@ -62,7 +62,7 @@ class LearningRun:
         self._values: dict[str, Tensor] = {}
         self._scales: dict[str, Tensor] = {}
         self._optimiser: Any = None
-        self._lowest: dict[str, float] = {}
+        self.lowest: dict[str, float] = {}
         self._step, self._idle = 0, 0
         self.best: dict[str, Tensor] = {}
         self.unsteered: dict[str, float] = {}
@@ -74,7 +74,7 @@ class LearningRun:
         self._begin()
         self._optimiser = torch.optim.Adam(list(self._values.values()), lr=learner.learning_rate)
         if not self._restored():
-            self._lowest = self._evaluated(0, ByClass())
+            self.lowest = self._evaluated(0, ByClass())
         seen = ByClass()
         with progress_bar(
             total=learner.n_updates, initial=self._step, desc="Learning targets", unit="update"
@@ -87,9 +87,9 @@ class LearningRun:
                 bar.set_postfix(loss=f"{float(losses.mean()):.3f}", refresh=False)
                 bar.update()
                 if self._step % learner.every == 0 or self._step == learner.n_updates:
-                    found = self._evaluated(self._step, seen, self._lowest)
-                    better = {k: loss for k, loss in found.items() if loss < self._lowest[k]}
-                    self._lowest |= better
+                    found = self._evaluated(self._step, seen, self.lowest)
+                    better = {k: loss for k, loss in found.items() if loss < self.lowest[k]}
+                    self.lowest |= better
                     waits = better or self._step < self._pruned_by
                     seen, self._idle = ByClass(), 0 if waits else self._idle + 1
                     self._save()
@@ -134,7 +134,7 @@ class LearningRun:
                 settings=self._digest,
                 step=self._step,
                 idle=self._idle,
-                lowest={k: v if math.isfinite(v) else None for k, v in self._lowest.items()},
+                lowest={k: v if math.isfinite(v) else None for k, v in self.lowest.items()},
                 history=tuple(self.history),
             )
             write_record(new / RUN, kept)
@@ -165,7 +165,7 @@ class LearningRun:
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
         self._step, self._idle, self.history = kept.step, kept.idle, list(kept.history)
-        self._lowest = {k: math.inf if v is None else v for k, v in kept.lowest.items()}
+        self.lowest = {k: math.inf if v is None else v for k, v in kept.lowest.items()}
         return True
 
     @property

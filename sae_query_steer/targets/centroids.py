@@ -32,6 +32,9 @@ class Learned(Record):
     unsteered: dict[str, float]
     """Held-out loss without steering, in nats a token, by class."""
 
+    steered: dict[str, float]
+    """The same with the targets that were chosen."""
+
     history: tuple[dict[str, float | str | None], ...]
     """The rows of `LearnedTargets.history`."""
 
@@ -226,11 +229,8 @@ class LearnedTargets(CentroidTargets):
     @property
     def share_removed(self) -> dict[str, float]:
         """The share of the unsteered held-out loss that steering removes, by class; 0 for none."""
-        if not self.learned.history:
-            return {}
-        best = self.history.groupby("label")["held_out_loss"].min()
-        removed = {k: 1 - float(best[k]) / loss for k, loss in self.learned.unsteered.items()}
-        return {k: max(0.0, share) for k, share in removed.items()}
+        found = self.learned
+        return {k: max(0.0, 1 - found.steered[k] / loss) for k, loss in found.unsteered.items()}
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{k} {share:.0%}" for k, share in self.share_removed.items())
