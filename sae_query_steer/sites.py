@@ -112,6 +112,11 @@ class Site:
         _check(self, model)
 
 
+def is_other_site(hook_name: str) -> bool:
+    """Return whether a name is that of a `Site`, and not of queries."""
+    return _OTHER.fullmatch(hook_name) is not None
+
+
 def query_sites(
     model: Any, layers: Iterable[int] | None = None, *, rotated: bool = False
 ) -> tuple[QuerySite, ...]:

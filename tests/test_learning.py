@@ -253,3 +253,20 @@ def test_the_models_weights_stay_as_they_were(model, data):
     learner(model, recipe(model, dense(model))).fit(data[0])
     assert [p.requires_grad for p in model.parameters()] == wanted
     assert all(p.equal(before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_a_query_that_keeps_its_norm_has_a_gradient_from_the_start(model, saes, data):
+    for keep in ({"keep_norm": True}, {"keep_norm": True, "max_relative_change": 0.5}):
+        learned = learner(model, recipe(model, saes, **keep)).fit(data[0])
+        assert any(bool(mean.any()) for mean in learned.means.values())
+
+
+def test_offsets_of_the_residual_stream_are_learned_likewise(model, data):
+    name = "blocks.1.hook_resid_post"
+    encoders = {name: sqs.sae.IdentityEncoder(n_heads=1, d_head=int(model.cfg.d_model))}
+    steerer = recipe(model, encoders, max_relative_change=0.5)
+    learned = learner(model, steerer, n_updates=30).fit(data[0])
+    assert all(share > 0.2 for share in learned.share_removed.values())
+    with replace(steerer, targets=learned).apply(model, record=True) as trace:
+        greedy_logits(model, ["w3 w4 w5"])
+    assert 0.1 < float(trace.summary()["relative_change"].max()) <= 0.5001

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_query_steer.arguments import check_device, check_kind, check_number
 from sae_query_steer.descent.goals import Latents
 from sae_query_steer.sae.core import QueryHeadSAE, with_weights
-from sae_query_steer.sites import QuerySite
+from sae_query_steer.sites import QuerySite, Site, is_other_site
 
 
 @runtime_checkable
@@ -182,16 +182,34 @@ def encoder_sites(encoders: Mapping[str, QueryEncoder]) -> dict[str, QuerySite]:
         TypeError: not a mapping of encoders.
         ValueError: it is empty, or a name is not that of a query hook point.
     """
+    return {
+        name: QuerySite.from_hook_name(name, **sizes) for name, sizes in _sizes(encoders).items()
+    }
+
+
+def any_sites(encoders: Mapping[str, QueryEncoder]) -> dict[str, QuerySite | Site]:
+    """Return the site of every encoder, of queries or of another hook point, by hook name.
+
+    Raises:
+        TypeError: not a mapping of encoders.
+        ValueError: it is empty, or a name is not that of a hook point that can be edited.
+    """
+    return {
+        name: Site(hook_name=name, **sizes)
+        if is_other_site(name)
+        else QuerySite.from_hook_name(name, **sizes)
+        for name, sizes in _sizes(encoders).items()
+    }
+
+
+def _sizes(encoders: Mapping[str, QueryEncoder]) -> dict[str, dict[str, int]]:
     check_kind("saes", encoders, Mapping, "give SAEs by hook name, as train_query_saes returns")
     if not encoders:
         raise ValueError("saes must hold at least one SAE, by hook name, got none")
-    sites = {}
     for name, encoder in encoders.items():
         if not isinstance(encoder, QueryEncoder):
             raise TypeError(
                 f"the encoder at {name} must be a query-head SAE or an IdentityEncoder, got "
                 f"{type(encoder).__name__}"
             )
-        sizes = {"n_heads": encoder.n_heads, "d_head": encoder.d_head}
-        sites[name] = QuerySite.from_hook_name(name, **sizes)
-    return sites
+    return {n: {"n_heads": e.n_heads, "d_head": e.d_head} for n, e in encoders.items()}

@@ -21,9 +21,9 @@ from sae_query_steer.descent.objectives import (
 from sae_query_steer.descent.strength import by_row, each, limited, scheduled
 from sae_query_steer.sae.encoders import (
     QueryEncoder,
+    any_sites,
     at_heads,
     decoded_difference,
-    encoder_sites,
     in_32_bits,
 )
 from sae_query_steer.scopes.named import LastPromptToken
@@ -56,7 +56,8 @@ class LatentDescent(Edit):
     """The edit of a `LatentGradientSteerer`: z0 = encode(q), descend to zK, add the difference."""
 
     saes: Mapping[str, QueryEncoder]
-    """Encoders by hook name; those of the layers that are steered."""
+    """Encoders by hook name; those of the layers that are steered. An `IdentityEncoder` may stand
+    at any hook point of a `Site` too, such as `blocks.3.hook_resid_post`."""
 
     targets: CentroidTargets
     """The centroids that were made with these encoders on this model."""
@@ -296,7 +297,7 @@ class LatentGradientSteerer(LatentDescent, Steerer):  # pyright: ignore[reportIn
     def __post_init__(self) -> None:
         super().__post_init__()
         where = Where(
-            encoder_sites(self.saes).values(),
+            any_sites(self.saes).values(),
             scope=self.scope,
             layers=self.layers,
             heads=self.heads,
