@@ -7,12 +7,12 @@ steps on a TransformerBridge.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.models.calls import hooked
@@ -20,6 +20,8 @@ from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.sites import QuerySite
 
 Scores = Float[Tensor, "batch head query key"]
+ScoresOf = Callable[[Tensor], Tensor]
+"""From queries [row pos head d_head] to scores [row head column key]."""
 
 
 class ScoresReader:
@@ -53,10 +55,29 @@ class ScoresReader:
         """The queries of the site as the last hook on them left them."""
         return self._kept["q"]
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None if it has none."""
+        return self._model.tokenizer
+
     def scores(self, queries: Float[Tensor, "batch pos head d_head"]) -> Scores:
         """Return the masked scores of queries of the site, before the softmax; differentiable."""
-        compute = _bridge_scores if self._is_bridge else _hooked_scores
-        return compute(self._attention, self._kept, queries, rotated=self._site.rotated)
+        rows, columns = (torch.arange(n, device=queries.device) for n in queries.shape[:2])
+        return self.at(rows, columns)(queries)
+
+    def at(self, rows: Int[Tensor, " row"], columns: Int[Tensor, " column"]) -> ScoresOf:
+        """Return scores as a function of queries, with all that the keys alone decide computed.
+
+        Args:
+            rows: rows of the batch.
+            columns: columns of the forward pass.
+
+        Returns:
+            A function from the queries of all columns of these rows [row pos head d_head] to the
+            scores of these columns [row head column key].
+        """
+        made = _bridge_scores if self._is_bridge else _hooked_scores
+        return made(self._attention, self._kept, rows, columns, rotated=self._site.rotated)
 
     def check(self, scores: Scores) -> None:
         """Raise unless the scores computed here are those of the model.
@@ -107,44 +128,71 @@ class ScoresReader:
         return cache.layers[self._site.layer].keys
 
 
-def _hooked_scores(attention: Any, kept: dict[str, Any], q: Tensor, *, rotated: bool) -> Scores:
-    config, given, k, past = attention.cfg, kept["arguments"], kept["k"], kept["past"]
-    offset, mask = 0 if past is None else past.shape[1], given.get("attention_mask")
+def _hooked_scores(
+    attention: Any, kept: dict[str, Any], rows: Tensor, columns: Tensor, *, rotated: bool
+) -> ScoresOf:
+    config, given, n_pos = attention.cfg, kept["arguments"], kept["q"].shape[1]
+    k, past, mask = kept["k"][rows], kept["past"], _rows_of(given.get("attention_mask"), rows)
+    offset = 0 if past is None else past.shape[1]
+    rotary = config.positional_embedding_type == "rotary"
     if config.use_qk_norm:
         k = attention._apply_qk_norm(k, attention.k_norm)
-        q = q if rotated else attention._apply_qk_norm(q, attention.q_norm)
-    k = k if past is None else torch.cat([past, k], dim=1)
-    if config.positional_embedding_type == "rotary":
-        k = attention.apply_rotary(k, 0, mask)
-        q = q if rotated else attention.apply_rotary(q, offset, mask)
-    scores = attention.calculate_attention_scores(q, k)
+    k = k if past is None else torch.cat([past[rows], k], dim=1)
+    k = attention.apply_rotary(k, 0, mask) if rotary else k
+    masked = k.new_zeros(len(rows), 1, n_pos, k.shape[1])
     if config.attention_dir == "causal":
-        scores = attention.apply_causal_mask(scores, offset, mask)
-    additive = given.get("additive_attention_mask")
-    return scores if additive is None else scores + additive
+        masked = attention.apply_causal_mask(masked, offset, mask)
+    additive = _rows_of(given.get("additive_attention_mask"), rows)
+    masked = (masked if additive is None else masked + additive)[:, :, columns]
+
+    def scores(q: Tensor) -> Tensor:
+        if config.use_qk_norm and not rotated:
+            q = attention._apply_qk_norm(q, attention.q_norm)
+        q = attention.apply_rotary(q, offset, mask) if rotary and not rotated else q
+        return attention.calculate_attention_scores(q[:, columns], k) + masked
+
+    return scores
 
 
-def _bridge_scores(attention: Any, kept: dict[str, Any], q: Tensor, *, rotated: bool) -> Scores:
+def _bridge_scores(
+    attention: Any, kept: dict[str, Any], rows: Tensor, columns: Tensor, *, rotated: bool
+) -> ScoresOf:
     inner, given, past = attention.original_component, kept["arguments"], kept["past"]
-    q, k = q.transpose(1, 2), kept["k"].transpose(1, 2)
-    if getattr(attention, "_qk_norm_phase", None) == "post_reshape":
+    n_heads, n_pos = kept["q"].shape[2], kept["q"].shape[1]
+    k, turns = kept["k"][rows].transpose(1, 2), []
+    norms = getattr(attention, "_qk_norm_phase", None) == "post_reshape"
+    if norms:
         k = attention.k_norm.original_component(k)
-        q = q if rotated else attention.q_norm.original_component(q)
-    embeddings = given.get("position_embeddings")
-    if embeddings is not None:
-        k = _rotated(k, *embeddings)
-        q = q if rotated else _rotated(q, *embeddings)
-    k = k if past is None else torch.cat([past, k], dim=2)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = q @ k.mT * getattr(inner, "scaling", q.shape[-1] ** -0.5)
-    cap = getattr(inner, "attn_logit_softcapping", None)
-    scores = scores if cap is None else (scores / cap).tanh() * cap
-    return attention._apply_reconstruct_attention_mask(
-        attn_scores=scores,
-        attention_mask=given.get("attention_mask"),
+    if given.get("position_embeddings") is not None:
+        turns = [_rows_of(turn, rows) for turn in given["position_embeddings"]]
+        k = _rotated(k, *turns)
+        turns = [turn[:, columns] for turn in turns]
+    k = k if past is None else torch.cat([past[rows], k], dim=2)
+    k = k.repeat_interleave(n_heads // k.shape[1], dim=1)
+    masked = attention._apply_reconstruct_attention_mask(
+        attn_scores=k.new_zeros(len(rows), 1, n_pos, k.shape[2]),
+        attention_mask=_rows_of(given.get("attention_mask"), rows),
         seq_len=k.shape[2],
-        q_seq_len=q.shape[2],
-    )
+        q_seq_len=n_pos,
+    )[:, :, columns]
+    cap = getattr(inner, "attn_logit_softcapping", None)
+
+    def scores(q: Tensor) -> Tensor:
+        q = q[:, columns].transpose(1, 2)
+        if norms and not rotated:
+            q = attention.q_norm.original_component(q)
+        q = _rotated(q, *turns) if turns and not rotated else q
+        found = q @ k.mT * getattr(inner, "scaling", q.shape[-1] ** -0.5)
+        return (found if cap is None else (found / cap).tanh() * cap) + masked
+
+    return scores
+
+
+def _rows_of(values: Tensor | None, rows: Tensor) -> Any:
+    """Return some rows of a tensor as a copy; one row stands for all."""
+    if values is None:
+        return None
+    return values.clone() if len(values) == 1 else values[rows]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

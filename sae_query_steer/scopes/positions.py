@@ -48,6 +48,15 @@ class Positions:
             column=columns,
         )
 
+    def of_rows(self, columns: Bool[Tensor, "batch total"]) -> "Positions":
+        """Return the positions of all tokens of the rows so far, a column for each position.
+
+        Args:
+            columns: False where a column of the rows so far is padding.
+        """
+        index = torch.arange(columns.shape[1], device=columns.device).expand(columns.shape)
+        return replace(self, index=index, valid=index < columns.sum(1, keepdim=True))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenPositions:

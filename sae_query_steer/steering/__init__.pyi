@@ -1,4 +1,5 @@
 from .attach import attached_saes as attached_saes
+from .attention_descent import AttentionSteerer as AttentionSteerer
 from .edit import Edit as Edit
 from .engine import apply_edits as apply_edits
 from .files import load_steerer as load_steerer
@@ -6,6 +7,7 @@ from .files import save_steerer as save_steerer
 from .joined import JoinedSteerers as JoinedSteerers
 from .latent_descent import LatentGradientSteerer as LatentGradientSteerer
 from .latent_edit import edit_latents as edit_latents
+from .look_at import LookAt as LookAt
 from .partial import partial_steerer as partial_steerer
 from .steerer import Steerer as Steerer
 from .trace import SteeringTrace as SteeringTrace

@@ -78,7 +78,7 @@ def apply_edits(
     record = record or record_attention
     traces = tuple(new_trace(model, edit, recording=record) for edit, _ in edits)
     layers = {at.site.layer for _, where in edits for at in where.chosen.values()}
-    keep_tokens = record or any(needs_tokens(where.scope) for _, where in edits)
+    keep_tokens = record or any(e.needs_keys or needs_tokens(w.scope) for e, w in edits)
     tracker = PositionTracker(model, sorted(layers), prompt_lengths, keep_tokens=keep_tokens)
     hooks: list[tuple[str, Hook]] = []
     readers: list[ScoresReader] = []
@@ -198,15 +198,25 @@ def keyed_hook(
             return None
         with torch.autocast(scores.device.type, enabled=False):
             reader.check(scores)
-            keys = AttentionKeys(reader, at, tokens, tracker.key_positions(scores.shape[-1]))
+            keys = AttentionKeys(
+                reader=reader,
+                at=at,
+                tokens=tokens,
+                position=tracker.key_positions(scores.shape[-1]),
+                rows=positions.of_rows(tracker.columns),
+            )
             row, head, column = keys.index
             before = reader.queries[row, column, head]
             keyed: Any = edit
             made = keyed.change(in_32_bits(before), at, tokens, record=seen is not None, keys=keys)
             after = before + made.delta.to(before.dtype)
             check(before, made, after, tokens)
+            new = keys.scores(after).to(scores.dtype)
+            if not new.requires_grad:  # where nothing changes, not up to rounding either
+                still = (after == before).all(-1, keepdim=True)
+                new = torch.where(still, scores[keys.index], new)
             edited = scores.clone()
-            edited[keys.index] = keys.scores(after).to(scores.dtype)
+            edited[keys.index] = new
         if seen is not None:
             seen.keep(made, before, at, tokens)
         return edited

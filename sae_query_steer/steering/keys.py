@@ -1,13 +1,14 @@
 """Edits that see the keys with which attention will compare the queries."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.models.attention_scores import ScoresReader
-from sae_query_steer.scopes.positions import TokenPositions
+from sae_query_steer.scopes.positions import Positions, TokenPositions
 from sae_query_steer.steering.where import SiteHeads
 
 
@@ -31,6 +32,9 @@ class AttentionKeys:
     position: Int[Tensor, "batch key"]
     """Absolute position of each key in its row; -1 where it is padding."""
 
+    rows: Positions
+    """All tokens of the rows so far, by absolute position; ids, if they are known."""
+
     def scores(
         self, queries: Float[Tensor, "token head d_head"]
     ) -> Float[Tensor, "token head key"]:
@@ -38,7 +42,26 @@ class AttentionKeys:
 
         Differentiable in the queries, and where the forward pass has gradients also in its keys.
         """
-        return self.all_scores(queries)[self.index]
+        return self.scores_of()(queries)
+
+    def scores_of(self) -> Callable[[Tensor], Tensor]:
+        """Return `scores` as a function, for many calls: what no query changes is computed once.
+
+        Made outside inference mode, it can be differentiated there.
+        """
+        assert self.tokens.column is not None, "tokens of a forward pass have columns"
+        rows, row = self.tokens.row.unique(return_inverse=True)
+        columns, place = self.tokens.column.unique(return_inverse=True)
+        row, place, column = row[:, None], place[:, None], columns[place][:, None]
+        whole, compute = self.reader.queries[rows], self.reader.at(rows, columns)
+        heads = self._heads
+
+        def scores(queries: Tensor) -> Tensor:
+            changed = whole.clone()
+            changed[row, column, heads] = queries.to(whole.dtype)
+            return compute(changed)[row, heads, place]
+
+        return scores
 
     def pattern(
         self, queries: Float[Tensor, "token head d_head"]
@@ -46,18 +69,16 @@ class AttentionKeys:
         """Return the attention of queries of these tokens and heads: the softmax of the scores."""
         return self.scores(queries).softmax(-1)
 
-    def all_scores(
-        self, queries: Float[Tensor, "token head d_head"]
-    ) -> Float[Tensor, "batch head query key"]:
-        """Return the scores of the whole pass, with the queries of these tokens replaced."""
-        whole = self.reader.queries.clone()
-        row, head, column = self.index
-        whole[row, column, head] = queries.to(whole.dtype)
-        return self.reader.scores(whole)
+    def at_tokens(self, tokens: Tensor) -> "AttentionKeys":
+        """Return the same of some of the tokens, by their indices."""
+        return replace(self, tokens=self.tokens.at(tokens))
 
     @property
     def index(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where these tokens and heads are in scores [batch head query key]."""
         assert self.tokens.column is not None, "tokens of a forward pass have columns"
-        heads = torch.tensor(self.at.heads, device=self.tokens.row.device)
-        return self.tokens.row[:, None], heads, self.tokens.column[:, None]
+        return self.tokens.row[:, None], self._heads, self.tokens.column[:, None]
+
+    @property
+    def _heads(self) -> Tensor:
+        return torch.tensor(self.at.heads, device=self.tokens.row.device)

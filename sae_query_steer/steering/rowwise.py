@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.keys import AttentionKeys
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import SiteHeads
@@ -20,6 +22,11 @@ class Rowwise(Edit):
 
     edits: Sequence[Edit]
     """One for each row, in order."""
+
+    @property
+    def needs_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether an edit of a row sees keys."""
+        return any(edit.needs_keys for edit in self.edits)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -38,6 +45,7 @@ class Rowwise(Edit):
         tokens: TokenPositions,
         *,
         record: bool = False,
+        keys: AttentionKeys | None = None,
     ) -> QueryChange:
         """Return each row's change, by its own edit.
 
@@ -53,7 +61,10 @@ class Rowwise(Edit):
             )
             if len(own):
                 own = own.to(activations.device)
-                change = edit.change(activations[own], at, tokens.at(own))
+                seen: dict[str, Any] = {"keys": keys and keys.at_tokens(own)}
+                change = edit.change(
+                    activations[own], at, tokens.at(own), **(seen if edit.needs_keys else {})
+                )
                 delta[own] = change.delta.to(delta)
         return QueryChange(delta=delta)
 

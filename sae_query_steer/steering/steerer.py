@@ -131,9 +131,15 @@ class Steerer:
                 as `AfterToken`.
 
         Raises:
-            ValueError: the model is not the one that the steerer belongs to, or is compiled.
+            ValueError: the model is not the one that the steerer belongs to, or is compiled, or
+                the edit sees keys.
         """
         self.check_model(model)
+        if self.edit.needs_keys:
+            raise ValueError(
+                f"{self!r} sees keys, which plain hooks don't show: use apply, with prompt_lengths "
+                "outside generate"
+            )
 
         def positions(activation: Tensor) -> Positions:
             return fixed_positions(activation, prompt_lengths, attention_mask, tokens)

@@ -18,6 +18,7 @@ _MEANS = (
     "relative_change",
     *("distance_before", "distance_after"),
     *("lowering_steps", "loss_before", "loss_after"),
+    *("mass_before", "mass_after"),
     *("nearest_is_target_before", "nearest_is_target_after"),
 )
 """Columns of a summary that are means."""
@@ -38,6 +39,12 @@ class QueryChange:
 
     loss: Float[Tensor, "steps token head"] | None = None
     """Loss before the first step and after each."""
+
+    mass_before: Float[Tensor, "token head source"] | None = None
+    """Attention on the sources of a `LookAt` before the change, 0 to 1."""
+
+    mass_after: Float[Tensor, "token head source"] | None = None
+    """The same after the change."""
 
     moved_latents: Int[Tensor, "token head moved"] | None = None
     """The latents that moved most, in descending order of the change."""
@@ -116,6 +123,8 @@ class SteeringTrace:
             - delta_norm, query_norm, relative_change: norm of the change, of the query, their ratio
             - loss_before, loss_after, lowering_steps: the loss of the objective; share of the steps
               that lowered it (absent if the method has no objective)
+            - mass_before, mass_after: attention of the head on the source of a `LookAt`; of further
+              ones mass_before.1, ...
             - distance_before.C, distance_after.C: Euclidean distance to the centroid of class C
             - posterior_before.C, posterior_after.C: softmax over the classes of -distance^2 / 2T
             - nearest_before, nearest_after: class of the nearest centroid
@@ -149,7 +158,8 @@ class SteeringTrace:
             A table with the columns layer, row (where targets differ), n_tokens (steered tokens),
             relative_change, distance_before and distance_after (Euclidean distance to the target's
             centroid; absent for mixtures), lowering_steps (share of the steps that lowered the
-            loss), loss_before, loss_after, nearest_is_target_before and nearest_is_target_after
+            loss), loss_before, loss_after, mass_before and mass_after (attention on what the heads
+            are to look at), nearest_is_target_before and nearest_is_target_after
             (share of tokens and heads whose nearest centroid is the target's).
 
         Raises:
@@ -272,6 +282,9 @@ class SteeringTrace:
             if len(change.loss) > 1:
                 lowered = change.loss.double().diff(dim=0) < 0
                 columns["lowering_steps"] = flat(lowered.double().mean(0))
+        for when, masses in {"before": change.mass_before, "after": change.mass_after}.items():
+            for i, mass in enumerate([] if masses is None else masses.unbind(-1)):
+                columns[f"mass_{when}.{i}" if i else f"mass_{when}"] = flat(mass)
         distances = {"before": change.distance_before, "after": change.distance_after}
         names = np.array(list(map(str, self.classes)), dtype=object)
         for when, distance in distances.items():
