@@ -88,12 +88,19 @@ def test_with_a_sliding_window(tmp_path, name, cache):
     assert_same_patterns(model, run)
 
 
+SCALED = {
+    "qwen3": {},
+    "gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 5, "sliding_window": 4},
+}
+
+
 @pytest.mark.parametrize("cache", [True, False])
-def test_with_norms_of_queries_and_keys(tiny_folder, tmp_path, cache):
+@pytest.mark.parametrize("kind", SCALED)
+def test_with_norms_of_queries_and_keys_and_with_a_soft_cap(tiny_folder, tmp_path, kind, cache):
     from transformers import AutoTokenizer
 
     config = AutoConfig.for_model(
-        "qwen3",
+        kind,
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
@@ -102,16 +109,17 @@ def test_with_norms_of_queries_and_keys(tiny_folder, tmp_path, cache):
         num_key_value_heads=2,
         head_dim=8,
         initializer_range=0.4,
+        **SCALED[kind],
     )
     with torch.random.fork_rng():
         torch.manual_seed(3)
         hf = AutoModelForCausalLM.from_config(config)
-        for layer in hf.model.layers:
+        for layer in hf.model.layers if kind == "qwen3" else ():
             torch.nn.init.uniform_(layer.self_attn.q_norm.weight, 0.5, 1.5)
             torch.nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 1.5)
-    hf.save_pretrained(tmp_path / "qwen")
-    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "qwen")
-    model = sqs.load_model(str(tmp_path / "qwen"), device="cpu")
+    hf.save_pretrained(tmp_path / kind)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / kind)
+    model = sqs.load_model(str(tmp_path / kind), device="cpu")
     assert isinstance(model, TransformerBridge)
     assert_same_patterns(model, lambda: model.generate(PROMPTS, use_past_kv_cache=cache, **GREEDY))
 
@@ -143,6 +151,32 @@ def test_an_edit_that_adds_a_constant_is_the_same_with_and_without_keys(model):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(found, bare, atol=1e-3)
     assert set(trace.to_dataframe()["head"]) == {2}
+
+
+def test_of_two_at_one_site_the_second_sees_what_the_first_made_of_the_queries(model):
+    one, two, both = look(model, 0.3), look(model, 0.4, heads=[2]), look(model, 0.3)
+    settings = {"return_type": "tokens", "output_logits": True, **GREEDY}
+    with sqs.steering.JoinedSteerers(one, two).apply(model):
+        found = torch.stack(model.generate(PROMPTS, **settings).logits)
+    with both.apply(model), model.hooks(fwd_hooks=[(NAME, add_to_head_2)]):
+        expected = torch.stack(model.generate(PROMPTS, **settings).logits)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def add_to_head_2(q, hook):
+    return q + 0.4 * (torch.arange(4) == 2)[:, None]
+
+
+def test_plain_hooks_cant_show_keys(model):
+    with pytest.raises(ValueError, match="sees keys, which plain hooks don't show: use apply"):
+        look(model).fwd_hooks(model)
+
+
+def test_an_edit_that_changes_nothing_leaves_every_bit(model):
+    tokens = model.to_tokens(PROMPTS[0], prepend_bos=True)
+    plain = model(tokens)
+    with look(model).apply(model):
+        assert torch.equal(model(tokens), plain)
 
 
 def test_gradients_pass_through_the_model_to_the_edit(model):

@@ -1,6 +1,5 @@
 """Attention targets: heads turn to chosen tokens, by the gradient of the model's own attention."""
 
-import re
 from typing import Any
 
 import pytest
@@ -368,8 +367,3 @@ def test_other_wrong_kinds_are_refused(untyped, saes):
     text: Any = "w20 w33"
     with pytest.raises(TypeError, match="look_at must be LookAt, got str"):
         AttentionSteerer(saes, text)
-
-
-def test_plain_hooks_cant_show_keys(model, encoders):
-    with pytest.raises(ValueError, match=re.escape("sees keys, which plain hooks don't show")):
-        AttentionSteerer(encoders, PHRASE).fwd_hooks(model)

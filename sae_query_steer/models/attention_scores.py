@@ -52,8 +52,12 @@ class ScoresReader:
 
     @property
     def queries(self) -> Float[Tensor, "batch pos head d_head"]:
-        """The queries of the site as the last hook on them left them."""
+        """The queries of the site as the last hook on them, or an edit of the scores, left them."""
         return self._kept["q"]
+
+    @queries.setter
+    def queries(self, queries: Tensor) -> None:
+        self._kept["q"] = queries
 
     @property
     def tokenizer(self) -> Any:
@@ -94,7 +98,8 @@ class ScoresReader:
             raise ValueError(
                 f"the attention at layer {self._site.layer} differs by {difference:.2g} from what "
                 "its queries and keys give: the architecture is not supported for edits that see "
-                "keys, or a hook on hook_rot_q, hook_rot_k or hook_attn_scores changes it"
+                "keys, or a hook on hook_rot_q, hook_rot_k or hook_attn_scores changes it; of "
+                "several that see keys make one with JoinedSteerers"
             )
 
     def _keep(self, key: str) -> Hook:

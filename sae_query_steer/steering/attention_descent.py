@@ -117,7 +117,7 @@ class AttentionDescent(Edit):
             def scores(z: Tensor) -> Tensor:
                 return scores_of(queries + decoded_difference(encoder, z, z0))
 
-            z, losses = self._descended(queries, encoder, z0, scores, goal)
+            z, losses = self._descended(queries, encoder, z0, scores, goal, record=record)
             delta = decoded_difference(encoder, z, z0)
             most = self.max_relative_change
             delta = limited(queries, delta, max_relative_change=most, keep_norm=False)
@@ -139,8 +139,10 @@ class AttentionDescent(Edit):
         z0: Tensor,
         scores: Callable[[Tensor], Tensor],
         goal: AttentionGoal,
+        *,
+        record: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the latents after all steps, and the loss before each."""
+        """Return the latents after all steps, and if recorded the loss before each."""
         z, movable, losses = z0, None, []
         for _ in range(self.n_steps):
             with torch.enable_grad():
@@ -148,7 +150,8 @@ class AttentionDescent(Edit):
                 found = scores(leaf)
                 pull = goal.gradient(found.detach()).to(found.dtype)
                 (gradient,) = torch.autograd.grad(found, leaf, pull)
-            losses.append(goal.loss(found.detach()))
+            if record:
+                losses.append(goal.loss(found.detach()))
             way = -gradient
             if encoder.latent_min is not None:  # what the bound stops has no part in the step
                 way = way.masked_fill((z <= encoder.latent_min) & (way < 0), 0)

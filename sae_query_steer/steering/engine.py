@@ -81,24 +81,24 @@ def apply_edits(
     keep_tokens = record or any(e.needs_keys or needs_tokens(w.scope) for e, w in edits)
     tracker = PositionTracker(model, sorted(layers), prompt_lengths, keep_tokens=keep_tokens)
     hooks: list[tuple[str, Hook]] = []
-    readers: list[ScoresReader] = []
+    readers: dict[str, ScoresReader] = {}
     for (edit, where), trace in zip(edits, traces, strict=True):
         attention = AttentionRecorder(trace.attention, tracker) if record_attention else None
         seen = _Recorder(trace, tracker, attention) if record else None
         for name, at in where.chosen.items():
             if edit.needs_keys:
-                reader = ScoresReader(model, _query_site(edit, at))
-                readers.append(reader)
-                hook = keyed_hook(edit, at, where.scope, tracker, reader, seen)
-                scores = f"blocks.{at.site.layer}.attn.hook_attn_scores"
-                hooks += [*reader.hooks(), (scores, hook)]
+                if name not in readers:  # edits of one site see each other's queries in it
+                    readers[name] = ScoresReader(model, _query_site(edit, at))
+                    hooks += readers[name].hooks()
+                hook = keyed_hook(edit, at, where.scope, tracker, readers[name], seen)
+                hooks.append((f"blocks.{at.site.layer}.attn.hook_attn_scores", hook))
             else:
                 hook = edit_hook(edit, at, where.scope, lambda _: tracker.positions, seen)
                 hooks.append((name, hook))
             if attention is not None:
                 hooks.append((pattern_hook(at.site.layer), attention.hook(at.site.layer)))
     with ExitStack() as stack:
-        for reader in readers:
+        for reader in readers.values():
             stack.enter_context(reader.listening())
         stack.enter_context(tracker.attached(hooks))
         yield traces
@@ -217,6 +217,7 @@ def keyed_hook(
                 new = torch.where(still, scores[keys.index], new)
             edited = scores.clone()
             edited[keys.index] = new
+            reader.queries = reader.queries.index_put((row, column, head), after)
         if seen is not None:
             seen.keep(made, before, at, tokens)
         return edited
