@@ -152,7 +152,9 @@ def test_a_strength_that_is_not_allowed_is_named_as_the_user_gave_it(dense, stre
 
 
 def test_a_control_without_its_steerer_is_refused(saes, untyped):
-    with pytest.raises(TypeError, match="steerer must be a LatentGradientSteerer, got QuerySAEs"):
+    with pytest.raises(
+        TypeError, match="must be LatentGradientSteerer or AttentionSteerer, got QuerySAEs"
+    ):
         sqs.baselines.random_direction(saes)
 
 

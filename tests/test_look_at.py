@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import greedy_logits
 from recipe_models import write_tiny
 
 import sae_query_steer as sqs
@@ -367,3 +368,24 @@ def test_other_wrong_kinds_are_refused(untyped, saes):
     text: Any = "w20 w33"
     with pytest.raises(TypeError, match="look_at must be LookAt, got str"):
         AttentionSteerer(saes, text)
+
+
+def test_the_random_control_is_as_long(model, encoders):
+    steerer = AttentionSteerer(encoders, PHRASE, layers=[0])
+    control = sqs.baselines.random_direction(steerer, seed=3)
+    own, random = first(model, steerer), first(model, control)
+    assert random["delta_norm"].to_numpy() == pytest.approx(own["delta_norm"], rel=1e-4)
+    assert set(random["method"]) == {"random direction (seed 3)"}
+
+
+def test_towards_a_phrase_and_then_away_from_it(model, encoders):
+    then = AttentionSteerer(encoders, LookAt("w20 w33", weight=-1.0), scope=ResponseTokens())
+    joined = sqs.steering.JoinedSteerers(AttentionSteerer(encoders, PHRASE), then)
+    with joined.apply(model, record=True) as traces:
+        batch = greedy_logits(model, PROMPTS)
+    first, second = (trace.to_dataframe() for trace in traces)
+    assert (first["mass_after"] > first["mass_before"]).all()
+    assert (second["mass_after"] < second["mass_before"]).all()
+    with joined.apply(model):
+        alone = greedy_logits(model, PROMPTS[:1])
+    torch.testing.assert_close(alone[0], batch[0], rtol=0, atol=2e-5)

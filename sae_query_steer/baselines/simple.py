@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_query_steer.arguments import check_kind
 from sae_query_steer.baselines.added import check_added
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.descent.objectives import CentroidContrast
@@ -15,6 +16,7 @@ from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope, TokenPositions
 from sae_query_steer.sites import QuerySite
+from sae_query_steer.steering.attention_descent import AttentionDescent, AttentionSteerer
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_descent import LatentDescent, LatentGradientSteerer
 from sae_query_steer.steering.steerer import Steerer
@@ -73,11 +75,16 @@ class RandomDirection(Edit):
     The direction is one for each site and head, drawn once from the seed.
     """
 
-    other: LatentDescent
+    other: LatentDescent | AttentionDescent
     """The edit whose change sets the length."""
 
     seed: int = 0
     """Of the directions."""
+
+    @property
+    def needs_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the other edit sees keys."""
+        return self.other.needs_keys
 
     @property
     def labels(self) -> Mapping[str, Any]:
@@ -95,21 +102,24 @@ class RandomDirection(Edit):
         tokens: TokenPositions,
         *,
         record: bool = False,
+        **keys: Any,
     ) -> QueryChange:
         """Return the random change; Args as `Edit.change`."""
-        length = self.other.change(activations, at, tokens).delta.norm(dim=-1, keepdim=True)
+        length = self.other.change(activations, at, tokens, **keys).delta.norm(dim=-1, keepdim=True)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + at.site.layer)
         # Of all heads, so that a head's direction does not depend on which others are steered.
         direction = torch.randn(at.site.n_heads, at.site.d_head, generator=generator)
         direction = direction[list(at.heads)]
         direction = direction / direction.norm(dim=-1, keepdim=True)
         delta = length * direction.to(length)
-        if not record:
-            return QueryChange(delta=delta)
-        return self.other.described(activations, at, tokens, delta)
+        if record and isinstance(self.other, LatentDescent):
+            return self.other.described(activations, at, tokens, delta)
+        return QueryChange(delta=delta)
 
 
-def random_direction(steerer: LatentGradientSteerer, *, seed: int = 0) -> Steerer:
+def random_direction(
+    steerer: LatentGradientSteerer | AttentionSteerer, *, seed: int = 0
+) -> Steerer:
     """Return the negative control: a random direction, as long as the steerer's change.
 
     Args:
@@ -121,8 +131,8 @@ def random_direction(steerer: LatentGradientSteerer, *, seed: int = 0) -> Steere
 
     Source: our choice.
     """
-    if not isinstance(steerer, LatentGradientSteerer):
-        raise TypeError(f"steerer must be a LatentGradientSteerer, got {type(steerer).__name__}")
+    kinds = (LatentGradientSteerer, AttentionSteerer)
+    check_kind("steerer", steerer, kinds, "other steerers have no random control")
     return Steerer(RandomDirection(steerer, seed), steerer.where, origin=steerer)
 
 
