@@ -80,6 +80,13 @@ def test_extreme_scores_and_invisible_sources_give_finite_losses_and_gradients()
     assert made.masses(scores).tolist() == [[[0.0, 0.0]]]
 
 
+def test_the_gradient_keeps_its_digits_where_there_is_hardly_anything_to_look_away_from():
+    scores = torch.tensor([[[-16.0, 1.0, 0.5, -0.25]]])
+    made = AttentionGoal(torch.tensor([[[False, True, True, True]]]), torch.tensor([[-1.0]]))
+    exact = made.gradient(scores.double()).float()
+    torch.testing.assert_close(made.gradient(scores), exact, rtol=1e-5, atol=0)
+
+
 class Probe(Edit):
     """One step of a descent, beside the numerical gradient of its loss in the latents."""
 
@@ -385,7 +392,7 @@ def test_towards_a_phrase_and_then_away_from_it(model, encoders):
         batch = greedy_logits(model, PROMPTS)
     first, second = (trace.to_dataframe() for trace in traces)
     assert (first["mass_after"] > first["mass_before"]).all()
-    assert (second["mass_after"] < second["mass_before"]).all()
+    assert second["mass_after"].mean() < 0.8 * second["mass_before"].mean()
     with joined.apply(model):
         alone = greedy_logits(model, PROMPTS[:1])
     torch.testing.assert_close(alone[0], batch[0], rtol=0, atol=2e-5)

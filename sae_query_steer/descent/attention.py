@@ -36,13 +36,19 @@ class AttentionGoal:
         return -(self.weight.abs()[..., None] * log.where(log.isfinite(), 0)).sum(0)
 
     def gradient(self, scores: Scores) -> Scores:
-        """Return the gradient of the loss: sum_i |w_i| (a - a_i).
+        """Return the gradient of the loss: sum_i |w_i| (1 - m_i) (b_i - a_i).
 
-        a is the attention, and a_i that among the keys of m_i alone: a_j / m_i there, 0 elsewhere.
+        a_i is the attention among the keys of m_i alone, and b_i that among all others. So it is a
+        - a_i, with the attention a, without the difference of two nearly equal numbers.
         """
         scores = _visible(scores)
-        within = self._within(scores).softmax(-1)  # NaN where none of them is visible
-        pull = self.weight.abs()[..., None, None] * (scores.softmax(-1) - within)
+        within, others = (
+            self._within(scores),
+            scores.masked_fill(self.inside[:, :, None], -torch.inf),
+        )
+        rest = (others.logsumexp(-1) - scores.logsumexp(-1)).exp() * self.weight.abs()[..., None]
+        # NaN where no key of one of the two is visible
+        pull = rest[..., None] * (others.softmax(-1) - within.softmax(-1))
         return pull.nan_to_num(0).sum(0)
 
     def _within(self, scores: Tensor) -> Tensor:
