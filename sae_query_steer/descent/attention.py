@@ -42,21 +42,20 @@ class AttentionGoal:
         - a_i, with the attention a, without the difference of two nearly equal numbers.
         """
         scores = _visible(scores)
-        within, others = (
-            self._within(scores),
-            scores.masked_fill(self.inside[:, :, None], -torch.inf),
-        )
+        within, others = (_only(scores, keys) for keys in (self.inside, ~self.inside))
         rest = (others.logsumexp(-1) - scores.logsumexp(-1)).exp() * self.weight.abs()[..., None]
         # NaN where no key of one of the two is visible
         pull = rest[..., None] * (others.softmax(-1) - within.softmax(-1))
         return pull.nan_to_num(0).sum(0)
 
-    def _within(self, scores: Tensor) -> Tensor:
-        return scores.masked_fill(~self.inside[:, :, None], -torch.inf)
-
     def _log(self, scores: Tensor) -> Tensor:
-        log = self._within(scores).logsumexp(-1) - scores.logsumexp(-1)
+        log = _only(scores, self.inside).logsumexp(-1) - scores.logsumexp(-1)
         return log.clamp(max=0)
+
+
+def _only(scores: Tensor, keys: Tensor) -> Tensor:
+    """Return scores [source token head key], minus infinity at all but some keys."""
+    return scores.masked_fill(~keys[:, :, None], -torch.inf)
 
 
 def _visible(scores: Scores) -> Scores:
