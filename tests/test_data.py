@@ -257,7 +257,8 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one():
     tokenizer = word_tokenizer(bos_token="<s>")
     with pytest.raises(ValueError, match="begins with '<s>', so BOS would come twice"):
         tokens_of(example("<s> red"), tokenizer, prepend_bos=True)
-    assert len(tokens_of(example("<s> red"), tokenizer, prepend_bos=False).tokens) == 2
+    for begin in (False, None):
+        assert len(tokens_of(example("<s> red"), tokenizer, prepend_bos=begin).tokens) == 2
 
 
 def test_prompts_that_end_in_a_space_are_warned_of_with_the_remedy():

@@ -53,7 +53,8 @@ def continuations(
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
-        prompts: texts of any lengths; they begin with BOS as the model's prompts do.
+        prompts: texts of any lengths; they begin with BOS as the model's prompts do. Prompts that
+            begin with BOS already, such as `chat_prompt` writes, get no second one.
         max_new_tokens: most tokens of a continuation.
         steerer: applied during generation; one with a target for each row needs all prompts in one
             batch.
@@ -64,8 +65,8 @@ def continuations(
 
     Raises:
         ValueError: a size below 1, a temperature without one seed for each prompt or seeds without
-            temperature, or a chat template that is missing or that the backend reads differently
-            from `tokenize_example`.
+            temperature, a chat template that is missing or that the backend reads differently
+            from `tokenize_example`, or some prompts that begin with BOS and some that do not.
     """
     check_texts("prompts", prompts)
     if steerer is not None:
@@ -77,12 +78,13 @@ def continuations(
             "temperature and seeds must be given together, one seed for each prompt, got "
             f"temperature={temperature} and {len(seeds or ())} seeds for {len(prompts)} prompts"
         )
-    tokenizer, ends, bos = tokenizer_of(model), end_tokens(model), _bos(chat_template)
+    tokenizer, ends = tokenizer_of(model), end_tokens(model)
+    prompts, bos = _as_read(model, prompts, chat_template)
     tokens: list[Tensor] = []
     changes: list[float] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        rows = _as_read(model, prompts[part], chat_template)
+        rows = prompts[part]
         steering = nullcontext() if steerer is None else steerer.apply(model, record=True)
         sampling = nullcontext()
         if temperature is not None and seeds is not None:
@@ -172,8 +174,8 @@ def _batch(
     model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], chat_template: ChatTemplate
 ) -> TokenBatch:
     """Return prompts, as the backend reads them, with the tokens after them."""
-    rows = _as_read(model, prompts, chat_template)
-    contexts = [model.to_tokens(row, prepend_bos=_bos(chat_template))[0].cpu() for row in rows]
+    rows, bos = _as_read(model, prompts, chat_template)
+    contexts = [model.to_tokens(row, prepend_bos=bos)[0].cpu() for row in rows]
     joined = [torch.cat(pair) for pair in zip(contexts, tokens, strict=True)]
     return TokenBatch(
         tokens=pad_sequence(joined, batch_first=True),
@@ -192,15 +194,29 @@ def _written(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return row, position
 
 
-def _as_read(model: Any, prompts: Sequence[str], chat_template: ChatTemplate) -> list[str]:
-    """Return prompts as the backend should read them; chat prompts checked token by token."""
-    if not chat_template:
-        return list(prompts)
-    tokenizer = tokenizer_of(model)
-    written = [chat_prompt(prompt, tokenizer, chat_template) for prompt in prompts]
-    for prompt, text in zip(prompts, written, strict=True):
-        example = LabelledExample(prompt=prompt, label="none")
-        ours = tokenize_example(model, example, chat_template=chat_template).tokens.tolist()
+def _as_read(
+    model: Any, prompts: Sequence[str], chat_template: ChatTemplate
+) -> tuple[list[str], bool | None]:
+    """Return prompts as the backend should read them, and `prepend_bos` for it.
+
+    Prompts in a chat template get no BOS; they are checked token by token.
+    """
+    tokenizer, rows = tokenizer_of(model), list(prompts)
+    if chat_template:
+        rows = [chat_prompt(prompt, tokenizer, chat_template) for prompt in prompts]
+    else:
+        bos = tokenizer.bos_token
+        begin = [bos is not None and row.startswith(str(bos)) for row in rows]
+        if not any(begin):
+            return rows, None
+        if not all(begin):
+            raise ValueError(
+                f"all prompts or none must begin with {bos!r}, got {sum(begin)} of {len(rows)}: "
+                "continue them in two calls"
+            )
+    for text in rows:
+        example = LabelledExample(prompt=text, label="none")
+        ours = tokenize_example(model, example, prepend_bos=False).tokens.tolist()
         backend = model.to_tokens(text, prepend_bos=False)[0].tolist()
         # Centroids are made of the one, texts are written after the other.
         if backend != ours:
@@ -209,12 +225,7 @@ def _as_read(model: Any, prompts: Sequence[str], chat_template: ChatTemplate) ->
                 f" tokens), got {len(backend)} tokens: set tokenizer.add_bos_token so that BOS "
                 f"comes once, and shorten what exceeds the model's {model.cfg.n_ctx} tokens"
             )
-    return written
-
-
-def _bos(chat_template: ChatTemplate) -> bool | None:
-    """Return `prepend_bos` for the backend: its own setting, or none before a chat template."""
-    return False if chat_template else None
+    return rows, False
 
 
 def _mean_changes(records: Sequence[TraceRecord], n_rows: int) -> list[float]:

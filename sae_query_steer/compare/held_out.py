@@ -24,6 +24,15 @@ def held_out_scores(
     }
 
 
+def accuracy_by_class(found: Sequence[str | None], labels: Sequence[str]) -> dict[str, float]:
+    """Return the share of each class's texts that were found to be of it."""
+    own = {
+        name: [g for g, label in zip(found, labels, strict=True) if label == name]
+        for name in dict.fromkeys(labels)
+    }
+    return {str(name): some.count(name) / len(some) for name, some in own.items()}
+
+
 def may_guess(held_out: Mapping[str, float]) -> bool:
     """Return whether 95 % of a judge's accuracy (Wilson) reach down to guessing; False if unknown.
 

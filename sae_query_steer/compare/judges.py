@@ -177,7 +177,7 @@ class LanguageModelJudge(_Measured):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ClassifierJudge:
+class ClassifierJudge(_Measured):
     """A linear classifier of word and character n-grams; made by `fit`.
 
     Source: scikit-learn's logistic regression over TF-IDF; the features are our choice.

@@ -71,8 +71,9 @@ def token_rows(
     if len(whole) == len(items):
         return _padded(whole, context_size)
     tokenizer = tokenizer_of(model)
-    documents = _tokenized(items, tokenizer)
     bos = bos_id(model, prepend_bos)
+    # A rendered chat prompt begins with BOS already.
+    documents = (row[row[:1] == [bos] :] for row in _tokenized(items, tokenizer))
     if not concat_sequences:
         start = [] if bos is None else [bos]
         return _padded([start + document for document in documents], context_size)

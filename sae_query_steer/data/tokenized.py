@@ -62,8 +62,8 @@ def tokenize_example(
     Args:
         model: gives the tokenizer.
         example: the texts.
-        prepend_bos: begin with BOS; None means as the model does, see `bos_id`. No effect with
-            `chat_template`, which adds its own.
+        prepend_bos: begin with BOS; None means as the model does, see `bos_id`, but never twice. No
+            effect with `chat_template`, which adds its own.
         chat_template: make the prompt the user's turn and the response the model's, after the turns
             that are given, if any.
 
@@ -80,10 +80,12 @@ def tokenize_example(
         start = [bos]
     prompt_ids, _ = _encode(prompt, tokenizer)
     if start and prompt_ids[:1] == start:
-        raise ValueError(
-            f"the prompt begins with {tokenizer.bos_token!r}, so BOS would come twice: pass "
-            "prepend_bos=False, or the text alone and chat_template=True"
-        )
+        if prepend_bos:
+            raise ValueError(
+                f"the prompt begins with {tokenizer.bos_token!r}, so BOS would come twice: pass "
+                "prepend_bos=None, or the text alone and chat_template=True"
+            )
+        start = []
     ids, ends = _encode(prompt + example.response, tokenizer)
     n_same = 0
     while n_same < len(prompt_ids) and ids[n_same : n_same + 1] == [prompt_ids[n_same]]:
@@ -224,7 +226,7 @@ def tokenize_examples(
         examples: the texts.
         span: the positions to read; None means the last prompt token.
         prepend_bos: begin every prompt with BOS; None means as `generate` does, which goes by
-            `model.cfg.default_prepend_bos`.
+            `model.cfg.default_prepend_bos`; a prompt that begins with BOS gets no second one.
         chat_template: put every prompt into the tokenizer's chat template, as the user's turn; a
             list of messages, such as [{"role": "system", "content": "Be brief."}], comes before it.
         long: what to do with examples that are longer than the model's context: "refuse" all,
