@@ -11,21 +11,23 @@ import torch
 from conftest import HOSTS
 
 import sae_query_steer as sqs
+from sae_query_steer.compare.exercise_judges import (
+    fit_exercise_judge,
+    verb_choice,
+    verb_judge,
+    without_verbs,
+)
 from sae_query_steer.compare.exercise_task import (
     BEGUN,
     SPLITS,
     TASKS,
     exercise_cases,
     exercise_examples,
-    fit_exercise_judge,
-    verb_choice,
-    verb_judge,
-    without_verbs,
 )
 from sae_query_steer.compare.generation import continuations, negative_log_likelihoods
 from sae_query_steer.compare.methods import Method
 from sae_query_steer.compare.scorer import TextScorer
-from sae_query_steer.data.prompts import bos_id
+from sae_query_steer.data.prompts import bos_id, tokenizer_of
 from sae_query_steer.data.token_rows import token_rows
 
 DATA = json.loads(files("sae_query_steer.compare").joinpath("exercise.json").read_text())
@@ -41,7 +43,7 @@ def chats(tiny_folder):
     """The tiny model on both hosts, with a chat template that begins with BOS."""
     models = {name: sqs.load_model(tiny_folder, device="cpu", backend=name) for name in HOSTS}
     for model in models.values():
-        model.tokenizer.chat_template = CHATML
+        tokenizer_of(model).chat_template = CHATML
     return models
 
 
@@ -84,7 +86,7 @@ def test_no_template_and_no_action_is_in_two_splits():
 
 def verbs_of(level: str, *splits: str) -> set[str]:
     actions = " ".join(action for split in splits for action in DATA[split]["actions"][level])
-    return set(actions.split()) & set(sqs.BloomLevel(level).verbs)
+    return {word for word in actions.split() if word in sqs.BloomLevel(level).verbs}
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -124,13 +126,13 @@ def test_prompts_of_the_tasks_differ_in_what_they_request(chat):
         own = {task: found[task][i] for task in TASKS}
         assert len({(c.topic, c.template, c.requesting) for c in own.values()}) == 1
         assert case.template.format(topic=case.topic) in case.prompt
-        assert case.phrase in case.requesting
+        assert case.phrase in str(case.requesting)
         assert case.phrase in actions[case.target]
         named = {
             task: [[a for a in actions[level] if a in c.prompt] for level in LEVELS]
             for task, c in own.items()
         }
-        place = LEVELS.index(own["redirected"].source)
+        place = LEVELS.index(sqs.BloomLevel(own["redirected"].source))
         assert named["open"] == [[]] * 6
         assert [len(some) for some in named["redirected"]] == [i == place for i in range(6)]
         assert [len(some) for some in named["listed"]] == [1] * 6
@@ -197,7 +199,7 @@ def test_a_scorer_compares_rendered_cases(chat):
     alone = continuations(chat, [cases["open"][1].prompt], max_new_tokens=3).texts
     assert found["open"].texts[1] == alone[0]
     assert found["redirected"].perplexity_ratio_original == pytest.approx(1.0, rel=1e-4)
-    asking = Method(name="instruction", prompts=lambda cases: [c.requesting for c in cases])
+    asking = Method(name="instruction", prompts=lambda cases: [str(c.requesting) for c in cases])
     asked = scorer.score(asking, 0.0, TASKS[:2])
     assert asked["open"].perplexity_ratio == pytest.approx(1.0, rel=1e-4)
     assert asked["open"].texts == asked["redirected"].texts
@@ -245,7 +247,9 @@ TAILS = ("facts and dates", "why it works", "the sum of it", "how both differ", 
 
 def answers(verbs: str, some: list[str]) -> list[sqs.LabelledExample]:
     return [
-        sqs.LabelledExample(prompt="p", response=f" {verb} one two {thing} {tail} ok", label=level)
+        sqs.LabelledExample(
+            prompt="p", response=f" {verb} one two three {tail} {thing} ok", label=level
+        )
         for level, verb, tail in zip(LEVELS, verbs.split(), TAILS, strict=True)
         for thing in some
     ]

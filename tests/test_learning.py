@@ -270,3 +270,15 @@ def test_offsets_of_the_residual_stream_are_learned_likewise(model, data):
     with replace(steerer, targets=learned).apply(model, record=True) as trace:
         greedy_logits(model, ["w3 w4 w5"])
     assert 0.1 < float(trace.summary()["relative_change"].max()) <= 0.5001
+
+
+def test_targets_of_rotated_queries_are_learned_and_no_strength_is_the_identity(model, data):
+    encoders = sqs.sae.identity_encoders(sqs.query_sites(model, [0, 1, 2], rotated=True))
+    steerer = recipe(model, encoders)
+    learned = learner(model, steerer).fit(data[0])
+    assert any(share > 0 for share in learned.share_removed.values())
+    plain = greedy_logits(model, ["w3 w4 w5", "w7"])
+    with replace(steerer, targets=learned, step_size=0.0).apply(model):
+        assert greedy_logits(model, ["w3 w4 w5", "w7"]).equal(plain)
+    with replace(steerer, targets=learned).apply(model):
+        assert not greedy_logits(model, ["w3 w4 w5", "w7"]).equal(plain)

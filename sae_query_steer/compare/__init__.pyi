@@ -5,6 +5,13 @@ from .demo import QUICK as QUICK
 from .demo import DemoSettings as DemoSettings
 from .demo import run_demo as run_demo
 from .endpoint import ChatEndpoint as ChatEndpoint
+from .exercise_demo import EXERCISE_FULL as EXERCISE_FULL
+from .exercise_demo import EXERCISE_QUICK as EXERCISE_QUICK
+from .exercise_demo import ExerciseSettings as ExerciseSettings
+from .exercise_demo import run_exercise_demo as run_exercise_demo
+from .exercise_judges import exercise_judge as exercise_judge
+from .exercise_task import exercise_cases as exercise_cases
+from .exercise_task import exercise_examples as exercise_examples
 from .generation import continuations as continuations
 from .interchange import interchange_methods as interchange_methods
 from .judges import ClassifierJudge as ClassifierJudge

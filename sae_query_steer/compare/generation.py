@@ -19,6 +19,7 @@ from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.models.prefix import PrefixedRows
+from sae_query_steer.steering.joined import JoinedSteerers
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import TraceRecord
 
@@ -43,7 +44,7 @@ def continuations(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    steerer: Steerer | None = None,
+    steerer: Steerer | JoinedSteerers | None = None,
     batch_size: int = 256,
     temperature: float | None = None,
     seeds: Sequence[int] | None = None,
@@ -70,7 +71,8 @@ def continuations(
     """
     check_texts("prompts", prompts)
     if steerer is not None:
-        check_kind("steerer", steerer, Steerer, "give a steerer, which is applied for you")
+        kinds = (Steerer, JoinedSteerers)
+        check_kind("steerer", steerer, kinds, "give a steerer, which is applied for you")
     check_number("max_new_tokens", max_new_tokens, whole=True, least=1)
     check_number("batch_size", batch_size, whole=True, least=1)
     if (temperature is None) != (seeds is None) or (seeds and len(seeds) != len(prompts)):
@@ -101,7 +103,9 @@ def continuations(
                 verbose=False,
             )
         tokens += [_until_end(row, ends) for row in written[:, width:].cpu()]
-        changes += _mean_changes([] if trace is None else trace.records, len(rows))
+        traces = trace if isinstance(trace, tuple) else [] if trace is None else [trace]
+        records = [record for one in traces for record in one.records]
+        changes += _mean_changes(records, len(rows))
     return Continuations(
         texts=[str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens],
         tokens=tokens,
@@ -137,7 +141,7 @@ def divergences(
     model: Any,
     prompts: Sequence[str],
     tokens: Sequence[Tensor],
-    steerer: Steerer,
+    steerer: Steerer | JoinedSteerers,
     *,
     chat_template: ChatTemplate = False,
 ) -> list[float]:

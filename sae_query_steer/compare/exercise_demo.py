@@ -1,0 +1,315 @@
+"""The demo on a real instruct model: exercises of each of Bloom's levels, steered by every target.
+
+Split "train" gives SAEs, centroids and learned targets; "judge" the judge; "validation" chooses
+every method's strength; "test" gives the table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sae_query_steer.arguments import check_number
+from sae_query_steer.bloom import BloomLevel
+from sae_query_steer.compare import exercise_task
+from sae_query_steer.compare.comparison import Comparison, compare_methods
+from sae_query_steer.compare.exercise_judges import exercise_judge
+from sae_query_steer.compare.exercise_task import ExerciseTask, exercise_cases, exercise_examples
+from sae_query_steer.compare.interchange import interchange_methods
+from sae_query_steer.compare.log import ComparisonLog
+from sae_query_steer.compare.methods import Descent, Method, descent_methods, prompt_methods
+from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.config import TopK, TrainingConfig
+from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
+from sae_query_steer.descent.objectives import CentroidContrast, FixedMove, SquaredDistance
+from sae_query_steer.learning.learner import TargetLearner, no_moves
+from sae_query_steer.sae.collection import QuerySAEs
+from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
+from sae_query_steer.scopes.joins import scope_name
+from sae_query_steer.scopes.named import LastPromptToken, ResponseTokens
+from sae_query_steer.sites import query_sites
+from sae_query_steer.steering.attention_descent import AttentionSteerer
+from sae_query_steer.steering.joined import JoinedSteerers
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+from sae_query_steer.steering.look_at import LookAt
+from sae_query_steer.targets.builder import CentroidTargetBuilder
+from sae_query_steer.targets.centroids import CentroidTargets, LearnedTargets
+from sae_query_steer.training.train import train_query_saes
+
+SCOPE = LastPromptToken() | ResponseTokens()
+"""Where learned targets are learned and applied."""
+
+MOVE = Descent(name="fixed move", objective=FixedMove(), n_steps=1, step_sizes=(1.0, 1.3))
+POINT = Descent(name="squared distance", objective=SquaredDistance(), n_steps=3, step_sizes=(0.3,))
+CENTROID = Descent(
+    name="squared distance", objective=SquaredDistance(), n_steps=1, step_sizes=(1.0, 2.0)
+)
+MEAN = Descent(name="contrast", objective=CentroidContrast(), n_steps=1, step_sizes=(2.0, 10.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExerciseSettings:
+    """Sizes of the demo on a real model; `EXERCISE_FULL` holds larger ones."""
+
+    seed: int = 0
+    n_train: int = 20
+    """Topics that targets are learned from, each with an example of every level."""
+
+    n_judge: int = 30
+    """Topics that the judge is trained on, likewise."""
+
+    n_validation: int = 12
+    """Cases of each task on which strengths are chosen."""
+
+    n_test: int = 36
+    """Cases of each task in the table."""
+
+    layers: tuple[int, ...] | None = None
+    """The run of layers that are steered; None means those from 60 to 75 % of the depth."""
+
+    training_tokens: int = 16_384
+    """Tokens that the SAEs are trained on."""
+
+    d_sae_per_head: int = 256
+    k: int = 16
+    n_updates: int = 40
+    """Updates of each learned target."""
+
+    max_relative_change: float = 0.5
+    """||change of q|| / ||q|| of a head at most, of every method that changes queries."""
+
+    l1: float = 0.1
+    """Penalty of sparse targets."""
+
+    every_method: bool = False
+    """Also learned points, dense targets, interchange, few-shot prompts, and attention targets."""
+
+    def __post_init__(self) -> None:
+        least = {"n_train": 4, "n_judge": 8, "n_validation": 6, "n_test": 6, "n_updates": 1}
+        for name, smallest in least.items():
+            check_number(name, getattr(self, name), whole=True, least=smallest)
+
+
+EXERCISE_QUICK = ExerciseSettings(
+    n_train=8, n_judge=16, n_validation=6, n_test=12, training_tokens=4096, n_updates=20
+)
+"""Sizes for a first look; too small to tell methods apart."""
+
+EXERCISE_FULL = ExerciseSettings(
+    n_judge=40,
+    n_validation=60,
+    n_test=720,
+    training_tokens=40_960,
+    n_updates=60,
+    every_method=True,
+)
+"""The full comparison: 120 test topics for each level."""
+
+
+def run_exercise_demo(
+    model: Any,
+    *,
+    settings: ExerciseSettings | None = None,
+    log: str | Path | None = None,
+) -> Comparison:
+    """Return the comparison of steering methods on an instruct model, such as SmolLM2.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge with a chat template.
+        settings: sizes and seed; None means the defaults.
+        log: a file for what the methods wrote, beside which SAEs and learned targets are kept, so
+            that a stopped run continues; None keeps none.
+
+    Raises:
+        ValueError: a model without chat template, or a log of other settings.
+
+    Source: our choice.
+    """
+    settings = ExerciseSettings() if settings is None else settings
+    n_layers = int(model.cfg.n_layers)
+    run = range(round(0.6 * n_layers), round(0.77 * n_layers))
+    layers = tuple(run if settings.layers is None else settings.layers)
+    sites = query_sites(model, layers)
+    told = vars(settings) | {"layers": list(layers), "model": str(model.cfg.model_name)}
+    kept = None if log is None else ComparisonLog(log, told)
+    folder = None if log is None else Path(log).parent
+    opened, requested = exercise_examples(model, settings.n_train, seed=settings.seed)
+    judge = exercise_judge(
+        model, settings.n_judge, n_held_out=max(4, settings.n_judge // 4), seed=settings.seed
+    )
+    saes = _kept(
+        None if folder is None else folder / "saes",
+        QuerySAEs.load,
+        lambda: train_query_saes(
+            model,
+            [e.prompt + e.response for e in opened + requested],
+            sites,
+            TrainingConfig(
+                sae=TopK(d_sae_per_head=settings.d_sae_per_head, k=settings.k),
+                training_tokens=settings.training_tokens,
+                train_batch_size_tokens=512,
+                metric_tokens=4096,
+                seed=settings.seed,
+            ),
+        ),
+    )
+    examples, counterparts = (tokenize_examples(model, some) for some in (opened, requested))
+    dense = identity_encoders(sites)
+    found = CentroidTargetBuilder(model, saes).fit(counterparts)
+    learning = _Learning(model, settings, layers, examples, counterparts, folder)
+    methods = prompt_methods(opened, shots=(2,), separator="<|im_end|>\n")
+    methods = [m for m in methods if settings.every_method or not m.name.startswith("few-shot")]
+    shared: dict[str, Any] = {
+        "layers": [layers],
+        "max_relative_change": settings.max_relative_change,
+    }
+    centroids = {"centroids": "requested", **shared, "scopes": [LastPromptToken(), SCOPE]}
+    span = scope_name(LastPromptToken())
+    methods += descent_methods("SAE centroids", saes, {span: found}, [CENTROID], **centroids)
+    shared["scopes"] = [SCOPE]
+    learned = {"learned moves, SAE": (saes, learning("sae-moves", saes, l1=settings.l1))}
+    if settings.every_method:
+        means = CentroidTargetBuilder(model, dense).fit(counterparts)
+        methods += descent_methods("mean difference", dense, {span: means}, [MEAN], **centroids)
+        methods += interchange_methods(model, [layers])
+        learned["learned moves, dense"] = (dense, learning("dense-moves", dense))
+        points = learning("sae-points", saes, start=found)
+        methods += descent_methods(
+            "learned points, SAE", saes, {"learned": points}, [POINT], **shared
+        )
+    for name, (encoders, targets) in learned.items():
+        methods += descent_methods(name, encoders, {"learned": targets}, [MOVE], **shared)
+
+    def scorer(split: Any, n: int, tasks: Sequence[ExerciseTask]) -> TextScorer:
+        seed = settings.seed + 1
+        return TextScorer(
+            model,
+            {task: exercise_cases(model, task, split, n, seed=seed) for task in tasks},
+            judge,
+            max_new_tokens=exercise_task.MAX_NEW_TOKENS,
+            split=split,
+            log=kept,
+            batch_size=72,
+        )
+
+    def compared(
+        some: Sequence[Method], *tasks: ExerciseTask, control_seeds: Sequence[int]
+    ) -> Comparison:
+        return compare_methods(
+            scorer("validation", settings.n_validation, tasks),
+            scorer("test", settings.n_test, tasks),
+            some,
+            control_seeds=control_seeds,
+        )
+
+    result = compared(methods, "open", "redirected", control_seeds=[0])
+    if settings.every_method:
+        attention = [m for m in methods if m.name in ("unsteered", "instruction")]
+        later = query_sites(model, range(n_layers // 2, n_layers))
+        attention += [attention_method("attention, dense", identity_encoders(later))]
+        attention += [attention_method("attention, SAE", saes)]
+        attention += [m for m in methods if m.name == "learned moves, SAE"]
+        listed = compared(attention, "listed", "listed redirected", control_seeds=[])
+        result = replace(
+            result,
+            **{
+                part: pd.concat([getattr(result, part), getattr(listed, part)], ignore_index=True)
+                for part in ("rows", "curves", "texts")
+            },
+        )
+    metrics = pd.DataFrame(saes.metrics.groupby("layer").mean()).reset_index().drop(columns="head")
+    return replace(result, saes=metrics, settings=told)
+
+
+def attention_method(name: str, encoders: Mapping[str, QueryEncoder]) -> Method:
+    """Return attention on the phrase of each case's target, in prompts that list all actions.
+
+    At the last prompt token heads turn to the phrase, until half of their attention is there; after
+    it they turn a little away from the whole list, so that the text does not run on through it. The
+    strength is the limit of the first change, ||change of q|| / ||q||.
+    """
+
+    def steerer(cases: Sequence[Any], strength: float) -> JoinedSteerers:
+        here: list[Any] = [LookAt(case.phrase) for case in cases]
+        away: list[Any] = [LookAt(case.listed, weight=-1.0) for case in cases]
+        return JoinedSteerers(
+            AttentionSteerer(encoders, here, until=0.5, max_relative_change=strength),
+            AttentionSteerer(
+                encoders, away, n_steps=5, max_relative_change=0.1, scope=ResponseTokens()
+            ),
+        )
+
+    return Method(
+        name=name,
+        scope=scope_name(SCOPE),
+        layers=tuple(int(name.split(".")[1]) for name in encoders),
+        steerer=steerer,
+        strengths=(0.25, 0.35),
+    )
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """Learns the targets of the demo, or reads those of a stopped run."""
+
+    model: Any
+    settings: ExerciseSettings
+    layers: tuple[int, ...]
+    examples: TokenizedExamples
+    counterparts: TokenizedExamples
+    folder: Path | None
+
+    def __call__(
+        self,
+        name: str,
+        encoders: Mapping[str, QueryEncoder],
+        *,
+        l1: float = 0.0,
+        start: CentroidTargets | None = None,
+    ) -> CentroidTargets:
+        """Return learned moves, or with centroids to start from, learned points."""
+        descent = MOVE if start is None else POINT
+        recipe = LatentGradientSteerer(
+            encoders,
+            no_moves(self.model, encoders, list(BloomLevel)) if start is None else start,
+            target=BloomLevel.CREATE,
+            objective=descent.objective,
+            n_steps=descent.n_steps,
+            step_size=descent.step_sizes[0],
+            max_relative_change=self.settings.max_relative_change,
+            scope=SCOPE,
+        )
+        learner = TargetLearner(
+            self.model,
+            recipe,
+            l1=l1,
+            n_updates=self.settings.n_updates,
+            seed=self.settings.seed,
+        )
+        # Topics in their order, six levels of each: the last quarter chooses the update.
+        n = len(self.examples)
+        held_out = range(6 * round(n / 6 * 0.75), n)
+        path = None if self.folder is None else self.folder / name
+        checkpoint = None if path is None else path.with_name(f"{name}.learning")
+        return _kept(
+            path,
+            LearnedTargets.load,
+            lambda: learner.fit(
+                self.examples,
+                counterparts=self.counterparts,
+                held_out=held_out,
+                checkpoint=checkpoint,
+            ),
+        )
+
+
+def _kept(folder: Path | None, load: Any, make: Any) -> Any:
+    """Return what a stopped run wrote to a folder, or make it and write it there."""
+    if folder is not None and folder.exists():
+        return load(folder)
+    made = make()
+    if folder is not None:
+        made.save(folder)
+    return made
