@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from test_prefix import batch_of
 
 import sae_query_steer as sqs
-from sae_query_steer.diagnostics.patches import draw_pairs
-from sae_query_steer.models.activations import read_activations
+from sae_query_steer.diagnostics.patches import Patch, draw_pairs, prefixed_rows
+from sae_query_steer.models.activations import next_token_log_probs, read_activations
 
 
 # A latent that never fires has no deviation: scikit-learn says so.
@@ -274,3 +275,30 @@ def test_the_control_is_a_patch_from_the_own_class_aimed_at_the_other(tiny_model
     assert abs(sum(expected["toward_control"])) > 1e-3
     for column, values in expected.items():
         assert table[column].iloc[0] == pytest.approx(sum(values) / 4, rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["all", 2])
+def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
+    batch = batch_of()  # four rows of different lengths
+    rows, columns = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([6, 8, 0, 13, 2, 3])
+    sites = sqs.query_sites(model)
+    queries = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0))
+    patch = Patch(rows, columns, dict.fromkeys((site.hook_name for site in sites), queries))
+    heads = slice(None) if head == "all" else slice(2, 3)
+
+    def by_hand(q, hook):  # noqa: ARG001
+        q = q.clone()
+        q[rows, columns, heads] = queries[:, heads]
+        return q
+
+    prefixed = prefixed_rows(model, batch, [patch])
+    assert prefixed.tokens.shape[1] == 3
+    unpatched = patch.read(prefixed, prefixed.unchanged(site.layer for site in sites))
+    whole = next_token_log_probs(model, batch.tokens, rows, columns)
+    torch.testing.assert_close(unpatched, whole, atol=1e-4, rtol=0)
+    for site in sites:
+        hooks = [(site.hook_name, by_hand)]
+        expected = next_token_log_probs(model, batch.tokens, rows, columns, hooks)
+        assert not torch.allclose(expected, whole, atol=1e-3)
+        found = patch.next_tokens(prefixed, site, head)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

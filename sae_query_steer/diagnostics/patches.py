@@ -17,6 +17,7 @@ from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
 from sae_query_steer.diagnostics.metrics import kl_divergence, total_variation
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import check_not_steered
+from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.progress import progress_bar
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 
@@ -81,22 +82,30 @@ class Patch:
     queries: Mapping[str, Float[Tensor, "token head d_head"]]
     """By hook name."""
 
-    def next_tokens(
-        self, model: Any, batch: TokenBatch, site: QuerySite | None = None, head: int | str = ""
+    def read(
+        self, prefixed: PrefixedRows, logits: Float[Tensor, "batch pos d_vocab"]
     ) -> Float[Tensor, "token d_vocab"]:
-        """Return log probabilities after each patched position; without a site, unpatched."""
+        """Return log probabilities after each patched position, of logits of the last tokens."""
+        columns = prefixed.columns(self.rows, self.columns).to(logits.device)
+        return logits[self.rows.to(logits.device), columns].float().log_softmax(-1)
+
+    @torch.no_grad()
+    def next_tokens(
+        self, prefixed: PrefixedRows, site: QuerySite, head: int | str
+    ) -> Float[Tensor, "token d_vocab"]:
+        """Return log probabilities after each patched position, with the queries patched in."""
+        heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
+        given = self.queries[site.hook_name][:, heads]
+        columns = prefixed.columns(self.rows, self.columns)
 
         def patch(queries: Tensor, hook: Any) -> Tensor:
             del hook
-            assert site is not None
-            heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
-            given = self.queries[site.hook_name][:, heads]
             patched = queries.clone().reshape(*queries.shape[:2], -1, site.d_head)
-            patched[self.rows, self.columns, heads] = given.to(patched)
+            patched[self.rows, columns, heads] = given.to(patched)
             return patched.reshape(queries.shape)
 
-        hooks = [] if site is None else [(site.hook_name, patch)]
-        return next_token_log_probs(model, batch.tokens, self.rows, self.columns, hooks)
+        hooks = [(site.hook_name, patch)]
+        return self.read(prefixed, prefixed.logits(hooks, first_layer=site.layer))
 
     def mean_per_row(self, values: Float[Tensor, " token"]) -> Float[Tensor, " base"]:
         """Return the mean over the patched tokens of each base, in 64 bits on the CPU."""
@@ -156,7 +165,10 @@ class Trial:
                 order += batch.indices
                 pairs = [self.pairs[i] for i in batch.indices]
                 aims = torch.stack([self._aims[pair.source] for pair in pairs])
-                sides = [self._side(batch, p, aims) for p in patches(batch, pairs)]
+                both = patches(batch, pairs)
+                prefixed = prefixed_rows(self.model, batch, both)
+                logits = prefixed.unchanged(site.layer for site in heads)
+                sides = [self._side(prefixed, logits, patch, aims) for patch in both]
                 for parts, case in zip(found, cases, strict=True):
                     measured, control = (side(*case) for side in sides)
                     parts.append(measured.join(control.add_suffix("_control")))
@@ -171,15 +183,19 @@ class Trial:
         )
 
     def _side(
-        self, batch: TokenBatch, patch: Patch, aims: Float[Tensor, "base d_vocab"]
+        self,
+        prefixed: PrefixedRows,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        patch: Patch,
+        aims: Float[Tensor, "base d_vocab"],
     ) -> Callable[[QuerySite, int | str], pd.DataFrame]:
         """Return a function that measures a patch at a site and head, with a row for each base."""
-        clean = patch.next_tokens(self.model, batch)
+        clean = patch.read(prefixed, logits)
         aim = aims[patch.rows].to(clean)
         before = kl_divergence(aim, clean)
 
         def measure(site: QuerySite, head: int | str) -> pd.DataFrame:
-            after = patch.next_tokens(self.model, batch, site, head)
+            after = patch.next_tokens(prefixed, site, head)
             measured = {
                 "kl": kl_divergence(clean, after),
                 "moved": total_variation(clean, after),
@@ -205,6 +221,15 @@ class Trial:
             "class_gap_se": paired_error(self._gaps, self.pairs),
             "n_pairs": len(self.pairs),
         }
+
+
+def prefixed_rows(model: Any, batch: TokenBatch, patches: Sequence[Patch]) -> PrefixedRows:
+    """Return the rows from their first patched token to their last, the rest in the cache."""
+    rows = torch.cat([patch.rows for patch in patches])
+    columns = torch.cat([patch.columns for patch in patches])
+    start = batch.lengths.scatter_reduce(0, rows, columns, "amin")
+    stop = torch.zeros_like(start).scatter_reduce(0, rows, columns + 1, "amax")
+    return PrefixedRows(model, batch, start, stop)
 
 
 def _aims(

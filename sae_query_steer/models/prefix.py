@@ -22,8 +22,9 @@ class PrefixedRows:
     """The last tokens of some rows, behind a KV cache of those before them.
 
     The cache is made once, without gradients, and is never written again: each pass extends a copy
-    that shares its tensors. So a pass costs the last tokens alone. It runs through all layers:
-    TransformerBridge has no `start_at_layer`.
+    that shares its tensors. So a pass costs the last tokens alone. It runs through all layers,
+    unless `unchanged` kept what a HookedTransformer needs to start later; TransformerBridge has no
+    `start_at_layer`.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
@@ -58,18 +59,39 @@ class PrefixedRows:
             lengths=batch.lengths,
             tokens=batch.positions.tokens,
         )
+        self._residuals: dict[int, Tensor] = {}
         self._cache: Any = None
         if prefix.shape[1]:
             with torch.no_grad():
                 self._cache = self._new_cache(len(prefix))
                 self._run(prefix, self._cache, (), last=True)
 
+    @torch.no_grad()
+    def unchanged(self, layers: Iterable[int]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return the logits without hooks, and prepare passes that begin at some layers."""
+
+        def keep(residual: Tensor, hook: Any) -> None:
+            self._residuals[hook.layer()] = residual.clone()
+
+        if self._is_bridge or self.model.cfg.positional_embedding_type == "shortformer":
+            return self.logits()
+        return self.logits([(f"blocks.{layer}.hook_resid_pre", keep) for layer in {*layers}])
+
     def logits(
-        self, fwd_hooks: Iterable[tuple[str, Any]] = ()
+        self, fwd_hooks: Iterable[tuple[str, Any]] = (), *, first_layer: int | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Return the logits of these tokens in a pass with hooks; with gradients where enabled."""
+        """Return the logits of these tokens in a pass with hooks; with gradients where enabled.
+
+        Args:
+            fwd_hooks: as for `model.run_with_hooks`.
+            first_layer: the first layer with a hook: those before it are left out where `unchanged`
+                was given it and the model can start there.
+        """
         cache = None if self._cache is None else self._copied()
-        return self._run(self.tokens, cache, fwd_hooks)
+        start = self._residuals.get(-1 if first_layer is None else first_layer)
+        if start is None:
+            return self._run(self.tokens, cache, fwd_hooks)
+        return self._run(start, cache, fwd_hooks, start_at_layer=first_layer)
 
     def columns(
         self, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]
@@ -84,16 +106,19 @@ class PrefixedRows:
         hooks: Iterable[tuple[str, Any]],
         *,
         last: bool = False,
+        **given: Any,
     ) -> Tensor:
         """Return the logits of a pass that extends a cache; with `last` of its last token alone."""
         device = self.model.cfg.device
         n_past = 0 if cache is None else self._past(cache)
         mask = self._mask[:, : n_past + tokens.shape[1]].to(device)
-        given: dict[str, Any] = {"attention_mask": mask}
+        given["attention_mask"] = mask
         if self._is_bridge and cache is not None:
             given |= {"past_key_values": cache, "use_cache": True}
         elif cache is not None:
-            given |= {"past_kv_cache": cache, "attention_mask": mask[:, n_past:]}
+            given["past_kv_cache"] = cache
+            if "start_at_layer" not in given:  # the embedding adds the mask of the past
+                given["attention_mask"] = mask[:, n_past:]
         if last and self._is_bridge:  # a large vocabulary is most of the memory
             accepted = inspect.signature(self.model.original_model.forward).parameters
             given |= {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
