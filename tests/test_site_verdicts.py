@@ -121,3 +121,17 @@ def test_of_a_model_whose_queries_decide_nothing_it_says_so(tiny_folder, example
     )
     assert not table["steer_here"].any()
     assert closing_sentence(table).startswith("Nothing to steer at any of these 15 sites")
+
+
+def test_a_site_that_a_learned_move_reaches_is_worth_a_steer_whatever_real_queries_do():
+    row = judged(class_effect=0.0, reach=0.62, reach_se=0.1)
+    assert bool(row["steer_here"])
+    assert row["verdict"] == "steer here: a learned move removes 62%"
+    assert judged(reach=0.62)["verdict"] == "steer here: moves 50% more than the control"
+    for none in ({"reach": 0.09}, {"reach": 0.3, "reach_se": 0.2}, {"reach": float("nan")}):
+        assert not bool(judged(class_effect=0.0, **none)["steer_here"])
+    table = pd.DataFrame([GOOD | {"class_effect": 0.0, "reach": 0.62}])
+    assert closing_sentence(sqs.diagnostics.site_verdicts(table)) == (
+        "Steer here: layer 1 (50%, 62%). In brackets: total variation beyond that of the control, "
+        "and reach."
+    )

@@ -15,7 +15,6 @@ from sae_query_steer.data.batches import TokenBatch, example_batches
 from sae_query_steer.data.examples import check_classes
 from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
 from sae_query_steer.diagnostics.metrics import kl_divergence, total_variation
-from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.progress import progress_bar
@@ -140,7 +139,10 @@ class Trial:
         paired = counterparts is not None
         self.pairs = draw_pairs(examples.labels, n_pairs, seed, counterparts=paired)
         self.model = model
-        self.examples = examples if counterparts is None else _joined(examples, counterparts)
+        self.examples = examples
+        if counterparts is not None:
+            check_other_class(examples, counterparts)
+            self.examples = examples.joined(counterparts)
         self._aims, self._gaps = _aims(model, self.examples, self.pairs, own=paired)
 
     def table(
@@ -248,7 +250,9 @@ def _aims(
     counts: Counter[int | str] = Counter()  # tokens of each example and class
     for batch in example_batches(examples, examples.batch_size):
         rows, columns = batch.mask(examples.span).nonzero(as_tuple=True)
-        logs = next_token_log_probs(model, batch.tokens, rows, columns).cpu().double()
+        span = Patch(rows, columns, {})
+        prefixed = prefixed_rows(model, batch, [span])
+        logs = span.read(prefixed, prefixed.unchanged(())).cpu().double()
         for row, index in enumerate(batch.indices):
             here, label = logs[rows == row], batch.labels[row]
             total = here.exp().sum(0)
@@ -273,7 +277,12 @@ def _aims(
     return aims, pd.Series(gaps)
 
 
-def _joined(examples: TokenizedExamples, counterparts: TokenizedExamples) -> TokenizedExamples:
+def check_other_class(examples: TokenizedExamples, counterparts: TokenizedExamples) -> None:
+    """Raise unless counterparts are one for each example, of another class than it.
+
+    Raises:
+        ValueError: the message names the first that does not fit.
+    """
     check_tokenized(counterparts, name="counterparts")
     if len(counterparts) != len(examples):
         raise ValueError(
@@ -286,4 +295,3 @@ def _joined(examples: TokenizedExamples, counterparts: TokenizedExamples) -> Tok
                 f"the counterpart of example {index} must be of another class than its "
                 f"{one.label!r}: give the same text made for another class"
             )
-    return examples.joined(counterparts)

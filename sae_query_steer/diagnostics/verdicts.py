@@ -1,4 +1,4 @@
-"""Decide at which sites to steer, from the interchange effect and separability."""
+"""Decide at which sites to steer, from the interchange effect, separability and reach."""
 
 import math
 from collections.abc import Hashable
@@ -17,6 +17,10 @@ In probability and not in nats, because a divergence also counts how unlikely th
 are: at layer 3 of a tutor, queries of the same prompt with another request bring the next token 0.3
 nats nearer to that prompt's, with a total variation of 0.3 %. Source: our choice."""
 
+MIN_REACH = 0.1
+"""Smallest share of the divergence that a learned move must remove, to steer at a site. Source: our
+choice."""
+
 FALSE_ALARMS = 0.05
 """Probability that any of the sites passes by chance (Bonferroni over the sites)."""
 
@@ -26,12 +30,22 @@ def site_verdicts(table: pd.DataFrame, *, n_sites: int | None = None) -> pd.Data
 
     A site passes if queries of another class move the next token towards their class further than
     queries of the own class, significantly over all sites, and by at least `MIN_MOVED` of its
-    probability. If the table has separability, the latents must also separate the classes. A
-    verdict is about one site at a time, at the span of the table: it does not see the joint effect
-    of several layers, nor what appears only later in the text.
+    probability. If the table has separability, the latents must also separate the classes. If it
+    has `reach`, a site passes too where a learned move removes more than `MIN_REACH`, significantly
+    over all sites where `reach_se` is there. What the measures can tell, and cannot:
+
+    - the interchange effect: what real queries of the class do. A steerer can do more, so a small
+      one rules out nothing that is learned.
+    - separability: whether latents tell the classes apart, and not whether the model uses it.
+    - `reach`: what the best constant change found within a budget does, a guide to learned targets.
+      It says nothing about centroids.
+
+    A verdict is about one site at a time, at the span of the table: it does not see the joint
+    effect of several layers, nor what appears only later in the text.
 
     Args:
-        table: of `interchange_effect`, alone or merged with that of `separability`.
+        table: of `interchange_effect`, alone or merged with those of `separability` and `reach` by
+            layer and head.
         n_sites: number of sites that were tested; None means the rows of the table.
 
     Returns:
@@ -67,8 +81,13 @@ def closing_sentence(table: pd.DataFrame) -> str:
     order = table.assign(shift=shifts).sort_values("shift", ascending=False, kind="stable")
     good = pd.DataFrame(order[order["steer_here"]]).to_dict("records")
     if good:
-        named = "; ".join(f"{_name(row)} ({row['shift']:.0%})" for row in good)
-        return f"Steer here: {named}. In brackets: total variation beyond that of the control."
+        shown, also = "({shift:.0%})", ""
+        if "reach" in table:
+            shown, also = "({shift:.0%}, {reach:.0%})", ", and reach"
+        named = "; ".join(f"{_name(row)} {shown.format(**row)}" for row in good)
+        return (
+            f"Steer here: {named}. In brackets: total variation beyond that of the control{also}."
+        )
     where = "this site" if len(table) == 1 else f"any of these {len(table)} sites"
     if not np.isfinite(table["class_effect_se"]).any():
         return f"No verdict at {where}: too few examples for a standard error. Add examples."
@@ -87,6 +106,14 @@ def closing_sentence(table: pd.DataFrame) -> str:
 
 
 def _judged(row: dict[Hashable, Any], n_errors: float) -> tuple[bool, str]:
+    steer, why = _judged_by_queries(row, n_errors)
+    removed = row.get("reach", 0.0)
+    if not steer and removed > MIN_REACH and removed > n_errors * row.get("reach_se", 0.0):
+        return True, f"steer here: a learned move removes {removed:.0%}"
+    return steer, why
+
+
+def _judged_by_queries(row: dict[Hashable, Any], n_errors: float) -> tuple[bool, str]:
     effect, error = row["class_effect"], row["class_effect_se"]
     beyond, none = row["moved"] - row["moved_control"], "nothing to steer here"
     if not math.isfinite(error):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sae_query_steer.arguments import check_kind, check_number, whole_numbers
+from sae_query_steer.arguments import check_kind, check_number
 from sae_query_steer.data.examples import ordered_classes
 from sae_query_steer.data.tokenized import (
     TokenizedExample,
@@ -17,12 +17,7 @@ from sae_query_steer.data.tokenized import (
     check_tokenized,
 )
 from sae_query_steer.descent.control import TargetLatents
-from sae_query_steer.learning.rows import (
-    LearningRows,
-    check_counterparts,
-    frozen,
-    learning_rows,
-)
+from sae_query_steer.learning.rows import check_counterparts, frozen, split_rows
 from sae_query_steer.learning.run import LearningRun
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, device_of
@@ -189,23 +184,22 @@ class TargetLearner:
         if counterparts is not None:
             check_tokenized(counterparts, name="counterparts")
             check_counterparts(examples, counterparts)
-        learned, kept = _split(examples.labels, self.steerer.targets.classes, held_out)
-        scope = self.steerer.scope
-
-        def rows(indices: Sequence[int], size: int) -> list[LearningRows]:
-            others = None if counterparts is None else counterparts.subset(indices)
-            return learning_rows(self.model, examples.subset(indices), others, scope, size)
-
-        order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(self.seed))
-        shuffled = [learned[i] for i in order.tolist()]
-        size = self.batch_size
+        classes = self.steerer.targets.classes
         with frozen([self.model, *self.steerer.saes.values()]):
-            parts = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
-            batches = [one for part in parts for one in rows(part, size)]
+            batches, kept = split_rows(
+                self.model,
+                examples,
+                counterparts,
+                classes=classes,
+                scope=self.steerer.scope,
+                held_out=held_out,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            )
             digest = "" if checkpoint is None else self._digest([*examples, *(counterparts or ())])
-            run = LearningRun(self, batches, rows(kept, size), checkpoint, digest)
+            run = LearningRun(self, batches, kept, checkpoint, digest)
             run.run()
-        counts = [examples.labels.count(name) for name in self.steerer.targets.classes]
+        counts = [examples.labels.count(name) for name in classes]
         return self._targets(run, counts, examples)
 
     def _targets(
@@ -240,27 +234,3 @@ class TargetLearner:
                 stacklevel=3,
             )
         return found
-
-
-def _split(
-    labels: Sequence[str], classes: Sequence[str], held_out: Sequence[int] | None
-) -> tuple[list[int], list[int]]:
-    """Return the indices of examples to learn from and of those that are held out."""
-    if held_out is None:
-        own = {name: [i for i, label in enumerate(labels) if label == name] for name in classes}
-        kept = sorted(i for indices in own.values() for i in indices[3::4])
-    else:
-        kept = whole_numbers("held_out", held_out)
-        for index in kept:
-            check_number("held_out", index, whole=True, least=0, most=len(labels) - 1)
-    learned = [i for i in range(len(labels)) if i not in set(kept)]
-    for name in classes:
-        for part, indices in (("learn from", learned), ("hold out", kept)):
-            if not any(labels[i] == name for i in indices):
-                raise ValueError(
-                    f"class {name!r} must have examples to {part}, got none: give four or more of "
-                    "each class of the steerer, or other held_out"
-                )
-    if unknown := sorted({*labels} - {*classes}):
-        raise ValueError(f"labels must be classes of the steerer, {list(classes)}, got {unknown}")
-    return learned, kept

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_query_steer.arguments import check_number, whole_numbers
 from sae_query_steer.data.batches import TokenBatch, example_batches
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.models.prefix import PrefixedRows
@@ -46,6 +47,33 @@ class LearningRows:
             found = -log_probs.gather(-1, wanted[:, None])[:, 0]
         sums = found.new_zeros(len(self.labels)).index_add(0, rows, found)
         return sums / torch.bincount(rows, minlength=len(self.labels))
+
+
+def split_rows(
+    model: Any,
+    examples: TokenizedExamples,
+    counterparts: TokenizedExamples | None,
+    *,
+    classes: Sequence[str],
+    scope: Scope,
+    held_out: Sequence[int] | None,
+    batch_size: int,
+    seed: int,
+) -> tuple[list[LearningRows], list[LearningRows]]:
+    """Return the batches to learn from and those that are held out; Args as `TargetLearner`.
+
+    They do not depend on sites, so that one call serves runs at several.
+    """
+    learned, kept = _split(examples.labels, classes, held_out)
+
+    def rows(indices: Sequence[int]) -> list[LearningRows]:
+        others = None if counterparts is None else counterparts.subset(indices)
+        return learning_rows(model, examples.subset(indices), others, scope, batch_size)
+
+    order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(seed))
+    shuffled = [learned[i] for i in order.tolist()]
+    parts = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
+    return [one for part in parts for one in rows(part)], rows(kept)
 
 
 def learning_rows(
@@ -120,6 +148,30 @@ def _log_probs(
     lengths = (batch.lengths - batch.prompt_lengths + 1).tolist()
     parts = [row[:n].float().log_softmax(-1) for row, n in zip(logits, lengths, strict=True)]
     return torch.cat(parts)
+
+
+def _split(
+    labels: Sequence[str], classes: Sequence[str], held_out: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """Return the indices of examples to learn from and of those that are held out."""
+    if held_out is None:
+        own = {name: [i for i, label in enumerate(labels) if label == name] for name in classes}
+        kept = sorted(i for indices in own.values() for i in indices[3::4])
+    else:
+        kept = whole_numbers("held_out", held_out)
+        for index in kept:
+            check_number("held_out", index, whole=True, least=0, most=len(labels) - 1)
+    learned = [i for i in range(len(labels)) if i not in set(kept)]
+    for name in classes:
+        for part, indices in (("learn from", learned), ("hold out", kept)):
+            if not any(labels[i] == name for i in indices):
+                raise ValueError(
+                    f"class {name!r} must have examples to {part}, got none: give four or more of "
+                    "each class of the steerer, or other held_out"
+                )
+    if unknown := sorted({*labels} - {*classes}):
+        raise ValueError(f"labels must be classes of the steerer, {list(classes)}, got {unknown}")
+    return learned, kept
 
 
 def check_counterparts(examples: TokenizedExamples, counterparts: TokenizedExamples) -> None:

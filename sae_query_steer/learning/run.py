@@ -67,9 +67,11 @@ class LearningRun:
         self.best: dict[str, Tensor] = {}
         self.unsteered: dict[str, float] = {}
         self.history: list[dict[str, float | str | None]] = []
+        self.held_out: list[tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]] = []
+        """Loss and relative change of each row of the batches held out, at the last evaluation."""
 
     def run(self) -> None:
-        """Learn; afterwards `best`, `unsteered` and `history` are set."""
+        """Learn; afterwards `best`, `unsteered`, `history` and `held_out` are set."""
         learner = self._learner
         self._begin()
         self._optimiser = torch.optim.Adam(list(self._values.values()), lr=learner.learning_rate)
@@ -77,7 +79,11 @@ class LearningRun:
             self.lowest = self._evaluated(0, ByClass())
         seen = ByClass()
         with progress_bar(
-            total=learner.n_updates, initial=self._step, desc="Learning targets", unit="update"
+            total=learner.n_updates,
+            initial=self._step,
+            desc="Learning targets",
+            unit="update",
+            leave=None,  # not below another bar
         ) as bar:
             while self._step < learner.n_updates and not self._stopped:
                 batch = self._batches[self._step % len(self._batches)]
@@ -217,12 +223,14 @@ class LearningRun:
         self, step: int, seen: "ByClass", lowest: Mapping[str, float] | None = None
     ) -> dict[str, float]:
         """Return the held-out loss of each class, and keep targets that are the best so far."""
-        losses, changes = ByClass(), ByClass()
+        losses, changes, self.held_out = ByClass(), ByClass(), []
         for batch in self._held_out:
             found, edit = self._losses(batch)
+            changed = torch.stack(edit.changes).mean(0)
             losses.add(batch.labels, found)
-            changes.add(batch.labels, torch.stack(edit.changes).mean(0))
-        of_class, changed = (one.means(self._classes) for one in (losses, changes))
+            changes.add(batch.labels, changed)
+            self.held_out.append((found, changed))
+        of_class, sizes = (one.means(self._classes) for one in (losses, changes))
         targets = self._targets()
         n_heads = sum(len(at.heads) for at in self._chosen.values())
         for index, label in enumerate(self._classes):
@@ -236,7 +244,7 @@ class LearningRun:
                     "label": label,
                     "loss": seen.means([label])[label] if step else None,
                     "held_out_loss": of_class[label],
-                    "relative_change": changed[label],
+                    "relative_change": sizes[label],
                     "n_latents": active / n_heads,
                 }
             )

@@ -1,0 +1,151 @@
+"""Reach: the effect of the best constant change of queries that is found within a budget."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_query_steer.arguments import check_number
+from sae_query_steer.data.examples import ordered_classes
+from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
+from sae_query_steer.descent.objectives import FixedMove
+from sae_query_steer.diagnostics.patches import check_other_class
+from sae_query_steer.learning.learner import TargetLearner, no_moves
+from sae_query_steer.learning.rows import check_counterparts, frozen, split_rows
+from sae_query_steer.learning.run import LearningRun
+from sae_query_steer.models.loading import check_not_steered
+from sae_query_steer.progress import progress_bar
+from sae_query_steer.sae.encoders import identity_encoders
+from sae_query_steer.sites import ALL_HEADS, QuerySite, check_sites
+from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+
+
+def reach(
+    model: Any,
+    sites: Sequence[QuerySite],
+    examples: TokenizedExamples,
+    *,
+    counterparts: TokenizedExamples,
+    budget: float = 0.5,
+    n_updates: int = 20,
+    per_head: bool = False,
+    held_out: Sequence[int] | None = None,
+    batch_size: int = 24,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return how far a learned constant change of queries moves the next token, at each site.
+
+    At each site alone, and with `per_head` at each head alone, one dense vector for each class is
+    learned by gradient through the frozen model and added to the queries at the span. The goal is
+    the model's own next-token distribution after the counterpart. The number of updates is fixed,
+    so no update is chosen on the examples that are held out; the effect is reported on these. The
+    prompts run once for all sites.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        sites: where, from `query_sites`.
+        examples: prompts, with the span to change. Where they have responses, the KL is averaged
+            over the tokens of the response and the one after it; otherwise it is that of the next
+            token.
+        counterparts: for each example the same prompt made for another class, such as one with a
+            request, labelled with that class; the responses are those of the examples.
+        budget: ||change of q|| / ||q|| of a head at most, above 0.
+        n_updates: updates of Adam.
+        per_head: also learn every head alone, not only all heads of a layer.
+        held_out: indices of the examples on which the effect is reported; choose those of other
+            topics. None means every fourth counterpart of each class.
+        batch_size: examples of a forward pass.
+        seed: of the order of the examples.
+
+    Returns:
+        A row for each layer, with head "all", and with `per_head` for each of its heads, with
+
+        - reach: the share of the KL(counterpart || model) held out that is removed, 0 where nothing
+          is removed, 1 at most
+        - reach_se: its standard error over the examples held out, as if they were independent; NaN
+          of one
+        - reach_kl_before, reach_kl_after: mean KL in nats a token, without and with the change
+        - relative_change: mean ||change of q|| / ||q||
+        - n_held_out
+
+        It is a guide to what learned targets can do at a site: more updates or data may find more.
+        It has no control, so what the counterparts of all classes share counts too. It says nothing
+        about centroids, nor about several layers together.
+
+    Raises:
+        ValueError: counterparts that do not fit or are of a single class, a class without examples
+            to learn from or held out, a number that is not allowed, or a model that is being
+            steered.
+
+    Source: our choice.
+    """
+    check_sites(model, sites)
+    check_number("budget", budget, above=0)
+    check_number("n_updates", n_updates, whole=True, least=1)
+    check_number("batch_size", batch_size, whole=True, least=1)
+    check_tokenized(examples)
+    check_not_steered(model)
+    check_other_class(examples, counterparts)
+    classes = ordered_classes(counterparts.labels)
+    labelled = zip(examples, counterparts.labels, strict=True)
+    wanted = replace(examples, examples=[replace(e, label=label) for e, label in labelled])
+    check_counterparts(wanted, counterparts)
+    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    cases = [(s, h) for s in sites for h in [*(range(s.n_heads) if per_head else ()), ALL_HEADS]]
+    encoders = identity_encoders(sites)
+    start = no_moves(model, encoders, classes)
+    rows = []
+    with frozen([model]):
+        batches, kept = split_rows(
+            *(model, wanted, counterparts),
+            classes=classes,
+            scope=examples.span,
+            held_out=held_out,
+            **settings,
+        )
+        with torch.no_grad():
+            before = torch.cat([batch.losses() for batch in kept]).double().cpu()
+        for site, head in progress_bar(cases, desc="Learning moves", unit="site"):
+            steerer = LatentGradientSteerer(
+                {site.hook_name: encoders[site.hook_name]},
+                start,
+                target=classes[0],
+                objective=FixedMove(),
+                n_steps=1,
+                step_size=1.0,
+                max_relative_change=budget,
+                scope=examples.span,
+                heads=None if head == ALL_HEADS else [int(head)],
+            )
+            # Two evaluations, before the first update and after the last: nothing is chosen.
+            learner = TargetLearner(
+                model, steerer, n_updates=n_updates, every=n_updates, **settings
+            )
+            run = LearningRun(learner, batches, kept, None, "")
+            run.run()
+            after, change = (
+                torch.cat(parts).double().cpu() for parts in zip(*run.held_out, strict=True)
+            )
+            row = {"layer": site.layer, "head": head, **_removed(before, after)}
+            rows.append(row | {"relative_change": float(change.mean()), "n_held_out": len(before)})
+    return pd.DataFrame(rows)
+
+
+def _removed(
+    before: Float[Tensor, " example"], after: Float[Tensor, " example"]
+) -> dict[str, float]:
+    """Return the share of a divergence that is removed, and its error by the delta method."""
+    first, last = float(before.mean()), float(after.mean())
+    left = last / first if first > 0 else 1.0
+    known = len(before) > 1 and first > 0
+    error = float((after - left * before).std()) / len(before) ** 0.5 if known else torch.nan
+    return {
+        "reach": max(0.0, 1 - left),
+        "reach_se": error / first if known else torch.nan,
+        "reach_kl_before": first,
+        "reach_kl_after": last,
+    }
