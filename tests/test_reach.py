@@ -111,4 +111,4 @@ def test_on_smollm2_a_layer_in_the_second_half_reaches_further_than_an_early_one
         n_updates=6,
     ).set_index("layer")
     assert table.loc[21, "reach"] > max(0.1, table.loc[3, "reach"])
-    assert table.loc[21, "reach_kl_before"] == table.loc[3, "reach_kl_before"] > 0
+    assert table["reach_kl_before"].nunique() == 1
