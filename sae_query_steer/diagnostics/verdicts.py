@@ -84,7 +84,10 @@ def closing_sentence(table: pd.DataFrame) -> str:
         shown, also = "({shift:.0%})", ""
         if "reach" in table:
             shown, also = "({shift:.0%}, {reach:.0%})", ", and reach"
-        named = "; ".join(f"{_name(row)} {shown.format(**row)}" for row in good)
+        named = "; ".join(
+            f"{_name(row)} {shown.format(shift=row['shift'], reach=row.get('reach'))}"
+            for row in good
+        )
         return (
             f"Steer here: {named}. In brackets: total variation beyond that of the control{also}."
         )
