@@ -17,6 +17,8 @@ from recipe_models import write_tiny
 from tutorial_scripts import TUTORIALS, write_scripts
 from wheel_check import WORDS
 
+from sae_query_steer.models.gguf import smollm2_file
+
 # nbclient leaves its event loop to the garbage collector.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -170,6 +172,17 @@ def test_08_compare_ways_to_steer(kernel):
 
 def test_09_scopes_objectives_controls(kernel):
     run(kernel, "09_scopes_objectives_controls.ipynb", "TOKENS, N_EXAMPLES = 12_000, 120")
+
+
+@pytest.mark.slow
+def test_10_what_steers_a_real_model(kernel):
+    try:
+        smollm2_file()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    pytest.importorskip("gguf")
+    small = "N_TOPICS, N_TEST, UPDATES, TOKENS = 2, 1, 4, 1024\nLAYERS, CURVE = [21], [21]"
+    assert "latents move" in run(kernel, "10_what_steers_a_real_model.ipynb", small)
 
 
 def test_a_parameter_that_a_tutorial_does_not_have_is_an_error():

@@ -95,8 +95,12 @@ def demo(
     seed: int = 0,
     device: str = "cpu",
     null: bool = False,
+    model: str | None = None,
 ) -> None:
-    """Steer the embedded tutor's feedback to each of Bloom's levels, and compare ways to do it.
+    """Steer a model's text to each of Bloom's levels, and compare ways to do it.
+
+    The embedded tutor gives feedback. An instruct model (--model) writes exercises; targets are
+    also learned through it; for SmolLM2 this takes many minutes on 2 cores, with --size full hours.
 
     Args:
         out: Folder for report.html and results.json.
@@ -107,16 +111,24 @@ def demo(
         seed: Random seed.
         device: Device to run on.
         null: Use the negative control, a tutor that no query can steer.
+        model: An instruct model instead of the tutor: smollm2, a GGUF file, a folder or a hub name.
     """
     from sae_query_steer.compare.report import display_sites, samples
 
-    sizes = {"quick": sqs.compare.QUICK, "full": sqs.compare.FULL}
-    settings = replace(sizes.get(size, sqs.compare.DemoSettings()), seed=seed)
-    settings = settings if n_test is None else replace(settings, n_test=n_test)
+    if null and model is not None:
+        raise ValueError(f"--null must not be given with --model, got --model {model}")
+    of_tutor = {"quick": sqs.compare.QUICK, "full": sqs.compare.FULL}
+    of_model = {"quick": sqs.compare.EXERCISE_QUICK, "full": sqs.compare.EXERCISE_FULL}
+    changed = {"seed": seed} | ({} if n_test is None else {"n_test": n_test})
 
     def compare(log: Path) -> "sqs.compare.Comparison":
-        model = sqs.load_tutor(notes=not null, device=device)
-        return sqs.compare.run_demo(model, notes=not null, settings=settings, log=log)
+        if model is None:
+            settings = replace(of_tutor.get(size, sqs.compare.DemoSettings()), **changed)
+            tutor = sqs.load_tutor(notes=not null, device=device)
+            return sqs.compare.run_demo(tutor, notes=not null, settings=settings, log=log)
+        sizes = replace(of_model.get(size, sqs.compare.ExerciseSettings()), **changed)
+        loaded = sqs.load_model(model, device=device)
+        return sqs.compare.run_exercise_demo(loaded, settings=sizes, log=log)
 
     found = sqs.compare.compare_into(out, compare, resume=resume, overwrite=overwrite)
     if found.sites is not None:

@@ -17,9 +17,10 @@ In probability and not in nats, because a divergence also counts how unlikely th
 are: at layer 3 of a tutor, queries of the same prompt with another request bring the next token 0.3
 nats nearer to that prompt's, with a total variation of 0.3 %. Source: our choice."""
 
-MIN_REACH = 0.1
+MIN_REACH = 0.3
 """Smallest share of the divergence that a learned move must remove, to steer at a site. Source: our
-choice."""
+choice: of SmolLM2's layers, the two that steer a text alone had 0.31 and 0.45, four others 0.15 to
+0.29."""
 
 FALSE_ALARMS = 0.05
 """Probability that any of the sites passes by chance (Bonferroni over the sites)."""
