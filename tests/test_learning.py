@@ -186,6 +186,8 @@ def test_learning_is_the_same_again_and_after_a_stop(model, data, tmp_path, monk
         learner(model, steerer).fit(data[0], checkpoint=tmp_path / "run")
     with pytest.raises(ValueError, match="must be of the same settings and examples"):
         learner(model, steerer, l1=0.1).fit(data[0], checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="must be of the same settings and examples"):
+        learner(model, steerer).fit(data[0], held_out=[0, 1], checkpoint=tmp_path / "run")
     resumed = learner(model, steerer).fit(data[0], checkpoint=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert all(resumed.means[name].equal(mean) for name, mean in wanted.means.items())

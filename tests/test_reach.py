@@ -68,7 +68,7 @@ def test_a_layer_whose_output_is_cut_off_reaches_nothing(tiny_folder):
     assert row["reach"] == pytest.approx(0, abs=1e-6)
 
 
-def test_it_refuses_what_does_not_fit(tiny_models):
+def test_it_refuses_what_does_not_fit(tiny_models, untyped):
     model = tiny_models["hooked"]
     with pytest.raises(ValueError, match="counterpart of example 0 .* another class"):
         measured(model, counterparts=prompts(model, requested=False))

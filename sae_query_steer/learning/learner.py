@@ -133,10 +133,11 @@ class TargetLearner:
         self.n_updates, self.learning_rate, self.batch_size = n_updates, learning_rate, batch_size
         self.every, self.patience, self.seed = every, patience, seed
 
-    def _digest(self, examples: Sequence[TokenizedExample]) -> str:
+    def _digest(self, examples: Sequence[TokenizedExample], held_out: Sequence[int] | None) -> str:
         """Return a digest of all that decides the targets."""
         settings = {k: v for k, v in vars(self).items() if k not in ("model", "steerer")}
         settings |= steerer_settings(self.steerer)
+        settings["held_out"] = None if held_out is None else [int(index) for index in held_out]
         found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for example in examples:
             found.update(repr((example.label, example.prompt_length)).encode())
@@ -176,8 +177,8 @@ class TargetLearner:
                 another run.
 
         Warns:
-            LearningWarning: no update lowered the held-out loss of a class; its target is then the
-                one that learning started from.
+            LearningWarning: no update lowered the held-out loss of a class below that without
+                steering; its target is the best that was found, which may be the start.
         """
         check_tokenized(examples)
         check_not_steered(self.model)
@@ -196,7 +197,9 @@ class TargetLearner:
                 batch_size=self.batch_size,
                 seed=self.seed,
             )
-            digest = "" if checkpoint is None else self._digest([*examples, *(counterparts or ())])
+            digest = ""
+            if checkpoint is not None:
+                digest = self._digest([*examples, *(counterparts or ())], held_out)
             run = LearningRun(self, batches, kept, checkpoint, digest)
             run.run()
         counts = [examples.labels.count(name) for name in classes]

@@ -178,7 +178,7 @@ class LearningRun:
     def _pruned_by(self) -> float:
         learner = self._learner
         prunes = learner.n_latents is not None or learner.n_latents_total is not None
-        return PRUNED_BY * learner.n_updates if prunes else 0
+        return PRUNED_BY * learner.n_updates if prunes else 0.0
 
     @torch.no_grad()
     def _begin(self) -> None:

@@ -107,8 +107,8 @@ class PrefixedRows:
         *,
         last: bool = False,
         **given: Any,
-    ) -> Tensor:
-        """Return the logits of a pass that extends a cache; with `last` of its last token alone."""
+    ) -> Any:
+        """Return the logits of a pass that extends a cache; with `last` at most of the last."""
         device = self.model.cfg.device
         n_past = 0 if cache is None else self._past(cache)
         mask = self._mask[:, : n_past + tokens.shape[1]].to(device)
