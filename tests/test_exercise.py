@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import HOSTS
+from recipe_models import write_bytes
 
 import sae_query_steer as sqs
+from sae_query_steer.compare import exercise_demo
 from sae_query_steer.compare.exercise_judges import (
     fit_exercise_judge,
     verb_choice,
@@ -29,6 +31,7 @@ from sae_query_steer.compare.methods import Method
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.prompts import bos_id, tokenizer_of
 from sae_query_steer.data.token_rows import token_rows
+from sae_query_steer.learning import TargetLearner
 
 DATA = json.loads(files("sae_query_steer.compare").joinpath("exercise.json").read_text())
 LEVELS = list(sqs.BloomLevel)
@@ -280,3 +283,25 @@ def test_success_on_untrained_verbs_and_the_commonest_first_word_are_told():
         "first_word": "devise",
         "first_word_share": 0.5,
     }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::sae_query_steer.learning.learner.LearningWarning")
+def test_every_method_of_the_demo_runs_and_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    model = sqs.load_model(write_bytes(tmp_path / "model"), device="cpu")
+    monkeypatch.setattr(exercise_demo, "exercise_judge", lambda *_, **__: verb_judge())
+    sizes = {"n_train": 4, "n_validation": 6, "n_test": 6, "n_updates": 2}
+    settings = sqs.compare.ExerciseSettings(
+        **sizes, training_tokens=2048, d_sae_per_head=8, k=2, layers=(0, 1), every_method=True
+    )
+    monkeypatch.setattr(exercise_demo.exercise_task, "MAX_NEW_TOKENS", 3)
+    log = tmp_path / "demo.unfinished" / "log.jsonl"
+    found = sqs.compare.run_exercise_demo(model, settings=settings, log=log)
+    assert set(found.rows["task"]) == set(TASKS)
+    learned = found.rows[found.rows["method"].str.startswith("learned moves")]
+    assert len(learned) == 6 and (learned["delta_q_ratio"] <= 0.5001).all()
+    listed = found.rows[found.rows["task"] == "listed"]["method"]
+    assert {"attention, dense", "attention, SAE", "instruction"} <= set(listed)
+    monkeypatch.setattr(TargetLearner, "fit", None)  # a second run reads what the first has kept
+    again = sqs.compare.run_exercise_demo(model, settings=settings, log=log)
+    pd.testing.assert_frame_equal(again.rows, found.rows)

@@ -44,7 +44,8 @@ def test_a_hook_at_the_last_tokens_acts_as_in_a_whole_pass(model):
     name, batch = "blocks.1.attn.hook_q", batch_of((9, 9))
     rows = PrefixedRows(model, batch, torch.tensor([8, 8]))
 
-    def last(q, hook):  # noqa: ARG001
+    def last(q, hook):
+        del hook
         q = q.clone()
         q[:, -1] *= torch.linspace(-1, 2, q.shape[-1])
         return q

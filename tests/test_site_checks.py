@@ -286,7 +286,8 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
     patch = Patch(rows, columns, dict.fromkeys((site.hook_name for site in sites), queries))
     heads = slice(None) if head == "all" else slice(2, 3)
 
-    def by_hand(q, hook):  # noqa: ARG001
+    def by_hand(q, hook):
+        del hook
         q = q.clone()
         q[rows, columns, heads] = queries[:, heads]
         return q

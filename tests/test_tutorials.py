@@ -6,18 +6,14 @@ import gc
 import os
 import random
 import re
-from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
-import torch
 from datasets import Dataset
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
-from recipe_models import write_tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from recipe_models import write_bytes, write_tiny
 from tutorial_scripts import TUTORIALS, write_scripts
 from wheel_check import WORDS
 
@@ -174,26 +170,6 @@ def test_08_compare_ways_to_steer(kernel):
 
 def test_09_scopes_objectives_controls(kernel):
     run(kernel, "09_scopes_objectives_controls.ipynb", "TOKENS, N_EXAMPLES = 12_000, 120")
-
-
-def write_bytes(folder: Path) -> Path:
-    """Write a tiny random chat model whose tokens are bytes, so that any text can go on."""
-    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    tokenizer.chat_template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}:"
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "initializer_range": 0.4}
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=512, **sizes, **ids))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def run_exercise_demo(
     examples, counterparts = (tokenize_examples(model, some) for some in (opened, requested))
     dense = identity_encoders(sites)
     found = CentroidTargetBuilder(model, saes).fit(counterparts)
-    learning = _Learning(model, settings, layers, examples, counterparts, folder)
+    learning = _Learning(model, settings, examples, counterparts, folder)
     methods = prompt_methods(opened, shots=(2,), separator="<|im_end|>\n")
     methods = [m for m in methods if settings.every_method or not m.name.startswith("few-shot")]
     shared: dict[str, Any] = {
@@ -256,7 +256,6 @@ class _Learning:
 
     model: Any
     settings: ExerciseSettings
-    layers: tuple[int, ...]
     examples: TokenizedExamples
     counterparts: TokenizedExamples
     folder: Path | None

@@ -310,8 +310,9 @@ class LearnedDescent(LatentDescent):
         norms = activations.detach().norm(dim=-1).clamp(min=1e-6)
         self.moved.append(((move.after - move.before).abs().sum(-1) / norms).mean())
         ratios = (delta.detach().norm(dim=-1) / norms).mean(-1)
-        n_tokens = torch.bincount(tokens.row, minlength=tokens.n_rows)
-        sums = ratios.new_zeros(tokens.n_rows).index_add(0, tokens.row, ratios)
+        rows = tokens.row.to(ratios.device)
+        n_tokens = torch.bincount(rows, minlength=tokens.n_rows)
+        sums = ratios.new_zeros(tokens.n_rows).index_add(0, rows, ratios)
         self.changes.append(sums / n_tokens)
         return QueryChange(delta=delta)
 
