@@ -12,6 +12,7 @@ from sae_query_steer.compare.generation import (
     divergences,
     negative_log_likelihoods,
 )
+from sae_query_steer.models.prefix import PromptCaches
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9", "w13 w30"]
 BOS, EOS, N_SPECIAL = 1, 2, 4
@@ -136,6 +137,44 @@ def test_a_batch_is_steered_as_each_prompt_alone(model, make):
     for row, one in zip(together.tokens, alone, strict=True):
         assert torch.equal(row, one.tokens[0])
     assert together.texts != continuations(model, PROMPTS, max_new_tokens=6).texts
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        None,
+        sqs.scopes.LastPromptToken(),
+        sqs.scopes.LastPromptToken() | sqs.scopes.ResponseTokens(),
+        sqs.scopes.EveryPosition(),  # acts on the prompt: not from its cache
+    ],
+)
+def test_prompts_that_ran_once_are_continued_like_whole_prompts(model, make, scope):
+    steerer = None if scope is None else make(scope=scope, step_size=2.0)
+    caches = PromptCaches(model, 2**30)
+    whole = continuations(model, PROMPTS, max_new_tokens=6, steerer=steerer)
+    for _ in range(2):  # made, then kept
+        kept = continuations(model, PROMPTS, max_new_tokens=6, steerer=steerer, caches=caches)
+        assert [row.tolist() for row in kept.tokens] == [row.tolist() for row in whole.tokens]
+        assert kept.relative_changes == pytest.approx(whole.relative_changes, rel=1e-4)
+    expected = negative_log_likelihoods(model, PROMPTS, whole.tokens)
+    assert negative_log_likelihoods(model, PROMPTS, whole.tokens, caches=caches) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_row_that_ends_early_is_cut_behind_kept_prompts_too(ending, host):
+    caches = PromptCaches(ending[host], 2**30)
+    whole = continuations(ending[host], PROMPTS, max_new_tokens=7)
+    kept = continuations(ending[host], PROMPTS, max_new_tokens=7, caches=caches)
+    assert [row.tolist() for row in kept.tokens] == [row.tolist() for row in whole.tokens]
+
+
+def test_caches_that_do_not_fit_are_made_anew(model):
+    caches = PromptCaches(model, 0)
+    whole = continuations(model, PROMPTS, max_new_tokens=3)
+    assert continuations(model, PROMPTS, max_new_tokens=3, caches=caches).texts == whole.texts
+    assert not caches._kept
 
 
 def hooks_of(model) -> list[int]:

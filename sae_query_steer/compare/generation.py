@@ -18,7 +18,8 @@ from sae_query_steer.data.prompts import ChatTemplate, chat_prompt, tokenizer_of
 from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
-from sae_query_steer.models.prefix import PrefixedRows
+from sae_query_steer.models.prefix import PromptCaches
+from sae_query_steer.scopes.positions import select
 from sae_query_steer.steering.joined import JoinedSteerers
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import TraceRecord
@@ -49,6 +50,7 @@ def continuations(
     temperature: float | None = None,
     seeds: Sequence[int] | None = None,
     chat_template: ChatTemplate = False,
+    caches: PromptCaches | None = None,
 ) -> Continuations:
     """Return continuations of prompts, greedy or sampled, each as if it were alone.
 
@@ -63,6 +65,8 @@ def continuations(
         temperature: sample from softmax(logits / temperature); None decodes greedily.
         seeds: one for each prompt, with a temperature; see `seeded_sampling`.
         chat_template: as for `tokenize_examples`.
+        caches: prompts that are continued several times run once, up to their last token; only in
+            greedy decoding and with steerers whose scopes begin there.
 
     Raises:
         ValueError: a size below 1, a temperature without one seed for each prompt or seeds without
@@ -87,21 +91,31 @@ def continuations(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         rows = prompts[part]
-        steering = nullcontext() if steerer is None else steerer.apply(model, record=True)
+        prefixed, given = None, {}
+        if caches is not None and temperature is None:
+            batch = _rows_batch(model, rows, [torch.tensor([], dtype=torch.long)] * len(rows), bos)
+            prefixed = caches.rows(batch)
+            given["prompt_lengths"] = batch.prompt_lengths
+            if any(bool(select(one.where.scope, prefixed.before).any()) for one in _all(steerer)):
+                prefixed, given = None, {}
+        steering = nullcontext() if steerer is None else steerer.apply(model, record=True, **given)
         sampling = nullcontext()
         if temperature is not None and seeds is not None:
             sampling = seeded_sampling(model, seeds[part], temperature=temperature)
         with steering as trace, sampling:
-            width = model.to_tokens(rows, padding_side="left", prepend_bos=bos).shape[1]
-            written = model.generate(
-                rows,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                prepend_bos=bos,
-                eos_token_id=ends or None,
-                return_type="tokens",
-                verbose=False,
-            )
+            if prefixed is not None:
+                written, width = prefixed.generate(max_new_tokens, ends), 0
+            else:
+                width = model.to_tokens(rows, padding_side="left", prepend_bos=bos).shape[1]
+                written = model.generate(
+                    rows,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    prepend_bos=bos,
+                    eos_token_id=ends or None,
+                    return_type="tokens",
+                    verbose=False,
+                )
         tokens += [_until_end(row, ends) for row in written[:, width:].cpu()]
         traces = trace if isinstance(trace, tuple) else [] if trace is None else [trace]
         records = [record for one in traces for record in one.records]
@@ -120,15 +134,17 @@ def negative_log_likelihoods(
     *,
     batch_size: int = 64,
     chat_template: ChatTemplate = False,
+    caches: PromptCaches | None = None,
 ) -> list[float]:
     """Return for each prompt the sum of -log p, in nats, of the tokens [pos] after it."""
     sums = []
+    caches = PromptCaches(model, 0) if caches is None else caches
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         batch = _batch(model, prompts[part], tokens[part], chat_template)
         row, position = _written(batch)
         # Behind a cached prefix, so that there are logits of the texts alone.
-        prefixed = PrefixedRows(model, batch, batch.prompt_lengths - 1)
+        prefixed = caches.rows(batch)
         with torch.no_grad():
             logits = prefixed.logits().cpu()
         own = logits[row, prefixed.columns(row, position) - 1].float().log_softmax(-1)
@@ -179,6 +195,12 @@ def _batch(
 ) -> TokenBatch:
     """Return prompts, as the backend reads them, with the tokens after them."""
     rows, bos = _as_read(model, prompts, chat_template)
+    return _rows_batch(model, rows, tokens, bos)
+
+
+def _rows_batch(
+    model: Any, rows: Sequence[str], tokens: Sequence[Tensor], bos: bool | None
+) -> TokenBatch:
     contexts = [model.to_tokens(row, prepend_bos=bos)[0].cpu() for row in rows]
     joined = [torch.cat(pair) for pair in zip(contexts, tokens, strict=True)]
     return TokenBatch(
@@ -196,6 +218,12 @@ def _written(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     after = (index >= batch.prompt_lengths[:, None]) & (index < batch.lengths[:, None])
     row, position = after.nonzero(as_tuple=True)
     return row, position
+
+
+def _all(steerer: Steerer | JoinedSteerers | None) -> tuple[Steerer, ...]:
+    if isinstance(steerer, JoinedSteerers):
+        return steerer.steerers
+    return () if steerer is None else (steerer,)
 
 
 def _as_read(

@@ -20,6 +20,7 @@ from sae_query_steer.compare.judges import Judge
 from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import Method, SteeringCase
 from sae_query_steer.data.prompts import ChatTemplate
+from sae_query_steer.models.prefix import PromptCaches
 from sae_query_steer.steering.engine import SteeringWarning
 
 
@@ -127,6 +128,9 @@ class TextScorer:
     """Finds the class whose part of its prompt a text takes up; if given, a success must also take
     up the target's part."""
 
+    cache_bytes: int = 2**31
+    """Size of the KV caches of prompts that are kept, at most."""
+
     measures_specificity: bool = False
     """Also steer the model's own texts after the prompts that request the target."""
 
@@ -137,6 +141,8 @@ class TextScorer:
     """-log p of the tokens after a prompt, which several methods may write."""
 
     def __post_init__(self) -> None:
+        check_number("cache_bytes", self.cache_bytes, whole=True, least=0)
+        self._caches = PromptCaches(self.model, self.cache_bytes)
         check_number("max_new_tokens", self.max_new_tokens, whole=True, least=1)
         check_number("batch_size", self.batch_size, whole=True, least=1)
         if self.temperature is not None:
@@ -230,6 +236,7 @@ class TextScorer:
             temperature=self.temperature,
             seeds=None if self.temperature is None else seeds,
             chat_template=self.chat_template,
+            caches=self._caches,
         )
 
     def _ratio(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
@@ -248,12 +255,17 @@ class TextScorer:
             (prompt, hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest())
             for prompt, row in zip(prompts, tokens, strict=True)
         ]
-        new = [i for i, key in enumerate(keys) if key not in self._losses]
-        losses = negative_log_likelihoods(
-            self.model,
-            [prompts[i] for i in new],
-            [tokens[i] for i in new],
-            chat_template=self.chat_template,
-        )
-        self._losses |= {keys[i]: loss for i, loss in zip(new, losses, strict=True)}
+        for start in range(0, len(keys), self.batch_size):  # the same batches for every method
+            part = slice(start, start + self.batch_size)
+            if all(key in self._losses for key in keys[part]):
+                continue
+            losses = negative_log_likelihoods(
+                self.model,
+                prompts[part],
+                tokens[part],
+                batch_size=self.batch_size,
+                chat_template=self.chat_template,
+                caches=self._caches,
+            )
+            self._losses |= dict(zip(keys[part], losses, strict=True))
         return sum(self._losses[key] for key in keys) / sum(map(len, tokens))

@@ -28,6 +28,10 @@ from sae_query_steer.scopes.positions import (
     row_lengths,
 )
 
+BEGUN = "begun_with"
+"""Attribute of a cache that was filled before anyone listened: the tokens [batch past] in it, and
+which of them are no padding."""
+
 
 @dataclass(eq=False)
 class _Run:
@@ -248,6 +252,9 @@ class PositionTracker:
             run = self._new_run()
             if past:  # a cache begun outside, or a copy of one: only the padding may be known
                 run.columns = self._now.run.columns
+            if (begun := vars(cache).get(BEGUN) if past else None) is not None:
+                run.tokens, run.columns = begun
+                run.from_start = True
             if cache is not None:
                 run.cache = weakref.ref(cache)
         self._loops = [other for other in alive if other.cache() is not cache]
