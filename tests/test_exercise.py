@@ -267,6 +267,9 @@ def test_the_judge_reads_what_stands_after_the_verbs():
     texts = [e.response for e in wrong]
     assert judge([""] * 6, texts) == LEVELS
     assert verb_judge()([""] * 6, texts) == LEVELS[::-1]
+    # What the prompt began is the exercise's own: of four first words two are left to take away.
+    begun = [text.replace("one two ", "") for text in texts]
+    assert judge([BEGUN] * 6, begun) == LEVELS
 
 
 def test_success_on_untrained_verbs_and_the_commonest_first_word_are_told():

@@ -1,79 +1,81 @@
-"""What the SAE contributes to learned targets on a real instruct model, with its controls.
+"""What the SAE contributes to learned targets on a real instruct model, with rivals and controls.
 
-    python -m experiments.exercise.run sparsity --out runs/exercise
-    python -m experiments.exercise.run norms --out runs/exercise
-    python -m experiments.exercise.run topics --out runs/exercise
-    python -m experiments.exercise.run layers --out runs/exercise
+    python -m experiments.exercise.run methods sparsity layers --out runs/exercise
+    python -m experiments.exercise.run methods --out runs/exercise --worker 1/2
 
-Each learns targets of the six levels from the model's own answers of the split "train" and scores
-them on test topics. A row of results.jsonl is written as soon as it is measured; a stopped run goes
-on with the next. SAEs, judge and examples are made once.
+Targets of the six levels are learned from the model's own answers of the split "train"; texts are
+scored on test topics. SAEs, targets and examples are made once and kept in the folder. A row of
+results.jsonl is written as soon as it is measured; a stopped run goes on with the next. Several
+workers share a folder: each takes its part of the rows.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sae_query_steer as sqs
-from sae_query_steer.compare.exercise_demo import MOVE, SCOPE
+from sae_query_steer.compare.exercise_demo import CENTROID, MEAN, MOVE, POINT, SCOPE
 from sae_query_steer.compare.exercise_judges import fit_exercise_judge, verb_judge
 from sae_query_steer.compare.exercise_task import (
     MAX_NEW_TOKENS,
     exercise_cases,
     exercise_examples,
 )
-from sae_query_steer.compare.methods import descent_methods
+from sae_query_steer.compare.interchange import interchange_methods
+from sae_query_steer.compare.methods import (
+    Descent,
+    Method,
+    descent_methods,
+    prompt_methods,
+    random_methods,
+)
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.learning import TargetLearner, no_moves
 
 LEVELS = list(sqs.BloomLevel)
-LAYERS = range(18, 23)
+RUN = tuple(range(18, 23))
+SINGLE = (21,)
+PENALTY = 0.1
+"""l1 of sparse targets without a limit on the number of latents."""
+
+Encoders = Mapping[str, Any]
 
 
-class Measuring:
-    """The task on one model, and the file of results."""
+class Task:
+    """The task on one model, and the folder of what was made for it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.out = Path(args.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.file = self.out / "results.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.known = [json.loads(line)["setting"] for line in lines]
+        (self.out / "targets").mkdir(parents=True, exist_ok=True)
         self.model = sqs.load_model(args.model)
-        opened, requested = self.examples_of("train", args.n_train, 16)
+        self.opened, requested = self.examples_of("train", args.n_train)
         self.examples, self.requested = (
             cut(sqs.tokenize_examples(self.model, some), args.n_answer)
-            for some in (opened, requested)
+            for some in (self.opened, requested)
         )
-        self.texts = [e.prompt + e.response for e in opened + requested]
-        judged = (self.examples_of("judge", args.n_judge, MAX_NEW_TOKENS)[1],)
-        judged += (self.examples_of("validation", 10, MAX_NEW_TOKENS)[1],)
-        self.judge = fit_exercise_judge(*judged)
-        print(json.dumps({"judge": self.judge.held_out}), flush=True)
-        self.scorer = TextScorer(
-            self.model,
-            {
-                task: exercise_cases(self.model, task, "test", args.n_test, seed=1)
-                for task in ("open", "redirected")
-            },
-            self.judge,
-            max_new_tokens=MAX_NEW_TOKENS,
-            split="test",
-            batch_size=72,
+        self.solved = requested
+        self.texts = [e.prompt + e.response for e in self.opened + requested]
+        judging = [self.examples_of("judge", args.n_judge, seed)[1] for seed in (0, 1)]
+        self.judge = fit_exercise_judge(
+            judging[0] + judging[1], self.examples_of("validation", args.n_judge // 2)[1]
         )
+        self.rule = verb_judge()
 
-    def examples_of(self, split: Any, n: int, n_tokens: int) -> tuple[list[Any], list[Any]]:
+    def examples_of(self, split: Any, n: int, seed: int = 0) -> tuple[list[Any], list[Any]]:
         """Return open and requesting prompts with the model's answers, which are written once."""
-        file = self.out / f"{split}.json"
+        file = self.out / f"{split}{seed}.json"
         if not file.exists():
-            made = exercise_examples(self.model, n, seed=0, split=split, max_new_tokens=n_tokens)
+            made = exercise_examples(
+                self.model, n, seed=seed, split=split, max_new_tokens=MAX_NEW_TOKENS
+            )
             kept = [[(e.prompt, e.response, str(e.label)) for e in some] for some in made]
             file.write_text(json.dumps(kept))
         opened, requested = (
@@ -82,109 +84,334 @@ class Measuring:
         )
         return opened, requested
 
-    def saes(self, seed: int = 0) -> dict[str, Any]:
+    @cache  # noqa: B019
+    def saes(self, seed: int = 0) -> Encoders:
         """Return the trained SAEs of the run of layers, made once for each seed."""
         folder = self.out / f"saes-{seed}"
-        if folder.exists():
-            return dict(sqs.QuerySAEs.load(folder))
-        found = sqs.train_query_saes(
-            self.model,
-            self.texts,
-            sqs.query_sites(self.model, LAYERS),
-            sqs.TrainingConfig(
-                sae=sqs.sae.TopK(d_sae_per_head=256, k=16),
-                training_tokens=self.args.training_tokens,
-                train_batch_size_tokens=512,
-                metric_tokens=4096,
-                seed=seed,
-            ),
-        )
-        found.save(folder)
-        print(found.metrics.groupby("layer").mean().to_string(), flush=True)
-        return dict(found)
+        if not folder.exists():
+            found = sqs.train_query_saes(
+                self.model,
+                self.texts,
+                sqs.query_sites(self.model, RUN),
+                sqs.TrainingConfig(
+                    sae=sqs.sae.TopK(d_sae_per_head=256, k=16),
+                    training_tokens=self.args.training_tokens,
+                    train_batch_size_tokens=512,
+                    metric_tokens=4096,
+                    seed=seed,
+                ),
+            )
+            found.save(folder)
+        return dict(sqs.QuerySAEs.load(folder))
 
-    def dense(self, layers: Any = LAYERS) -> dict[str, Any]:
-        """Return identity encoders of some layers."""
-        return dict(sqs.sae.identity_encoders(sqs.query_sites(self.model, layers)))
+    def dictionary(self, kind: str, layers: Sequence[int] = RUN, seed: int = 0) -> Encoders:
+        """Return trained SAEs, a control of them, or dense encoders, of some layers."""
+        if kind == "dense":
+            return dict(sqs.sae.identity_encoders(sqs.query_sites(self.model, layers)))
+        found = self.saes(seed)
+        if kind != "trained":
+            found = sqs.baselines.control_dictionaries(found, kind, seed=seed)
+        return {name: sae for name, sae in found.items() if layer_of(name) in layers}
 
-    def measure(
+    def learned(
         self,
-        setting: dict[str, Any],
-        encoders: Callable[[], Mapping[str, Any]],
+        name: str,
+        encoders: Encoders,
         *,
         budget: float = 0.5,
         topics: int | None = None,
+        start: Any = None,
+        scope: Any = SCOPE,
+        shuffled: bool = False,
         **learning: Any,
-    ) -> None:
-        """Learn moves with a setting, score them, and write a row."""
-        if setting in self.known:
-            return
-        begun = time.monotonic()
-        chosen = encoders()
+    ) -> Any:
+        """Return learned moves, or points from centroids to start from; learned once.
+
+        Args:
+            name: of the folder that keeps them.
+            encoders: SAEs or identity encoders.
+            budget: ||change|| / ||activation|| at most.
+            topics: learn from this many topics; None means three quarters of all. The last quarter
+                chooses the update in any case.
+            start: centroids of points.
+            scope: the tokens that are changed.
+            shuffled: give each example the class of another one: a control of capacity.
+            learning: of `TargetLearner`.
+        """
+        folder = self.out / "targets" / name
+        if folder.exists():
+            return sqs.LearnedTargets.load(folder)
+        descent = MOVE if start is None else POINT
         recipe = sqs.LatentGradientSteerer(
-            chosen,
-            no_moves(self.model, chosen, LEVELS),
+            encoders,
+            no_moves(self.model, encoders, LEVELS) if start is None else start,
             target=LEVELS[0],
-            objective=MOVE.objective,
-            n_steps=1,
-            step_size=1.0,
+            objective=descent.objective,
+            n_steps=descent.n_steps,
+            step_size=descent.step_sizes[0],
             max_relative_change=budget,
-            scope=SCOPE,
+            scope=scope,
         )
         n_topics = len(self.examples) // 6
-        kept = range(6 * round(0.75 * n_topics), 6 * n_topics)
-        first = 6 * round(0.75 * n_topics if topics is None else topics)
-        indices = [*range(first), *kept]
-        learner = TargetLearner(self.model, recipe, n_updates=self.args.n_updates, **learning)
-        learned = learner.fit(
-            self.examples.subset(indices),
-            counterparts=self.requested.subset(indices),
-            held_out=range(first, len(indices)),
+        n_learned = round(0.75 * n_topics)
+        first = 6 * (n_learned if topics is None else topics)
+        indices = [*range(first), *range(6 * n_learned, 6 * n_topics)]
+        some = [self.examples.subset(indices), self.requested.subset(indices)]
+        if shuffled:
+            order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+            some = [relabelled(examples, order.tolist()) for examples in some]
+        begun = time.monotonic()
+        found = TargetLearner(self.model, recipe, n_updates=self.args.n_updates, **learning).fit(
+            some[0], counterparts=some[1], held_out=range(first, len(indices))
         )
-        learned_in = time.monotonic() - begun
-        (method,) = descent_methods(
-            "learned moves",
-            chosen,
-            {"learned": learned},
-            [replace(MOVE, step_sizes=(1.0,))],
-            layers=[[int(name.split(".")[1]) for name in chosen]],
-            scopes=[SCOPE],
-            max_relative_change=budget,
+        found.save(folder)
+        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begun))
+        return found
+
+    def centroids(self, encoders: Encoders) -> Any:
+        """Return centroids of the prompts that request each level."""
+        return sqs.CentroidTargetBuilder(self.model, encoders).fit(self.requested)
+
+    @cache  # noqa: B019
+    def scorer(self, split: Any, n: int) -> TextScorer:
+        """Return the scorer of the first n cases of each task of a split."""
+        tasks: Any = ("open", "redirected")
+        return TextScorer(
+            self.model,
+            {task: exercise_cases(self.model, task, split, n, seed=1) for task in tasks},
+            self.judge,
+            max_new_tokens=MAX_NEW_TOKENS,
+            split=split,
+            batch_size=60,
+            cache_bytes=int(self.args.cache_gb * 2**30),
         )
-        active = [(mean != 0).sum(-1).float() for mean in learned.means.values()]
-        row: dict[str, Any] = {
-            "setting": setting,
-            "kl_removed": sum(learned.share_removed.values()) / 6,
-            "latents_a_head": float(torch.cat(active, dim=1).mean()),
-            "latents_in_all": float(torch.cat(active, dim=1).sum(1).mean()),
-        }
-        rule = verb_judge()
-        for task, found in self.scorer.score(method, 1.0, ["open", "redirected"]).items():
-            first_verbs = rule([c.prompt for c in found.cases], list(found.texts))
-            row |= {
-                f"{task}": found.success_rate,
-                f"{task}_by_class": {
-                    level: sum(
-                        s
-                        for s, c in zip(found.success, found.cases, strict=True)
-                        if c.target == level
-                    )
-                    / sum(c.target == level for c in found.cases)
-                    for level in LEVELS
-                },
-                f"{task}_rule": sum(
-                    v == c.target for v, c in zip(first_verbs, found.cases, strict=True)
-                )
-                / len(found.cases),
-                f"{task}_perplexity_ratio": found.perplexity_ratio,
-                f"{task}_change": found.delta_q_ratio,
-                f"{task}_success": [int(s) for s in found.success],
+
+    def scored(self, method: Method, strength: float, split: Any, n: int) -> dict[str, Any]:
+        """Return the scores of a method on both tasks."""
+        row: dict[str, Any] = {}
+        for task, found in self.scorer(split, n).score(method, strength, TASKS).items():
+            verbs = self.rule([c.prompt for c in found.cases], list(found.texts))
+            row[task] = {
+                "success": found.success_rate,
+                "rule": sum(map(str.__eq__, map(str, verbs), (c.target for c in found.cases))) / n,
+                "perplexity_ratio": found.perplexity_ratio,
+                "change": found.delta_q_ratio,
+                "each": [int(s) for s in found.success],
+                "texts": list(found.texts),
             }
-        row |= {"learned_in": learned_in, "seconds": time.monotonic() - begun}
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        shown = {k: v for k, v in row.items() if not isinstance(v, (list, dict)) or k == "setting"}
-        print(json.dumps(shown), flush=True)
+        return row
+
+
+TASKS = ("open", "redirected")
+
+Job = tuple[dict[str, Any], Callable[[], Method], float]
+"""What is measured, how the method is made, and its strength."""
+
+
+def moves(
+    task: Task, name: str, encoders: Encoders, budget: float = 0.5, **learning: Any
+) -> Method:
+    """Return learned moves as a method."""
+    targets = task.learned(name, encoders, budget=budget, **learning)
+    scope = learning.get("scope", SCOPE)
+    return learned_method(name, encoders, targets, MOVE, budget, scope)
+
+
+def learned_method(
+    name: str, encoders: Encoders, targets: Any, descent: Descent, budget: float, scope: Any = SCOPE
+) -> Method:
+    """Return a descent on targets as a method at strength 1, or the step size of the descent."""
+    (method,) = descent_methods(
+        name,
+        encoders,
+        {"learned": targets},
+        [descent],
+        layers=[[layer_of(hook_name) for hook_name in encoders]],
+        scopes=[scope],
+        max_relative_change=budget,
+    )
+    return method
+
+
+def methods(task: Task) -> Iterator[Job]:
+    """The main table: every method on 120 test topics for each level."""
+    n = task.args.n_main
+
+    def job(name: str, make: Callable[[], Method], strength: float = 1.0) -> Job:
+        return {"study": "methods", "method": name, "split": "test", "n": n}, make, strength
+
+    plain = {m.name: m for m in prompt_methods(task.opened, shots=(2,), separator="<|im_end|>\n")}
+    yield job(
+        "trained SAE, run", lambda: moves(task, "trained", task.dictionary("trained"), l1=PENALTY)
+    )
+    yield job("dense, run", lambda: moves(task, "dense", task.dictionary("dense")))
+    yield job("unsteered", lambda: plain["unsteered"])
+    yield job("instruction", lambda: plain["instruction"])
+    yield job(
+        "random rows, run", lambda: moves(task, "random", task.dictionary("random"), l1=PENALTY)
+    )
+    yield job(
+        "trained SAE, one layer",
+        lambda: moves(task, "trained-21", task.dictionary("trained", SINGLE), 1.0, l1=PENALTY),
+    )
+    yield job(
+        "dense, one layer", lambda: moves(task, "dense-21", task.dictionary("dense", SINGLE), 1.0)
+    )
+    yield job("trained SAE, points", lambda: points(task), POINT.step_sizes[0])
+    yield job("residual", lambda: moves(task, "residual-20", residual_site(task, 20), 0.25))
+    yield job(
+        "trained SAE, at most 8 a head",
+        lambda: moves(task, "trained-8", task.dictionary("trained"), l1=0.02, n_latents=8),
+    )
+    yield job(
+        "random rows, at most 8 a head",
+        lambda: moves(task, "random-8", task.dictionary("random"), l1=0.02, n_latents=8),
+    )
+    yield job("few-shot (k=2)", lambda: plain["few-shot (k=2)"])
+
+
+def points(task: Task) -> Method:
+    """Return learned points as a method."""
+    saes = task.dictionary("trained")
+    targets = task.learned("points", saes, start=task.centroids(saes))
+    return learned_method("points", saes, targets, POINT, 0.5)
+
+
+def sparsity(task: Task) -> Iterator[Job]:
+    """Success against the number of latents of a head, and in all, for each dictionary."""
+    for limit in ("n_latents", "n_latents_total"):
+        for n in (8, 2, 32, 1, 4, 16) if limit == "n_latents" else (32, 8, 16, 4, 2, 1):
+            for kind in ("trained", "random", "permuted"):
+                setting = {"study": "sparsity", "dictionary": kind, limit: n}
+                name = f"{kind}-{n}" + ("-in-all" if limit == "n_latents_total" else "")
+                yield (
+                    setting | {"split": "test", "n": task.args.n_study},
+                    lambda kind=kind, name=name, limit=limit, n=n: moves(
+                        task, name, task.dictionary(kind), l1=0.02, **{limit: n}
+                    ),
+                    1.0,
+                )
+
+
+def seeds(task: Task) -> Iterator[Job]:
+    """The trained SAE and its random control at 8 latents a head, of other seeds."""
+    for seed in (1, 2):
+        for kind in ("trained", "random"):
+            yield (
+                {"study": "seeds", "dictionary": kind, "seed": seed, "n": task.args.n_study},
+                lambda kind=kind, seed=seed: moves(
+                    task,
+                    f"{kind}-8-seed{seed}",
+                    task.dictionary(kind, seed=seed),
+                    l1=0.02,
+                    n_latents=8,
+                ),
+                1.0,
+            )
+
+
+def norms(task: Task) -> Iterator[Job]:
+    """Success against the norm of the change, sparse and dense."""
+    for budget in (0.25, 0.125, 1.0):
+        for kind in ("trained", "dense"):
+            yield (
+                {"study": "norms", "dictionary": kind, "budget": budget, "n": task.args.n_study},
+                lambda kind=kind, budget=budget: moves(
+                    task,
+                    f"{kind}-budget{budget}",
+                    task.dictionary(kind),
+                    budget,
+                    l1=PENALTY if kind == "trained" else 0.0,
+                ),
+                1.0,
+            )
+
+
+def topics(task: Task) -> Iterator[Job]:
+    """Success against the number of topics that targets are learned from."""
+    for n in (2, 5, 10):
+        for kind in ("trained", "dense"):
+            yield (
+                {"study": "topics", "dictionary": kind, "topics": n, "n": task.args.n_study},
+                lambda kind=kind, n=n: moves(
+                    task,
+                    f"{kind}-topics{n}",
+                    task.dictionary(kind),
+                    topics=n,
+                    l1=PENALTY if kind == "trained" else 0.0,
+                ),
+                1.0,
+            )
+
+
+def layers(task: Task) -> Iterator[Job]:
+    """Success of each layer alone, dense, on validation topics and test topics."""
+    n_layers = int(task.model.cfg.n_layers)
+    for layer in sorted(range(n_layers), key=lambda layer: (layer % 3, layer)):
+        for split in ("validation", "test"):
+            yield (
+                {"study": "layers", "layer": layer, "split": split, "n": 60},
+                lambda layer=layer: moves(
+                    task, f"dense-{layer}", task.dictionary("dense", [layer]), 1.0
+                ),
+                1.0,
+            )
+
+
+def weak(task: Task) -> Iterator[Job]:
+    """Methods that take targets from queries as they are, and controls."""
+    n = task.args.n_study
+    descents = {"centroids": ("trained", CENTROID), "mean difference": ("dense", MEAN)}
+    for name, (kind, descent) in descents.items():
+        for strength in descent.step_sizes:
+
+            def make(kind: str = kind, descent: Descent = descent, name: str = name) -> Method:
+                encoders = task.dictionary(kind)
+                found = task.centroids(encoders)
+                return learned_method(name, encoders, found, descent, 0.5, LAST)
+
+            yield {"study": "weak", "method": name, "strength": strength, "n": n}, make, strength
+    (patch,) = interchange_methods(task.model, [RUN])
+    yield {"study": "weak", "method": patch.name, "n": n}, lambda: patch, patch.strengths[0]
+    yield (
+        {"study": "weak", "method": "random offset of the norm of dense moves", "n": n},
+        lambda: random_methods(moves(task, "dense", task.dictionary("dense")), [0])[0],
+        1.0,
+    )
+    yield (
+        {"study": "weak", "method": "dense moves, classes shuffled", "n": n},
+        lambda: moves(task, "dense-shuffled", task.dictionary("dense"), shuffled=True),
+        1.0,
+    )
+    for layer in (14, 20, 24):
+        for budget in (0.125, 0.25, 0.5):
+            yield (
+                {
+                    "study": "residual",
+                    "layer": layer,
+                    "budget": budget,
+                    "split": "validation",
+                    "n": 60,
+                },
+                lambda layer=layer, budget=budget: moves(
+                    task, f"residual-{layer}-{budget}", residual_site(task, layer), budget
+                ),
+                1.0,
+            )
+
+
+def residual_site(task: Task, layer: int) -> Encoders:
+    """Return an identity encoder of the residual stream after a layer."""
+    encoder = sqs.sae.IdentityEncoder(n_heads=1, d_head=int(task.model.cfg.d_model))
+    return {f"blocks.{layer}.hook_resid_post": encoder}
+
+
+LAST = sqs.scopes.LastPromptToken()
+
+
+def layer_of(hook_name: str) -> int:
+    """Return the layer of a hook name."""
+    return int(hook_name.split(".")[1])
 
 
 def cut(examples: Any, n_tokens: int) -> Any:
@@ -193,74 +420,78 @@ def cut(examples: Any, n_tokens: int) -> Any:
     return replace(examples, examples=some)
 
 
-def dictionaries(task: Measuring) -> Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]:
-    """Yield the trained SAE and its controls, by name."""
-    yield "trained", task.saes
-    for kind in ("random", "permuted"):
-        yield kind, lambda kind=kind: sqs.baselines.control_dictionaries(task.saes(), kind)
+def relabelled(examples: Any, order: Sequence[int]) -> Any:
+    """Return examples with each the label of another."""
+    some = [replace(e, label=examples[i].label) for e, i in zip(examples, order, strict=True)]
+    return replace(examples, examples=some)
 
 
-def sparsity(task: Measuring) -> None:
-    """Success against the number of latents of a head, for each dictionary."""
-    for n in (None, 8, 4, 16, 2, 32, 1):
-        for name, encoders in dictionaries(task):
-            setting = {"study": "sparsity", "dictionary": name, "n_latents": n}
-            task.measure(setting, encoders, l1=0.1 if n is None else 0.02, n_latents=n)
+def prepare(task: Task) -> Iterator[Job]:
+    """Only make the examples, the judge and the SAEs."""
+    task.saes()
+    return iter(())
 
 
-def norms(task: Measuring) -> None:
-    """Success against the norm of the change, sparse and dense."""
-    for budget in (0.5, 0.25, 0.125, 1.0):
-        for name, encoders in (("trained", task.saes), ("dense", task.dense)):
-            l1 = 0.1 if name == "trained" else 0.0
-            setting = {"study": "norms", "dictionary": name, "budget": budget}
-            task.measure(setting, encoders, budget=budget, l1=l1)
+STUDIES = {s.__name__: s for s in (prepare, methods, sparsity, seeds, norms, topics, layers, weak)}
 
 
-def topics(task: Measuring) -> None:
-    """Success against the number of topics that targets are learned from."""
-    for n in (2, 5, 10):
-        for name, encoders in (("trained", task.saes), ("dense", task.dense)):
-            setting = {"study": "topics", "dictionary": name, "topics": n}
-            task.measure(setting, encoders, topics=n, l1=0.1 if name == "trained" else 0.0)
+def run(task: Task, studies: Sequence[str], worker: str) -> None:
+    """Measure the jobs of some studies that are this worker's and not measured yet."""
+    file = task.out / "results.jsonl"
+    mine, of = map(int, worker.split("/"))
+    jobs = [job for name in studies for job in STUDIES[name](task)]
+    for setting, make, strength in jobs[mine::of]:
+        lines = file.read_text().splitlines() if file.exists() else []
+        if any(json.loads(line)["setting"] == setting for line in lines):
+            continue
+        begun = time.monotonic()
+        method = make()
+        learned_in = time.monotonic() - begun
+        row = task.scored(method, strength, setting.get("split", "test"), setting["n"])
+        steerer = (
+            None
+            if method.steerer is None
+            else method.steerer([task.scorer("test", 6).cases["open"][0]], strength)
+        )
+        targets = getattr(steerer, "targets", None)
+        if isinstance(targets, sqs.LearnedTargets):
+            active = [(mean != 0).sum(-1).float() for mean in targets.means.values()]
+            row |= {
+                "kl_removed": sum(targets.share_removed.values()) / len(LEVELS),
+                "latents_a_head": float(torch.cat(active, dim=1).mean()),
+                "latents_in_all": float(torch.cat(active, dim=1).sum(1).mean()),
+            }
+        row |= {"made_in": learned_in, "seconds": time.monotonic() - begun}
+        with file.open("a") as rows:
+            rows.write(json.dumps({"setting": setting, **row}) + "\n")
+        shown = {
+            t: [round(row[t][k], 3) for k in ("success", "rule", "perplexity_ratio", "change")]
+            for t in TASKS
+        }
+        print(
+            json.dumps(setting),
+            shown,
+            {k: round(v, 3) for k, v in row.items() if k not in TASKS},
+            flush=True,
+        )
 
-
-def layers(task: Measuring) -> None:
-    """Success of each layer alone, dense."""
-    n = int(task.model.cfg.n_layers)
-    order = sorted(range(n), key=lambda layer: (layer % 3, layer))
-    for layer in order:
-        setting = {"study": "layers", "dictionary": "dense", "layer": layer}
-        task.measure(setting, lambda layer=layer: task.dense([layer]), budget=1.0)
-
-
-def residual(task: Measuring) -> None:
-    """Offsets of the residual stream after one layer, learned likewise."""
-    for layer in (14, 20):
-        encoder = sqs.sae.IdentityEncoder(n_heads=1, d_head=int(task.model.cfg.d_model))
-        found = {f"blocks.{layer}.hook_resid_post": encoder}
-        for budget in (0.25, 0.5):
-            task.measure(
-                {"study": "residual", "dictionary": "dense", "layer": layer, "budget": budget},
-                lambda found=found: found,
-                budget=budget,
-            )
-
-
-STUDIES = {study.__name__: study for study in (sparsity, norms, topics, layers, residual)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--worker", default="0/1", help="which part of the rows, such as 1/2")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--n-train", type=int, default=20, help="topics")
     parser.add_argument("--n-judge", type=int, default=40, help="topics")
-    parser.add_argument("--n-test", type=int, default=720, help="cases of each task")
-    parser.add_argument("--n-answer", type=int, default=16, help="tokens of an answer")
-    parser.add_argument("--n-updates", type=int, default=60)
+    parser.add_argument("--n-main", type=int, default=720, help="cases of each task, main table")
+    parser.add_argument("--n-study", type=int, default=120, help="cases of each task, studies")
+    parser.add_argument("--n-answer", type=int, default=14, help="tokens of an answer")
+    parser.add_argument("--n-updates", type=int, default=40)
     parser.add_argument("--training-tokens", type=int, default=40_960)
+    parser.add_argument("--cache-gb", type=float, default=5.0)
     given = parser.parse_args()
-    measuring = Measuring(given)
-    for chosen in given.studies:
-        STUDIES[chosen](measuring)
+    torch.set_num_threads(1)
+    the_task = Task(given)
+    print(json.dumps({"judge": the_task.judge.held_out}), flush=True)
+    run(the_task, given.studies, given.worker)

@@ -3,16 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import pandas as pd
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import FunctionTransformer
 
 from sae_query_steer.bloom import BloomLevel
-from sae_query_steer.compare.exercise_task import MAX_NEW_TOKENS, exercise_examples
+from sae_query_steer.compare.exercise_task import BEGUN, MAX_NEW_TOKENS, exercise_examples
 from sae_query_steer.compare.held_out import accuracy_by_class, held_out_scores
 from sae_query_steer.compare.judges import ClassifierJudge, RuleJudge
 from sae_query_steer.data.examples import LabelledExample
@@ -34,10 +32,19 @@ def verb_judge() -> RuleJudge:
     return RuleJudge(rule, _LEVELS)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExerciseJudge(ClassifierJudge):
+    """A judge of whole exercises, without their first words and the verbs of all levels."""
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+        """Return the level of each exercise; a begun answer of its prompt belongs to it."""
+        return super().__call__(prompts, list(map(_masked, prompts, texts)))
+
+
 def exercise_judge(
-    model: Any, n_topics: int = 40, *, n_held_out: int = 10, seed: int
-) -> ClassifierJudge:
-    """Return a judge of whole exercises, without their first words and the verbs of all levels.
+    model: Any, n_topics: int = 40, *, n_held_out: int = 10, n_draws: int = 1, seed: int
+) -> ExerciseJudge:
+    """Return a judge of exercises, from what the model writes.
 
     It is trained on the model's own answers to requests of the split "judge". Its `held_out` is of
     answers to requests of the split "validation", and has the accuracy of each level by its name.
@@ -47,11 +54,14 @@ def exercise_judge(
         model: as for `exercise_examples`.
         n_topics: topics of training, each with an answer for every level.
         n_held_out: topics of validation.
+        n_draws: answers for every level and topic, with other templates and actions.
         seed: as for `exercise_cases`.
     """
-    _, train = exercise_examples(
-        model, n_topics, seed=seed, split="judge", max_new_tokens=MAX_NEW_TOKENS
-    )
+    train: list[LabelledExample] = []
+    for draw in range(n_draws):
+        train += exercise_examples(
+            model, n_topics, seed=seed + draw, split="judge", max_new_tokens=MAX_NEW_TOKENS
+        )[1]
     _, held_out = exercise_examples(
         model, n_held_out, seed=seed, split="validation", max_new_tokens=MAX_NEW_TOKENS
     )
@@ -60,21 +70,25 @@ def exercise_judge(
 
 def fit_exercise_judge(
     train: Sequence[LabelledExample], held_out: Sequence[LabelledExample]
-) -> ClassifierJudge:
+) -> ExerciseJudge:
     """Return the judge of `exercise_judge` from labelled answers.
 
     Args:
         train: four or more different answers of each level.
         held_out: other answers, on which it is measured.
     """
-    judge = ClassifierJudge.fit([replace(e, response=without_verbs(e.response)) for e in train])
-    masking = FunctionTransformer(lambda texts: list(map(without_verbs, texts)))
-    pipeline = Pipeline([("masked", masking), *judge.pipeline.steps])
-    judge = replace(judge, pipeline=pipeline)
+    fitted = ClassifierJudge.fit(
+        [replace(e, response=_masked(e.prompt, e.response)) for e in train]
+    )
+    judge = ExerciseJudge(pipeline=fitted.pipeline, classes=fitted.classes, held_out={})
     labels = [e.label for e in held_out]
     found = judge([e.prompt for e in held_out], [e.response for e in held_out])
     scores = held_out_scores(found, labels, judge.classes)
     return replace(judge, held_out=scores | accuracy_by_class(found, labels))
+
+
+def _masked(prompt: str, text: str) -> str:
+    return without_verbs(BEGUN * prompt.endswith(BEGUN) + text)
 
 
 def without_verbs(text: str) -> str:
