@@ -208,6 +208,19 @@ def test_learned_targets_are_read_back_and_steer_alike(model, saes, data, tmp_pa
     assert logits[0].equal(logits[1])
 
 
+def test_learners_share_the_rows_of_one_of_them(model, data):
+    one, other = (learner(model, recipe(model, dense(model, [layer]))) for layer in (0, 1))
+    given = {"counterparts": data[1], "held_out": range(12, 16)}
+    shared = one.rows(data[0], **given)
+    own = other.fit(data[0], **given)
+    for _ in range(2):
+        found = other.fit(data[0], **given, rows=shared)
+        for name, mean in own.means.items():
+            assert torch.equal(found.means[name], mean)
+    with pytest.raises(ValueError, match="rows must be of a learner with the same classes, scope"):
+        learner(model, recipe(model, dense(model)), seed=1).fit(data[0], **given, rows=shared)
+
+
 def test_a_class_that_is_not_learned_is_told(model, data):
     steerer = recipe(model, dense(model), scope=Window(0, 1))  # which attends to itself alone
     with pytest.warns(LearningWarning, match="nothing was learned for"):

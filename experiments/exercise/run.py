@@ -28,16 +28,20 @@ from sae_query_steer.compare.exercise_task import (
     exercise_cases,
     exercise_examples,
 )
+from sae_query_steer.compare.generation import continuations
 from sae_query_steer.compare.interchange import interchange_methods
 from sae_query_steer.compare.methods import (
     Descent,
     Method,
+    SteeringCase,
     descent_methods,
     prompt_methods,
     random_methods,
 )
 from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.data.prompts import chat_prompt
 from sae_query_steer.learning import TargetLearner, no_moves
+from sae_query_steer.scopes.joins import scope_name
 
 LEVELS = list(sqs.BloomLevel)
 RUN = tuple(range(18, 23))
@@ -49,7 +53,10 @@ Encoders = Mapping[str, Any]
 
 
 class Task:
-    """The task on one model, and the folder of what was made for it."""
+    """The exercise task on one model, and the folder of what was made for it."""
+
+    classes: Sequence[str] = LEVELS
+    tasks: Sequence[Any] = ("open", "redirected")
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -63,19 +70,21 @@ class Task:
         )
         self.solved = requested
         self.texts = [e.prompt + e.response for e in self.opened + requested]
-        judging = [self.examples_of("judge", args.n_judge, seed)[1] for seed in (0, 1)]
-        self.judge = fit_exercise_judge(
-            judging[0] + judging[1], self.examples_of("validation", args.n_judge // 2)[1]
-        )
+        self.judge = self.fitted_judge()
+        self.rows: dict[Any, Any] = {}
         self.rule = verb_judge()
+
+    def fitted_judge(self) -> Any:
+        """Return the judge, trained on the model's own answers of the split "judge"."""
+        judging = [self.examples_of("judge", self.args.n_judge, seed)[1] for seed in (0, 1)]
+        held_out = self.examples_of("validation", self.args.n_judge // 2)[1]
+        return fit_exercise_judge(judging[0] + judging[1], held_out)
 
     def examples_of(self, split: Any, n: int, seed: int = 0) -> tuple[list[Any], list[Any]]:
         """Return open and requesting prompts with the model's answers, which are written once."""
         file = self.out / f"{split}{seed}.json"
         if not file.exists():
-            made = exercise_examples(
-                self.model, n, seed=seed, split=split, max_new_tokens=MAX_NEW_TOKENS
-            )
+            made = self.made_examples(split, n, seed)
             kept = [[(e.prompt, e.response, str(e.label)) for e in some] for some in made]
             file.write_text(json.dumps(kept))
         opened, requested = (
@@ -83,6 +92,16 @@ class Task:
             for some in json.loads(file.read_text())
         )
         return opened, requested
+
+    def made_examples(self, split: Any, n: int, seed: int) -> tuple[list[Any], list[Any]]:
+        """Return open and requesting prompts of n topics with the model's answers."""
+        return exercise_examples(
+            self.model, n, seed=seed, split=split, max_new_tokens=MAX_NEW_TOKENS
+        )
+
+    def cases(self, task: Any, split: Any, n: int) -> Sequence[SteeringCase]:
+        """Return the first n cases of a split."""
+        return exercise_cases(self.model, task, split, n, seed=1)
 
     @cache  # noqa: B019
     def saes(self, seed: int = 0) -> Encoders:
@@ -144,26 +163,30 @@ class Task:
         descent = MOVE if start is None else POINT
         recipe = sqs.LatentGradientSteerer(
             encoders,
-            no_moves(self.model, encoders, LEVELS) if start is None else start,
-            target=LEVELS[0],
+            no_moves(self.model, encoders, self.classes) if start is None else start,
+            target=self.classes[0],
             objective=descent.objective,
             n_steps=descent.n_steps,
             step_size=descent.step_sizes[0],
             max_relative_change=budget,
             scope=scope,
         )
-        n_topics = len(self.examples) // 6
+        each = len(self.classes)
+        n_topics = len(self.examples) // each
         n_learned = round(0.75 * n_topics)
-        first = 6 * (n_learned if topics is None else topics)
-        indices = [*range(first), *range(6 * n_learned, 6 * n_topics)]
+        first = each * (n_learned if topics is None else topics)
+        indices = [*range(first), *range(each * n_learned, each * n_topics)]
         some = [self.examples.subset(indices), self.requested.subset(indices)]
         if shuffled:
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
             some = [relabelled(examples, order.tolist()) for examples in some]
         begun = time.monotonic()
-        found = TargetLearner(self.model, recipe, n_updates=self.args.n_updates, **learning).fit(
-            some[0], counterparts=some[1], held_out=range(first, len(indices))
-        )
+        learner = TargetLearner(self.model, recipe, n_updates=self.args.n_updates, **learning)
+        given: Any = {"counterparts": some[1], "held_out": range(first, len(indices))}
+        key = (topics, scope_name(scope), shuffled)
+        if key not in self.rows:  # the prompts run once for all targets
+            self.rows = {key: learner.rows(some[0], **given)}
+        found = learner.fit(some[0], **given, rows=self.rows[key])
         found.save(folder)
         (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begun))
         return found
@@ -175,10 +198,9 @@ class Task:
     @cache  # noqa: B019
     def scorer(self, split: Any, n: int) -> TextScorer:
         """Return the scorer of the first n cases of each task of a split."""
-        tasks: Any = ("open", "redirected")
         return TextScorer(
             self.model,
-            {task: exercise_cases(self.model, task, split, n, seed=1) for task in tasks},
+            {task: self.cases(task, split, n) for task in self.tasks},
             self.judge,
             max_new_tokens=MAX_NEW_TOKENS,
             split=split,
@@ -189,7 +211,7 @@ class Task:
     def scored(self, method: Method, strength: float, split: Any, n: int) -> dict[str, Any]:
         """Return the scores of a method on both tasks."""
         row: dict[str, Any] = {}
-        for task, found in self.scorer(split, n).score(method, strength, TASKS).items():
+        for task, found in self.scorer(split, n).score(method, strength, self.tasks).items():
             verbs = self.rule([c.prompt for c in found.cases], list(found.texts))
             row[task] = {
                 "success": found.success_rate,
@@ -202,10 +224,52 @@ class Task:
         return row
 
 
-TASKS = ("open", "redirected")
-
 Job = tuple[dict[str, Any], Callable[[], Method], float]
 """What is measured, how the method is made, and its strength."""
+
+
+class Forms(Task):
+    """Three other classes on the same model: a text is a list, a story or a letter."""
+
+    classes = ("list", "story", "letter")
+    tasks = ("open",)
+    asks: Mapping[str, Sequence[str]] = {
+        "train": ("Write a text about {}.", "It should be a {}."),
+        "judge": ("Put something about {} on paper.", "Make it a {}."),
+        "validation": ("Please write about {}.", "Write a {}."),
+        "test": ("Tell me about {} in writing.", "I want a {}."),
+    }
+
+    def made_examples(self, split: Any, n: int, _seed: int) -> tuple[list[Any], list[Any]]:
+        cases = self.cases("open", split, 3 * n)
+        asked = [str(case.requesting) for case in cases]
+        texts = continuations(self.model, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=60).texts
+        opened, requested = (
+            [
+                sqs.LabelledExample(prompt=prompt, response=text, label=case.target)
+                for prompt, text, case in zip(prompts, texts, cases, strict=True)
+            ]
+            for prompts in ([case.prompt for case in cases], asked)
+        )
+        return opened, requested
+
+    def cases(self, _task: Any, split: Any, n: int) -> Sequence[SteeringCase]:
+        exercises = exercise_cases(self.model, "open", split, 6 * (n // 3), seed=1)
+        topics = list(dict.fromkeys(case.topic for case in exercises))[: n // 3]
+        tokenizer = self.model.tokenizer
+        opening, asking = self.asks[split]
+        return [
+            SteeringCase(
+                prompt=chat_prompt(opening.format(topic), tokenizer),
+                target=name,
+                requesting=chat_prompt(f"{opening.format(topic)} {asking.format(name)}", tokenizer),
+            )
+            for topic in topics
+            for name in self.classes
+        ]
+
+    def fitted_judge(self) -> Any:
+        return sqs.compare.ClassifierJudge.fit(self.examples_of("judge", self.args.n_judge)[1])
 
 
 def moves(
@@ -451,13 +515,13 @@ def run(task: Task, studies: Sequence[str], worker: str) -> None:
         steerer = (
             None
             if method.steerer is None
-            else method.steerer([task.scorer("test", 6).cases["open"][0]], strength)
+            else method.steerer([task.cases("open", "test", 6)[0]], strength)
         )
         targets = getattr(steerer, "targets", None)
         if isinstance(targets, sqs.LearnedTargets):
             active = [(mean != 0).sum(-1).float() for mean in targets.means.values()]
             row |= {
-                "kl_removed": sum(targets.share_removed.values()) / len(LEVELS),
+                "kl_removed": sum(targets.share_removed.values()) / len(task.classes),
                 "latents_a_head": float(torch.cat(active, dim=1).mean()),
                 "latents_in_all": float(torch.cat(active, dim=1).sum(1).mean()),
             }
@@ -466,12 +530,12 @@ def run(task: Task, studies: Sequence[str], worker: str) -> None:
             rows.write(json.dumps({"setting": setting, **row}) + "\n")
         shown = {
             t: [round(row[t][k], 3) for k in ("success", "rule", "perplexity_ratio", "change")]
-            for t in TASKS
+            for t in task.tasks
         }
         print(
             json.dumps(setting),
             shown,
-            {k: round(v, 3) for k, v in row.items() if k not in TASKS},
+            {k: round(v, 3) for k, v in row.items() if k not in task.tasks},
             flush=True,
         )
 
@@ -479,6 +543,7 @@ def run(task: Task, studies: Sequence[str], worker: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("studies", nargs="+", choices=STUDIES)
+    parser.add_argument("--task", choices=("exercise", "forms"), default="exercise")
     parser.add_argument("--out", required=True)
     parser.add_argument("--worker", default="0/1", help="which part of the rows, such as 1/2")
     parser.add_argument("--model", default="smollm2")
@@ -492,6 +557,6 @@ if __name__ == "__main__":
     parser.add_argument("--cache-gb", type=float, default=5.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    the_task = Task(given)
+    the_task = {"exercise": Task, "forms": Forms}[given.task](given)
     print(json.dumps({"judge": the_task.judge.held_out}), flush=True)
     run(the_task, given.studies, given.worker)

@@ -104,7 +104,7 @@ def reach(
     start = no_moves(model, encoders, classes)
     rows = []
     with frozen([model]):
-        batches, kept = split_rows(
+        batches, kept, _ = split_rows(
             *(model, wanted, counterparts),
             classes=classes,
             scope=examples.span,

@@ -17,7 +17,7 @@ from sae_query_steer.data.tokenized import (
     check_tokenized,
 )
 from sae_query_steer.descent.control import TargetLatents
-from sae_query_steer.learning.rows import check_counterparts, frozen, split_rows
+from sae_query_steer.learning.rows import SplitRows, check_counterparts, frozen, split_rows
 from sae_query_steer.learning.run import LearningRun
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, device_of
@@ -147,6 +147,35 @@ class TargetLearner:
             found.update(tensor.float().cpu().numpy().tobytes())
         return found.hexdigest()
 
+    def rows(
+        self,
+        examples: TokenizedExamples,
+        *,
+        counterparts: TokenizedExamples | None = None,
+        held_out: Sequence[int] | None = None,
+    ) -> SplitRows:
+        """Return what `fit` reads; give it to the `fit` of several learners to run prompts once.
+
+        The learners must have the same model, classes, scope, batch_size and seed. Args and Raises
+        as `fit`.
+        """
+        check_tokenized(examples)
+        check_not_steered(self.model)
+        if counterparts is not None:
+            check_tokenized(counterparts, name="counterparts")
+            check_counterparts(examples, counterparts)
+        with frozen([self.model, *self.steerer.saes.values()]):
+            return split_rows(
+                self.model,
+                examples,
+                counterparts,
+                classes=self.steerer.targets.classes,
+                scope=self.steerer.scope,
+                held_out=held_out,
+                batch_size=self.batch_size,
+                seed=self.seed,
+            )
+
     def fit(
         self,
         examples: TokenizedExamples,
@@ -154,6 +183,7 @@ class TargetLearner:
         counterparts: TokenizedExamples | None = None,
         held_out: Sequence[int] | None = None,
         checkpoint: str | Path | None = None,
+        rows: SplitRows | None = None,
     ) -> LearnedTargets:
         """Return targets with which the steered model writes the responses of each class.
 
@@ -169,6 +199,7 @@ class TargetLearner:
                 those of other topics. None means every fourth example of each class.
             checkpoint: a folder that is written at each evaluation, from which a stopped run
                 continues with the same numbers; removed at the end. None writes nothing.
+            rows: of `rows` with the same examples, counterparts and held_out.
 
         Raises:
             ValueError: a class of the steerer without examples to learn from or held out, an
@@ -180,27 +211,21 @@ class TargetLearner:
             LearningWarning: no update lowered the held-out loss of a class below that without
                 steering; its target is the best that was found, which may be the start.
         """
-        check_tokenized(examples)
+        if rows is None:
+            rows = self.rows(examples, counterparts=counterparts, held_out=held_out)
         check_not_steered(self.model)
-        if counterparts is not None:
-            check_tokenized(counterparts, name="counterparts")
-            check_counterparts(examples, counterparts)
         classes = self.steerer.targets.classes
-        with frozen([self.model, *self.steerer.saes.values()]):
-            batches, kept = split_rows(
-                self.model,
-                examples,
-                counterparts,
-                classes=classes,
-                scope=self.steerer.scope,
-                held_out=held_out,
-                batch_size=self.batch_size,
-                seed=self.seed,
+        own = (classes, scope_name(self.steerer.scope), self.batch_size, self.seed)
+        if rows.made_with != own:
+            raise ValueError(
+                f"rows must be of a learner with the same classes, scope, batch_size and seed, "
+                f"{own}, got {rows.made_with}: make them with this learner's `rows`"
             )
+        with frozen([self.model, *self.steerer.saes.values()]):
             digest = ""
             if checkpoint is not None:
                 digest = self._digest([*examples, *(counterparts or ())], held_out)
-            run = LearningRun(self, batches, kept, checkpoint, digest)
+            run = LearningRun(self, rows.learned, rows.held_out, checkpoint, digest)
             run.run()
         counts = [examples.labels.count(name) for name in classes]
         return self._targets(run, counts, examples)

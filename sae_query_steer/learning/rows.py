@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from sae_query_steer.arguments import check_number, whole_numbers
 from sae_query_steer.data.batches import TokenBatch, example_batches
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.models.prefix import PrefixedRows
+from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.positions import Scope, select
 
 
@@ -49,6 +50,15 @@ class LearningRows:
         return sums / torch.bincount(rows, minlength=len(self.labels))
 
 
+class SplitRows(NamedTuple):
+    """Batches of the rows to learn from, and of those that are held out."""
+
+    learned: list[LearningRows]
+    held_out: list[LearningRows]
+    made_with: tuple[Any, ...]
+    """Classes, scope, batch size and seed."""
+
+
 def split_rows(
     model: Any,
     examples: TokenizedExamples,
@@ -59,7 +69,7 @@ def split_rows(
     held_out: Sequence[int] | None,
     batch_size: int,
     seed: int,
-) -> tuple[list[LearningRows], list[LearningRows]]:
+) -> SplitRows:
     """Return the batches to learn from and those that are held out; Args as `TargetLearner`.
 
     They do not depend on sites, so that one call serves runs at several.
@@ -73,7 +83,11 @@ def split_rows(
     order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(seed))
     shuffled = [learned[i] for i in order.tolist()]
     parts = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
-    return [one for part in parts for one in rows(part)], rows(kept)
+    return SplitRows(
+        [one for part in parts for one in rows(part)],
+        rows(kept),
+        (tuple(classes), scope_name(scope), batch_size, seed),
+    )
 
 
 def learning_rows(
