@@ -57,8 +57,8 @@ class ExerciseSettings:
     n_train: int = 20
     """Topics that targets are learned from, each with an example of every level."""
 
-    n_judge: int = 30
-    """Topics that the judge is trained on, likewise."""
+    n_judge: int = 16
+    """Topics that the judge is trained on, with two answers for every level."""
 
     n_validation: int = 12
     """Cases of each task on which strengths are chosen."""
@@ -93,7 +93,7 @@ class ExerciseSettings:
 
 
 EXERCISE_QUICK = ExerciseSettings(
-    n_train=8, n_judge=16, n_validation=6, n_test=12, training_tokens=4096, n_updates=20
+    n_train=8, n_judge=8, n_validation=6, n_test=12, training_tokens=4096, n_updates=20
 )
 """Sizes for a first look; too small to tell methods apart."""
 

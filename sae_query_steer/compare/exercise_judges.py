@@ -42,7 +42,7 @@ class ExerciseJudge(ClassifierJudge):
 
 
 def exercise_judge(
-    model: Any, n_topics: int = 40, *, n_held_out: int = 10, n_draws: int = 1, seed: int
+    model: Any, n_topics: int = 40, *, n_held_out: int = 10, n_draws: int = 2, seed: int
 ) -> ExerciseJudge:
     """Return a judge of exercises, from what the model writes.
 

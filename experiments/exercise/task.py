@@ -1,0 +1,269 @@
+"""The tasks of the studies: examples, judge, SAEs and learned targets, made once in a folder."""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sae_query_steer as sqs
+from sae_query_steer.compare.exercise_demo import MOVE, POINT, SCOPE
+from sae_query_steer.compare.exercise_judges import fit_exercise_judge, verb_judge
+from sae_query_steer.compare.exercise_task import (
+    MAX_NEW_TOKENS,
+    exercise_cases,
+    exercise_examples,
+)
+from sae_query_steer.compare.generation import continuations
+from sae_query_steer.compare.methods import Method, SteeringCase
+from sae_query_steer.compare.scorer import TextScorer
+from sae_query_steer.data.prompts import chat_prompt
+from sae_query_steer.learning import TargetLearner, no_moves
+from sae_query_steer.scopes.joins import scope_name
+
+RUN = tuple(range(18, 23))
+
+Encoders = Mapping[str, Any]
+
+
+class Task:
+    """The exercise task on one model, and the folder of what was made for it."""
+
+    classes: Sequence[str] = tuple(sqs.BloomLevel)
+    tasks: Sequence[Any] = ("open", "redirected")
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.out = Path(args.out)
+        (self.out / "targets").mkdir(parents=True, exist_ok=True)
+        self.model = sqs.load_model(args.model)
+        self.opened, requested = self.examples_of("train", args.n_train)
+        self.examples, self.requested = (
+            cut(sqs.tokenize_examples(self.model, some), args.n_answer)
+            for some in (self.opened, requested)
+        )
+        self.solved = requested
+        self.texts = [e.prompt + e.response for e in self.opened + requested]
+        self.judge = self.fitted_judge()
+        self.rows: dict[Any, Any] = {}
+        self.rule = verb_judge()
+
+    def fitted_judge(self) -> Any:
+        """Return the judge, trained on the model's own answers of the split "judge"."""
+        judging = [self.examples_of("judge", self.args.n_judge, seed)[1] for seed in (0, 1)]
+        held_out = self.examples_of("validation", self.args.n_judge // 2)[1]
+        return fit_exercise_judge(judging[0] + judging[1], held_out)
+
+    def examples_of(self, split: Any, n: int, seed: int = 0) -> tuple[list[Any], list[Any]]:
+        """Return open and requesting prompts with the model's answers, which are written once."""
+        file = self.out / f"{split}{seed}.json"
+        if not file.exists():
+            made = self.made_examples(split, n, seed)
+            kept = [[(e.prompt, e.response, str(e.label)) for e in some] for some in made]
+            file.write_text(json.dumps(kept))
+        opened, requested = (
+            [sqs.LabelledExample(prompt=p, response=r, label=k) for p, r, k in some]
+            for some in json.loads(file.read_text())
+        )
+        return opened, requested
+
+    def made_examples(self, split: Any, n: int, seed: int) -> tuple[list[Any], list[Any]]:
+        """Return open and requesting prompts of n topics with the model's answers."""
+        return exercise_examples(
+            self.model, n, seed=seed, split=split, max_new_tokens=MAX_NEW_TOKENS
+        )
+
+    def cases(self, task: Any, split: Any, n: int) -> Sequence[SteeringCase]:
+        """Return the first n cases of a split."""
+        return exercise_cases(self.model, task, split, n, seed=1)
+
+    @cache  # noqa: B019
+    def saes(self, seed: int = 0) -> Encoders:
+        """Return the trained SAEs of the run of layers, made once for each seed."""
+        folder = self.out / f"saes-{seed}"
+        if not folder.exists():
+            found = sqs.train_query_saes(
+                self.model,
+                self.texts,
+                sqs.query_sites(self.model, RUN),
+                sqs.TrainingConfig(
+                    sae=sqs.sae.TopK(d_sae_per_head=256, k=16),
+                    training_tokens=self.args.training_tokens,
+                    train_batch_size_tokens=512,
+                    metric_tokens=4096,
+                    seed=seed,
+                ),
+            )
+            found.save(folder)
+        return dict(sqs.QuerySAEs.load(folder))
+
+    def dictionary(self, kind: str, layers: Sequence[int] = RUN, seed: int = 0) -> Encoders:
+        """Return trained SAEs, a control of them, or dense encoders, of some layers."""
+        if kind == "dense":
+            return dict(sqs.sae.identity_encoders(sqs.query_sites(self.model, layers)))
+        found = self.saes(seed)
+        if kind != "trained":
+            found = sqs.baselines.control_dictionaries(found, kind, seed=seed)
+        return {name: sae for name, sae in found.items() if layer_of(name) in layers}
+
+    def learned(
+        self,
+        name: str,
+        encoders: Encoders,
+        *,
+        budget: float = 0.5,
+        topics: int | None = None,
+        start: Any = None,
+        scope: Any = SCOPE,
+        shuffled: bool = False,
+        **learning: Any,
+    ) -> Any:
+        """Return learned moves, or points from centroids to start from; learned once.
+
+        Args:
+            name: of the folder that keeps them.
+            encoders: SAEs or identity encoders.
+            budget: ||change|| / ||activation|| at most.
+            topics: learn from this many topics; None means three quarters of all. The last quarter
+                chooses the update in any case.
+            start: centroids of points.
+            scope: the tokens that are changed.
+            shuffled: give each example the class of another one: a control of capacity.
+            learning: of `TargetLearner`.
+        """
+        folder = self.out / "targets" / name
+        if folder.exists():
+            return sqs.LearnedTargets.load(folder)
+        descent = MOVE if start is None else POINT
+        recipe = sqs.LatentGradientSteerer(
+            encoders,
+            no_moves(self.model, encoders, self.classes) if start is None else start,
+            target=self.classes[0],
+            objective=descent.objective,
+            n_steps=descent.n_steps,
+            step_size=descent.step_sizes[0],
+            max_relative_change=budget,
+            scope=scope,
+        )
+        each = len(self.classes)
+        n_topics = len(self.examples) // each
+        n_learned = round(0.75 * n_topics)
+        first = each * (n_learned if topics is None else topics)
+        indices = [*range(first), *range(each * n_learned, each * n_topics)]
+        some = [self.examples.subset(indices), self.requested.subset(indices)]
+        if shuffled:
+            order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+            some = [relabelled(examples, order.tolist()) for examples in some]
+        begun = time.monotonic()
+        learning = {"n_updates": self.args.n_updates, "every": 10} | learning
+        learner = TargetLearner(self.model, recipe, **learning)
+        given: Any = {"counterparts": some[1], "held_out": range(first, len(indices))}
+        key = (topics, scope_name(scope), shuffled)
+        if key not in self.rows:  # the prompts run once for all targets
+            self.rows = {key: learner.rows(some[0], **given)}
+        found = learner.fit(some[0], **given, rows=self.rows[key])
+        found.save(folder)
+        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begun))
+        return found
+
+    def centroids(self, encoders: Encoders) -> Any:
+        """Return centroids of the prompts that request each level."""
+        return sqs.CentroidTargetBuilder(self.model, encoders).fit(self.requested)
+
+    @cache  # noqa: B019
+    def scorer(self, split: Any, n: int) -> TextScorer:
+        """Return the scorer of the first n cases of each task of a split."""
+        return TextScorer(
+            self.model,
+            {task: self.cases(task, split, n) for task in self.tasks},
+            self.judge,
+            max_new_tokens=MAX_NEW_TOKENS,
+            split=split,
+            batch_size=60,
+            cache_bytes=int(self.args.cache_gb * 2**30),
+        )
+
+    def scored(self, method: Method, strength: float, split: Any, n: int) -> dict[str, Any]:
+        """Return the scores of a method on both tasks."""
+        row: dict[str, Any] = {}
+        for task, found in self.scorer(split, n).score(method, strength, self.tasks).items():
+            verbs = self.rule([c.prompt for c in found.cases], list(found.texts))
+            row[task] = {
+                "success": found.success_rate,
+                "rule": sum(map(str.__eq__, map(str, verbs), (c.target for c in found.cases))) / n,
+                "perplexity_ratio": found.perplexity_ratio,
+                "change": found.delta_q_ratio,
+                "each": [int(s) for s in found.success],
+                "texts": list(found.texts),
+            }
+        return row
+
+
+Job = tuple[dict[str, Any], Callable[[], Method], float]
+"""What is measured, how the method is made, and its strength."""
+
+
+class Forms(Task):
+    """Three other classes on the same model: a text is a list, a story or a letter."""
+
+    classes = ("list", "story", "letter")
+    tasks = ("open",)
+    asks: Mapping[str, Sequence[str]] = {
+        "train": ("Write a text about {}.", "It should be a {}."),
+        "judge": ("Put something about {} on paper.", "Make it a {}."),
+        "validation": ("Please write about {}.", "Write a {}."),
+        "test": ("Tell me about {} in writing.", "I want a {}."),
+    }
+
+    def made_examples(self, split: Any, n: int, _seed: int) -> tuple[list[Any], list[Any]]:
+        cases = self.cases("open", split, 3 * n)
+        asked = [str(case.requesting) for case in cases]
+        texts = continuations(self.model, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=60).texts
+        opened, requested = (
+            [
+                sqs.LabelledExample(prompt=prompt, response=text, label=case.target)
+                for prompt, text, case in zip(prompts, texts, cases, strict=True)
+            ]
+            for prompts in ([case.prompt for case in cases], asked)
+        )
+        return opened, requested
+
+    def cases(self, _task: Any, split: Any, n: int) -> Sequence[SteeringCase]:
+        exercises = exercise_cases(self.model, "open", split, 6 * (n // 3), seed=1)
+        topics = list(dict.fromkeys(case.topic for case in exercises))[: n // 3]
+        tokenizer = self.model.tokenizer
+        opening, asking = self.asks[split]
+        return [
+            SteeringCase(
+                prompt=chat_prompt(opening.format(topic), tokenizer),
+                target=name,
+                requesting=chat_prompt(f"{opening.format(topic)} {asking.format(name)}", tokenizer),
+            )
+            for topic in topics
+            for name in self.classes
+        ]
+
+    def fitted_judge(self) -> Any:
+        return sqs.compare.ClassifierJudge.fit(self.examples_of("judge", self.args.n_judge)[1])
+
+
+def layer_of(hook_name: str) -> int:
+    """Return the layer of a hook name."""
+    return int(hook_name.split(".")[1])
+
+
+def cut(examples: Any, n_tokens: int) -> Any:
+    """Return examples with the first tokens of their responses."""
+    some = [replace(e, tokens=e.tokens[: e.prompt_length + n_tokens]) for e in examples]
+    return replace(examples, examples=some)
+
+
+def relabelled(examples: Any, order: Sequence[int]) -> Any:
+    """Return examples with each the label of another."""
+    some = [replace(e, label=examples[i].label) for e, i in zip(examples, order, strict=True)]
+    return replace(examples, examples=some)
