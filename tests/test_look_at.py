@@ -8,7 +8,9 @@ from conftest import greedy_logits
 from recipe_models import write_tiny
 
 import sae_query_steer as sqs
+from sae_query_steer.compare.generation import continuations
 from sae_query_steer.descent.attention import AttentionGoal
+from sae_query_steer.models.prefix import PromptCaches
 from sae_query_steer.scopes import AtPositions, EveryPosition, PromptTokens, ResponseTokens, RowMask
 from sae_query_steer.steering import AttentionSteerer, LookAt
 from sae_query_steer.steering.edit import Edit
@@ -145,6 +147,16 @@ def test_cache_on_equals_cache_off_and_a_batch_equals_its_rows(model, encoders, 
         for row, prompt in enumerate(PROMPTS):
             torch.testing.assert_close(logits(model, [prompt])[0], batch[row], rtol=0, atol=2e-5)
     assert (batch - bare).abs().max() > 1e-3
+
+
+def test_prompts_that_ran_once_know_the_phrase(model, encoders):
+    steerer = AttentionSteerer(encoders, PHRASE, n_steps=3, scope=SCOPE)
+    whole = continuations(model, PROMPTS, max_new_tokens=4, steerer=steerer)
+    caches = PromptCaches(model, 2**30)
+    kept = continuations(model, PROMPTS, max_new_tokens=4, steerer=steerer, caches=caches)
+    assert kept.texts == whole.texts
+    assert kept.relative_changes == pytest.approx(whole.relative_changes, rel=1e-3)
+    assert whole.relative_changes[0] > 0
 
 
 def test_both_hosts_give_equal_logits(tiny_models, encoders):

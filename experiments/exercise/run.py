@@ -19,6 +19,7 @@ import torch
 
 import sae_query_steer as sqs
 from experiments.exercise.task import RUN, Encoders, Forms, Task, layer_of
+from sae_query_steer.compare.attention_methods import attention_bias_method, attention_method
 from sae_query_steer.compare.exercise_demo import CENTROID, MEAN, MOVE, POINT, SCOPE
 from sae_query_steer.compare.interchange import interchange_methods
 from sae_query_steer.compare.methods import (
@@ -28,6 +29,8 @@ from sae_query_steer.compare.methods import (
     prompt_methods,
     random_methods,
 )
+
+from sae_query_steer.sites import query_sites
 
 SINGLE = (21,)
 PENALTY = 0.1
@@ -176,7 +179,7 @@ def layers(task: Task) -> Iterator[Job]:
     for layer in sorted(range(n_layers), key=lambda layer: (layer % 3, layer)):
         for split in ("validation", "test"):
             yield (
-                {"study": "layers", "layer": layer, "split": split, "n": 60},
+                {"study": "layers", "layer": layer, "split": split, "n": 60, "tasks": ["open"]},
                 lambda layer=layer: moves(
                     task, f"dense-{layer}", task.dictionary("dense", [layer]), 1.0
                 ),
@@ -235,13 +238,43 @@ def residual_site(task: Task, layer: int) -> Encoders:
 LAST = sqs.scopes.LastPromptToken()
 
 
+def attention(task: Task) -> Iterator[Job]:
+    """Attention targets and their rivals on prompts that list the actions of all levels."""
+    n = task.args.n_attention
+    later = range(int(task.model.cfg.n_layers) // 2, int(task.model.cfg.n_layers))
+    dense, sae = task.dictionary("dense", later), task.dictionary("trained")
+    plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
+    for method, strengths in (
+        (attention_method("attention, dense", dense), (0.25, 0.35)),
+        (attention_method("attention, trained SAE", sae), (0.25, 0.5)),
+        (attention_bias_method("attention bias", query_sites(task.model, later)), (2.0, 4.0, 6.0)),
+        (plain["unsteered"], (0.0,)),
+        (plain["instruction"], (0.0,)),
+    ):
+        for strength in strengths:
+            yield (
+                {
+                    "study": "attention",
+                    "method": method.name,
+                    "strength": strength,
+                    "n": n,
+                    "tasks": ["listed", "listed redirected"],
+                },
+                lambda method=method: method,
+                strength,
+            )
+
+
 def prepare(task: Task) -> Iterator[Job]:
     """Only make the examples, the judge and the SAEs."""
     task.saes()
     return iter(())
 
 
-STUDIES = {s.__name__: s for s in (prepare, methods, sparsity, seeds, norms, topics, layers, weak)}
+STUDIES = {
+    s.__name__: s
+    for s in (prepare, methods, sparsity, seeds, norms, topics, layers, weak, attention)
+}
 
 
 def run(task: Task, studies: Sequence[str], worker: str) -> None:
@@ -256,7 +289,8 @@ def run(task: Task, studies: Sequence[str], worker: str) -> None:
         begun = time.monotonic()
         method = make()
         learned_in = time.monotonic() - begun
-        row = task.scored(method, strength, setting.get("split", "test"), setting["n"])
+        tasks = setting.get("tasks", task.tasks)
+        row = task.scored(method, strength, setting.get("split", "test"), setting["n"], tasks)
         steerer = (
             None
             if method.steerer is None
@@ -275,12 +309,12 @@ def run(task: Task, studies: Sequence[str], worker: str) -> None:
             rows.write(json.dumps({"setting": setting, **row}) + "\n")
         shown = {
             t: [round(row[t][k], 3) for k in ("success", "rule", "perplexity_ratio", "change")]
-            for t in task.tasks
+            for t in tasks
         }
         print(
             json.dumps(setting),
             shown,
-            {k: round(v, 3) for k, v in row.items() if k not in task.tasks},
+            {k: round(v, 3) for k, v in row.items() if k not in tasks},
             flush=True,
         )
 
@@ -296,6 +330,7 @@ if __name__ == "__main__":
     parser.add_argument("--n-judge", type=int, default=40, help="topics")
     parser.add_argument("--n-main", type=int, default=720, help="cases of each task, main table")
     parser.add_argument("--n-study", type=int, default=120, help="cases of each task, studies")
+    parser.add_argument("--n-attention", type=int, default=120, help="cases of each task")
     parser.add_argument("--n-answer", type=int, default=14, help="tokens of an answer")
     parser.add_argument("--n-updates", type=int, default=30)
     parser.add_argument("--training-tokens", type=int, default=40_960)

@@ -176,11 +176,11 @@ class Task:
         return sqs.CentroidTargetBuilder(self.model, encoders).fit(self.requested)
 
     @cache  # noqa: B019
-    def scorer(self, split: Any, n: int) -> TextScorer:
-        """Return the scorer of the first n cases of each task of a split."""
+    def scorer(self, split: Any, n: int, tasks: tuple[str, ...]) -> TextScorer:
+        """Return the scorer of the first n cases of some tasks of a split."""
         return TextScorer(
             self.model,
-            {task: self.cases(task, split, n) for task in self.tasks},
+            {task: self.cases(task, split, n) for task in tasks},
             self.judge,
             max_new_tokens=MAX_NEW_TOKENS,
             split=split,
@@ -188,10 +188,13 @@ class Task:
             cache_bytes=int(self.args.cache_gb * 2**30),
         )
 
-    def scored(self, method: Method, strength: float, split: Any, n: int) -> dict[str, Any]:
-        """Return the scores of a method on both tasks."""
+    def scored(
+        self, method: Method, strength: float, split: Any, n: int, tasks: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return the scores of a method on some tasks."""
         row: dict[str, Any] = {}
-        for task, found in self.scorer(split, n).score(method, strength, self.tasks).items():
+        scorer = self.scorer(split, n, tuple(tasks))
+        for task, found in scorer.score(method, strength, tasks).items():
             verbs = self.rule([c.prompt for c in found.cases], list(found.texts))
             row[task] = {
                 "success": found.success_rate,
