@@ -185,6 +185,7 @@ class Task:
             max_new_tokens=MAX_NEW_TOKENS,
             split=split,
             batch_size=60,
+            measures_original=False,
             cache_bytes=int(self.args.cache_gb * 2**30),
         )
 

@@ -134,6 +134,9 @@ class TextScorer:
     measures_specificity: bool = False
     """Also steer the model's own texts after the prompts that request the target."""
 
+    measures_original: bool = True
+    """Also measure the perplexity given the prompts themselves; NaN otherwise."""
+
     _plain: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict)
     """The model's own texts, by prompt and seed."""
 
@@ -199,7 +202,9 @@ class TextScorer:
                 "judged": self.judge(prompts, texts),
                 "taken_up": None if self.grounding is None else self.grounding(prompts, texts),
                 "perplexity_ratio": self._ratio([c.requesting or c.prompt for c in cases], tokens),
-                "perplexity_ratio_original": self._ratio(prompts, tokens),
+                "perplexity_ratio_original": (
+                    self._ratio(prompts, tokens) if self.measures_original else math.nan
+                ),
                 "delta_q_ratio": sum(changes) / len(changes),
                 "specificity": self._specificity(method, strength, cases),
             }
