@@ -82,6 +82,72 @@ def test_dense_steerers_come_back_too(tiny_models, make, tmp_path, examples):
     assert not (tmp_path / "dense" / "saes").exists()
 
 
+LOOKS = {
+    "phrase": sqs.steering.LookAt("w20"),
+    "several": (
+        sqs.steering.LookAt(("w1", "w3")),
+        sqs.steering.LookAt(sqs.scopes.AtPositions([1]), weight=-0.5),
+    ),
+    "by row": [
+        (sqs.steering.LookAt("w1"), sqs.steering.LookAt("w3", 2.0)),
+        sqs.steering.LookAt(sqs.scopes.RowMask(torch.ones(2, 9, dtype=torch.bool))),
+    ],
+}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kind", LOOKS)
+def test_attention_steerers_come_back_too(tiny_models, saes, tmp_path, kind, dense):
+    model = tiny_models["bridge"]
+    encoders = sqs.sae.identity_encoders(sqs.query_sites(model, [0, 2])) if dense else saes
+    prompts = ["w1 w20 w3", "w1 w20 w3 w5"]
+    steerer = sqs.steering.AttentionSteerer(
+        encoders,
+        LOOKS[kind],
+        n_steps=3,
+        step_size=0.1,
+        n_latents=4,
+        layers=range(2, 3),
+        heads=[0, 3],
+        scope=sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
+        until=0.9 if kind == "phrase" else None,
+    )
+    sqs.steering.save_steerer(steerer, tmp_path / "steerer")
+    loaded = sqs.steering.load_steerer(tmp_path / "steerer")
+    assert isinstance(loaded, sqs.steering.AttentionSteerer)
+    assert steerer_settings(loaded) == steerer_settings(steerer)
+    assert (tmp_path / "steerer" / "saes").exists() != dense
+    found = []
+    for one in (steerer, loaded):
+        with one.apply(model, record=True) as trace:
+            texts = model.generate(prompts, **GREEDY)
+        found.append((texts, trace.to_dataframe()["mass_after"].tolist()))
+    assert found[0] == found[1]
+
+
+def test_saes_of_attention_steerers_may_be_referred_to(saes, tmp_path):
+    saes.save(tmp_path / "saes")
+    steerer = sqs.steering.AttentionSteerer(saes, LOOKS["phrase"])
+    sqs.steering.save_steerer(steerer, tmp_path / "steerer", saes="../saes")
+    with pytest.raises(ValueError, match="follow_references=True"):
+        sqs.steering.load_steerer(tmp_path / "steerer")
+    loaded = sqs.steering.load_steerer(tmp_path / "steerer", follow_references=True)
+    assert loaded.saes.keys() == saes.keys()
+
+
+def test_attention_steerers_that_cant_be_read_back_are_refused(saes, tmp_path):
+    own = sqs.steering.LookAt(lambda positions: positions.valid)
+    message = "look_at=<function .* can't be saved: it is no value of this package"
+    for look_at in (own, (own, LOOKS["phrase"]), [LOOKS["phrase"], own]):
+        steerer = sqs.steering.AttentionSteerer(saes, look_at)
+        with pytest.raises(ValueError, match=message):
+            sqs.steering.save_steerer(steerer, tmp_path / "steerer")
+    steerer = sqs.steering.AttentionSteerer(saes, LOOKS["phrase"])
+    with pytest.raises(ValueError, match="targets must be None, got t: an AttentionSteerer has"):
+        sqs.steering.save_steerer(steerer, tmp_path / "steerer", targets="t")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saes_and_centroids_may_be_referred_to(tiny_models, make, tmp_path, saes, targets):
     saes.save(tmp_path / "shared-saes")
     targets.save(tmp_path / "shared-targets")
@@ -128,6 +194,7 @@ def test_damaged_and_hostile_folders_are_refused(make, tmp_path):
         settings={**settings, "scope": {"kind": "Popen", "fields": {"args": ["true"]}}},
     )
     refused("is damaged: .*colour", settings={**settings, "colour": "red"})
+    refused("is damaged: one of its settings", targets=None)
     refused("no class 'nobody'", settings={**settings, "target": "nobody"})
     with pytest.raises(FileExistsError, match="exists: give another folder, or overwrite=True"):
         sqs.steering.save_steerer(make(), tmp_path / "steerer")

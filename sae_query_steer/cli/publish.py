@@ -86,9 +86,12 @@ def bundle(
     from sae_query_steer.storage.csv_files import read_csv_text
 
     made, centroids = None, None if targets is None else sqs.CentroidTargets.load(targets)
-    loaded, saes = model.load_both()
     if steerer is not None:
         made = sqs.steering.load_steerer(steerer, follow_references=True)
+        if not isinstance(made, sqs.LatentGradientSteerer):
+            raise ValueError(f"{steerer} holds an AttentionSteerer: a bundle has none of these")
+    loaded, saes = model.load_both()
+    if made is not None:
         made = replace(made, saes=saes, targets=centroids or made.targets)
     sqs.hub.save_bundle(
         output.out,

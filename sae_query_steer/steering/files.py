@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from pydantic import JsonValue
@@ -51,7 +51,9 @@ from sae_query_steer.scopes.named import (
     Window,
     WindowAroundPromptEnd,
 )
+from sae_query_steer.steering.attention_descent import AttentionSteerer
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+from sae_query_steer.steering.look_at import LookAt
 from sae_query_steer.storage.folders import inside, new_folder
 from sae_query_steer.storage.records import Record, read_record, write_record
 from sae_query_steer.targets.centroids import CentroidTargets
@@ -67,7 +69,7 @@ VALUES: dict[str, Any] = {
         *(SquaredDistance, PrototypeLogLikelihood, CentroidContrast, CosineSimilarity),
         *(GaussianLogLikelihood, LinearProbe, FixedMove),
         *(ExponentialDecay, LinearWarmUp, ActiveLatents, TopLatents, GivenLatents),
-        *(ExceptLatents, TargetLatents, PosteriorBelow, LatentAbove),
+        *(ExceptLatents, TargetLatents, PosteriorBelow, LatentAbove, LookAt),
     )
 }
 """Values that a file may name."""
@@ -81,11 +83,15 @@ class _Index(Record):
     settings: dict[str, JsonValue]
     saes: str | None
     identities: dict[str, dict[str, int]]
-    targets: str
+    targets: str | None
+    """None for an `AttentionSteerer`, which has no centroids."""
+
+
+_Kind = TypeVar("_Kind", LatentGradientSteerer, AttentionSteerer)
 
 
 def save_steerer(
-    steerer: LatentGradientSteerer,
+    steerer: LatentGradientSteerer | AttentionSteerer,
     folder: str | Path,
     *,
     saes: str | Path | None = None,
@@ -100,14 +106,17 @@ def save_steerer(
         saes: a folder that holds its SAEs already: it is referred to, relative to `folder` if the
             path is relative, and the SAEs are not written again. None writes them. What it refers
             to outside of `folder` is read only with `follow_references`, see `load_steerer`.
-        targets: the same of its centroids.
+        targets: the same of its centroids; None for an `AttentionSteerer`, which has none.
         overwrite: replace a steerer that is there.
 
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or it is something else.
         ValueError: a setting is a function of your own, or an encoder is no SAE of this package.
     """
-    check_kind("steerer", steerer, LatentGradientSteerer, "other steerers can't be saved")
+    kinds = (LatentGradientSteerer, AttentionSteerer)
+    check_kind("steerer", steerer, kinds, "other steerers can't be saved")
+    if isinstance(steerer, AttentionSteerer) and targets is not None:
+        raise ValueError(f"targets must be None, got {targets}: an AttentionSteerer has none")
     settings = steerer_settings(steerer)
     identities = {n: e for n, e in steerer.saes.items() if isinstance(e, IdentityEncoder)}
     own = {n: e for n, e in steerer.saes.items() if isinstance(e, QueryHeadSAE)}
@@ -120,21 +129,22 @@ def save_steerer(
     with new_folder(folder, overwrite=overwrite, holding=STEERER) as new:
         if own and saes is None:
             QuerySAEs(own).save(new / "saes")
-        if targets is None:
+        if isinstance(steerer, LatentGradientSteerer) and targets is None:
             steerer.targets.save(new / "targets")
+            targets = "targets"
         index = _Index(
             format="sae_query_steer.steerer/1",
             settings=settings,
             saes=(str(saes) if saes is not None else "saes") if own else None,
             identities={n: dataclasses.asdict(e) for n, e in identities.items()},
-            targets=str(targets) if targets is not None else "targets",
+            targets=None if targets is None else str(targets),
         )
         write_record(new / STEERER, index)
 
 
 def load_steerer(
     folder: str | Path, *, device: str = "cpu", follow_references: bool = False
-) -> LatentGradientSteerer:
+) -> LatentGradientSteerer | AttentionSteerer:
     """Read a steerer that `save_steerer` wrote.
 
     Args:
@@ -151,8 +161,9 @@ def load_steerer(
     """
     folder = Path(folder)
     index = read_record(folder, STEERER, _Index)
-    targets = CentroidTargets.load(_referred(folder, index.targets, follow_references))
-    saes = {}
+    targets, saes = None, {}
+    if index.targets is not None:
+        targets = CentroidTargets.load(_referred(folder, index.targets, follow_references))
     if index.saes is not None:
         place = _referred(folder, index.saes, follow_references)
         saes = dict(QuerySAEs.load(place, device=device))
@@ -160,6 +171,8 @@ def load_steerer(
         encoders: dict[str, QueryEncoder] = {
             name: IdentityEncoder(**sizes) for name, sizes in index.identities.items()
         }
+        if targets is None:
+            return _made(AttentionSteerer, index.settings, encoders | saes)
         return steerer_from_settings(index.settings, encoders | saes, targets)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / STEERER} is damaged: {error}") from error
@@ -185,15 +198,19 @@ def steerer_from_settings(
     Raises:
         ValueError: a setting is none, or names a value that there is not.
     """
+    return _made(LatentGradientSteerer, settings, saes, targets)
+
+
+def _made(kind: type[_Kind], settings: Mapping[str, Any], *parts: Any) -> _Kind:
     try:
         values = {name: _read(value) for name, value in settings.items()}
-        _check_types(LatentGradientSteerer, values)
-        return LatentGradientSteerer(saes, targets, **values)
+        _check_types(kind, values)
+        return kind(*parts, **values)
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"one of its settings is damaged: {error!r:.500}") from error
 
 
-def steerer_settings(steerer: LatentGradientSteerer) -> dict[str, Any]:
+def steerer_settings(steerer: LatentGradientSteerer | AttentionSteerer) -> dict[str, Any]:
     """Return all settings of a steerer as JSON: two that steer alike have equal ones.
 
     Raises:
@@ -217,6 +234,8 @@ def _written(value: Any, name: str) -> Any:
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, Mapping):
         return {"mapping": [[_written(k, name), _written(v, name)] for k, v in value.items()]}
+    if isinstance(value, tuple) and name == "look_at":  # several sources; a list has rows
+        return {"tuple": [_written(item, name) for item in value]}
     if isinstance(value, Sequence):
         return [_written(item, name) for item in value]
     if VALUES.get(type(value).__name__) is not type(value):
@@ -239,6 +258,8 @@ def _read(value: Any) -> Any:
     if "tensor" in value:
         kinds = {"bool": torch.bool, "float32": torch.float32, "float64": torch.float64}
         return torch.tensor(value["tensor"], dtype=kinds[value["dtype"]])
+    if "tuple" in value:
+        return tuple(_read(item) for item in value["tuple"])
     if "mapping" in value:
         return {_read(key): _read(item) for key, item in value["mapping"]}
     if value["kind"] not in VALUES:
