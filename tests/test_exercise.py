@@ -304,7 +304,7 @@ def test_every_method_of_the_demo_runs_and_a_stopped_run_goes_on(tmp_path, monke
     learned = found.rows[found.rows["method"].str.startswith("learned moves")]
     assert len(learned) == 6 and (learned["delta_q_ratio"] <= 0.5001).all()
     listed = found.rows[found.rows["task"] == "listed"]["method"]
-    assert {"attention, dense", "attention, SAE", "instruction"} <= set(listed)
+    assert {"attention, dense", "attention, SAE", "attention bias", "instruction"} <= set(listed)
     monkeypatch.setattr(TargetLearner, "fit", None)  # a second run reads what the first has kept
     again = sqs.compare.run_exercise_demo(model, settings=settings, log=log)
     pd.testing.assert_frame_equal(again.rows, found.rows)

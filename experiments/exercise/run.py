@@ -29,7 +29,6 @@ from sae_query_steer.compare.methods import (
     prompt_methods,
     random_methods,
 )
-
 from sae_query_steer.sites import query_sites
 
 SINGLE = (21,)

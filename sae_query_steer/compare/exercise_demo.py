@@ -14,6 +14,7 @@ import pandas as pd
 from sae_query_steer.arguments import check_number
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.compare import exercise_task
+from sae_query_steer.compare.attention_methods import attention_bias_method, attention_method
 from sae_query_steer.compare.comparison import Comparison, compare_methods
 from sae_query_steer.compare.exercise_judges import exercise_judge
 from sae_query_steer.compare.exercise_task import ExerciseTask, exercise_cases, exercise_examples
@@ -30,10 +31,7 @@ from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken, ResponseTokens
 from sae_query_steer.sites import query_sites
-from sae_query_steer.steering.attention_descent import AttentionSteerer
-from sae_query_steer.steering.joined import JoinedSteerers
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
-from sae_query_steer.steering.look_at import LookAt
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 from sae_query_steer.targets.centroids import CentroidTargets, LearnedTargets
 from sae_query_steer.training.train import train_query_saes
@@ -210,6 +208,7 @@ def run_exercise_demo(
         later = query_sites(model, range(n_layers // 2, n_layers))
         attention += [attention_method("attention, dense", identity_encoders(later))]
         attention += [attention_method("attention, SAE", saes)]
+        attention += [attention_bias_method("attention bias", later)]
         attention += [m for m in methods if m.name == "learned moves, SAE"]
         listed = compared(attention, "listed", "listed redirected", control_seeds=[])
         result = replace(
@@ -221,33 +220,6 @@ def run_exercise_demo(
         )
     metrics = pd.DataFrame(saes.metrics.groupby("layer").mean()).reset_index().drop(columns="head")
     return replace(result, saes=metrics, settings=told)
-
-
-def attention_method(name: str, encoders: Mapping[str, QueryEncoder]) -> Method:
-    """Return attention on the phrase of each case's target, in prompts that list all actions.
-
-    At the last prompt token heads turn to the phrase, until half of their attention is there; after
-    it they turn a little away from the whole list, so that the text does not run on through it. The
-    strength is the limit of the first change, ||change of q|| / ||q||.
-    """
-
-    def steerer(cases: Sequence[Any], strength: float) -> JoinedSteerers:
-        here: list[Any] = [LookAt(case.phrase) for case in cases]
-        away: list[Any] = [LookAt(case.listed, weight=-1.0) for case in cases]
-        return JoinedSteerers(
-            AttentionSteerer(encoders, here, until=0.5, max_relative_change=strength),
-            AttentionSteerer(
-                encoders, away, n_steps=5, max_relative_change=0.1, scope=ResponseTokens()
-            ),
-        )
-
-    return Method(
-        name=name,
-        scope=scope_name(SCOPE),
-        layers=tuple(int(name.split(".")[1]) for name in encoders),
-        steerer=steerer,
-        strengths=(0.25, 0.35),
-    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ Scores = Float[Tensor, "batch head query key"]
 ScoresOf = Callable[[Tensor], Tensor]
 """From queries [row pos head d_head] to scores [row head column key]."""
 
+Index = tuple[Tensor, Tensor, Tensor]
+"""Some tokens and heads in scores [batch head query key]."""
+
 
 class ScoresReader:
     """Keeps queries and keys of one layer in the running forward pass.
@@ -59,13 +62,20 @@ class ScoresReader:
     def queries(self, queries: Tensor) -> None:
         self._kept["q"] = queries
 
+    def add(self, index: Index, bias: Float[Tensor, "token head key"]) -> None:
+        """Keep what an edit adds to the scores of this pass; `index` as of `AttentionKeys`."""
+        self._kept["added"].append((index, bias))
+
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer; None if it has none."""
         return self._model.tokenizer
 
     def scores(self, queries: Float[Tensor, "batch pos head d_head"]) -> Scores:
-        """Return the masked scores of queries of the site, before the softmax; differentiable."""
+        """Return the masked scores of queries of the site, before the softmax; differentiable.
+
+        What edits added to scores of this pass is in them.
+        """
         rows, columns = (torch.arange(n, device=queries.device) for n in queries.shape[:2])
         return self.at(rows, columns)(queries)
 
@@ -81,7 +91,16 @@ class ScoresReader:
             scores of these columns [row head column key].
         """
         made = _bridge_scores if self._is_bridge else _hooked_scores
-        return made(self._attention, self._kept, rows, columns, rotated=self._site.rotated)
+        scores = made(self._attention, self._kept, rows, columns, rotated=self._site.rotated)
+        if not self._kept["added"]:
+            return scores
+        n_rows, n_pos, n_heads = self.queries.shape[:3]
+        n_keys = self._kept["added"][0][1].shape[-1]
+        bias = self.queries.new_zeros(n_rows, n_heads, n_pos, n_keys)
+        for index, one in self._kept["added"]:
+            bias[index] += one.to(bias)
+        bias = bias[rows][:, :, columns]
+        return lambda queries: scores(queries) + bias
 
     def check(self, scores: Scores) -> None:
         """Raise unless the scores computed here are those of the model.
@@ -115,7 +134,7 @@ class ScoresReader:
         inner = getattr(self._attention, "original_component", self._attention)
         names = list(inspect.signature(inner.forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
-        self._kept = {"arguments": given, "past": self._past(given)}
+        self._kept = {"arguments": given, "past": self._past(given), "added": []}
         for name, _ in self.hooks():
             point = self._model.hook_dict[name]
             for handle in point.fwd_hooks:  # hooks that were placed later come before ours too

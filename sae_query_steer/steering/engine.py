@@ -212,9 +212,12 @@ def keyed_hook(
             after = before + made.delta.to(before.dtype)
             check(before, made, after, tokens)
             new = keys.scores(after).to(scores.dtype)
-            if not new.requires_grad:  # where nothing changes, not up to rounding either
+            if not made.delta.requires_grad:  # where nothing changes, not up to rounding either
                 still = (after == before).all(-1, keepdim=True)
                 new = torch.where(still, scores[keys.index], new)
+            if made.score_bias is not None:
+                new = new + made.score_bias.to(new.dtype)
+                reader.add(keys.index, made.score_bias)
             edited = scores.clone()
             edited[keys.index] = new
             reader.queries = reader.queries.index_put((row, column, head), after)

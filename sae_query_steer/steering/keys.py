@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.models.attention_scores import ScoresReader
+from sae_query_steer.models.attention_scores import Index, ScoresReader
 from sae_query_steer.scopes.positions import Positions, TokenPositions
 from sae_query_steer.steering.where import SiteHeads
 
@@ -74,7 +74,7 @@ class AttentionKeys:
         return replace(self, tokens=self.tokens.at(tokens))
 
     @property
-    def index(self) -> tuple[Tensor, Tensor, Tensor]:
+    def index(self) -> Index:
         """Where these tokens and heads are in scores [batch head query key]."""
         assert self.tokens.column is not None, "tokens of a forward pass have columns"
         return self.tokens.row[:, None], self._heads, self.tokens.column[:, None]

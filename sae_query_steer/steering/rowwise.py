@@ -54,7 +54,7 @@ class Rowwise(Edit):
         """
         del record
         check_rows(len(self.edits), tokens.n_rows)
-        delta = torch.zeros_like(activations)
+        delta, bias = torch.zeros_like(activations), None
         for edit in {id(edit): edit for edit in self.edits}.values():
             own = torch.tensor(
                 [i for i, r in enumerate(tokens.row.tolist()) if self.edits[r] is edit]
@@ -66,7 +66,10 @@ class Rowwise(Edit):
                     activations[own], at, tokens.at(own), **(seen if edit.needs_keys else {})
                 )
                 delta[own] = change.delta.to(delta)
-        return QueryChange(delta=delta)
+                if (one := change.score_bias) is not None:
+                    bias = one.new_zeros(len(delta), *one.shape[1:]) if bias is None else bias
+                    bias[own] = one
+        return QueryChange(delta=delta, score_bias=bias)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ class QueryChange:
     delta: Float[Tensor, "token head d_head"]
     """What is added to the queries."""
 
+    score_bias: Float[Tensor, "token head key"] | None = None
+    """What is added to the attention scores, by an edit that sees keys."""
+
     distance_before: Float[Tensor, "token head class"] | None = None
     """Euclidean distance of the latent to every centroid before the change."""
 
