@@ -37,3 +37,23 @@ def own_columns(
     own = min(past, allowed.shape[-1] - n_pos) + torch.arange(n_pos, device=allowed.device)
     diagonal = allowed[:, torch.arange(n_pos, device=allowed.device), own]
     return diagonal.expand(batch, n_pos).to(device)
+
+
+def past_columns(
+    mask: Any, valid: Bool[Tensor, "batch pos"], past: int, window: int | None
+) -> Bool[Tensor, "batch past"] | None:
+    """Return which columns before this forward pass are real; None where a mask does not tell.
+
+    Args:
+        mask: what the bridge hands to a block.
+        valid: which columns of this pass are real.
+        past: columns in the cache.
+        window: of a sliding window, whose mask hides real columns too; None without one.
+    """
+    total = past + valid.shape[1]
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] != total:
+        return None
+    if window is not None and total > window:
+        return None
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1.0
+    return (allowed[..., :past].to(valid.device) & valid[..., None]).any(1)

@@ -16,7 +16,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sae_query_steer.models.block_arguments import cache_of, cached_length, own_columns
+from sae_query_steer.models.block_arguments import (
+    cache_of,
+    cached_length,
+    own_columns,
+    past_columns,
+)
 from sae_query_steer.models.calls import Enter, hooked, listening
 from sae_query_steer.models.loading import check_prompts_fit
 from sae_query_steer.models.placed_hooks import Hook, PlacedHooks
@@ -88,6 +93,8 @@ class PositionTracker:
         self._layers = tuple(layers)
         self._given = as_lengths(prompt_lengths)
         self._keep_tokens = keep_tokens
+        config = getattr(vars(model).get("original_model"), "config", None)  # of a bridge
+        self._window = getattr(config, "sliding_window", None)
         self._n_runs = 0
         self.heard = False
         """Whether the model was called."""
@@ -283,6 +290,8 @@ class PositionTracker:
             seen = mask[:, : mask.shape[1] - n_pos].bool().to(hidden.device)
         elif past == 0:
             seen = valid[:, :0]
+        elif (told := past_columns(mask, valid, past, self._window)) is not None:
+            seen = told
         elif run.columns is not None and len(run.columns) == batch and run.columns.shape[1] >= past:
             seen = run.columns[:, :past]
         else:
