@@ -1,11 +1,15 @@
 """Baselines: the same mechanism without the SAE, without the direction, without the steer."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.data.batches import example_batches
 from sae_query_steer.models.activations import read_activations
+from sae_query_steer.models.prefix import PrefixedRows
 
 NAME = "blocks.2.attn.hook_q"
 
@@ -182,3 +186,106 @@ def test_permuted_rows_keep_their_encoder_and_bias(saes):
 def test_unknown_control_dictionaries_are_refused(saes):
     with pytest.raises(ValueError, match="kind must be one of"):
         sqs.baselines.control_dictionaries(saes, "shuffled")
+
+
+WORDS_OF = {"create": ["w5", "w6"], "remember": ["w9"]}
+UNEVEN = ["w1 w20 w33", "w3", "w40 w41 w2 w17"]
+
+
+def bias_of(bias, **changes):
+    settings = {"target": ["remember", "create", "remember"], "bias": bias}
+    return sqs.baselines.LogitBias(WORDS_OF, **settings | changes)
+
+
+def test_a_logit_bias_chooses_the_first_word_of_each_row_and_no_other(model):
+    def written(steerer, prompts=UNEVEN):
+        found = sqs.compare.continuations(model, prompts, max_new_tokens=4, steerer=steerer)
+        return [row.tolist() for row in found.tokens]
+
+    rows, ids = written(bias_of(100.0)), bias_of(1.0).first_tokens(model)
+    for row, target in zip(rows, bias_of(1.0).target, strict=True):
+        assert row[0] in ids[target]
+    assert rows == [
+        written(bias_of(100.0, target=t), [p])[0]
+        for p, t in zip(UNEVEN, bias_of(1.0).target, strict=True)
+    ]
+    begun = [f"{p} {model.tokenizer.decode(row[:1])}" for p, row in zip(UNEVEN, rows, strict=True)]
+    assert [row[:3] for row in written(None, begun)] == [row[1:] for row in rows]
+    assert written(bias_of(0.0)) == written(None)
+
+
+def test_a_logit_bias_adds_a_constant_to_the_logits_after_the_last_prompt_token_alone(model):
+    tokens = model.to_tokens(["w1 w20 w33", "w3 w4 w5"])
+    steerer = bias_of(2.5, target=["create", "remember"])
+    with torch.no_grad():
+        plain = model(tokens)
+        with steerer.apply(model, prompt_lengths=[3, 2]):
+            biased = model(tokens)
+        with bias_of(0.0, target="create").apply(model, prompt_lengths=3):
+            assert torch.equal(model(tokens), plain)
+    expected, ids = plain.clone(), steerer.first_tokens(model)
+    expected[0, 2, ids["create"]] += 2.5
+    expected[1, 1, ids["remember"]] += 2.5
+    assert torch.equal(biased, expected)
+    assert not model.unembed._forward_hooks
+
+
+def test_a_logit_bias_acts_behind_a_cached_prefix_of_padded_rows(model):
+    examples = [sqs.LabelledExample(prompt=p, label="a") for p in UNEVEN]
+    (batch,) = example_batches(sqs.tokenize_examples(model, examples), 3)
+    rows = PrefixedRows(model, batch, batch.prompt_lengths - 1)  # the last prompt token alone
+    targets = [bias_of(1.0).target[i] for i in batch.indices]
+    with torch.no_grad():
+        plain = rows.logits()
+        with bias_of(3.0, target=targets).apply(model, prompt_lengths=batch.prompt_lengths):
+            biased = rows.logits()
+    ids = bias_of(1.0).first_tokens(model)
+    for row, target in enumerate(targets):
+        plain[row, 0, ids[target]] += 3.0
+    assert torch.equal(biased, plain)
+
+
+def test_a_logit_bias_is_on_forms_that_are_one_token_where_there_are_such():
+    class Halves:  # "Invent" and "exemplify" are two tokens, a space before them a third
+        pieces = (" ", "In", "vent", "invent", "ex", "emplify", "Ex", "?")
+        unk_token_id = 7
+
+        def __call__(self, text, add_special_tokens):
+            found = []
+            while text:
+                piece = max((p for p in self.pieces if text.startswith(p)), key=len)
+                found.append(self.pieces.index(piece))
+                text = text.removeprefix(piece)
+            return {"input_ids": found}
+
+        def decode(self, ids):
+            return "".join(self.pieces[i] for i in ids)
+
+    model = SimpleNamespace(cfg=None, tokenizer=Halves())
+    words = {"a": ["invent"], "b": [" exemplify"]}
+    found = sqs.baselines.LogitBias(words, target="a", bias=1.0).first_tokens(model)
+    assert found == {"a": [3], "b": [4, 6]}
+
+
+def test_a_logit_bias_refuses_what_it_cannot_do(tiny_models, saes, targets):
+    model, one = tiny_models["bridge"], bias_of(1.0)
+    with pytest.raises(ValueError, match="no class 'apply': the classes are"):
+        bias_of(1.0, target="apply")
+    with pytest.raises(ValueError, match="bias must be a finite number, got nan"):
+        bias_of(float("nan"))
+    with (
+        pytest.raises(ValueError, match="must begin with a token of the model, got 'design'"),
+        sqs.baselines.LogitBias({"a": ["design"]}, target="a", bias=1.0).apply(model),
+    ):
+        pass
+    with one.apply(model), pytest.raises(ValueError, match="1 rows, there is something for 3"):
+        model.generate("w1", max_new_tokens=1, verbose=False)
+    with one.apply(model), pytest.raises(ValueError, match="pass prompt_lengths"):
+        model(model.to_tokens(UNEVEN))
+    with (
+        pytest.raises(TypeError, match="can't be joined with steerers"),
+        sqs.steering.JoinedSteerers(one).apply(model),
+    ):
+        pass
+    with pytest.raises(ValueError, match="have no hook point: use apply"):
+        one.fwd_hooks(model)

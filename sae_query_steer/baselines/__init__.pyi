@@ -1,4 +1,5 @@
 from .dictionaries import control_dictionaries as control_dictionaries
+from .logit_bias import LogitBias as LogitBias
 from .residual import residual_mean_difference as residual_mean_difference
 from .residual import residual_means as residual_means
 from .rows import class_latents as class_latents

@@ -102,11 +102,16 @@ def apply_edits(
             stack.enter_context(reader.listening())
         stack.enter_context(tracker.attached(hooks))
         yield traces
+    warn_unless_heard(tracker)
+
+
+def warn_unless_heard(tracker: PositionTracker) -> None:
+    """Warn if no forward pass ran in the block that ends."""
     if not tracker.heard:
         warnings.warn(
             "no forward pass ran in the `with` block, so nothing was steered: generate inside it",
             SteeringWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -1,0 +1,193 @@
+"""The rival of every steer that may only choose a word: a constant added to logits."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_query_steer.arguments import check_name, check_number, check_texts
+from sae_query_steer.data.prompts import tokenizer_of
+from sae_query_steer.descent.strength import each
+from sae_query_steer.models.calls import hooked
+from sae_query_steer.models.loading import check_eager
+from sae_query_steer.models.tracking import PositionTracker
+from sae_query_steer.scopes.joins import check_scope, needs_tokens
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import PromptLengths, Scope, select
+from sae_query_steer.steering.block import block
+from sae_query_steer.steering.edit import Edit
+from sae_query_steer.steering.engine import warn_unless_heard
+from sae_query_steer.steering.latent_descent import target_labels
+from sae_query_steer.steering.rowwise import check_rows
+from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.trace import SteeringTrace
+from sae_query_steer.steering.where import Where
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitBias(Steerer):
+    """Adds a constant to the logits of a class's words: at the first token of the answer.
+
+    The bias is on the first token of each word, with and without a space before it and a capital,
+    as tokenizers know them apart. Of a word that is a single token in some of these forms, those
+    alone count; of others the first token, with which other words may begin too. No activation
+    changes. A steer that is no better than this under a judge of whole texts chooses a word. It is
+    applied as a steerer is; its trace is empty.
+
+    >>> LogitBias({"create": ["design", "invent"], "remember": ["list"]}, target="create", bias=5.0)
+
+    Raises:
+        TypeError: a class's words are no list, or the scope is no scope.
+        ValueError: no such class, a class without words, or a bias that is not finite.
+
+    Source: our choice.
+    """
+
+    words: Mapping[str, Sequence[str]]
+    """Words by class."""
+
+    _: KW_ONLY
+
+    target: str | Sequence[str]
+    """The class whose words get the bias; a list has one for each row of the batch."""
+
+    bias: float
+    """What is added to a logit, before a soft cap of the model; 0 is exactly the identity."""
+
+    scope: Scope = field(default_factory=LastPromptToken)
+    """The tokens after which the next one is biased."""
+
+    edit: Edit = field(init=False)
+    where: Where = field(init=False)
+    origin: None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        for name, words in self.words.items():
+            check_texts(f"words of {name!r}", words)
+            if not words:
+                raise ValueError(f"words of {name!r} must be one or more, got none")
+        for target in each(self.target, "target"):
+            check_name("class", target, self.words)
+        check_number("bias", self.bias)
+        check_scope(self.scope, name="scope", generating=True)
+
+    def __repr__(self) -> str:
+        return f"LogitBias(target={self.target!r}, bias={self.bias}, scope={self.scope!r})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("edit", "where"):
+            raise TypeError(
+                "LogitBias changes logits and no activation, so it can't be joined with steerers "
+                "nor described: apply it in a `with` block of its own, inside or around theirs"
+            )
+        raise AttributeError(name)
+
+    def to(self, device: str | torch.device) -> "LogitBias":
+        """Return it; it has no weights."""
+        del device
+        return self
+
+    def check_model(self, model: Any) -> None:
+        """Raise unless it can act on a model.
+
+        Raises:
+            TypeError: no model of TransformerLens.
+            ValueError: the model is compiled or has no tokenizer, or a word has no token.
+        """
+        check_eager(model)
+        self.first_tokens(model)
+
+    def first_tokens(self, model: Any) -> dict[str, list[int]]:
+        """Return the ids of the tokens that get the bias, by class.
+
+        Raises:
+            ValueError: the model has no tokenizer, or a word has no token that begins it.
+        """
+        tokenizer, found = tokenizer_of(model), {}
+        for name, words in self.words.items():
+            ids: set[int] = set()
+            for word in map(str.strip, words):
+                cased = {word, word[:1].upper() + word[1:]}
+                texts = [space + text for text in sorted(cased) for space in ("", " ")]
+                parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+                # A first token that is a space alone would begin every word.
+                parts = [
+                    part
+                    for part in parts
+                    if str(tokenizer.decode(part[:1])).strip() and part[0] != tokenizer.unk_token_id
+                ]
+                # "Invent" may be "In" and "vent": a bias on "In" would not choose the word.
+                own = {part[0] for part in parts if len(part) == 1} or {p[0] for p in parts}
+                if not own:
+                    raise ValueError(
+                        f"words must begin with a token of the model, got {word!r} of class "
+                        f"{name!r}: use other words"
+                    )
+                ids |= own
+            found[name] = sorted(ids)
+        return found
+
+    def fwd_hooks(self, model: Any, **given: Any) -> Any:
+        """Raise: logits have no hook point.
+
+        Raises:
+            ValueError: always.
+        """
+        del model, given
+        raise ValueError(f"{self!r} changes logits, which have no hook point: use apply")
+
+    @block
+    def apply(
+        self,
+        model: Any,
+        *,
+        record: bool = False,
+        record_attention: bool = False,
+        prompt_lengths: PromptLengths | None = None,
+    ) -> Iterator[SteeringTrace]:
+        """Bias the logits of every forward pass of a model, for a `with` block.
+
+        Args, Raises and Warns as `Steerer.apply`.
+
+        Returns:
+            A context manager that yields a trace without records.
+        """
+        self.check_model(model)
+        last, keep_tokens = int(model.cfg.n_layers) - 1, needs_tokens(self.scope)
+        tracker = PositionTracker(model, [last], prompt_lengths, keep_tokens=keep_tokens)
+        with ExitStack() as stack:
+            if self.bias != 0:
+                handle = model.unembed.register_forward_hook(self._hook(model, tracker))
+                stack.enter_context(hooked(model, model.unembed, handle))
+            stack.enter_context(tracker.attached())
+            yield SteeringTrace(
+                recording=record or record_attention,
+                tokenizer=model.tokenizer,
+                classes=tuple(self.words),
+                method="logit bias",
+                **target_labels([str(target) for target in each(self.target, "target")]),
+            )
+        warn_unless_heard(tracker)
+
+    def _hook(self, model: Any, tracker: PositionTracker) -> Callable[..., Tensor | None]:
+        ids = self.first_tokens(model)
+
+        def add(_unembed: Any, _args: Any, logits: Tensor) -> Tensor | None:
+            positions = tracker.positions
+            if positions is None:  # not in a pass of this model
+                return None
+            mask = select(self.scope, positions)
+            targets = each(self.target, "target")
+            if isinstance(self.target, str):
+                targets *= len(mask)
+            check_rows(len(targets), len(mask))
+            biased = logits.clone()
+            # A pass may compute the logits of its last tokens alone.
+            for row, column in mask[:, mask.shape[1] - logits.shape[1] :].nonzero().tolist():
+                biased[row, column, ids[targets[row]]] += self.bias
+            return biased
+
+        return add
