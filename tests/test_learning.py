@@ -67,7 +67,7 @@ def test_moves_lower_the_held_out_loss_and_steer_generation_likewise(model, data
     run._classes = ("create",)
     run._begin()
     torch.testing.assert_close(
-        float(loss), float(run._losses(rows)[0].detach()), rtol=1e-4, atol=1e-4
+        float(loss), float(run.losses(rows)[0].detach()), rtol=1e-4, atol=1e-4
     )
 
 
@@ -92,14 +92,14 @@ def test_the_gradient_equals_finite_differences(model, saes, targets, data, poin
         for value in run._values.values():
             value += 0.5 * torch.rand(value.shape, generator=generator)
     value = run._values["blocks.2.attn.hook_q"]
-    (gradient,) = torch.autograd.grad(run._losses(rows)[0].mean(), value)
+    (gradient,) = torch.autograd.grad(run.losses(rows)[0].mean(), value)
     direction = torch.randn(value.shape, generator=generator)
     expected = float((gradient * direction).sum())
     found = []
     with torch.no_grad():
         for sign in (1, -1):
             value += sign * 1e-3 * direction
-            found.append(float(run._losses(rows)[0].double().mean()))
+            found.append(float(run.losses(rows)[0].double().mean()))
             value -= sign * 1e-3 * direction
     assert abs(expected) > 1e-4
     assert (found[0] - found[1]) / 2e-3 == pytest.approx(expected, rel=0.05, abs=2e-4)

@@ -9,11 +9,11 @@ OTHER = {"create": "remember", "remember": "create"}
 REQUESTS = {"create": "w20 w21", "remember": "w30 w31"}
 
 
-def prompts(model, *, requested, n=12, response=""):
+def prompts(model, *, requested, n=12, response="", requests=REQUESTS):
     """Prompts labelled by their own class, or with the request of the other class."""
     made = [
         sqs.LabelledExample(
-            prompt=f"{REQUESTS[OTHER[k]]} w{i} w1" if requested else f"w9 w{i} w1",
+            prompt=f"{requests[OTHER[k]]} w{i} w1" if requested else f"w9 w{i} w1",
             response=response,
             label=OTHER[k] if requested else k,
         )
@@ -58,6 +58,18 @@ def test_each_head_has_a_row_and_a_site_alone_gives_the_same(tiny_models):
     assert list(table["head"]) == [0, 1, 2, 3, "all"] * 2
     alone = measured(model, layers=(2,))
     assert alone["reach"].iloc[0] == table["reach"].iloc[-1]
+
+
+def test_the_control_reaches_as_far_where_the_requests_of_all_classes_are_one(tiny_models):
+    model, plain = tiny_models["hooked"], measured(tiny_models["hooked"])
+    assert "reach_control" not in plain
+    own = measured(model, control=True)
+    assert own["reach"].equals(plain["reach"])
+    assert (own["reach_control"] < 0.5 * own["reach"]).all()
+    same = prompts(model, requested=True, requests=dict.fromkeys(OTHER, "w20 w21"))
+    shared = measured(model, control=True, counterparts=same).iloc[0]
+    assert shared["reach_control"] == pytest.approx(shared["reach"], rel=1e-4)
+    assert shared["reach"] > 0
 
 
 def test_a_layer_whose_output_is_cut_off_reaches_nothing(tiny_folder):

@@ -130,6 +130,9 @@ def test_a_site_that_a_learned_move_reaches_is_worth_a_steer_whatever_real_queri
     assert judged(reach=0.62)["verdict"] == "steer here: moves 50% more than the control"
     for none in ({"reach": 0.09}, {"reach": 0.3, "reach_se": 0.2}, {"reach": float("nan")}):
         assert not bool(judged(class_effect=0.0, **none)["steer_here"])
+    for control, steer in ((0.3, True), (0.5, False)):  # 0.62 less it, against 2.24 errors
+        row = judged(class_effect=0.0, reach=0.62, reach_se=0.1, reach_control=control)
+        assert bool(row["steer_here"]) == steer
     table = pd.DataFrame([GOOD | {"class_effect": 0.0, "reach": 0.62}])
     assert closing_sentence(sqs.diagnostics.site_verdicts(table)) == (
         "Steer here: layer 1 (50%, 62%). In brackets: total variation beyond that of the control, "

@@ -15,7 +15,7 @@ from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
 from sae_query_steer.descent.objectives import FixedMove
 from sae_query_steer.diagnostics.patches import check_other_class
 from sae_query_steer.learning.learner import TargetLearner, no_moves
-from sae_query_steer.learning.rows import check_counterparts, frozen, split_rows
+from sae_query_steer.learning.rows import LearningRows, check_counterparts, frozen, split_rows
 from sae_query_steer.learning.run import LearningRun
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.progress import progress_bar
@@ -37,6 +37,7 @@ def reach(
     budget: float = 0.5,
     n_updates: int = 20,
     per_head: bool = False,
+    control: bool = False,
     held_out: Sequence[int] | None = None,
     batch_size: int = 24,
     seed: int = 0,
@@ -60,6 +61,8 @@ def reach(
         budget: ||change of q|| / ||q|| of a head at most, above 0.
         n_updates: updates of Adam.
         per_head: also learn every head alone, not only all heads of a layer.
+        control: also report what the changes learned with exchanged classes do: each held-out
+            example gets the change of every other class in turn. Nothing more is learned.
         held_out: indices of the examples on which the effect is reported; choose those of other
             topics. None means every fourth counterpart of each class.
         batch_size: examples of a forward pass.
@@ -73,12 +76,14 @@ def reach(
         - reach_se: its standard error over the examples held out, as if they were independent; NaN
           of one
         - reach_kl_before, reach_kl_after: mean KL in nats a token, without and with the change
+        - reach_control: the same share for the changes of the other classes, with `control`: what
+          the counterparts of all classes share, such as having a request at all. What reach has
+          beyond it is the class's own
         - relative_change: mean ||change of q|| / ||q||
         - n_held_out
 
         It is a guide to what learned targets can do at a site: more updates or data may find more.
-        It has no control, so what the counterparts of all classes share counts too. It says nothing
-        about centroids, nor about several layers together.
+        It says nothing about centroids, nor about several layers together.
 
     Raises:
         ValueError: counterparts that do not fit or are of a single class, a class without examples
@@ -139,8 +144,28 @@ def reach(
                 torch.cat(parts).double().cpu() for parts in zip(*run.held_out, strict=True)
             )
             row = {"layer": site.layer, "head": head, **_removed(before, after)}
+            if control:
+                others = _with_other_classes(run, kept, classes)
+                row["reach_control"] = _removed(before, others)["reach"]
             rows.append(row | {"relative_change": float(change.mean()), "n_held_out": len(before)})
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _with_other_classes(
+    run: LearningRun, batches: Sequence[LearningRows], classes: Sequence[str]
+) -> Float[Tensor, " example"]:
+    """Return the loss of each row with the change of another class, averaged over the others.
+
+    Classes are learned independently of each other, so this is what learning from counterparts of
+    exchanged classes gives.
+    """
+    found = []
+    for shift in range(1, len(classes)):
+        other = {k: classes[(i + shift) % len(classes)] for i, k in enumerate(classes)}
+        rows = [replace(b, labels=tuple(other[k] for k in b.labels)) for b in batches]
+        found.append(torch.cat([run.losses(batch)[0] for batch in rows]))
+    return torch.stack(found).mean(0).double().cpu()
 
 
 def _removed(

@@ -32,14 +32,15 @@ def site_verdicts(table: pd.DataFrame, *, n_sites: int | None = None) -> pd.Data
     A site passes if queries of another class move the next token towards their class further than
     queries of the own class, significantly over all sites, and by at least `MIN_MOVED` of its
     probability. If the table has separability, the latents must also separate the classes. If it
-    has `reach`, a site passes too where a learned move removes more than `MIN_REACH`, significantly
-    over all sites where `reach_se` is there. What the measures can tell, and cannot:
+    has `reach`, a site passes too where a learned move removes more than `MIN_REACH`, and more than
+    `reach_control` if that is there, by a significant amount over all sites where `reach_se` is
+    there. What the measures can tell, and cannot:
 
     - the interchange effect: what real queries of the class do. A steerer can do more, so a small
       one rules out nothing that is learned.
     - separability: whether latents tell the classes apart, and not whether the model uses it.
     - `reach`: what the best constant change found within a budget does, a guide to learned targets.
-      It says nothing about centroids.
+      It says nothing about centroids. `reach_control` is what the moves of other classes do.
 
     A verdict is about one site at a time, at the span of the table: it does not see the joint
     effect of several layers, nor what appears only later in the text.
@@ -111,8 +112,9 @@ def closing_sentence(table: pd.DataFrame) -> str:
 
 def _judged(row: dict[Hashable, Any], n_errors: float) -> tuple[bool, str]:
     steer, why = _judged_by_queries(row, n_errors)
-    removed = row.get("reach", 0.0)
-    if not steer and removed > MIN_REACH and removed > n_errors * row.get("reach_se", 0.0):
+    removed, shared = row.get("reach", 0.0), row.get("reach_control", 0.0)
+    own = removed - shared > n_errors * row.get("reach_se", 0.0)
+    if not steer and removed > MIN_REACH and own:
         return True, f"steer here: a learned move removes {removed:.0%}"
     return steer, why
 

@@ -109,7 +109,7 @@ class LearningRun:
     def _update(self, batch: LearningRows) -> Tensor:
         """Take one step on a batch, and return the loss of each row before it."""
         learner = self._learner
-        losses, edit = self._losses(batch)
+        losses, edit = self.losses(batch)
         if not bool(losses.isfinite().all()):
             raise ValueError(
                 f"learning diverged at update {self._step}: the loss is not finite; use a "
@@ -207,7 +207,7 @@ class LearningRun:
     def _targets(self) -> dict[str, Tensor]:
         return {name: value * self._scales[name] for name, value in self._values.items()}
 
-    def _losses(self, batch: LearningRows) -> "tuple[Tensor, LearnedDescent]":
+    def losses(self, batch: LearningRows) -> "tuple[Tensor, LearnedDescent]":
         """Return the loss of each row with the present targets, and the edit that was applied."""
         made: dict[str, Any] = {"values": self._targets(), "moved": [], "changes": []}
         edit = replace(self._edit, target=list(batch.labels), **made)
@@ -225,7 +225,7 @@ class LearningRun:
         """Return the held-out loss of each class, and keep targets that are the best so far."""
         losses, changes, self.held_out = ByClass(), ByClass(), []
         for batch in self._held_out:
-            found, edit = self._losses(batch)
+            found, edit = self.losses(batch)
             changed = torch.stack(edit.changes).mean(0)
             losses.add(batch.labels, found)
             changes.add(batch.labels, changed)
