@@ -76,6 +76,24 @@ def test_sites_with_centroids_also_steers_each_site(folder, tmp_path):
     assert (table["achieved_moved"] > 0).all()
 
 
+def test_sites_with_counterparts_shows_reach_beside_interchange(folder, tmp_path):
+    folder, _ = folder
+    table = pd.read_csv(folder / "texts.csv")
+    table["level"] = table["level"].to_list()[1:] + table["level"].to_list()[:1]
+    table["question"] = "w3 " + table["question"]
+    table.to_csv(tmp_path / "others.csv", index=False)
+    arguments = [*chain(folder)[2], "--counterparts", str(tmp_path / "others.csv")]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "sites")
+    result = invoke(arguments, catch=False)
+    assert re.search(r"moved_control +reach +reach_control ", result.output)
+    found = pd.read_csv(tmp_path / "sites" / "sites.csv")
+    assert found["reach"].between(0, 1).all() and found["class_effect"].notna().all()
+
+    table[:-1].to_csv(tmp_path / "others.csv", index=False)
+    with pytest.raises(ValueError, match="row for each of the 36 examples, .* got 35"):
+        invoke([*arguments, "--overwrite"], catch=False)
+
+
 def test_steer_says_when_no_position_was_met(folder):
     folder, _ = folder
     arguments = chain(folder)[3][:-2]

@@ -1,8 +1,9 @@
 """`targets`, `sites` and `steer`: what follows `train`."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sae_query_steer as sqs
 from sae_query_steer.arguments import check_number
@@ -31,7 +32,8 @@ ObjectiveName = Literal[
 _ACHIEVED = ("class_effect", "class_effect_se", "moved", "moved_control")
 
 _SHOWN = (
-    *("layer", "head", "verdict", *_ACHIEVED, "achieved_effect", "achieved_moved"),
+    *("layer", "head", "verdict", *_ACHIEVED, "reach", "reach_control"),
+    *("achieved_effect", "achieved_moved"),
     *("accuracy_latents", "accuracy_query", "accuracy_position", "accuracy_token", "chance"),
 )
 """Columns that `sites` shows, the verdict first; the file has all."""
@@ -62,17 +64,21 @@ def sites(
     examples: Examples,
     output: Optional,
     targets: Path | None = None,
+    counterparts: Path | None = None,
     n_pairs: int = 64,
     per_head: bool = False,
     seed: int = 0,
 ) -> None:
-    """Measure which sites can be steered: interchange effect, separability, and a verdict.
+    """Measure which sites can be steered: interchange effect, separability, reach, and a verdict.
 
     Args:
         model: the language model and its SAEs.
         examples: the examples.
         output: the folder of the table as CSV.
         targets: Folder that `targets` wrote: also steer each site to its centroids.
+        counterparts: File like the one of the examples, row by row, in which each prompt is made
+            for another class: its queries are patched in, and a change of queries that leads there
+            is learned at each site (reach), which takes longer than all else.
         n_pairs: Pairs for the interchange effect.
         per_head: Also measure and show every head alone.
         seed: Random seed.
@@ -81,11 +87,22 @@ def sites(
     from sae_query_steer.diagnostics.verdicts import closing_sentence
     from sae_query_steer.storage.csv_files import csv_text
 
-    labelled = examples.read()
+    files = [examples]
+    if counterparts is not None:
+        files.append(dataclasses.replace(examples, csv=counterparts))
+    labelled = [file.read() for file in files]
+    if len({tuple(example.place for example in rows) for rows in labelled}) > 1:
+        raise ValueError(
+            f"--counterparts must have a row for each of the {len(labelled[0])} examples, in the "
+            f"same place of the file, got {len(labelled[1])}"
+        )
     centroids = None if targets is None else sqs.CentroidTargets.load(targets)
     loaded, saes = model.load_both()
-    tokenized = examples.tokenized(loaded, labelled)
-    settings = {"n_pairs": n_pairs, "per_head": per_head, "seed": seed}
+    read = zip(files, labelled, strict=True)
+    tokenized, *others = [file.tokenized(loaded, rows) for file, rows in read]
+    settings: dict[str, Any] = {"n_pairs": n_pairs, "per_head": per_head, "seed": seed}
+    if others:
+        settings["counterparts"] = others[0]
     apart = sqs.diagnostics.separability(loaded, saes, tokenized, seed=seed)
     chosen = sqs.query_sites(loaded, [int(layer) for layer in apart["layer"].unique()])
     moved = sqs.diagnostics.interchange_effect(loaded, chosen, tokenized, **settings)
@@ -99,6 +116,10 @@ def sites(
         names = {name: f"achieved_{name.removeprefix('class_')}" for name in _ACHIEVED}
         achieved = achieved[["layer", "head", *_ACHIEVED]].rename(columns=names)
         table = table.merge(achieved, on=["layer", "head"])
+    if others:
+        del settings["n_pairs"]
+        reached = sqs.diagnostics.reach(loaded, chosen, tokenized, **settings, control=True)
+        table = table.merge(reached, on=["layer", "head"])
     table = sqs.diagnostics.site_verdicts(table)
     say(f"\n{closing_sentence(table)}\n")
     of_layer = table["head"] == ALL_HEADS
