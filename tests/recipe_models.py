@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 from wheel_check import WORDS
 
@@ -160,3 +162,38 @@ def write_bytes(folder: Path) -> Path:
         model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=2048, **sizes, **ids))
     model.save_pretrained(folder)
     return folder
+
+
+def write_qwen2(folder: Path) -> Path:
+    """Write a tiny random Qwen2: biases of q, k and v, byte tokens, ChatML, and no BOS."""
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    inner = _bytes([*words, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    inner.add_special_tokens([AddedToken(word, special=True) for word in words])
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+        "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    config = Qwen2Config(max_position_embeddings=256, initializer_range=0.4, **sizes, **ids)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+        for name, weights in model.named_parameters():
+            if name.endswith("_proj.bias"):  # 0 in a new model
+                torch.nn.init.normal_(weights)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _bytes(words: list[str]) -> Tokenizer:
+    """Tokens of single bytes, in which these words have their places as ids."""
+    inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner

@@ -1,7 +1,10 @@
 """Architectures beside Llama, tiny, from their Hugging Face configs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from recipe_models import write_qwen2
 from test_prefix import largest_difference
 from transformer_lens import HookedTransformer
 from transformers import (
@@ -17,6 +20,7 @@ from transformers import (
 from wheel_check import word_tokenizer
 
 import sae_query_steer as sqs
+from sae_query_steer.learning import no_moves
 
 IDS = {"vocab_size": 52, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 ROTARY = IDS | {
@@ -133,3 +137,73 @@ def test_a_hooked_transformer_that_would_differ_is_refused(tmp_path):
 
 def test_rows_behind_a_prefix_equal_whole_passes(architecture):
     assert largest_difference(architecture[0], [7, 5, 13, 2]) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory):
+    """A tiny Qwen2 chat model: biases of q, k and v, and a tokenizer without BOS."""
+    folder = write_qwen2(tmp_path_factory.mktemp("qwen2") / "model")
+    return sqs.load_model(folder, device="cpu")
+
+
+def chats(model, request):
+    """Prompts in the chat template, with a request and responses of each class."""
+    made = [
+        sqs.LabelledExample(prompt=f"{request[k]}{n}", response=k * 4, label=k)
+        for n in range(8)
+        for k in request
+    ]
+    return sqs.tokenize_examples(model, made, chat_template=True)
+
+
+OPEN, REQUESTED = dict.fromkeys("ab", "Go "), {"a": "An a ", "b": "A bee "}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_qwen2_learns_targets_that_steer_its_chats(qwen2, sparse):
+    model = qwen2
+    sites = sqs.query_sites(model, [1, 2])
+    saes = sqs.sae.identity_encoders(sites)
+    if sparse:
+        rows = torch.randint(3, 200, (32, 16), generator=torch.Generator().manual_seed(0))
+        config = sqs.TrainingConfig(
+            sae=sqs.sae.TopK(d_sae_per_head=16, k=4),
+            training_tokens=1024,
+            train_batch_size_tokens=128,
+        )
+        saes = sqs.train_query_saes(model, rows, sites, config)
+    scope = sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
+    recipe = sqs.LatentGradientSteerer(
+        *(saes, no_moves(model, saes, ["a", "b"])),
+        target="a",
+        objective=sqs.objectives.FixedMove(),
+        n_steps=1,
+        step_size=1.0,
+        scope=scope,
+    )
+    learner = sqs.TargetLearner(model, recipe, n_updates=6, every=3, learning_rate=0.2)
+    learned = learner.fit(chats(model, OPEN), counterparts=chats(model, REQUESTED))
+    assert all(share > 0.01 for share in learned.share_removed.values())
+    steered = replace(recipe, targets=learned, target=["a", "b"])
+    settings = {"max_new_tokens": 4, "chat_template": True}
+    one, two = sqs.compare.continuations(
+        model, ["Go 1", "Go 20"], steerer=steered, **settings
+    ).tokens
+    alone = sqs.compare.continuations(
+        model, ["Go 20"], steerer=replace(recipe, targets=learned, target="b"), **settings
+    )
+    assert torch.equal(alone.tokens[0], two)
+    assert alone.relative_changes[0] > 0.01
+    assert len(one) > 0
+
+
+def test_qwen2_heads_turn_to_a_phrase_of_a_chat_prompt(qwen2):
+    model = qwen2
+    encoders = sqs.sae.identity_encoders(sqs.query_sites(model, [1, 2]))
+    steerer = sqs.steering.AttentionSteerer(encoders, sqs.steering.LookAt("blue"))
+    with steerer.apply(model, record=True) as trace:
+        sqs.compare.continuations(
+            model, ["red or blue", "blue, green or red"], max_new_tokens=2, chat_template=True
+        )
+    table = trace.summary()
+    assert (table["mass_after"] > 1.2 * table["mass_before"]).all()
