@@ -8,6 +8,7 @@ from recipe_models import write_qwen2
 from test_prefix import largest_difference
 from transformer_lens import HookedTransformer
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -207,3 +208,16 @@ def test_qwen2_heads_turn_to_a_phrase_of_a_chat_prompt(qwen2):
         )
     table = trace.summary()
     assert (table["mass_after"] > 1.2 * table["mass_before"]).all()
+
+
+def test_qwen2_computes_what_transformers_computes_and_its_chat_prompts_get_no_bos(tmp_path):
+    folder = write_qwen2(tmp_path / "model")
+    source = AutoModelForCausalLM.from_pretrained(folder)
+    assert source.model.layers[0].self_attn.q_proj.bias.abs().max() > 0
+    for backend in ("bridge", "hooked"):
+        model = sqs.load_model(folder, device="cpu", backend=backend)
+        tokens = chats(model, REQUESTED)[0].tokens
+        text = "<|im_start|>user\nAn a 0<|im_end|>\n<|im_start|>assistant\naaaa"
+        assert model.tokenizer.decode(tokens) == text
+        ours = model(tokens[None])
+        torch.testing.assert_close(ours, source(tokens[None]).logits, rtol=0, atol=1e-4)

@@ -31,6 +31,9 @@ from sae_query_steer.compare.methods import (
 )
 from sae_query_steer.sites import query_sites
 
+Job = tuple[dict[str, Any], Callable[[], Method], float]
+"""What is measured, how the method is made, and its strength."""
+
 SINGLE = (21,)
 PENALTY = 0.1
 """l1 of sparse targets without a limit on the number of latents."""

@@ -208,10 +208,6 @@ class Task:
         return row
 
 
-Job = tuple[dict[str, Any], Callable[[], Method], float]
-"""What is measured, how the method is made, and its strength."""
-
-
 class Forms(Task):
     """Three other classes on the same model: a text is a list, a story or a letter."""
 
