@@ -71,7 +71,7 @@ def methods(task: Task) -> Iterator[Job]:
     def job(name: str, make: Callable[[], Method], strength: float = 1.0) -> Job:
         return {"study": "methods", "method": name, "split": "test", "n": n}, make, strength
 
-    plain = {m.name: m for m in prompt_methods(task.opened, shots=(2,), separator="<|im_end|>\n")}
+    plain = {m.name: m for m in prompt_methods(task.solved, shots=(2,), separator="<|im_end|>\n")}
     yield job(
         "trained SAE, run", lambda: moves(task, "trained", task.dictionary("trained"), l1=PENALTY)
     )
@@ -245,7 +245,7 @@ def attention(task: Task) -> Iterator[Job]:
     n = task.args.n_attention
     later = range(int(task.model.cfg.n_layers) // 2, int(task.model.cfg.n_layers))
     dense, sae = task.dictionary("dense", later), task.dictionary("trained")
-    plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
+    plain = {m.name: m for m in prompt_methods(task.solved, shots=())}
     for method, strengths in (
         (attention_method("attention, dense", dense), (0.25, 0.35)),
         (attention_method("attention, trained SAE", sae), (0.25, 0.5)),

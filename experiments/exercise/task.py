@@ -47,7 +47,8 @@ class Task:
             cut(sqs.tokenize_examples(self.model, some), args.n_answer)
             for some in (self.opened, requested)
         )
-        self.solved = requested
+        n = len(self.classes)
+        self.solved = [e for i, e in enumerate(self.opened) if i // n % len(self.tasks) == 0]
         self.texts = [e.prompt + e.response for e in self.opened + requested]
         self.judge = self.fitted_judge()
         self.rows: dict[Any, Any] = {}
@@ -75,7 +76,12 @@ class Task:
     def made_examples(self, split: Any, n: int, seed: int) -> tuple[list[Any], list[Any]]:
         """Return open and requesting prompts of n topics with the model's answers."""
         return exercise_examples(
-            self.model, n, seed=seed, split=split, max_new_tokens=MAX_NEW_TOKENS
+            self.model,
+            n,
+            seed=seed,
+            split=split,
+            tasks=self.tasks if split == "train" else ("open",),
+            max_new_tokens=MAX_NEW_TOKENS,
         )
 
     def cases(self, task: Any, split: Any, n: int) -> Sequence[SteeringCase]:
@@ -150,7 +156,7 @@ class Task:
             max_relative_change=budget,
             scope=scope,
         )
-        each = len(self.classes)
+        each = len(self.classes) * len(self.tasks)
         n_topics = len(self.examples) // each
         n_learned = round(0.75 * n_topics)
         first = each * (n_learned if topics is None else topics)

@@ -8,6 +8,7 @@ or action; "judge" is the split of the judge's own training texts.
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -141,30 +142,38 @@ def exercise_examples(
     *,
     seed: int,
     split: ExerciseSplit = "train",
+    tasks: Sequence[ExerciseTask] = ("open",),
     max_new_tokens: int = 16,
 ) -> tuple[list[LabelledExample], list[LabelledExample]]:
-    """Return open and requesting prompts, both with the model's own answer to the request.
+    """Return prompts and requesting prompts, both with the model's own answer to the request.
 
-    The two lists are aligned: example i of each has the same topic, label and response.
+    The two lists are aligned: example i of each has the same topic, label and response. They
+    come in rounds of the six levels, a round for each task, then with the next topics.
 
     Args:
         model: a HookedTransformer or a TransformerBridge with a chat template.
         n_topics: topics, each with an example of every level.
         seed: as for `exercise_cases`.
         split: whose topics, templates and actions.
+        tasks: whose prompts. Targets that are learned from "redirected" ones too hold against a
+            request for another level.
         max_new_tokens: most tokens of an answer, which is greedy.
     """
-    cases = exercise_cases(model, "open", split, 6 * n_topics, seed=seed, n_topics=n_topics)
-    asked = [str(case.requesting) for case in cases]
+    by_task = [
+        exercise_cases(model, task, split, 6 * n_topics, seed=seed, n_topics=n_topics)
+        for task in tasks
+    ]
+    asked = [str(case.requesting) for case in by_task[0]]
     texts = continuations(model, asked, max_new_tokens=max_new_tokens, batch_size=60).texts
-    opened, requested = (
-        [
-            LabelledExample(prompt=prompt, response=text, label=case.target)
-            for prompt, text, case in zip(prompts, texts, cases, strict=True)
-        ]
-        for prompts in ([case.prompt for case in cases], asked)
-    )
-    return opened, requested
+    prompts: list[LabelledExample] = []
+    requests: list[LabelledExample] = []
+    for start in range(0, len(asked), 6):
+        for cases in by_task:
+            for i in range(start, start + 6):
+                given = {"response": texts[i], "label": cases[i].target}
+                prompts.append(LabelledExample(prompt=cases[i].prompt, **given))
+                requests.append(LabelledExample(prompt=asked[i], **given))
+    return prompts, requests
 
 
 @cache
