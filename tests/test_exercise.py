@@ -154,9 +154,20 @@ def test_the_seed_decides_the_cases_and_a_smaller_number_is_their_beginning(chat
     assert exercise_cases(chat, "open", "train", 30, seed=1) != cases[:30]
 
 
+def test_topics_of_a_split_are_put_in_the_wording_of_another(chat):
+    cases = exercise_cases(chat, "redirected", "test", 24, seed=0, wording="train")
+    train = exercise_cases(chat, "redirected", "train", 120, seed=0)
+    assert [c.topic for c in cases] == [
+        c.topic for c in exercise_cases(chat, "redirected", "test", 24, seed=0)
+    ]
+    assert {c.template for c in cases} <= {c.template for c in train}
+    assert {c.phrase for c in cases} <= {c.phrase for c in train}
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
+        ({"wording": "tests"}, "wording must be one of .* got 'tests'"),
         ({"task": "opened"}, "task must be one of .* got 'opened'"),
         ({"split": "spare"}, "split must be one of .* got 'spare'"),
         ({"n": 121}, "n cases must be a whole number >= 1 and <= 120, got 121"),

@@ -63,6 +63,7 @@ def exercise_cases(
     *,
     seed: int,
     n_topics: int | None = None,
+    wording: ExerciseSplit | None = None,
 ) -> list[ExerciseCase]:
     """Return n cases with the six levels as targets in turn, each topic once for a level.
 
@@ -76,16 +77,19 @@ def exercise_cases(
         seed: of the order of topics and of templates and actions; topics, templates and requests
             for the target are the same in all tasks.
         n_topics: use this many topics only; None means all of the split.
+        wording: whose templates and actions; None means those of the split.
 
     Raises:
-        ValueError: a task or split of another name, too many cases or topics, or a model without
-            chat template.
+        ValueError: a task, split or wording of another name, too many cases or topics, or a model
+            without chat template.
     """
-    for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
+    wording = split if wording is None else wording
+    checked = (("task", task, TASKS), ("split", split, SPLITS), ("wording", wording, SPLITS))
+    for name, value, known in checked:
         if value not in known:
             raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-    data = _data()[split]
-    topics = [topic for field in data["topics"].values() for topic in field]
+    data = _data()[wording]
+    topics = [topic for field in _data()[split]["topics"].values() for topic in field]
     n_topics = len(topics) if n_topics is None else n_topics
     check_number("n_topics", n_topics, whole=True, least=1, most=len(topics))
     check_number("n cases", n, whole=True, least=1, most=6 * n_topics)
