@@ -162,6 +162,15 @@ def test_prompts_that_ran_once_are_continued_like_whole_prompts(model, make, sco
     )
 
 
+def test_a_logit_bias_acts_behind_kept_prompts_too(model):
+    bias = sqs.baselines.LogitBias({"a": ["w7"]}, target="a", bias=50.0)
+    caches = PromptCaches(model, 2**30)
+    whole = continuations(model, PROMPTS, max_new_tokens=3, steerer=bias)
+    kept = continuations(model, PROMPTS, max_new_tokens=3, steerer=bias, caches=caches)
+    assert kept.texts == whole.texts
+    assert all(text.split()[0] == "w7" for text in kept.texts)
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_row_that_ends_early_is_cut_behind_kept_prompts_too(ending, host):
     caches = PromptCaches(ending[host], 2**30)

@@ -65,40 +65,50 @@ def learned_method(
 
 
 def methods(task: Task) -> Iterator[Job]:
-    """The main table: every method on 120 test topics for each level."""
+    """The main table: every method at its setting."""
     n = task.args.n_main
 
     def job(name: str, make: Callable[[], Method], strength: float = 1.0) -> Job:
-        return {"study": "methods", "method": name, "split": "test", "n": n}, make, strength
+        setting = {"study": "methods", "method": name, "strength": strength, "n": n}
+        return setting, make, strength
 
-    plain = {m.name: m for m in prompt_methods(task.solved, shots=(2,), separator="<|im_end|>\n")}
-    yield job(
-        "trained SAE, run", lambda: moves(task, "trained", task.dictionary("trained"), l1=PENALTY)
-    )
-    yield job("dense, run", lambda: moves(task, "dense", task.dictionary("dense")))
+    plain = {m.name: m for m in prompt_methods(task.opened, shots=(2,), separator="<|im_end|>\n")}
+    for kind in ("trained", "random", "permuted"):
+        yield job(
+            f"moves, {kind}", lambda kind=kind: moves(task, kind, task.dictionary(kind), l1=PENALTY)
+        )
+    yield job("moves, dense", lambda: moves(task, "dense", task.dictionary("dense")))
     yield job("unsteered", lambda: plain["unsteered"])
     yield job("instruction", lambda: plain["instruction"])
+    for kind in ("trained", "random"):
+        yield job(
+            f"moves, {kind}, at most 8 a head",
+            lambda kind=kind: moves(task, f"{kind}-8", task.dictionary(kind), l1=0.02, n_latents=8),
+        )
+    yield job("residual offset", lambda: moves(task, "residual-20", residual_site(task, 20), 0.25))
+    yield job("points, trained", lambda: points(task), POINT.step_sizes[0])
     yield job(
-        "random rows, run", lambda: moves(task, "random", task.dictionary("random"), l1=PENALTY)
-    )
-    yield job(
-        "trained SAE, one layer",
-        lambda: moves(task, "trained-21", task.dictionary("trained", SINGLE), 1.0, l1=PENALTY),
-    )
-    yield job(
-        "dense, one layer", lambda: moves(task, "dense-21", task.dictionary("dense", SINGLE), 1.0)
-    )
-    yield job("trained SAE, points", lambda: points(task), POINT.step_sizes[0])
-    yield job("residual", lambda: moves(task, "residual-20", residual_site(task, 20), 0.25))
-    yield job(
-        "trained SAE, at most 8 a head",
-        lambda: moves(task, "trained-8", task.dictionary("trained"), l1=0.02, n_latents=8),
-    )
-    yield job(
-        "random rows, at most 8 a head",
-        lambda: moves(task, "random-8", task.dictionary("random"), l1=0.02, n_latents=8),
+        "moves, dense, one layer",
+        lambda: moves(task, "dense-21", task.dictionary("dense", SINGLE), 1.0),
     )
     yield job("few-shot (k=2)", lambda: plain["few-shot (k=2)"])
+    for strength in (4.0, 8.0):
+        yield job("logit bias", logit_bias_method, strength)
+    yield job(
+        "moves, dense, classes shuffled",
+        lambda: moves(task, "dense-shuffled", task.dictionary("dense"), shuffled=True),
+    )
+
+
+def logit_bias_method() -> Method:
+    """Return a constant on the logits of the verbs of the target at the first answer token."""
+    words = {level: list(level.verbs) for level in sqs.BloomLevel}
+    return Method(
+        name="logit bias",
+        steerer=lambda cases, strength: sqs.baselines.LogitBias(
+            words, target=[case.target for case in cases], bias=strength
+        ),
+    )
 
 
 def points(task: Task) -> Method:
@@ -245,7 +255,7 @@ def attention(task: Task) -> Iterator[Job]:
     n = task.args.n_attention
     later = range(int(task.model.cfg.n_layers) // 2, int(task.model.cfg.n_layers))
     dense, sae = task.dictionary("dense", later), task.dictionary("trained")
-    plain = {m.name: m for m in prompt_methods(task.solved, shots=())}
+    plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
     for method, strengths in (
         (attention_method("attention, dense", dense), (0.25, 0.35)),
         (attention_method("attention, trained SAE", sae), (0.25, 0.5)),
@@ -334,7 +344,7 @@ if __name__ == "__main__":
     parser.add_argument("--n-study", type=int, default=120, help="cases of each task, studies")
     parser.add_argument("--n-attention", type=int, default=120, help="cases of each task")
     parser.add_argument("--n-answer", type=int, default=14, help="tokens of an answer")
-    parser.add_argument("--n-updates", type=int, default=30)
+    parser.add_argument("--n-updates", type=int, default=40)
     parser.add_argument("--training-tokens", type=int, default=40_960)
     parser.add_argument("--cache-gb", type=float, default=5.0)
     given = parser.parse_args()

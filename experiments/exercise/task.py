@@ -35,7 +35,9 @@ class Task:
     """The exercise task on one model, and the folder of what was made for it."""
 
     classes: Sequence[str] = tuple(sqs.BloomLevel)
-    tasks: Sequence[Any] = ("open", "redirected")
+    tasks: Sequence[str] = ("open", "open, trained wording", "redirected, trained wording")
+    """With the "trained wording" the templates and actions are those of the split "train"; the
+    topics are always those of the split."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -47,8 +49,6 @@ class Task:
             cut(sqs.tokenize_examples(self.model, some), args.n_answer)
             for some in (self.opened, requested)
         )
-        n = len(self.classes)
-        self.solved = [e for i, e in enumerate(self.opened) if i // n % len(self.tasks) == 0]
         self.texts = [e.prompt + e.response for e in self.opened + requested]
         self.judge = self.fitted_judge()
         self.rows: dict[Any, Any] = {}
@@ -76,17 +76,14 @@ class Task:
     def made_examples(self, split: Any, n: int, seed: int) -> tuple[list[Any], list[Any]]:
         """Return open and requesting prompts of n topics with the model's answers."""
         return exercise_examples(
-            self.model,
-            n,
-            seed=seed,
-            split=split,
-            tasks=self.tasks if split == "train" else ("open",),
-            max_new_tokens=MAX_NEW_TOKENS,
+            self.model, n, seed=seed, split=split, max_new_tokens=MAX_NEW_TOKENS
         )
 
     def cases(self, task: Any, split: Any, n: int) -> Sequence[SteeringCase]:
         """Return the first n cases of a split."""
-        return exercise_cases(self.model, task, split, n, seed=1)
+        name, _, trained = task.partition(", ")
+        wording: Any = "train" if trained else None
+        return exercise_cases(self.model, name, split, n, seed=1, wording=wording)
 
     @cache  # noqa: B019
     def saes(self, seed: int = 0) -> Encoders:
@@ -156,7 +153,7 @@ class Task:
             max_relative_change=budget,
             scope=scope,
         )
-        each = len(self.classes) * len(self.tasks)
+        each = len(self.classes)
         n_topics = len(self.examples) // each
         n_learned = round(0.75 * n_topics)
         first = each * (n_learned if topics is None else topics)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.arguments import check_kind, check_number, check_texts
+from sae_query_steer.baselines.logit_bias import LogitBias
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.examples import LabelledExample
@@ -19,7 +20,7 @@ from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.models.prefix import PromptCaches
-from sae_query_steer.scopes.positions import select
+from sae_query_steer.scopes.positions import Scope, select
 from sae_query_steer.steering.joined import JoinedSteerers
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import TraceRecord
@@ -96,7 +97,7 @@ def continuations(
             batch = _rows_batch(model, rows, [torch.tensor([], dtype=torch.long)] * len(rows), bos)
             prefixed = caches.rows(batch)
             given["prompt_lengths"] = batch.prompt_lengths
-            if any(bool(select(one.where.scope, prefixed.before).any()) for one in _all(steerer)):
+            if any(bool(select(scope, prefixed.before).any()) for scope in _scopes(steerer)):
                 prefixed, given = None, {}
         steering = nullcontext() if steerer is None else steerer.apply(model, record=True, **given)
         sampling = nullcontext()
@@ -220,10 +221,10 @@ def _written(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return row, position
 
 
-def _all(steerer: Steerer | JoinedSteerers | None) -> tuple[Steerer, ...]:
-    if isinstance(steerer, JoinedSteerers):
-        return steerer.steerers
-    return () if steerer is None else (steerer,)
+def _scopes(steerer: Steerer | JoinedSteerers | None) -> list[Scope]:
+    """Return the tokens at which a steerer acts."""
+    one = (steerer,) if isinstance(steerer, Steerer) else getattr(steerer, "steerers", ())
+    return [s.scope if isinstance(s, LogitBias) else s.where.scope for s in one]
 
 
 def _as_read(
