@@ -5,7 +5,7 @@ every method's strength; "test" gives the table.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +231,8 @@ class _Learning:
     examples: TokenizedExamples
     counterparts: TokenizedExamples
     folder: Path | None
+    rows: list[Any] = field(default_factory=list)
+    """What all targets are learned from, whose prompts run once."""
 
     def __call__(
         self,
@@ -264,16 +266,14 @@ class _Learning:
         held_out = range(6 * round(n / 6 * 0.75), n)
         path = None if self.folder is None else self.folder / name
         checkpoint = None if path is None else path.with_name(f"{name}.learning")
-        return _kept(
-            path,
-            LearnedTargets.load,
-            lambda: learner.fit(
-                self.examples,
-                counterparts=self.counterparts,
-                held_out=held_out,
-                checkpoint=checkpoint,
-            ),
-        )
+        given: Any = {"counterparts": self.counterparts, "held_out": held_out}
+
+        def fitted() -> LearnedTargets:
+            if not self.rows:
+                self.rows.append(learner.rows(self.examples, **given))
+            return learner.fit(self.examples, **given, checkpoint=checkpoint, rows=self.rows[0])
+
+        return _kept(path, LearnedTargets.load, fitted)
 
 
 def _kept(folder: Path | None, load: Any, make: Any) -> Any:

@@ -19,8 +19,8 @@ from sae_query_steer.data.prompts import ChatTemplate, chat_prompt, tokenizer_of
 from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
-from sae_query_steer.models.prefix import PromptCaches
-from sae_query_steer.scopes.positions import Scope, select
+from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
+from sae_query_steer.scopes.positions import select
 from sae_query_steer.steering.joined import JoinedSteerers
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import TraceRecord
@@ -94,11 +94,9 @@ def continuations(
         rows = prompts[part]
         prefixed, given = None, {}
         if caches is not None and temperature is None:
-            batch = _rows_batch(model, rows, [torch.tensor([], dtype=torch.long)] * len(rows), bos)
-            prefixed = caches.rows(batch)
-            given["prompt_lengths"] = batch.prompt_lengths
-            if any(bool(select(scope, prefixed.before).any()) for scope in _scopes(steerer)):
-                prefixed, given = None, {}
+            prefixed = _behind_cache(model, rows, bos, max_new_tokens, steerer, caches)
+        if prefixed is not None:  # else `generate` knows them
+            given = {"prompt_lengths": prefixed.positions.prompt_lengths}
         steering = nullcontext() if steerer is None else steerer.apply(model, record=True, **given)
         sampling = nullcontext()
         if temperature is not None and seeds is not None:
@@ -221,10 +219,26 @@ def _written(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return row, position
 
 
-def _scopes(steerer: Steerer | JoinedSteerers | None) -> list[Scope]:
-    """Return the tokens at which a steerer acts."""
+def _behind_cache(
+    model: Any,
+    rows: Sequence[str],
+    bos: bool | None,
+    max_new_tokens: int,
+    steerer: Steerer | JoinedSteerers | None,
+    caches: PromptCaches,
+) -> PrefixedRows | None:
+    """Return rows behind the cache of their prompts; None if they must run as a whole.
+
+    That is where the context is too short, or the steerer acts on tokens that the cache holds.
+    """
+    batch = _rows_batch(model, rows, [torch.tensor([], dtype=torch.long)] * len(rows), bos)
+    if int(batch.prompt_lengths.max()) + max_new_tokens > int(model.cfg.n_ctx):
+        return None
+    prefixed = caches.rows(batch)
     one = (steerer,) if isinstance(steerer, Steerer) else getattr(steerer, "steerers", ())
-    return [s.scope if isinstance(s, LogitBias) else s.where.scope for s in one]
+    scopes = [s.scope if isinstance(s, LogitBias) else s.where.scope for s in one]
+    earlier = any(bool(select(scope, prefixed.before).any()) for scope in scopes)
+    return None if earlier else prefixed
 
 
 def _as_read(

@@ -259,7 +259,7 @@ class PositionTracker:
             run = self._new_run()
             if past:  # a cache begun outside, or a copy of one: only the padding may be known
                 run.columns = self._now.run.columns
-            if (begun := vars(cache).get(BEGUN) if past else None) is not None:
+            if (begun := getattr(cache, BEGUN, None) if past else None) is not None:
                 run.tokens, run.columns = begun
                 run.from_start = True
             if cache is not None:
@@ -293,7 +293,7 @@ class PositionTracker:
         elif (told := past_columns(mask, valid, past, self._window)) is not None:
             seen = told
         elif run.columns is not None and len(run.columns) == batch and run.columns.shape[1] >= past:
-            seen = run.columns[:, :past]
+            seen = run.columns[:, :past].to(hidden.device)
         else:
             seen = valid.new_ones(batch, past)  # the cache was begun outside: no padding known
         run.columns = torch.cat([seen, valid], dim=1)
