@@ -102,7 +102,7 @@ def methods(task: Task) -> Iterator[Job]:
 
 def logit_bias_method() -> Method:
     """Return a constant on the logits of the verbs of the target at the first answer token."""
-    words = {level: list(level.verbs) for level in sqs.BloomLevel}
+    words = {str(level): list(level.verbs) for level in sqs.BloomLevel}
     return Method(
         name="logit bias",
         steerer=lambda cases, strength: sqs.baselines.LogitBias(

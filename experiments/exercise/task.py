@@ -79,10 +79,12 @@ class Task:
             self.model, n, seed=seed, split=split, max_new_tokens=MAX_NEW_TOKENS
         )
 
-    def cases(self, task: Any, split: Any, n: int) -> Sequence[SteeringCase]:
+    def cases(self, task: str, split: Any, n: int) -> Sequence[SteeringCase]:
         """Return the first n cases of a split."""
-        name, _, trained = task.partition(", ")
-        wording: Any = "train" if trained else None
+        name: Any
+        wording: Any
+        name, _, wording = task.partition(", ")
+        wording = "train" if wording else None
         return exercise_cases(self.model, name, split, n, seed=1, wording=wording)
 
     @cache  # noqa: B019
@@ -105,7 +107,7 @@ class Task:
             found.save(folder)
         return dict(sqs.QuerySAEs.load(folder))
 
-    def dictionary(self, kind: str, layers: Sequence[int] = RUN, seed: int = 0) -> Encoders:
+    def dictionary(self, kind: Any, layers: Sequence[int] = RUN, seed: int = 0) -> Encoders:
         """Return trained SAEs, a control of them, or dense encoders, of some layers."""
         if kind == "dense":
             return dict(sqs.sae.identity_encoders(sqs.query_sites(self.model, layers)))
@@ -223,7 +225,8 @@ class Forms(Task):
         "test": ("Tell me about {} in writing.", "I want a {}."),
     }
 
-    def made_examples(self, split: Any, n: int, _seed: int) -> tuple[list[Any], list[Any]]:
+    def made_examples(self, split: Any, n: int, seed: int) -> tuple[list[Any], list[Any]]:
+        del seed  # one answer for each class and topic
         cases = self.cases("open", split, 3 * n)
         asked = [str(case.requesting) for case in cases]
         texts = continuations(self.model, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=60).texts
@@ -236,7 +239,8 @@ class Forms(Task):
         )
         return opened, requested
 
-    def cases(self, _task: Any, split: Any, n: int) -> Sequence[SteeringCase]:
+    def cases(self, task: str, split: Any, n: int) -> Sequence[SteeringCase]:
+        del task  # open prompts alone
         exercises = exercise_cases(self.model, "open", split, 6 * (n // 3), seed=1)
         topics = list(dict.fromkeys(case.topic for case in exercises))[: n // 3]
         tokenizer = self.model.tokenizer

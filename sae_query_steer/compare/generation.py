@@ -92,11 +92,11 @@ def continuations(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         rows = prompts[part]
-        prefixed, given = None, {}
+        prefixed, given = None, dict[str, Any]()
         if caches is not None and temperature is None:
             prefixed = _behind_cache(model, rows, bos, max_new_tokens, steerer, caches)
         if prefixed is not None:  # else `generate` knows them
-            given = {"prompt_lengths": prefixed.positions.prompt_lengths}
+            given["prompt_lengths"] = prefixed.positions.prompt_lengths
         steering = nullcontext() if steerer is None else steerer.apply(model, record=True, **given)
         sampling = nullcontext()
         if temperature is not None and seeds is not None:
