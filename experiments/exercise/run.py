@@ -289,11 +289,18 @@ STUDIES = {
 }
 
 
-def run(task: Task, studies: Sequence[str], worker: str) -> None:
-    """Measure the jobs of some studies that are this worker's and not measured yet."""
+def run(task: Task, studies: Sequence[str], worker: str, only: str = "") -> None:
+    """Measure the jobs of some studies that are this worker's and not measured yet.
+
+    Args:
+        task: what is measured.
+        studies: names.
+        worker: which part of the jobs, such as "1/2".
+        only: a text that must be in the setting of a job.
+    """
     file = task.out / "results.jsonl"
     mine, of = map(int, worker.split("/"))
-    jobs = [job for name in studies for job in STUDIES[name](task)]
+    jobs = [job for name in studies for job in STUDIES[name](task) if only in json.dumps(job[0])]
     for setting, make, strength in jobs[mine::of]:
         lines = file.read_text().splitlines() if file.exists() else []
         if any(json.loads(line)["setting"] == setting for line in lines):
@@ -337,6 +344,7 @@ if __name__ == "__main__":
     parser.add_argument("--task", choices=("exercise", "forms"), default="exercise")
     parser.add_argument("--out", required=True)
     parser.add_argument("--worker", default="0/1", help="which part of the rows, such as 1/2")
+    parser.add_argument("--only", default="", help="a text in the settings, such as 'logit bias'")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--n-train", type=int, default=20, help="topics")
     parser.add_argument("--n-judge", type=int, default=40, help="topics")
@@ -351,4 +359,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     the_task = {"exercise": Task, "forms": Forms}[given.task](given)
     print(json.dumps({"judge": the_task.judge.held_out}), flush=True)
-    run(the_task, given.studies, given.worker)
+    run(the_task, given.studies, given.worker, given.only)
