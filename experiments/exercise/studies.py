@@ -1,0 +1,275 @@
+"""The studies of the exercise task: which methods are measured, with which settings."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sae_query_steer as sqs
+from experiments.exercise.task import RUN, Encoders, Task, layer_of
+from sae_query_steer.compare.attention_methods import attention_bias_method, attention_method
+from sae_query_steer.compare.exercise_demo import CENTROID, MEAN, MOVE, POINT, SCOPE
+from sae_query_steer.compare.interchange import interchange_methods
+from sae_query_steer.compare.methods import (
+    Descent,
+    Method,
+    descent_methods,
+    prompt_methods,
+    random_methods,
+)
+from sae_query_steer.sites import query_sites
+
+Job = tuple[dict[str, Any], Callable[[], Method], float]
+"""What is measured, how the method is made, and its strength."""
+
+SINGLE = (21,)
+PENALTY = 0.1
+"""l1 of sparse targets without a limit on the number of latents."""
+
+
+def moves(
+    task: Task, name: str, encoders: Encoders, budget: float = 0.5, **learning: Any
+) -> Method:
+    """Return learned moves as a method."""
+    targets = task.learned(name, encoders, budget=budget, **learning)
+    scope = learning.get("scope", SCOPE)
+    return learned_method(name, encoders, targets, MOVE, budget, scope)
+
+
+def learned_method(
+    name: str, encoders: Encoders, targets: Any, descent: Descent, budget: float, scope: Any = SCOPE
+) -> Method:
+    """Return a descent on targets as a method at strength 1, or the step size of the descent."""
+    (method,) = descent_methods(
+        name,
+        encoders,
+        {"learned": targets},
+        [descent],
+        layers=[[layer_of(hook_name) for hook_name in encoders]],
+        scopes=[scope],
+        max_relative_change=budget,
+    )
+    return method
+
+
+def methods(task: Task) -> Iterator[Job]:
+    """The main table: every method at its setting."""
+    n = task.args.n_main
+
+    def job(name: str, make: Callable[[], Method], strength: float = 1.0) -> Job:
+        setting = {"study": "methods", "method": name, "strength": strength, "n": n}
+        return setting, make, strength
+
+    plain = {m.name: m for m in prompt_methods(task.opened, shots=(2,), separator="<|im_end|>\n")}
+    for kind in ("trained", "random", "permuted"):
+        yield job(
+            f"moves, {kind}", lambda kind=kind: moves(task, kind, task.dictionary(kind), l1=PENALTY)
+        )
+    yield job("moves, dense", lambda: moves(task, "dense", task.dictionary("dense")))
+    yield job("unsteered", lambda: plain["unsteered"])
+    yield job("instruction", lambda: plain["instruction"])
+    for kind in ("trained", "random"):
+        yield job(
+            f"moves, {kind}, at most 8 a head",
+            lambda kind=kind: moves(task, f"{kind}-8", task.dictionary(kind), l1=0.02, n_latents=8),
+        )
+    yield job("residual offset", lambda: moves(task, "residual-20", residual_site(task, 20), 0.25))
+    yield job("points, trained", lambda: points(task), POINT.step_sizes[0])
+    yield job(
+        "moves, dense, one layer",
+        lambda: moves(task, "dense-21", task.dictionary("dense", SINGLE), 1.0),
+    )
+    yield job("few-shot (k=2)", lambda: plain["few-shot (k=2)"])
+    for strength in (4.0, 8.0):
+        yield job("logit bias", logit_bias_method, strength)
+    yield job(
+        "moves, dense, classes shuffled",
+        lambda: moves(task, "dense-shuffled", task.dictionary("dense"), shuffled=True),
+    )
+
+
+def logit_bias_method() -> Method:
+    """Return a constant on the logits of the verbs of the target at the first answer token."""
+    words = {str(level): list(level.verbs) for level in sqs.BloomLevel}
+    return Method(
+        name="logit bias",
+        steerer=lambda cases, strength: sqs.baselines.LogitBias(
+            words, target=[case.target for case in cases], bias=strength
+        ),
+    )
+
+
+def points(task: Task) -> Method:
+    """Return learned points as a method."""
+    saes = task.dictionary("trained")
+    targets = task.learned("points", saes, start=task.centroids(saes))
+    return learned_method("points", saes, targets, POINT, 0.5)
+
+
+def sparsity(task: Task) -> Iterator[Job]:
+    """Success against the number of latents of a head, and in all, for each dictionary."""
+    for limit in ("n_latents", "n_latents_total"):
+        for n in (8, 2, 32, 1, 4, 16) if limit == "n_latents" else (32, 8, 16, 4, 2, 1):
+            for kind in ("trained", "random", "permuted"):
+                setting = {"study": "sparsity", "dictionary": kind, limit: n}
+                name = f"{kind}-{n}" + ("-in-all" if limit == "n_latents_total" else "")
+                yield (
+                    setting | {"split": "test", "n": task.args.n_study},
+                    lambda kind=kind, name=name, limit=limit, n=n: moves(
+                        task, name, task.dictionary(kind), l1=0.02, **{limit: n}
+                    ),
+                    1.0,
+                )
+
+
+def seeds(task: Task) -> Iterator[Job]:
+    """The trained SAE and its random control at 8 latents a head, of other seeds."""
+    for seed in (1, 2):
+        for kind in ("trained", "random"):
+            yield (
+                {"study": "seeds", "dictionary": kind, "seed": seed, "n": task.args.n_study},
+                lambda kind=kind, seed=seed: moves(
+                    task,
+                    f"{kind}-8-seed{seed}",
+                    task.dictionary(kind, seed=seed),
+                    l1=0.02,
+                    n_latents=8,
+                ),
+                1.0,
+            )
+
+
+def norms(task: Task) -> Iterator[Job]:
+    """Success against the norm of the change, sparse and dense."""
+    for budget in (0.25, 0.125, 1.0):
+        for kind in ("trained", "dense"):
+            yield (
+                {"study": "norms", "dictionary": kind, "budget": budget, "n": task.args.n_study},
+                lambda kind=kind, budget=budget: moves(
+                    task,
+                    f"{kind}-budget{budget}",
+                    task.dictionary(kind),
+                    budget,
+                    l1=PENALTY if kind == "trained" else 0.0,
+                ),
+                1.0,
+            )
+
+
+def topics(task: Task) -> Iterator[Job]:
+    """Success against the number of topics that targets are learned from."""
+    for n in (2, 5, 10):
+        for kind in ("trained", "dense"):
+            yield (
+                {"study": "topics", "dictionary": kind, "topics": n, "n": task.args.n_study},
+                lambda kind=kind, n=n: moves(
+                    task,
+                    f"{kind}-topics{n}",
+                    task.dictionary(kind),
+                    topics=n,
+                    l1=PENALTY if kind == "trained" else 0.0,
+                ),
+                1.0,
+            )
+
+
+def layers(task: Task) -> Iterator[Job]:
+    """Success of each layer alone, dense, on validation topics and test topics."""
+    n_layers = int(task.model.cfg.n_layers)
+    for layer in sorted(range(n_layers), key=lambda layer: (layer % 3, layer)):
+        for split in ("validation", "test"):
+            yield (
+                {"study": "layers", "layer": layer, "split": split, "n": 60, "tasks": ["open"]},
+                lambda layer=layer: moves(
+                    task, f"dense-{layer}", task.dictionary("dense", [layer]), 1.0
+                ),
+                1.0,
+            )
+
+
+def weak(task: Task) -> Iterator[Job]:
+    """Methods that take targets from queries as they are, and controls."""
+    n = task.args.n_study
+    descents = {"centroids": ("trained", CENTROID), "mean difference": ("dense", MEAN)}
+    for name, (kind, descent) in descents.items():
+        for strength in descent.step_sizes:
+
+            def make(kind: str = kind, descent: Descent = descent, name: str = name) -> Method:
+                encoders = task.dictionary(kind)
+                found = task.centroids(encoders)
+                return learned_method(name, encoders, found, descent, 0.5, LAST)
+
+            yield {"study": "weak", "method": name, "strength": strength, "n": n}, make, strength
+    (patch,) = interchange_methods(task.model, [RUN])
+    yield {"study": "weak", "method": patch.name, "n": n}, lambda: patch, patch.strengths[0]
+    yield (
+        {"study": "weak", "method": "random offset of the norm of dense moves", "n": n},
+        lambda: random_methods(moves(task, "dense", task.dictionary("dense")), [0])[0],
+        1.0,
+    )
+    yield (
+        {"study": "weak", "method": "dense moves, classes shuffled", "n": n},
+        lambda: moves(task, "dense-shuffled", task.dictionary("dense"), shuffled=True),
+        1.0,
+    )
+    for layer in (14, 20, 24):
+        for budget in (0.125, 0.25, 0.5):
+            yield (
+                {
+                    "study": "residual",
+                    "layer": layer,
+                    "budget": budget,
+                    "split": "validation",
+                    "n": 60,
+                },
+                lambda layer=layer, budget=budget: moves(
+                    task, f"residual-{layer}-{budget}", residual_site(task, layer), budget
+                ),
+                1.0,
+            )
+
+
+def residual_site(task: Task, layer: int) -> Encoders:
+    """Return an identity encoder of the residual stream after a layer."""
+    encoder = sqs.sae.IdentityEncoder(n_heads=1, d_head=int(task.model.cfg.d_model))
+    return {f"blocks.{layer}.hook_resid_post": encoder}
+
+
+LAST = sqs.scopes.LastPromptToken()
+
+
+def attention(task: Task) -> Iterator[Job]:
+    """Attention targets and their rivals on prompts that list the actions of all levels."""
+    n = task.args.n_attention
+    later = range(int(task.model.cfg.n_layers) // 2, int(task.model.cfg.n_layers))
+    dense, sae = task.dictionary("dense", later), task.dictionary("trained")
+    plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
+    for method, strengths in (
+        (attention_method("attention, dense", dense), (0.25, 0.35)),
+        (attention_method("attention, trained SAE", sae), (0.25, 0.5)),
+        (attention_bias_method("attention bias", query_sites(task.model, later)), (2.0, 4.0, 6.0)),
+        (plain["unsteered"], (0.0,)),
+        (plain["instruction"], (0.0,)),
+    ):
+        for strength in strengths:
+            yield (
+                {
+                    "study": "attention",
+                    "method": method.name,
+                    "strength": strength,
+                    "n": n,
+                    "tasks": ["listed", "listed redirected"],
+                },
+                lambda method=method: method,
+                strength,
+            )
+
+
+def prepare(task: Task) -> Iterator[Job]:
+    """Only make the examples, the judge and the SAEs."""
+    task.saes()
+    return iter(())
+
+
+STUDIES = {
+    s.__name__: s
+    for s in (prepare, methods, sparsity, seeds, norms, topics, layers, weak, attention)
+}
