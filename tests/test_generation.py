@@ -8,6 +8,7 @@ from wheel_check import WORDS
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.generation import (
+    _behind_cache,
     continuations,
     divergences,
     negative_log_likelihoods,
@@ -177,6 +178,13 @@ def test_a_row_that_ends_early_is_cut_behind_kept_prompts_too(ending, host):
     whole = continuations(ending[host], PROMPTS, max_new_tokens=7)
     kept = continuations(ending[host], PROMPTS, max_new_tokens=7, caches=caches)
     assert [row.tolist() for row in kept.tokens] == [row.tolist() for row in whole.tokens]
+
+
+def test_what_may_exceed_the_context_runs_as_a_whole(model):
+    caches, n_ctx = PromptCaches(model, 2**30), int(model.cfg.n_ctx)
+    longest = len(ids_of(PROMPTS[2]))
+    assert _behind_cache(model, PROMPTS, None, n_ctx - longest, None, caches) is not None
+    assert _behind_cache(model, PROMPTS, None, n_ctx - longest + 1, None, caches) is None
 
 
 def test_caches_that_do_not_fit_are_made_anew(model):
