@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sae_query_steer as sqs
+from experiments.exercise import report
 from experiments.gridworld.training import GridTraining, train_gridworld
 from experiments.stories import classes
 from experiments.tutor.latent_ablation import latent_ablations
@@ -94,3 +95,18 @@ def test_without_some_latents_and_by_them_alone_sum_to_the_whole_steer(tiny_mode
         for head, latents in ablation.latents["create"]["blocks.2.attn.hook_q"].items():
             best = top["held"].latents["create"]["blocks.2.attn.hook_q"][head]
             assert not set(latents) & set(best)
+
+
+def test_studies_of_exercises_are_told_with_intervals_and_paired_differences():
+    rows = [
+        {
+            "setting": {"study": "methods", "method": name, "n": 4},
+            "open": {"success": 0.5, "rule": 0.5, "perplexity_ratio": 1, "change": 0, "each": each},
+        }
+        for name, each in (("one", [1, 0, 1, 0]), ("other", [0, 0, 1, 0]))
+    ]
+    (first, _) = report.table(rows).to_dict("records")
+    assert first["open: success"] == "0.50 [0.15, 0.85]"
+    (told,) = report.differences(rows).to_dict("records")
+    assert (told["ahead"], told["of"]) == ("one", "other")
+    assert told["open"].startswith("+0.25 [")

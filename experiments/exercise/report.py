@@ -2,12 +2,13 @@
 
     python -m experiments.exercise.report --out runs/exercise
 
-Intervals of success are Wilson's at 95 %; differences of the trained SAE from its controls are
-paired over cases, with a bootstrap interval.
+Intervals of success are Wilson's at 95 %; differences between methods, of dictionaries at equal
+numbers of latents, are paired over cases, with a bootstrap interval.
 """
 
 import argparse
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +44,29 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def differences(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return how much the trained SAE is ahead of each control, at equal numbers of latents."""
-    by = {}
-    for row in rows:
-        setting = dict(row["setting"])
-        kind = setting.pop("dictionary")
-        by[json.dumps(setting, sort_keys=True), kind] = row
+    """Return how far each method is ahead of each other one, on the cases that both have."""
     found = []
-    for (key, kind), row in by.items():
-        ours = by.get((key, "trained"))
-        if kind == "trained" or ours is None:
-            continue
-        setting = json.loads(key)
-        line = {k: v for k, v in setting.items() if k.startswith(("n_latents", "seed"))}
-        line["trained ahead of"] = kind
-        for task in ("open", "redirected"):
-            a, b = (np.array(r[task]["each"], dtype=float) for r in (ours, row))
-            told = paired_difference(a, b)
-            line[task] = f"{told.mean:+.2f} [{told.low:+.2f}, {told.high:+.2f}]"
+    for one, other in combinations(rows, 2):
+        line = {"ahead": name_of(one), "of": name_of(other)}
+        for task, scores in one.items():
+            if task == "setting" or not isinstance(scores, dict) or task not in other:
+                continue
+            a, b = (np.array(row[task]["each"], dtype=float) for row in (one, other))
+            if len(a) == len(b):
+                told = paired_difference(a, b)
+                line[task] = f"{told.mean:+.2f} [{told.low:+.2f}, {told.high:+.2f}]"
         found.append(line)
     return pd.DataFrame(found).fillna("")
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """Return what tells a row from others of its study."""
+    left_out = ("study", "split", "n", "tasks")
+    return ", ".join(
+        f"{v}" if k == "method" else f"{k} {v}"
+        for k, v in row["setting"].items()
+        if k not in left_out
+    )
 
 
 if __name__ == "__main__":
@@ -74,6 +78,11 @@ if __name__ == "__main__":
         own = [row for row in results if row["setting"]["study"] == study]
         print(f"\n## {study}\n")
         print(markdown_table(table(own)))
-        if study in ("sparsity", "seeds"):
+        if study in ("methods", "seeds"):
             print()
             print(markdown_table(differences(own)))
+        for limit in ("n_latents", "n_latents_total"):
+            for n in sorted({row["setting"].get(limit, 0) for row in own} - {0}):
+                print()
+                equal = [row for row in own if row["setting"].get(limit) == n]
+                print(markdown_table(differences(equal)))

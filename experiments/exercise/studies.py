@@ -205,11 +205,6 @@ def weak(task: Task) -> Iterator[Job]:
         lambda: random_methods(moves(task, "dense", task.dictionary("dense")), [0])[0],
         1.0,
     )
-    yield (
-        {"study": "weak", "method": "dense moves, classes shuffled", "n": n},
-        lambda: moves(task, "dense-shuffled", task.dictionary("dense"), shuffled=True),
-        1.0,
-    )
     for layer in (14, 20, 24):
         for budget in (0.125, 0.25, 0.5):
             yield (

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import time
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -44,6 +44,7 @@ class Task:
         self.out = Path(args.out)
         (self.out / "targets").mkdir(parents=True, exist_ok=True)
         self.model = sqs.load_model(args.model)
+        self.saes = cache(self._saes)
         self.opened, requested = self.examples_of("train", args.n_train)
         self.examples, self.requested = (
             cut(sqs.tokenize_examples(self.model, some), args.n_answer)
@@ -53,6 +54,7 @@ class Task:
         self.judge = self.fitted_judge()
         self.rows: dict[Any, Any] = {}
         self.rule = verb_judge()
+        self.scorer = cache(self._scorer)
 
     def fitted_judge(self) -> Any:
         """Return the judge, trained on the model's own answers of the split "judge"."""
@@ -66,7 +68,9 @@ class Task:
         if not file.exists():
             made = self.made_examples(split, n, seed)
             kept = [[(e.prompt, e.response, str(e.label)) for e in some] for some in made]
-            file.write_text(json.dumps(kept))
+            part = file.with_suffix(f".{os.getpid()}")  # another worker may write it too
+            part.write_text(json.dumps(kept))
+            part.replace(file)
         opened, requested = (
             [sqs.LabelledExample(prompt=p, response=r, label=k) for p, r, k in some]
             for some in json.loads(file.read_text())
@@ -87,8 +91,7 @@ class Task:
         wording = "train" if wording else None
         return exercise_cases(self.model, name, split, n, seed=1, wording=wording)
 
-    @cache  # noqa: B019
-    def saes(self, seed: int = 0) -> Encoders:
+    def _saes(self, seed: int = 0) -> Encoders:
         """Return the trained SAEs of the run of layers, made once for each seed."""
         folder = self.out / f"saes-{seed}"
         if not folder.exists():
@@ -164,7 +167,6 @@ class Task:
         if shuffled:
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
             some = [relabelled(examples, order.tolist()) for examples in some]
-        begun = time.monotonic()
         learning = {"n_updates": self.args.n_updates, "every": 10} | learning
         learner = TargetLearner(self.model, recipe, **learning)
         given: Any = {"counterparts": some[1], "held_out": range(first, len(indices))}
@@ -173,15 +175,13 @@ class Task:
             self.rows = {key: learner.rows(some[0], **given)}
         found = learner.fit(some[0], **given, rows=self.rows[key])
         found.save(folder)
-        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begun))
         return found
 
     def centroids(self, encoders: Encoders) -> Any:
         """Return centroids of the prompts that request each level."""
         return sqs.CentroidTargetBuilder(self.model, encoders).fit(self.requested)
 
-    @cache  # noqa: B019
-    def scorer(self, split: Any, n: int, tasks: tuple[str, ...]) -> TextScorer:
+    def _scorer(self, split: Any, n: int, tasks: tuple[str, ...]) -> TextScorer:
         """Return the scorer of the first n cases of some tasks of a split."""
         return TextScorer(
             self.model,
