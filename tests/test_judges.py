@@ -1,6 +1,7 @@
 """Judges: what they say, what they know of themselves, and a server of our own behind one."""
 
 import json
+import random
 import re
 import threading
 import time
@@ -350,7 +351,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         for part in [said] if not self.server.pause else map(bytes, zip(said)):
-            threading.Event().wait(self.server.pause)  # the tests patch time.sleep
+            time.sleep(self.server.pause)
             try:
                 self.wfile.write(part)
             except OSError:  # the client has left
@@ -364,7 +365,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch) -> Iterator[Server]:
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, f"secret-{name}")
-    monkeypatch.setattr("openai._base_client.time.sleep", lambda _: None)
+    monkeypatch.setattr("sae_query_steer.compare.endpoint.PAUSE", 0.0)
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -449,6 +450,19 @@ def test_a_server_that_sends_a_byte_now_and_then_meets_the_deadline(server):
     assert time.monotonic() - start < 5
 
 
+def test_nothing_is_asked_after_the_deadline(server, monkeypatch):
+    assert endpoint(server)("?")  # imports the client
+    monkeypatch.setattr("sae_query_steer.compare.endpoint.PAUSE", 60.0)
+    server.answers = [(503, b"")]
+    with pytest.raises(ConnectionError, match=r"within 0\.5 s"):
+        endpoint(server, timeout=0.5)("?")
+    asking = [thread for thread in threading.enumerate() if "(ask)" in thread.name]
+    for thread in asking:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in asking)
+    assert len(server.requests) <= 2
+
+
 def test_a_judge_behind_a_server_judges(server):
     server.answers = [(200, completion(answer)) for answer in ("apply", "Create.", "I can't say")]
     judge = LanguageModelJudge(endpoint(server), ["apply", "create"])
@@ -459,8 +473,10 @@ def test_a_judge_behind_a_server_judges(server):
 
 def test_a_busy_server_is_asked_again(server):
     server.answers = [(503, b""), (429, b"slow down"), (200, completion("apply"))]
+    state = random.getstate()
     assert endpoint(server)("?") == "apply"
     assert len(server.requests) == 3
+    assert random.getstate() == state
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,6 +11,9 @@ from sae_query_steer.arguments import check_number
 
 MAX_BYTES = 2**20
 """Largest answer of a server that is read."""
+
+PAUSE = 0.5
+"""Seconds before a request is repeated; twice as many before each further one."""
 
 _UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
 """What the client raises on JSON of another form, or that is too deep."""
@@ -81,24 +85,35 @@ class ChatEndpoint:
             ImportError: the client `openai` is not installed.
         """
         found: list[str | Exception] = []
+        given_up = threading.Event()
 
+        # The client's own repeats draw from Python's global random state, and go on after the
+        # deadline.
         def ask() -> None:
-            try:
-                found.append(self._ask(question))
-            except Exception as error:
-                found.append(error)
+            for n_left in reversed(range(self.tries)):
+                try:
+                    found.append(self._ask(question, given_up))
+                except _TemporaryError as error:
+                    if n_left and not given_up.wait(PAUSE * 2 ** (self.tries - 1 - n_left)):
+                        continue
+                    found.append(error.shown)
+                except Exception as error:
+                    found.append(error)
+                return
 
         # A server that sends a byte now and then meets no timeout of the client.
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(self.timeout)
+        given_up.set()
         if not found:
             raise ConnectionError(f"no answer from {self._shown_url} within {self.timeout} s")
         if isinstance(found[0], Exception):
             raise found[0] from None
         return found[0]
 
-    def _ask(self, question: str) -> str:
+    def _ask(self, question: str, given_up: threading.Event) -> str:
+        """Send one request; `given_up` ends the reading of its answer."""
         try:
             import openai
         except ImportError:
@@ -115,13 +130,14 @@ class ChatEndpoint:
         try:
             with (
                 openai.DefaultHttpxClient(
-                    follow_redirects=False, event_hooks={"response": [_limit]}
+                    follow_redirects=False,
+                    event_hooks={"response": [partial(_limit, given_up=given_up)]},
                 ) as http_client,
                 openai.OpenAI(
                     base_url=self.base_url,
                     api_key=self.api_key or "none",
                     timeout=self.timeout,
-                    max_retries=self.tries - 1,
+                    max_retries=0,
                     default_headers=headers,
                     http_client=http_client,
                 ) as client,
@@ -133,13 +149,18 @@ class ChatEndpoint:
                 )
             answer = output.choices[0].message.content
         except openai.APIConnectionError as error:
-            raise ConnectionError(
+            shown = ConnectionError(
                 f"no answer from {self._shown_url} ({type(error.__cause__ or error).__name__}): is "
                 "the server running, and the address right?"
-            ) from None
+            )
+            raise _TemporaryError(shown) from None
         except openai.APIStatusError as error:
-            said = f"status {error.status_code}: {error.response.text}"
-            raise RuntimeError(self._answered(said)) from None
+            shown = RuntimeError(
+                self._answered(f"status {error.status_code}: {error.response.text}")
+            )
+            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+                raise _TemporaryError(shown) from None
+            raise shown from None
         except _TooLongError as error:
             raise NoAnswerError(self._answered(str(error))) from None
         except _UNREADABLE + (openai.OpenAIError,) as error:
@@ -161,12 +182,19 @@ class ChatEndpoint:
         return urlsplit(self.base_url)._replace(query="", fragment="").geturl()
 
 
+class _TemporaryError(Exception):
+    """A request that may be repeated."""
+
+    def __init__(self, shown: Exception) -> None:
+        self.shown = shown
+
+
 class _TooLongError(Exception):
     """An answer that is not read to its end."""
 
 
-def _limit(response: Any) -> None:
-    """Have a response raise when more than `MAX_BYTES` of it are read."""
+def _limit(response: Any, given_up: threading.Event) -> None:
+    """Have a response raise when more than `MAX_BYTES` of it are read, or nobody waits for it."""
     from httpx2 import SyncByteStream
 
     class Limited(SyncByteStream):
@@ -174,7 +202,7 @@ def _limit(response: Any) -> None:
             n = 0
             for part in stream:
                 n += len(part)
-                if n > MAX_BYTES:
+                if n > MAX_BYTES or given_up.is_set():
                     raise _TooLongError(f"more than {MAX_BYTES} bytes")
                 yield part
 
