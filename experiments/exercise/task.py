@@ -217,13 +217,42 @@ class Forms(Task):
     """Three other classes on the same model: a text is a list, a story or a letter."""
 
     classes = ("list", "story", "letter")
-    tasks = ("open",)
-    asks: Mapping[str, Sequence[str]] = {
-        "train": ("Write a text about {}.", "It should be a {}."),
-        "judge": ("Put something about {} on paper.", "Make it a {}."),
-        "validation": ("Please write about {}.", "Write a {}."),
-        "test": ("Tell me about {} in writing.", "I want a {}."),
+    tasks = ("open", "open, trained wording")
+    asks: Mapping[str, tuple[str, Sequence[str]]] = {
+        "train": (
+            "Write about {}.",
+            (
+                "Write it as bullet points.",
+                "Tell it as a story that begins with Once upon a time.",
+                "Make it a letter that begins with Dear.",
+            ),
+        ),
+        "judge": (
+            "I would like to read about {}.",
+            (
+                "Answer with a numbered list.",
+                "Write it as a story that begins with Once upon a time.",
+                "Write it as a letter to a friend.",
+            ),
+        ),
+        "validation": (
+            "Please inform me about {}.",
+            (
+                "Give me a list of points.",
+                "Make it a story that begins with Once upon a time.",
+                "Begin with Dear and write me a letter.",
+            ),
+        ),
+        "test": (
+            "What can you say about {}?",
+            (
+                "Give a list of five points.",
+                "Begin with Once upon a time and tell a story.",
+                "Write a letter to a friend that begins with Dear.",
+            ),
+        ),
     }
+    """Opening of a prompt and requests of the classes, by split."""
 
     def made_examples(self, split: Any, n: int, seed: int) -> tuple[list[Any], list[Any]]:
         del seed  # one answer for each class and topic
@@ -240,19 +269,19 @@ class Forms(Task):
         return opened, requested
 
     def cases(self, task: str, split: Any, n: int) -> Sequence[SteeringCase]:
-        del task  # open prompts alone
+        """Return the first cases of a split, n in all."""
         exercises = exercise_cases(self.model, "open", split, 6 * (n // 3), seed=1)
         topics = list(dict.fromkeys(case.topic for case in exercises))[: n // 3]
         tokenizer = self.model.tokenizer
-        opening, asking = self.asks[split]
+        opening, requests = self.asks["train" if "trained" in task else split]
         return [
             SteeringCase(
                 prompt=chat_prompt(opening.format(topic), tokenizer),
                 target=name,
-                requesting=chat_prompt(f"{opening.format(topic)} {asking.format(name)}", tokenizer),
+                requesting=chat_prompt(f"{opening.format(topic)} {request}", tokenizer),
             )
             for topic in topics
-            for name in self.classes
+            for name, request in zip(self.classes, requests, strict=True)
         ]
 
     def fitted_judge(self) -> Any:
