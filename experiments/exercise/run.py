@@ -45,7 +45,7 @@ def run(task: Task, studies: Sequence[str], worker: str, only: str = "") -> None
         steerer = (
             None
             if method.steerer is None
-            else method.steerer([task.cases("open", "test", 6)[0]], strength)
+            else method.steerer([task.cases(tasks[0], "test", 6)[0]], strength)
         )
         targets = getattr(steerer, "targets", None)
         if isinstance(targets, sqs.LearnedTargets):
