@@ -137,6 +137,22 @@ def seeds(task: Task) -> Iterator[Job]:
             )
 
 
+def scopes(task: Task) -> Iterator[Job]:
+    """Moves at every token of the prompt and the response, not from the last prompt token on."""
+    for kind in ("dense", "trained"):
+        yield (
+            {"study": "scopes", "dictionary": kind, "scope": "all", "n": task.args.n_study},
+            lambda kind=kind: moves(
+                task,
+                f"{kind}-all-tokens",
+                task.dictionary(kind),
+                scope=sqs.scopes.EveryPosition(),
+                l1=PENALTY if kind == "trained" else 0.0,
+            ),
+            1.0,
+        )
+
+
 def norms(task: Task) -> Iterator[Job]:
     """Success against the norm of the change, sparse and dense."""
     for budget in (0.25, 0.125, 1.0):
@@ -266,5 +282,5 @@ def prepare(task: Task) -> Iterator[Job]:
 
 STUDIES = {
     s.__name__: s
-    for s in (prepare, methods, sparsity, seeds, norms, topics, layers, weak, attention)
+    for s in (prepare, methods, sparsity, seeds, scopes, norms, topics, layers, weak, attention)
 }
