@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> None:
     model = sqs.load_model(args.model)
     kept = json.loads((Path(args.out) / "train0.json").read_text())
     opened, requested = (
-        [sqs.LabelledExample(prompt=p, response=r, label=k) for p, r, k in some] for some in kept
+        [sqs.LabelledExample(prompt=p, response=r, label=label or k) for p, r, k in some]
+        for some, label in zip(kept, ("open", None), strict=True)
     )
     examples, counterparts = (
         replace(cut(sqs.tokenize_examples(model, some), args.n_answer), span=SCOPE)

@@ -255,6 +255,10 @@ def attention(task: Task) -> Iterator[Job]:
     plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
     for method, strengths in (
         (attention_method("attention, dense", dense), (0.25, 0.35)),
+        (
+            attention_method("attention, dense, layers of the SAEs", task.dictionary("dense")),
+            (0.25,),
+        ),
         (attention_method("attention, trained SAE", sae), (0.25, 0.5)),
         (attention_bias_method("attention bias", query_sites(task.model, later)), (2.0, 4.0, 6.0)),
         (plain["unsteered"], (0.0,)),
