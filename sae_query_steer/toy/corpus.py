@@ -25,19 +25,7 @@ from typing import Literal, TypeAlias
 
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.toy.words import (
-    ACTIONS,
-    ADJECTIVES,
-    CONTINUATIONS,
-    CORRECTION,
-    GREETINGS,
-    NAMES,
-    NOUNS,
-    OPENERS,
-    READ_OUTS,
-    REQUESTS,
-    THINGS,
-)
+from sae_query_steer.toy import words
 
 SEPARATOR = "\n\n"
 """What stands between a solved example and the next prompt."""
@@ -46,12 +34,12 @@ Split: TypeAlias = Literal["train", "validation", "test"]
 """The splits share no lesson, note or phrasing."""
 
 
-def split_of(*words: str) -> Split:
+def split_of(*parts: str) -> Split:
     """Return the split of a combination of words: 3 of 5 train, 1 each of the others.
 
     It depends on the words alone, not on a seed.
     """
-    bucket = zlib.crc32(" ".join(words).encode()) % 5
+    bucket = zlib.crc32(" ".join(parts).encode()) % 5
     return "validation" if bucket == 3 else "test" if bucket == 4 else "train"
 
 
@@ -123,7 +111,7 @@ class TutorPrompt:
         notes = "Notes: " + "; ".join(map(str, self.notes.values())) + "."
         return "\n".join(
             [
-                f"Lesson: how the {self.subject} {ACTIONS[self.action]} the {self.object}.",
+                f"Lesson: how the {self.subject} {words.ACTIONS[self.action]} the {self.object}.",
                 *asked[0],
                 *([notes] if self.notes else []),
                 *asked[1],
@@ -158,21 +146,21 @@ class TutorCorpus:
         """
         draw = self._random
         level = None if level is None else BloomLevel.parse(level)
-        subject, object_ = draw.sample(NOUNS, 2)
-        action = draw.choice(list(ACTIONS))
-        while split_of(subject, action, object_) != self.split:
-            subject, object_ = draw.sample(NOUNS, 2)
-            action = draw.choice(list(ACTIONS))
-        right, wrong = draw.sample(ADJECTIVES, 2)
+        while True:
+            subject, object_ = draw.sample(words.NOUNS, 2)
+            action = draw.choice(list(words.ACTIONS))
+            if split_of(subject, action, object_) == self.split:
+                break
+        right, wrong = draw.sample(words.ADJECTIVES, 2)
         prompt = TutorPrompt(
             subject=subject,
             action=action,
             object=object_,
             right=right,
             wrong=wrong,
-            student=draw.choice(NAMES),
-            greeting=draw.choice(GREETINGS),
-            read_out=draw.choice(READ_OUTS),
+            student=draw.choice(words.NAMES),
+            greeting=draw.choice(words.GREETINGS),
+            read_out=draw.choice(words.READ_OUTS),
             slot=draw.randrange(4),
             notes=self._notes() if self.notes else {},
         )
@@ -182,21 +170,23 @@ class TutorCorpus:
         """Return an opener and a request of a level, of a combination of this split."""
         if level is None:
             return "", ""
-        opener, core = self._random.choice(OPENERS), self._random.choice(REQUESTS[level])
-        while split_of(opener, core) != self.split:
-            opener, core = self._random.choice(OPENERS), self._random.choice(REQUESTS[level])
-        return opener, core
+        draw = self._random
+        while True:
+            opener, core = draw.choice(words.OPENERS), draw.choice(words.REQUESTS[level])
+            if split_of(opener, core) == self.split:
+                return opener, core
 
     def feedback(self, prompt: TutorPrompt, level: BloomLevel) -> str:
         """Return feedback on a prompt at a level; two or three sentences."""
         draw = self._random
         note = prompt.notes[level] if prompt.notes else self._note(level, set())
         topic = prompt.subject
-        said = f" {note.restated}. " + draw.choice(CONTINUATIONS[level]).format(
+        said = f" {note.restated}. " + draw.choice(words.CONTINUATIONS[level]).format(
             noun=note.noun, topic=topic
         )
         if draw.random() < 0.5:
-            said += " " + CORRECTION.format(wrong=prompt.wrong, topic=topic, right=prompt.right)
+            wrong, right = prompt.wrong, prompt.right
+            said += " " + words.CORRECTION.format(wrong=wrong, topic=topic, right=right)
         return said
 
     def example(self, level: BloomLevel, *, open_share: float = 0.0) -> LabelledExample:
@@ -220,7 +210,7 @@ class TutorCorpus:
     def _note(self, level: BloomLevel, used: set[str]) -> Note:
         draw = self._random
         while True:
-            noun = draw.choice(THINGS)
+            noun = draw.choice(words.THINGS)
             verb, second = draw.sample(level.verbs, 2)
             if noun not in used and split_of(noun, second) == self.split:
                 used.add(noun)
