@@ -206,7 +206,7 @@ def test_the_command_refuses_before_it_works(tmp_path):
 def test_the_command_writes_a_report_of_a_tutor_without_notes(tmp_path, monkeypatch):
     null = tmp_path / "null"
     make_tutor(null, notes=False)
-    monkeypatch.setattr(compare, "QUICK", replace(SMALL, n_test=6))
+    monkeypatch.setitem(compare.DEMO_SIZES, "quick", replace(SMALL, n_test=6))
     with_texts(monkeypatch, notes=False)
     out = tmp_path / "out"
     monkeypatch.setattr(pretrained, "NULL_TUTOR_FOLDER", null)

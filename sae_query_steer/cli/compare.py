@@ -103,7 +103,7 @@ def demo(
     also learned through it; for SmolLM2 this takes many minutes on 2 cores, with --size full hours.
 
     Args:
-        out: Folder for report.html and results.json.
+        out: Folder for report.html and comparison.json.
         overwrite: Replace the output folder.
         resume: Continue a stopped run with the same settings.
         size: Quick is too small to tell methods apart; full has every method and layer.
@@ -117,18 +117,16 @@ def demo(
 
     if null and model is not None:
         raise ValueError(f"--null must not be given with --model, got --model {model}")
-    of_tutor = {"quick": sqs.compare.QUICK, "full": sqs.compare.FULL}
-    of_model = {"quick": sqs.compare.EXERCISE_QUICK, "full": sqs.compare.EXERCISE_FULL}
     changed = {"seed": seed} | ({} if n_test is None else {"n_test": n_test})
 
     def compare(log: Path) -> "sqs.compare.Comparison":
         if model is None:
-            settings = replace(of_tutor.get(size, sqs.compare.DemoSettings()), **changed)
+            settings = replace(sqs.compare.DEMO_SIZES[size], **changed)
             tutor = sqs.load_tutor(notes=not null, device=device)
             return sqs.compare.run_demo(tutor, notes=not null, settings=settings, log=log)
-        sizes = replace(of_model.get(size, sqs.compare.ExerciseSettings()), **changed)
+        settings = replace(sqs.compare.EXERCISE_SIZES[size], **changed)
         loaded = sqs.load_model(model, device=device)
-        return sqs.compare.run_exercise_demo(loaded, settings=sizes, log=log)
+        return sqs.compare.run_exercise_demo(loaded, settings=settings, log=log)
 
     found = sqs.compare.compare_into(out, compare, resume=resume, overwrite=overwrite)
     if found.sites is not None:

@@ -1,12 +1,10 @@
 from .comparison import Comparison as Comparison
 from .comparison import compare_methods as compare_methods
-from .demo import FULL as FULL
-from .demo import QUICK as QUICK
+from .demo import DEMO_SIZES as DEMO_SIZES
 from .demo import DemoSettings as DemoSettings
 from .demo import run_demo as run_demo
 from .endpoint import ChatEndpoint as ChatEndpoint
-from .exercise_demo import EXERCISE_FULL as EXERCISE_FULL
-from .exercise_demo import EXERCISE_QUICK as EXERCISE_QUICK
+from .exercise_demo import EXERCISE_SIZES as EXERCISE_SIZES
 from .exercise_demo import ExerciseSettings as ExerciseSettings
 from .exercise_demo import run_exercise_demo as run_exercise_demo
 from .exercise_judges import exercise_judge as exercise_judge

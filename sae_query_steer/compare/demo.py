@@ -4,7 +4,7 @@ Split "train" trains the SAEs, the centroids and the judge; "validation" chooses
 method's strength; "test" gives the table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from sae_query_steer.compare.methods import (
 from sae_query_steer.compare.own_texts import layer_verdicts
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.config import TopK, TrainingConfig
+from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
+from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.scopes.named import LastPromptToken, ResponseTokens
-from sae_query_steer.sites import query_sites
+from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.toy.corpus import SEPARATOR, Split, TutorCorpus
@@ -72,7 +74,7 @@ DESCENTS_BY_LAYER = (
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo; `QUICK` holds smaller ones, `FULL` larger."""
+    """Sizes of the demo."""
 
     seed: int = 0
     n_train: int = 300
@@ -102,11 +104,14 @@ class DemoSettings:
             check_number(name, getattr(self, name), whole=True, least=least)
 
 
-QUICK = DemoSettings(n_train=120, n_validation=12, n_test=36, n_pairs=60, training_tokens=60_000)
-"""Sizes for a first look; too small to tell methods apart."""
-
-FULL = DemoSettings(n_validation=60, n_test=300, every_method=True)
-"""The full comparison, in about half an hour."""
+DEMO_SIZES = {
+    "quick": DemoSettings(
+        n_train=120, n_validation=12, n_test=36, n_pairs=60, training_tokens=60_000
+    ),
+    "default": DemoSettings(),
+    "full": DemoSettings(n_validation=60, n_test=300, every_method=True),
+}
+"""Settings by name: "quick" is too small to tell methods apart, "full" takes half an hour."""
 
 
 def run_demo(
@@ -131,21 +136,12 @@ def run_demo(
     Source: our choice; the methods compared are those of arXiv 2502.18644 and more.
     """
     settings = DemoSettings() if settings is None else settings
-    sites, seed, every_method = query_sites(model), settings.seed, settings.every_method
+    sites, seed = query_sites(model), settings.seed
     judge = tutor_task.level_judge()
     requested, opened = tutor_task.training_examples(
         model, settings.n_train, seed=seed, notes=notes
     )
-    saes = train_query_saes(
-        model,
-        [e.prompt + e.response for e in requested + opened],
-        sites,
-        TrainingConfig(
-            sae=TopK(d_sae_per_head=settings.d_sae_per_head, k=settings.k),
-            training_tokens=settings.training_tokens,
-            seed=seed,
-        ),
-    )
+    saes = trained_saes(model, requested + opened, sites, settings)
     held_out = TutorCorpus("validation", seed=seed, notes=notes).examples(240)
     validation = tokenize_examples(model, held_out)
     table = layer_verdicts(model, saes, sites, validation, n_pairs=settings.n_pairs, seed=seed)
@@ -154,30 +150,19 @@ def run_demo(
         (prompts, span): tokenize_examples(model, examples[prompts], span=SPANS[span])
         for prompts, span in (MAIN, OPEN, RESPONSE)
     }
-    kinds = {
-        kind: _Fitted(
-            own, {which: CentroidTargetBuilder(model, own).fit(t) for which, t in tokenized.items()}
-        )
-        for kind, own in (("dense", identity_encoders(sites)), ("SAE", saes))
+    encoders = {"dense": identity_encoders(sites), "SAE": saes}
+    centroids = {
+        (kind, *which): CentroidTargetBuilder(model, own).fit(some)
+        for kind, own in encoders.items()
+        for which, some in tokenized.items()
     }
-    queries = kinds["dense"].centroids[MAIN]
-    shares = {site.layer: queries.class_share_of_variance(site.hook_name) for site in sites}
-    table = table.assign(label_share=table["layer"].map(shares))
     layers = chosen_layers(table)
-    shots = (1, 2, 4) if every_method else (2,)
-    methods = prompt_methods(opened, shots=shots, seed=seed, separator=SEPARATOR)
-    methods += interchange_methods(model, [layers]) + _descents(kinds, DESCENTS_OF_ALL, [layers])
-    if every_method:
-        every = [site.layer for site in sites]
-        methods += _descents(kinds, DESCENTS_OF_FULL, [layers])
-        methods += _added(model, kinds["SAE"], tokenized, layers, every)
-        others = [[layer] for layer in every if (layer,) != layers]
-        methods += interchange_methods(model, others) + _descents(kinds, DESCENTS_BY_LAYER, others)
-    made = [found for kind in kinds.values() for found in kind.centroids.values()]
+    methods = _methods(model, settings, opened, tokenized, encoders, centroids, layers)
     told = vars(settings) | {"notes": notes}
     kept = None
     if log is not None:
-        kept = ComparisonLog(log, told | {"contents": digest_of(made, requested + opened)})
+        digest = digest_of(centroids.values(), requested + opened)
+        kept = ComparisonLog(log, told | {"contents": digest})
 
     def scorer(split: Split, n: int, seed: int) -> TextScorer:
         tasks = tutor_task.TASKS
@@ -198,16 +183,36 @@ def run_demo(
         scorer("validation", settings.n_validation, seed + 1),
         scorer("test", settings.n_test, seed + 2),
         methods,
-        control_seeds=range(3 if every_method else 1),
+        control_seeds=range(3 if settings.every_method else 1),
     )
-    metrics = pd.DataFrame(saes.metrics.groupby("layer").mean()).reset_index().drop(columns="head")
     return replace(
         compared,
         sites=table,
-        saes=metrics,
-        judge={**compared.judge, **(_agreement(compared.texts) if notes else {})},
+        saes=metrics_by_layer(saes),
         settings=told | {"layers": list(layers)},
     )
+
+
+def trained_saes(
+    model: Any,
+    examples: Sequence[LabelledExample],
+    sites: Sequence[QuerySite],
+    settings: Any,
+    **more: Any,
+) -> QuerySAEs:
+    """Return TopK SAEs trained on examples with the sizes of a demo's settings."""
+    config = TrainingConfig(
+        sae=TopK(d_sae_per_head=settings.d_sae_per_head, k=settings.k),
+        training_tokens=settings.training_tokens,
+        seed=settings.seed,
+        **more,
+    )
+    return train_query_saes(model, [e.prompt + e.response for e in examples], sites, config)
+
+
+def metrics_by_layer(saes: QuerySAEs) -> pd.DataFrame:
+    """Return the metrics of trained SAEs, mean over the heads of each layer."""
+    return pd.DataFrame(saes.metrics.groupby("layer").mean()).reset_index().drop(columns="head")
 
 
 def chosen_layers(table: pd.DataFrame) -> tuple[int, ...]:
@@ -222,49 +227,40 @@ def chosen_layers(table: pd.DataFrame) -> tuple[int, ...]:
     return tuple(int(layer) for layer in table.loc[chosen, "layer"])
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """Encoders with their centroids, by prompts and span."""
-
-    encoders: Mapping[str, QueryEncoder]
-    centroids: Mapping[tuple[str, str], CentroidTargets]
-
-
-def _descents(kinds: Mapping[str, _Fitted], rows: Any, layers: Layers) -> list[Method]:
-    methods = []
-    for name, (prompts, span), objectives in rows:
-        kind = kinds["SAE" if name == "SAE descent" else "dense"]
-        chosen = [descent for descent in DESCENTS if descent.name in objectives]
-        targets = {span: kind.centroids[prompts, span]}
-        methods += descent_methods(
-            name, kind.encoders, targets, chosen, layers=layers, centroids=prompts
-        )
-    return methods
-
-
-def _added(
+def _methods(
     model: Any,
-    kind: _Fitted,
+    settings: DemoSettings,
+    solved: Sequence[LabelledExample],
     tokenized: Mapping[tuple[str, str], TokenizedExamples],
+    encoders: Mapping[str, Mapping[str, QueryEncoder]],
+    centroids: Mapping[tuple[str, str, str], CentroidTargets],
     layers: tuple[int, ...],
-    every: list[int],
 ) -> list[Method]:
-    """Return decoder rows, and contrastive activation addition after each layer alone."""
-    methods = []
-    for which in (MAIN, RESPONSE):
-        named: dict[str, Any] = {"centroids": which[0], "span": which[1]}
-        methods += decoder_rows_methods(
-            kind.encoders, kind.centroids[which], layers=[layers], **named
-        )
-        means = residual_means(model, tokenized[which], every)
-        methods += residual_methods(means, layers=[[layer] for layer in every], **named)
-    return methods
+    """Return all methods that are compared at the chosen layers, and those of other layers."""
 
+    def descents(rows: Any, at: Layers) -> list[Method]:
+        made = []
+        for name, (prompts, span), objectives in rows:
+            kind = "SAE" if name == "SAE descent" else "dense"
+            targets = {span: centroids[kind, prompts, span]}
+            some = [descent for descent in DESCENTS if descent.name in objectives]
+            made += descent_methods(
+                name, encoders[kind], targets, some, layers=at, centroids=prompts
+            )
+        return made
 
-def _agreement(texts: pd.DataFrame) -> dict[str, float]:
-    """Return how often classifier and rule find the same level, unsteered and over all rows."""
-    same = (texts["judged"].fillna("") == texts["taken_up"].fillna("")).to_numpy()
-    return {
-        "agrees_with_rule_unsteered": float(same[texts["method"] == "unsteered"].mean()),
-        "agrees_with_rule_all_rows": float(same.mean()),
-    }
+    shots = (1, 2, 4) if settings.every_method else (2,)
+    methods = prompt_methods(solved, shots=shots, seed=settings.seed, separator=SEPARATOR)
+    methods += interchange_methods(model, [layers]) + descents(DESCENTS_OF_ALL, [layers])
+    if not settings.every_method:
+        return methods
+    alone = [[site.layer] for site in query_sites(model)]
+    methods += descents(DESCENTS_OF_FULL, [layers])
+    for prompts, span in (MAIN, RESPONSE):
+        named: dict[str, Any] = {"centroids": prompts, "span": span}
+        targets = centroids["SAE", prompts, span]
+        methods += decoder_rows_methods(encoders["SAE"], targets, layers=[layers], **named)
+        means = residual_means(model, tokenized[prompts, span], [layer for (layer,) in alone])
+        methods += residual_methods(means, layers=alone, **named)
+    others = [at for at in alone if tuple(at) != layers]
+    return methods + interchange_methods(model, others) + descents(DESCENTS_BY_LAYER, others)

@@ -6,6 +6,7 @@ every method's strength; "test" gives the table.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.compare import exercise_task
 from sae_query_steer.compare.attention_methods import attention_bias_method, attention_method
 from sae_query_steer.compare.comparison import Comparison, compare_methods
+from sae_query_steer.compare.demo import metrics_by_layer, trained_saes
 from sae_query_steer.compare.exercise_judges import exercise_judge
-from sae_query_steer.compare.exercise_task import ExerciseTask, exercise_cases, exercise_examples
+from sae_query_steer.compare.exercise_task import (
+    ExerciseSplit,
+    ExerciseTask,
+    exercise_cases,
+    exercise_examples,
+)
 from sae_query_steer.compare.interchange import interchange_methods
 from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import Descent, Method, descent_methods, prompt_methods
 from sae_query_steer.compare.scorer import TextScorer
-from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
 from sae_query_steer.descent.objectives import CentroidContrast, FixedMove, SquaredDistance
 from sae_query_steer.learning.learner import TargetLearner, no_moves
@@ -34,7 +40,6 @@ from sae_query_steer.sites import query_sites
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.targets.builder import CentroidTargetBuilder
 from sae_query_steer.targets.centroids import CentroidTargets, LearnedTargets
-from sae_query_steer.training.train import train_query_saes
 
 SCOPE = LastPromptToken() | ResponseTokens()
 """Where learned targets are learned and applied."""
@@ -49,7 +54,7 @@ MEAN = Descent(name="contrast", objective=CentroidContrast(), n_steps=1, step_si
 
 @dataclass(frozen=True, kw_only=True)
 class ExerciseSettings:
-    """Sizes of the demo on a real model; `EXERCISE_FULL` holds larger ones."""
+    """Sizes of the demo on a real model."""
 
     seed: int = 0
     n_train: int = 20
@@ -90,20 +95,21 @@ class ExerciseSettings:
             check_number(name, getattr(self, name), whole=True, least=smallest)
 
 
-EXERCISE_QUICK = ExerciseSettings(
-    n_train=8, n_judge=8, n_validation=6, n_test=12, training_tokens=4096, n_updates=20
-)
-"""Sizes for a first look; too small to tell methods apart."""
-
-EXERCISE_FULL = ExerciseSettings(
-    n_judge=40,
-    n_validation=60,
-    n_test=720,
-    training_tokens=40_960,
-    n_updates=60,
-    every_method=True,
-)
-"""The full comparison: 120 test topics for each level."""
+EXERCISE_SIZES = {
+    "quick": ExerciseSettings(
+        n_train=8, n_judge=8, n_validation=6, n_test=12, training_tokens=4096, n_updates=20
+    ),
+    "default": ExerciseSettings(),
+    "full": ExerciseSettings(
+        n_judge=40,
+        n_validation=60,
+        n_test=720,
+        training_tokens=40_960,
+        n_updates=60,
+        every_method=True,
+    ),
+}
+"""Settings by name: "quick" is too small to tell methods apart, "full" has 120 topics a level."""
 
 
 def run_exercise_demo(
@@ -126,7 +132,7 @@ def run_exercise_demo(
     Source: our choice.
     """
     settings = ExerciseSettings() if settings is None else settings
-    n_layers = int(model.cfg.n_layers)
+    n_layers, every_method = int(model.cfg.n_layers), settings.every_method
     run = range(round(0.6 * n_layers), round(0.77 * n_layers))
     layers = tuple(run if settings.layers is None else settings.layers)
     sites = query_sites(model, layers)
@@ -138,88 +144,69 @@ def run_exercise_demo(
         model, settings.n_judge, n_held_out=max(4, settings.n_judge // 4), seed=settings.seed
     )
     saes = _kept(
-        None if folder is None else folder / "saes",
+        folder,
+        "saes",
         QuerySAEs.load,
-        lambda: train_query_saes(
-            model,
-            [e.prompt + e.response for e in opened + requested],
-            sites,
-            TrainingConfig(
-                sae=TopK(d_sae_per_head=settings.d_sae_per_head, k=settings.k),
-                training_tokens=settings.training_tokens,
-                train_batch_size_tokens=512,
-                metric_tokens=4096,
-                seed=settings.seed,
-            ),
-        ),
+        lambda: trained_saes(model, opened + requested, sites, settings, metric_tokens=4096),
     )
     examples, counterparts = (tokenize_examples(model, some) for some in (opened, requested))
     dense = identity_encoders(sites)
-    found = CentroidTargetBuilder(model, saes).fit(counterparts)
-    learning = _Learning(model, settings, examples, counterparts, folder)
-    methods = prompt_methods(opened, shots=(2,), separator="<|im_end|>\n")
-    methods = [m for m in methods if settings.every_method or not m.name.startswith("few-shot")]
-    shared: dict[str, Any] = {
-        "layers": [layers],
-        "max_relative_change": settings.max_relative_change,
-    }
-    centroids = {"centroids": "requested", **shared, "scopes": [LastPromptToken(), SCOPE]}
+    centroids = CentroidTargetBuilder(model, saes).fit(counterparts)
+    learned = _Learning(model, settings, examples, counterparts, folder)
+    moves = [("SAE", saes, learned("sae-moves", saes, l1=settings.l1))]
+    methods = prompt_methods(opened, shots=(2,) if every_method else (), separator="<|im_end|>\n")
+    descents = partial(
+        descent_methods, layers=[layers], max_relative_change=settings.max_relative_change
+    )
     span = scope_name(LastPromptToken())
-    methods += descent_methods("SAE centroids", saes, {span: found}, [CENTROID], **centroids)
-    shared["scopes"] = [SCOPE]
-    learned = {"learned moves, SAE": (saes, learning("sae-moves", saes, l1=settings.l1))}
-    if settings.every_method:
+    plain: dict[str, Any] = {"centroids": "requested", "scopes": [LastPromptToken(), SCOPE]}
+    methods += descents("SAE centroids", saes, {span: centroids}, [CENTROID], **plain)
+    if every_method:
+        moves.append(("dense", dense, learned("dense-moves", dense)))
         means = CentroidTargetBuilder(model, dense).fit(counterparts)
-        methods += descent_methods("mean difference", dense, {span: means}, [MEAN], **centroids)
+        points = {"learned": learned("sae-points", saes, start=centroids)}
+        methods += descents("mean difference", dense, {span: means}, [MEAN], **plain)
         methods += interchange_methods(model, [layers])
-        learned["learned moves, dense"] = (dense, learning("dense-moves", dense))
-        points = learning("sae-points", saes, start=found)
-        methods += descent_methods(
-            "learned points, SAE", saes, {"learned": points}, [POINT], **shared
-        )
-    for name, (encoders, targets) in learned.items():
-        methods += descent_methods(name, encoders, {"learned": targets}, [MOVE], **shared)
+        methods += descents("learned points, SAE", saes, points, [POINT], scopes=[SCOPE])
+    for kind, encoders, targets in moves:
+        name, targets = f"learned moves, {kind}", {"learned": targets}
+        methods += descents(name, encoders, targets, [MOVE], scopes=[SCOPE])
 
-    def scorer(split: Any, n: int, tasks: Sequence[ExerciseTask]) -> TextScorer:
-        seed = settings.seed + 1
-        return TextScorer(
-            model,
-            {task: exercise_cases(model, task, split, n, seed=seed) for task in tasks},
-            judge,
-            max_new_tokens=exercise_task.MAX_NEW_TOKENS,
-            split=split,
-            log=kept,
-            batch_size=72,
-        )
+    def compared(some: Sequence[Method], *tasks: ExerciseTask, n_controls: int) -> Comparison:
+        def scorer(split: ExerciseSplit, n: int) -> TextScorer:
+            seed = settings.seed + 1
+            return TextScorer(
+                model,
+                {task: exercise_cases(model, task, split, n, seed=seed) for task in tasks},
+                judge,
+                max_new_tokens=exercise_task.MAX_NEW_TOKENS,
+                split=split,
+                log=kept,
+                batch_size=72,
+            )
 
-    def compared(
-        some: Sequence[Method], *tasks: ExerciseTask, control_seeds: Sequence[int]
-    ) -> Comparison:
-        return compare_methods(
-            scorer("validation", settings.n_validation, tasks),
-            scorer("test", settings.n_test, tasks),
-            some,
-            control_seeds=control_seeds,
-        )
+        scorers = scorer("validation", settings.n_validation), scorer("test", settings.n_test)
+        return compare_methods(*scorers, some, control_seeds=range(n_controls))
 
-    result = compared(methods, "open", "redirected", control_seeds=[0])
-    if settings.every_method:
-        attention = [m for m in methods if m.name in ("unsteered", "instruction")]
+    result = compared(methods, "open", "redirected", n_controls=1)
+    if every_method:
+        by_name = {method.name: method for method in methods}
         later = query_sites(model, range(n_layers // 2, n_layers))
-        attention += [attention_method("attention, dense", identity_encoders(later))]
-        attention += [attention_method("attention, SAE", saes)]
-        attention += [attention_bias_method("attention bias", later)]
-        attention += [m for m in methods if m.name == "learned moves, SAE"]
-        listed = compared(attention, "listed", "listed redirected", control_seeds=[])
-        result = replace(
-            result,
-            **{
-                part: pd.concat([getattr(result, part), getattr(listed, part)], ignore_index=True)
-                for part in ("rows", "curves", "texts")
-            },
-        )
-    metrics = pd.DataFrame(saes.metrics.groupby("layer").mean()).reset_index().drop(columns="head")
-    return replace(result, saes=metrics, settings=told)
+        attention = [
+            by_name["unsteered"],
+            by_name["instruction"],
+            attention_method("attention, dense", identity_encoders(later)),
+            attention_method("attention, SAE", saes),
+            attention_bias_method("attention bias", later),
+            by_name["learned moves, SAE"],
+        ]
+        listed = compared(attention, "listed", "listed redirected", n_controls=0)
+        tables = {
+            part: pd.concat([getattr(result, part), getattr(listed, part)], ignore_index=True)
+            for part in ("rows", "curves", "texts")
+        }
+        result = replace(result, **tables)
+    return replace(result, saes=metrics_by_layer(saes), settings=told)
 
 
 @dataclass(frozen=True)
@@ -243,7 +230,7 @@ class _Learning:
         start: CentroidTargets | None = None,
     ) -> CentroidTargets:
         """Return learned moves, or with centroids to start from, learned points."""
-        descent = MOVE if start is None else POINT
+        sizes, descent = self.settings, MOVE if start is None else POINT
         recipe = LatentGradientSteerer(
             encoders,
             no_moves(self.model, encoders, list(BloomLevel)) if start is None else start,
@@ -251,36 +238,33 @@ class _Learning:
             objective=descent.objective,
             n_steps=descent.n_steps,
             step_size=descent.step_sizes[0],
-            max_relative_change=self.settings.max_relative_change,
+            max_relative_change=sizes.max_relative_change,
             scope=SCOPE,
-        )
-        learner = TargetLearner(
-            self.model,
-            recipe,
-            l1=l1,
-            n_updates=self.settings.n_updates,
-            seed=self.settings.seed,
         )
         # Topics in their order, six levels of each: the last quarter chooses the update.
         n = len(self.examples)
-        held_out = range(6 * round(n / 6 * 0.75), n)
-        path = None if self.folder is None else self.folder / name
-        checkpoint = None if path is None else path.with_name(f"{name}.learning")
-        given: Any = {"counterparts": self.counterparts, "held_out": held_out}
+        given: Any = {
+            "counterparts": self.counterparts,
+            "held_out": range(6 * round(n / 6 * 0.75), n),
+        }
+        checkpoint = None if self.folder is None else self.folder / f"{name}.learning"
 
         def fitted() -> LearnedTargets:
+            learner = TargetLearner(
+                self.model, recipe, l1=l1, n_updates=sizes.n_updates, seed=sizes.seed
+            )
             if not self.rows:
                 self.rows.append(learner.rows(self.examples, **given))
             return learner.fit(self.examples, **given, checkpoint=checkpoint, rows=self.rows[0])
 
-        return _kept(path, LearnedTargets.load, fitted)
+        return _kept(self.folder, name, LearnedTargets.load, fitted)
 
 
-def _kept(folder: Path | None, load: Any, make: Any) -> Any:
-    """Return what a stopped run wrote to a folder, or make it and write it there."""
-    if folder is not None and folder.exists():
-        return load(folder)
+def _kept(folder: Path | None, name: str, load: Any, make: Any) -> Any:
+    """Return what a stopped run wrote in a folder, or make it and write it there."""
+    if folder is not None and (folder / name).exists():
+        return load(folder / name)
     made = make()
     if folder is not None:
-        made.save(folder)
+        made.save(folder / name)
     return made

@@ -55,7 +55,6 @@ _SITES = {
     "class_effect_se": "its s.e.",
     "moved": "probability moved",
     "moved_control": "by the own class",
-    "label_share": "label's share of q's variance",
     "accuracy_latents": "separability: latents",
     "accuracy_query": "raw q",
     "accuracy_token": "token alone",
@@ -71,11 +70,10 @@ def write_comparison(found: Comparison, folder: str | Path, *, overwrite: bool =
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or is something else.
     """
-    tables = {"table": found.rows, "curves": found.curves, "texts": found.texts}
-    tables |= {"sites": found.sites, "saes": found.saes}
+    names = {"table": "rows"} | {name: name for name in ("curves", "texts", "sites", "saes")}
     with new_folder(folder, overwrite=overwrite, holding=RESULTS) as new:
-        for name, table in tables.items():
-            if table is not None:
+        for name, part in names.items():
+            if (table := getattr(found, part)) is not None:
                 (new / f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
         told = {"settings": dict(found.settings), "judge": dict(found.judge)}
         write_json(new / RESULTS, told | {"versions": _versions()})
@@ -122,18 +120,14 @@ def _drawn(figure: go.Figure) -> Markup:
 
 def _success_figure(found: Comparison) -> go.Figure:
     """Return success of every row as bars with 95 % intervals, the tasks side by side."""
-    rows = found.rows.assign(
-        name=row_names(found.rows, found.rows),
-        above=found.rows["success_high"] - found.rows["success"],
-        below=found.rows["success"] - found.rows["success_low"],
-    )
+    rows = found.rows.assign(name=row_names(found.rows, found.rows))
     names = list(dict.fromkeys(rows["name"]))
     figure = px.bar(
         rows,
         x="success",
         y="name",
-        error_x="above",
-        error_x_minus="below",
+        error_x=rows["success_high"] - rows["success"],
+        error_x_minus=rows["success"] - rows["success_low"],
         color="method",
         facet_col="task",
         category_orders={"name": names},
@@ -193,9 +187,8 @@ def verdict(found: Comparison) -> str:
     said.append(judge_sentence(found.judge))
     if may_guess(found.judge):
         return " ".join(said)
-    for task, rows in found.rows.assign(name=row_names(found.rows, found.rows)).groupby(
-        "task", sort=False
-    ):
+    named = found.rows.assign(name=row_names(found.rows, found.rows))
+    for task, rows in named.groupby("task", sort=False):
         kinds = {
             "unsteered": rows["method"] == "unsteered",
             "requested": rows["method"] == "instruction",
@@ -208,12 +201,10 @@ def verdict(found: Comparison) -> str:
             if which.any()
         }
         parts = [f"{kind} {_rate(row)}" for kind, row in best.items()]
-        if "best steering" in best:
-            row = best["best steering"]
+        if (row := best.get("best steering")) is not None:
             parts.append(f"(best: {row['name']}, perplexity ratio {row['perplexity_ratio']:.2f})")
-        if "random directions of its length" in best:
-            control = best["random directions of its length"]
-            if best["best steering"]["success_low"] <= control["success_high"]:
+            control = best.get("random directions of its length")
+            if control is not None and row["success_low"] <= control["success_high"]:
                 parts.append(
                     "the intervals overlap: steering is not shown to be better than random "
                     "directions; more cases narrow them"
@@ -222,8 +213,8 @@ def verdict(found: Comparison) -> str:
     return " ".join(said)
 
 
-def _rate(row: Any) -> str:
-    return f"{row['success']:.2f} [{row['success_low']:.2f}, {row['success_high']:.2f}]"
+def _rate(row: Any, name: str = "success", ends: str = "success") -> str:
+    return f"{row[name]:.2f} [{row[f'{ends}_low']:.2f}, {row[f'{ends}_high']:.2f}]"
 
 
 def display_rows(found: Comparison) -> pd.DataFrame:
@@ -231,11 +222,8 @@ def display_rows(found: Comparison) -> pd.DataFrame:
     rows = found.rows
     made = rows.assign(
         name=row_names(rows, rows),
-        target=[
-            f"{rate:.2f} [{low:.2f}, {high:.2f}]"
-            for rate, low, high in rows[["target_rate", "ci_low", "ci_high"]].to_numpy()
-        ],
-        succeeded=[_rate(row) for _, row in rows.iterrows()],
+        target=[_rate(row, "target_rate", "ci") for row in rows.to_dict("records")],
+        succeeded=list(map(_rate, rows.to_dict("records"))),
     )
     hidden = {name for name in _SHOWN if bool(made[name].isna().to_numpy().all())}
     hidden |= {"succeeded"} if "grounded" in hidden else set()  # there it is the target rate
@@ -265,16 +253,11 @@ def samples(found: Comparison) -> Iterator[dict[str, Any]]:
         title, prompt, and texts, a table of method, text and judged class.
     """
     texts = found.texts.assign(name=row_names(found.texts, found.rows))
-    keys = ["task", "prompt", "target"]
-    cases = texts[keys].drop_duplicates()
+    cases = list(texts.groupby(["task", "prompt", "target"], sort=False))
     for index in sorted({0, len(cases) // 2, len(cases) - 1}):
-        case = cases.iloc[index]
-        own = texts[(texts[keys] == case).all(axis=1)]
-        yield {
-            "title": f"{case['task']}: target {case['target']}",
-            "prompt": case["prompt"],
-            "texts": own[["name", "text", "judged"]].fillna("none"),
-        }
+        (task, prompt, target), own = cases[index]
+        shown = own[["name", "text", "judged"]].fillna("none")
+        yield {"title": f"{task}: target {target}", "prompt": prompt, "texts": shown}
 
 
 def compare_into(

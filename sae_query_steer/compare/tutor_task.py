@@ -54,11 +54,8 @@ def tutor_cases(
         source = None if task == "open" else levels[(i + 1 + i // 6 % 5) % 6]
         asked = corpus.prompt(source)
         requesting = asked.with_request(target, *corpus.request(target)).text
-        cases.append(
-            TutorCase(
-                prompt=asked.text, target=target, source=source, requesting=requesting, asked=asked
-            )
-        )
+        prompts = {"prompt": asked.text, "requesting": requesting}
+        cases.append(TutorCase(target=target, source=source, asked=asked, **prompts))
     return cases
 
 
@@ -86,13 +83,11 @@ def training_examples(
     prompts = [corpus.prompt(None) for _ in range(n)]
     asked = [prompt.text for prompt in prompts]
     texts = continuations(model, asked, max_new_tokens=MAX_NEW_TOKENS).texts
-    labels = [restated_level(text, p) for text, p in zip(texts, prompts, strict=True)]
-    opened = [
-        LabelledExample(prompt=prompt, response=text, label=label)
-        for prompt, text, label in zip(asked, texts, labels, strict=True)
-        if label is not None
-    ]
-    counts = {str(level): labels.count(level) for level in BloomLevel}
+    opened, counts = [], dict.fromkeys(map(str, BloomLevel), 0)
+    for prompt, text in zip(prompts, texts, strict=True):
+        if (label := restated_level(text, prompt)) is not None:
+            opened.append(LabelledExample(prompt=prompt.text, response=text, label=label))
+            counts[label] += 1
     if min(counts.values()) < 2:
         raise ValueError(
             f"the tutor must restate two notes or more of each level on open prompts, got {counts}:"
@@ -109,7 +104,7 @@ def note_judge(cases: Sequence[TutorCase]) -> RuleJudge | None:
     return RuleJudge(lambda prompt, text: restated_level(text, asked[prompt]), list(BloomLevel))
 
 
-def level_judge(*, n_per_level: int = 400, seed: int = 7) -> ClassifierJudge:
+def level_judge(*, n_per_level: int = 400) -> ClassifierJudge:
     """Return a judge of the level of the tutor's feedback, by its word bigrams and trigrams.
 
     It is trained on texts of the corpus's split "train". Half of them are no feedback (shuffled
@@ -119,12 +114,11 @@ def level_judge(*, n_per_level: int = 400, seed: int = 7) -> ClassifierJudge:
 
     Args:
         n_per_level: feedbacks of each level to train on.
-        seed: of the texts.
 
     Source: logistic regression of scikit-learn; the features are our choice.
     """
-    texts, labels = _labelled("train", seed, n_per_level)
-    broken = [text for kind in _BROKEN.values() for text in kind(texts, labels, seed)]
+    texts, labels = _labelled("train", 7, n_per_level)
+    broken = [text for kind in _BROKEN.values() for text in kind(texts, labels, 7)]
     pipeline = make_pipeline(
         TfidfVectorizer(ngram_range=(2, 3), token_pattern=r"[A-Za-z]+|[^\sA-Za-z]"),
         LogisticRegression(C=10.0, max_iter=500),
