@@ -234,17 +234,6 @@ def test_examples_are_aligned_and_answered_by_the_model(chat):
     assert [e.response for e in opened] == [e.response for e in requested] == written
 
 
-def test_examples_of_redirected_prompts_share_the_answers(chat):
-    tasks = ("open", "redirected")
-    both, requests = exercise_examples(chat, 2, seed=0, tasks=tasks, max_new_tokens=3)
-    opened, requested = exercise_examples(chat, 2, seed=0, max_new_tokens=3)
-    redirected = exercise_cases(chat, "redirected", "train", 12, seed=0, n_topics=2)
-    assert both[:6] == opened[:6] and both[12:18] == opened[6:]
-    assert [e.prompt for e in both[6:12]] == [case.prompt for case in redirected[:6]]
-    assert requests == requested[:6] * 2 + requested[6:] * 2
-    assert [e.response for e in both] == [e.response for e in requests]
-
-
 # --- judges
 
 

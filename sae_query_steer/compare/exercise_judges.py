@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -23,7 +23,7 @@ def verb_judge() -> RuleJudge:
 
     A constant on the logits of these verbs satisfies it: report it beside `exercise_judge`.
     """
-    level_of = {form: level for level in _LEVELS for form in _forms(level)}
+    level_of = _levels_of_forms()
 
     def rule(prompt: str, text: str) -> str | None:
         del prompt
@@ -42,7 +42,7 @@ class ExerciseJudge(ClassifierJudge):
 
 
 def exercise_judge(
-    model: Any, n_topics: int = 40, *, n_held_out: int = 10, n_draws: int = 2, seed: int
+    model: Any, n_topics: int = 40, *, n_held_out: int = 10, seed: int
 ) -> ExerciseJudge:
     """Return a judge of exercises, from what the model writes.
 
@@ -52,20 +52,15 @@ def exercise_judge(
 
     Args:
         model: as for `exercise_examples`.
-        n_topics: topics of training, each with an answer for every level.
+        n_topics: topics of training, each with two answers for every level.
         n_held_out: topics of validation.
-        n_draws: answers for every level and topic, with other templates and actions.
         seed: as for `exercise_cases`.
     """
+    answers = partial(exercise_examples, model, max_new_tokens=MAX_NEW_TOKENS)
     train: list[LabelledExample] = []
-    for draw in range(n_draws):
-        train += exercise_examples(
-            model, n_topics, seed=seed + draw, split="judge", max_new_tokens=MAX_NEW_TOKENS
-        )[1]
-    _, held_out = exercise_examples(
-        model, n_held_out, seed=seed, split="validation", max_new_tokens=MAX_NEW_TOKENS
-    )
-    return fit_exercise_judge(train, held_out)
+    for draw in range(2):  # with other templates and actions
+        train += answers(n_topics, seed=seed + draw, split="judge")[1]
+    return fit_exercise_judge(train, answers(n_held_out, seed=seed, split="validation")[1])
 
 
 def fit_exercise_judge(
@@ -97,9 +92,8 @@ def without_verbs(text: str) -> str:
     A text of which nothing is left gives ".".
     """
     rest = re.sub(r"^\s*(\S+\s*){1,4}", "", text)
-    kept = re.sub(
-        r"[A-Za-z]+", lambda word: "" if word[0].lower() in _all_forms() else word[0], rest
-    )
+    verbs = _levels_of_forms()
+    kept = re.sub(r"[A-Za-z]+", lambda w: "" if w[0].lower() in verbs else w[0], rest)
     return kept.strip() or "."
 
 
@@ -119,15 +113,10 @@ def verb_choice(texts: pd.DataFrame, trained: Iterable[LabelledExample]) -> pd.D
     seen: dict[str, set[str]] = {level: set() for level in _LEVELS}
     for example in trained:
         seen[example.label].update(_words(example.prompt + example.response))
-    known: dict[str, set[str]] = {
-        level: {
-            form
-            for verb in _verbs(level)
-            if seen[level] & _inflected(verb)
-            for form in _inflected(verb)
-        }
-        for level in _LEVELS
-    }
+    known: dict[str, set[str]] = {}
+    for level in _LEVELS:
+        forms = map(_inflected, _verbs(level))
+        known[level] = set().union(*(some for some in forms if seen[level] & some))
     rows = []
     for target, own in texts.groupby("target", sort=False):
         words = own["text"].map(_words)
@@ -164,10 +153,6 @@ def _inflected(verb: str) -> set[str]:
 
 
 @cache
-def _forms(level: BloomLevel) -> frozenset[str]:
-    return frozenset(form for verb in _verbs(level) for form in _inflected(verb))
-
-
-@cache
-def _all_forms() -> frozenset[str]:
-    return frozenset().union(*map(_forms, _LEVELS))
+def _levels_of_forms() -> dict[str, BloomLevel]:
+    """Return the level of every form of a verb."""
+    return {f: level for level in _LEVELS for verb in _verbs(level) for f in _inflected(verb)}

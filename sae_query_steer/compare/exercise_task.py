@@ -8,11 +8,10 @@ or action; "judge" is the split of the judge's own training texts.
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.bloom import BloomLevel
@@ -28,10 +27,10 @@ MAX_NEW_TOKENS = 24
 """Of an exercise: a sentence or two."""
 
 ExerciseTask: TypeAlias = Literal["open", "redirected", "listed", "listed redirected"]
-TASKS: tuple[ExerciseTask, ...] = ("open", "redirected", "listed", "listed redirected")
+TASKS: tuple[ExerciseTask, ...] = get_args(ExerciseTask)
 
 ExerciseSplit: TypeAlias = Literal["train", "validation", "test", "judge"]
-SPLITS: tuple[ExerciseSplit, ...] = ("train", "validation", "test", "judge")
+SPLITS: tuple[ExerciseSplit, ...] = get_args(ExerciseSplit)
 
 _LEVELS = list(BloomLevel)
 
@@ -108,17 +107,14 @@ def exercise_cases(
             *(draw.sample(data["actions"][level], 2) for level in _LEVELS), strict=True
         )
         start, phrase = template.format(topic=topic), named[place]
-        asked = [start]
-        listed = None
+        asked, listed = [start], None
         if task.startswith("listed"):
             *first, last = (named[level.order - 1] for level in order)
             listed = f"{', '.join(first)}, or {last}"
             asked.append(request.format(action=listed))
-        if task == "redirected":
-            asked.append(request.format(action=other[source.order - 1]))
-        if task == "listed redirected":
+        if task.endswith("redirected"):
             again = request.format(action=other[source.order - 1])
-            asked.append(f"This time, {again[0].lower()}{again[1:]}")
+            asked.append(f"This time, {again[0].lower()}{again[1:]}" if listed else again)
         begun = lap % 2 == 0
         prompt, requesting = (
             chat_prompt(" ".join(sentences), tokenizer) + BEGUN * begun
@@ -146,38 +142,31 @@ def exercise_examples(
     *,
     seed: int,
     split: ExerciseSplit = "train",
-    tasks: Sequence[ExerciseTask] = ("open",),
     max_new_tokens: int = 16,
 ) -> tuple[list[LabelledExample], list[LabelledExample]]:
-    """Return prompts and requesting prompts, both with the model's own answer to the request.
+    """Return open and requesting prompts, both with the model's own answer to the request.
 
-    The two lists are aligned: example i of each has the same topic, label and response. They
-    come in rounds of the six levels, a round for each task, then with the next topics.
+    The two lists are aligned: example i of each has the same topic, label and response. They come
+    in rounds of the six levels.
 
     Args:
         model: a HookedTransformer or a TransformerBridge with a chat template.
         n_topics: topics, each with an example of every level.
         seed: as for `exercise_cases`.
         split: whose topics, templates and actions.
-        tasks: whose prompts. Targets that are learned from "redirected" ones too hold against a
-            request for another level.
         max_new_tokens: most tokens of an answer, which is greedy.
     """
-    by_task = [
-        exercise_cases(model, task, split, 6 * n_topics, seed=seed, n_topics=n_topics)
-        for task in tasks
-    ]
-    asked = [str(case.requesting) for case in by_task[0]]
-    texts = continuations(model, asked, max_new_tokens=max_new_tokens, batch_size=60).texts
-    prompts: list[LabelledExample] = []
-    requests: list[LabelledExample] = []
-    for start in range(0, len(asked), 6):
-        for cases in by_task:
-            for i in range(start, start + 6):
-                given = {"response": texts[i], "label": cases[i].target}
-                prompts.append(LabelledExample(prompt=cases[i].prompt, **given))
-                requests.append(LabelledExample(prompt=asked[i], **given))
-    return prompts, requests
+    cases = exercise_cases(model, "open", split, 6 * n_topics, seed=seed, n_topics=n_topics)
+    opened, requesting = [case.prompt for case in cases], [str(case.requesting) for case in cases]
+    texts = continuations(model, requesting, max_new_tokens=max_new_tokens, batch_size=60).texts
+
+    def answered(prompts: list[str]) -> list[LabelledExample]:
+        return [
+            LabelledExample(prompt=prompt, response=text, label=case.target)
+            for prompt, text, case in zip(prompts, texts, cases, strict=True)
+        ]
+
+    return answered(opened), answered(requesting)
 
 
 @cache
