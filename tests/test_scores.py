@@ -240,12 +240,9 @@ def test_inputs_are_those_of_any_method_that_tells_them():
     assert table.original_prompt.tolist() == ["create 0?"]
 
 
-def test_the_perplexity_of_the_text_alone_has_a_column_where_it_was_measured():
-    rows = [made(perplexity=3.0, text_perplexity=5.0), made(input_id=1), made("other", input_id=1)]
-    table = axbench_table([*rows, made("other")])
+def test_a_perplexity_that_was_not_measured_is_missing():
+    table = axbench_table([made(perplexity=3.0), made(input_id=1)])
     np.testing.assert_equal(table["ours_perplexity"].tolist(), [3.0, float("nan")])
-    np.testing.assert_equal(table["ours_text_perplexity"].tolist(), [5.0, float("nan")])
-    assert "other_text_perplexity" not in table
 
 
 def test_axbench_s_own_uses_of_the_table_work(tmp_path):

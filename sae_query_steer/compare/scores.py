@@ -173,9 +173,6 @@ class Generation:
     perplexity: float | None = None
     """As AxBench's: the unsteered model's, of prompt and text together."""
 
-    text_perplexity: float | None = None
-    """The unsteered model's of the text alone, given the prompt."""
-
     model_input: str | None = None
     """The prompt as the model read it, chat template included. None means the prompt itself."""
 
@@ -196,9 +193,8 @@ def axbench_table(
         By concept (Bloom's levels in their order, others by name), prompt and factor in ascending
         order, with the columns dataset_name; concept_id; input_concept; input_id; factor;
         original_prompt; steered_input; input; and for each method M, in the order of their first
-        generations, M_steered_generation, M_perplexity, M_strength, and, if measured,
-        M_text_perplexity (ours, which AxBench does not read). `input` is what a steered model was
-        given and `steered_input` what a prompted one was.
+        generations, M_steered_generation, M_perplexity and M_strength. `input` is what a steered
+        model was given and `steered_input` what a prompted one was.
 
     Raises:
         ValueError: no generations, two of one method for the same concept, prompt and factor,
@@ -209,7 +205,7 @@ def axbench_table(
     if not generations:
         raise ValueError("generations must hold at least one, got []")
     given = pd.DataFrame([vars(generation) for generation in generations])
-    numbers = ["factor", "strength", "perplexity", "text_perplexity"]
+    numbers = ["factor", "strength", "perplexity"]
     given[numbers] = given[numbers].astype(float)
     given["strength"] = given["strength"].fillna(given["factor"]).fillna(0.0)
     place, texts = ["concept", "input_id"], ["prompt", "steered_input", "model_input"]
@@ -232,9 +228,7 @@ def axbench_table(
                 f"{method} must have one generation for each of the {len(table)} combinations of "
                 f"concept, prompt and factor, got {len(own)}: factor=None stands for all factors"
             )
-        named = {"text": "steered_generation"} | {name: name for name in numbers[2:0:-1]}
-        if own["text_perplexity"].notna().any():
-            named["text_perplexity"] = "text_perplexity"
+        named = {"text": "steered_generation", "perplexity": "perplexity", "strength": "strength"}
         columns = {name: f"{method}_{shown}" for name, shown in named.items()}
         table = table.join(own[list(columns)].rename(columns=columns))
     table = table.reset_index()
