@@ -15,9 +15,6 @@ MAX_BYTES = 2**20
 PAUSE = 0.5
 """Seconds before a request is repeated; twice as many before each further one."""
 
-_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
-"""What the client raises on JSON of another form, or that is too deep."""
-
 
 class NoAnswerError(RuntimeError):
     """A reply without an answer, to one question: a `LanguageModelJudge` finds no class in it."""
@@ -70,8 +67,8 @@ class ChatEndpoint:
         key = "none" if self.api_key is None else self.api_key
         if not (key and key.isascii() and key.isprintable()):
             raise ValueError("api_key must be printable ASCII and not empty; None sends no key")
-        check_number("max_tokens", self.max_tokens, whole=True, least=1)
-        check_number("tries", self.tries, whole=True, least=1)
+        for name in ("max_tokens", "tries"):
+            check_number(name, getattr(self, name), whole=True, least=1)
         check_number("timeout", self.timeout, above=0, most=threading.TIMEOUT_MAX)
 
     def __call__(self, question: str) -> str:
@@ -87,19 +84,11 @@ class ChatEndpoint:
         found: list[str | Exception] = []
         given_up = threading.Event()
 
-        # The client's own repeats draw from Python's global random state, and go on after the
-        # deadline.
         def ask() -> None:
-            for n_left in reversed(range(self.tries)):
-                try:
-                    found.append(self._ask(question, given_up))
-                except _TemporaryError as error:
-                    if n_left and not given_up.wait(PAUSE * 2 ** (self.tries - 1 - n_left)):
-                        continue
-                    found.append(error.shown)
-                except Exception as error:
-                    found.append(error)
-                return
+            try:
+                found.append(self._ask_repeatedly(question, given_up))
+            except Exception as error:
+                found.append(error)
 
         # A server that sends a byte now and then meets no timeout of the client.
         thread = threading.Thread(target=ask, daemon=True)
@@ -111,6 +100,20 @@ class ChatEndpoint:
         if isinstance(found[0], Exception):
             raise found[0] from None
         return found[0]
+
+    def _ask_repeatedly(self, question: str, given_up: threading.Event) -> str:
+        """Repeat a request while it fails temporarily; `given_up` ends the waiting.
+
+        The client's own repeats draw from Python's global random state, and go on after the
+        deadline.
+        """
+        for n_before in range(self.tries - 1):
+            try:
+                return self._ask(question, given_up)
+            except (ConnectionError, _BusyError):
+                if given_up.wait(PAUSE * 2**n_before):
+                    raise
+        return self._ask(question, given_up)
 
     def _ask(self, question: str, given_up: threading.Event) -> str:
         """Send one request; `given_up` ends the reading of its answer."""
@@ -149,21 +152,20 @@ class ChatEndpoint:
                 )
             answer = output.choices[0].message.content
         except openai.APIConnectionError as error:
-            shown = ConnectionError(
+            raise ConnectionError(
                 f"no answer from {self._shown_url} ({type(error.__cause__ or error).__name__}): is "
                 "the server running, and the address right?"
-            )
-            raise _TemporaryError(shown) from None
+            ) from None
         except openai.APIStatusError as error:
-            shown = RuntimeError(
-                self._answered(f"status {error.status_code}: {error.response.text}")
-            )
-            if error.status_code in (408, 409, 429) or error.status_code >= 500:
-                raise _TemporaryError(shown) from None
-            raise shown from None
+            is_busy = error.status_code in (408, 409, 429) or error.status_code >= 500
+            said = self._answered(f"status {error.status_code}: {error.response.text}")
+            raise (_BusyError if is_busy else RuntimeError)(said) from None
         except _TooLongError as error:
             raise NoAnswerError(self._answered(str(error))) from None
-        except _UNREADABLE + (openai.OpenAIError,) as error:
+        except (  # JSON of another form, or that is too deep
+            *(ValueError, TypeError, AttributeError, LookupError, RecursionError),
+            openai.OpenAIError,
+        ) as error:
             said = f"no chat completion ({type(error).__name__}): does base_url end in /v1?"
             raise NoAnswerError(self._answered(said)) from None
         if not isinstance(answer, str):
@@ -182,11 +184,8 @@ class ChatEndpoint:
         return urlsplit(self.base_url)._replace(query="", fragment="").geturl()
 
 
-class _TemporaryError(Exception):
-    """A request that may be repeated."""
-
-    def __init__(self, shown: Exception) -> None:
-        self.shown = shown
+class _BusyError(RuntimeError):
+    """An answer with an error after which the request may be repeated."""
 
 
 class _TooLongError(Exception):

@@ -1,7 +1,7 @@
 """Continuations of many prompts at once, and how likely a model finds them."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import next_token_log_probs
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
+from sae_query_steer.scopes.named import ResponseTokens
 from sae_query_steer.scopes.positions import select
 from sae_query_steer.steering.joined import JoinedSteerers
 from sae_query_steer.steering.steerer import Steerer
-from sae_query_steer.steering.trace import TraceRecord
+from sae_query_steer.steering.trace import SteeringTrace
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,16 +90,17 @@ def continuations(
     prompts, bos = _as_read(model, prompts, chat_template)
     tokens: list[Tensor] = []
     changes: list[float] = []
+    steering: AbstractContextManager[Any] = nullcontext()
+    sampling: AbstractContextManager[Any] = nullcontext()
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         rows = prompts[part]
-        prefixed, given = None, dict[str, Any]()
+        prefixed = None
         if caches is not None and temperature is None:
             prefixed = _behind_cache(model, rows, bos, max_new_tokens, steerer, caches)
-        if prefixed is not None:  # else `generate` knows them
-            given["prompt_lengths"] = prefixed.positions.prompt_lengths
-        steering = nullcontext() if steerer is None else steerer.apply(model, record=True, **given)
-        sampling = nullcontext()
+        if steerer is not None:  # `generate` knows the lengths of its prompts
+            lengths = None if prefixed is None else prefixed.positions.prompt_lengths
+            steering = steerer.apply(model, record=True, prompt_lengths=lengths)
         if temperature is not None and seeds is not None:
             sampling = seeded_sampling(model, seeds[part], temperature=temperature)
         with steering as trace, sampling:
@@ -116,9 +118,7 @@ def continuations(
                     verbose=False,
                 )
         tokens += [_until_end(row, ends) for row in written[:, width:].cpu()]
-        traces = trace if isinstance(trace, tuple) else [] if trace is None else [trace]
-        records = [record for one in traces for record in one.records]
-        changes += _mean_changes(records, len(rows))
+        changes += _mean_changes(trace, len(rows))
     return Continuations(
         texts=[str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens],
         tokens=tokens,
@@ -138,9 +138,10 @@ def negative_log_likelihoods(
     """Return for each prompt the sum of -log p, in nats, of the tokens [pos] after it."""
     sums = []
     caches = PromptCaches(model, 0) if caches is None else caches
+    rows, bos = _as_read(model, prompts, chat_template)
     for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        batch = _batch(model, prompts[part], tokens[part], chat_template)
+        some = tokens[start : start + batch_size]
+        batch = _batch(model, rows[start : start + batch_size], some, bos)
         row, position = _written(batch)
         # Behind a cached prefix, so that there are logits of the texts alone.
         prefixed = caches.rows(batch)
@@ -148,7 +149,7 @@ def negative_log_likelihoods(
             logits = prefixed.logits().cpu()
         own = logits[row, prefixed.columns(row, position) - 1].float().log_softmax(-1)
         found = own.gather(1, batch.tokens[row, position][:, None])[:, 0].double()
-        sums += [-float(one.sum()) for one in found.split([len(some) for some in tokens[part]])]
+        sums += [-float(one.sum()) for one in found.split(list(map(len, some)))]
     return sums
 
 
@@ -172,40 +173,30 @@ def divergences(
         steerer: what changes the queries, or the residual stream.
         chat_template: as in `continuations`.
     """
-    bare, lengths = _next_tokens(model, prompts, tokens, chat_template)
-    with steerer.apply(model, prompt_lengths=lengths):
-        steered, _ = _next_tokens(model, prompts, tokens, chat_template)
-    found = (bare.exp() * (bare - steered)).sum(-1)
-    return [float(part.mean()) for part in found.split([len(row) for row in tokens])]
-
-
-def _next_tokens(
-    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], chat_template: ChatTemplate
-) -> tuple[Float[Tensor, "token d_vocab"], list[int]]:
-    """Return the log probabilities at every token of some texts, and their prompts' lengths."""
-    batch = _batch(model, prompts, tokens, chat_template)
+    rows, bos = _as_read(model, prompts, chat_template)
+    batch = _batch(model, rows, tokens, bos)
     row, position = _written(batch)
-    log_probs = next_token_log_probs(model, batch.tokens, row, position - 1).cpu()
-    return log_probs, batch.prompt_lengths.tolist()
+
+    def next_tokens() -> Float[Tensor, "token d_vocab"]:
+        return next_token_log_probs(model, batch.tokens, row, position - 1).cpu()
+
+    bare = next_tokens()
+    with steerer.apply(model, prompt_lengths=batch.prompt_lengths.tolist()):
+        steered = next_tokens()
+    found = (bare.exp() * (bare - steered)).sum(-1)
+    return [float(part.mean()) for part in found.split(list(map(len, tokens)))]
 
 
 def _batch(
-    model: Any, prompts: Sequence[str], tokens: Sequence[Tensor], chat_template: ChatTemplate
-) -> TokenBatch:
-    """Return prompts, as the backend reads them, with the tokens after them."""
-    rows, bos = _as_read(model, prompts, chat_template)
-    return _rows_batch(model, rows, tokens, bos)
-
-
-def _rows_batch(
     model: Any, rows: Sequence[str], tokens: Sequence[Tensor], bos: bool | None
 ) -> TokenBatch:
+    """Return prompts, in the form for the backend, with the tokens after them."""
     contexts = [model.to_tokens(row, prepend_bos=bos)[0].cpu() for row in rows]
     joined = [torch.cat(pair) for pair in zip(contexts, tokens, strict=True)]
     return TokenBatch(
         tokens=pad_sequence(joined, batch_first=True),
-        lengths=torch.tensor([len(row) for row in joined]),
-        prompt_lengths=torch.tensor([len(context) for context in contexts]),
+        lengths=torch.tensor(list(map(len, joined))),
+        prompt_lengths=torch.tensor(list(map(len, contexts))),
         labels=("",) * len(rows),
         indices=tuple(range(len(rows))),
     )
@@ -213,9 +204,7 @@ def _rows_batch(
 
 def _written(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Return row and position of the tokens after the prompts."""
-    index = batch.positions.index
-    after = (index >= batch.prompt_lengths[:, None]) & (index < batch.lengths[:, None])
-    row, position = after.nonzero(as_tuple=True)
+    row, position = select(ResponseTokens(), batch.positions).nonzero(as_tuple=True)
     return row, position
 
 
@@ -231,7 +220,7 @@ def _behind_cache(
 
     That is where the context is too short, or the steerer acts on tokens that the cache holds.
     """
-    batch = _rows_batch(model, rows, [torch.tensor([], dtype=torch.long)] * len(rows), bos)
+    batch = _batch(model, rows, [torch.tensor([], dtype=torch.long)] * len(rows), bos)
     if int(batch.prompt_lengths.max()) + max_new_tokens > int(model.cfg.n_ctx):
         return None
     prefixed = caches.rows(batch)
@@ -275,9 +264,12 @@ def _as_read(
     return rows, False
 
 
-def _mean_changes(records: Sequence[TraceRecord], n_rows: int) -> list[float]:
+def _mean_changes(
+    trace: SteeringTrace | tuple[SteeringTrace, ...] | None, n_rows: int
+) -> list[float]:
+    traces = () if trace is None else trace if isinstance(trace, tuple) else (trace,)
     total, count = torch.zeros(n_rows), torch.zeros(n_rows)
-    for record in records:
+    for record in (record for one in traces for record in one.records):
         ratio = record.change.delta.float().norm(dim=-1) / record.query_norm.clamp(min=1e-30)
         total.index_add_(0, record.row, ratio.sum(-1))
         count.index_add_(0, record.row, torch.full((len(ratio),), float(ratio.shape[-1])))

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import Formatter
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -166,14 +166,13 @@ class LanguageModelJudge(_Measured):
 
     def parsed(self, answer: str) -> str | None:
         """Return the one class that an answer names, or None."""
-        longest_first = sorted(self.classes, key=len, reverse=True)
+        names = {" ".join(name.split()).casefold(): name for name in self.classes}
+        longest_first = sorted(names, key=len, reverse=True)
+        any_name = "|".join(map(re.escape, longest_first))
         # A hyphen belongs to the word: "non-toxic" does not name toxic.
-        any_name = "|".join(
-            "(" + r"\s+".join(map(re.escape, name.split())) + ")" for name in longest_first
-        )
-        matches = re.finditer(rf"(?<![\w-])(?:{any_name})(?![\w-])", answer, re.IGNORECASE)
-        found = {longest_first[cast(int, match.lastindex) - 1] for match in matches}
-        return found.pop() if len(found) == 1 else None
+        said = " ".join(answer.split()).casefold()
+        found = set(re.findall(rf"(?<![\w-])(?:{any_name})(?![\w-])", said))
+        return names[found.pop()] if len(found) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -208,20 +207,17 @@ class ClassifierJudge(_Measured):
                 than four different responses.
         """
         _check_responses(examples)
-        pairs = list(dict.fromkeys((e.response.strip(), e.label) for e in examples))
-        classes = tuple(check_classes((label for _, label in pairs), at_least=4))
-        train: list[tuple[str, str]] = []
-        test: list[tuple[str, str]] = []
+        different = list({(e.response.strip(), e.label): e for e in examples}.values())
+        classes = tuple(check_classes((e.label for e in different), at_least=4))
+        train: list[LabelledExample] = []
+        test: list[LabelledExample] = []
         for name in classes:
-            own = [pair for pair in pairs if pair[1] == name]
-            n_test = round(len(own) * 0.25)
-            kept, out = train_test_split(own, test_size=n_test, random_state=seed)
-            train += kept
-            test += out
-        judge = cls(pipeline=_fitted(train), classes=classes, held_out={})
-        texts, labels = [text for text, _ in test], [label for _, label in test]
-        scores = held_out_scores(judge(texts, texts), labels, classes)
-        return replace(judge, pipeline=_fitted(pairs), held_out=scores)
+            own = [example for example in different if example.label == name]
+            parts = train_test_split(own, test_size=round(len(own) * 0.25), random_state=seed)
+            train += parts[0]
+            test += parts[1]
+        judge = cls(pipeline=_fitted(train), classes=classes, held_out={}).measured(test)
+        return replace(judge, pipeline=_fitted(different))
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> list[str | None]:
         """Return the class of each text; None if it has no n-gram of the training texts."""
@@ -237,7 +233,7 @@ class ClassifierJudge(_Measured):
         ]
 
 
-def _fitted(pairs: Sequence[tuple[str, str]]) -> Pipeline:
+def _fitted(examples: Sequence[LabelledExample]) -> Pipeline:
     # Punctuation counts as words, so that no text is without any.
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]+", sublinear_tf=True)
     pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
@@ -245,7 +241,8 @@ def _fitted(pairs: Sequence[tuple[str, str]]) -> Pipeline:
         FeatureUnion([("words", words), ("pieces", pieces)]),
         LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000),
     )
-    return pipeline.fit([text for text, _ in pairs], [label for _, label in pairs])
+    texts = [example.response.strip() for example in examples]
+    return pipeline.fit(texts, [example.label for example in examples])
 
 
 def _check_responses(examples: Sequence[LabelledExample]) -> None:

@@ -57,9 +57,7 @@ class ComparisonLog:
         size_of(self.path)  # a pipe would block
         data = self.path.read_bytes()
         whole, end, cut = data.rpartition(b"\n")
-        if not end and not _line(head).startswith(cut):
-            raise ValueError(f"{self.path} is no log of a comparison")
-        if not end:  # not even the head was written whole
+        if not end and _line(head).startswith(cut):  # not even the head was written whole
             os.truncate(self.path, 0)
             return False
         first, *lines = map(_parsed, whole.split(b"\n"))
@@ -74,13 +72,10 @@ class ComparisonLog:
                 "or the settings of that one"
             )
         os.truncate(self.path, len(whole + end))
-        damaged = 0
-        for line in lines:
-            if all(isinstance(line.get(part), dict) for part in ("key", "outcome")):
-                self._known[_name(line["key"])] = line["outcome"]
-            else:
-                damaged += 1
-        if damaged:
+        parts = ("key", "outcome")
+        good = [line for line in lines if all(isinstance(line.get(part), dict) for part in parts)]
+        self._known = {_name(line["key"]): line["outcome"] for line in good}
+        if damaged := len(lines) - len(good):
             warnings.warn(
                 f"{self.path} has {damaged} damaged line(s): these outcomes are measured again",
                 stacklevel=3,

@@ -1,10 +1,10 @@
 """Scores methods on cases: target rate, perplexity ratio, specificity."""
 
-import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from operator import eq
 from typing import Any
 
 from torch import Tensor
@@ -56,21 +56,20 @@ class Outcome:
     @property
     def target(self) -> list[bool]:
         """Whether the judge finds the target class."""
-        return [a == case.target for a, case in zip(self.judged, self.cases, strict=True)]
+        return list(map(eq, self.judged, [case.target for case in self.cases]))
 
     @property
     def source(self) -> list[bool] | None:
         """Whether the class is still the prompt's own; None if a source is unknown."""
-        if any(case.source is None for case in self.cases):
-            return None
-        return [a == case.source for a, case in zip(self.judged, self.cases, strict=True)]
+        sources = [case.source for case in self.cases]
+        return None if None in sources else list(map(eq, self.judged, sources))
 
     @property
     def grounded(self) -> list[bool] | None:
         """Whether the text takes up the target's part; None without a grounding judge."""
         if self.taken_up is None:
             return None
-        return [a == case.target for a, case in zip(self.taken_up, self.cases, strict=True)]
+        return list(map(eq, self.taken_up, [case.target for case in self.cases]))
 
     @property
     def success(self) -> list[bool]:
@@ -140,21 +139,22 @@ class TextScorer:
     _plain: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict)
     """The model's own texts, by prompt and seed."""
 
-    _losses: dict[tuple[str, bytes], float] = field(init=False, default_factory=dict)
+    _losses: dict[tuple[str, tuple[int, ...]], float] = field(init=False, default_factory=dict)
     """-log p of the tokens after a prompt, which several methods may write."""
 
     def __post_init__(self) -> None:
-        check_number("cache_bytes", self.cache_bytes, whole=True, least=0)
+        for name, least in (("cache_bytes", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+            check_number(name, getattr(self, name), whole=True, least=least)
         self._caches = PromptCaches(self.model, self.cache_bytes)
-        check_number("max_new_tokens", self.max_new_tokens, whole=True, least=1)
-        check_number("batch_size", self.batch_size, whole=True, least=1)
         if self.temperature is not None:
             check_number("temperature", self.temperature, least=1e-6)
 
     def score(self, method: Method, strength: float, tasks: Sequence[str]) -> dict[str, Outcome]:
         """Return a method's outcome at a strength, by task."""
-        keys = {
-            task: {
+        known: dict[str, dict[str, Any]] = {}
+        keys: dict[str, dict[str, Any]] = {}
+        for task in tasks:
+            keys[task] = {
                 "split": self.split,
                 "task": task,
                 **method.columns(),
@@ -162,20 +162,20 @@ class TextScorer:
                 "strength": float(strength),
                 "cases": len(self.cases[task]),
             }
-            for task in tasks
-        }
-        logged = {} if self.log is None else {task: self.log.get(keys[task]) for task in tasks}
-        known = {task: found for task, found in logged.items() if found is not None}
-        new = [task for task in tasks if task not in known]
+            if self.log is not None and (found := self.log.get(keys[task])) is not None:
+                known[task] = found
         with warnings.catch_warnings():  # the largest strengths of a grid are meant to be too large
             warnings.simplefilter("ignore", SteeringWarning)
-            measured = self._measured(method, strength, new)
-        for task, found in measured.items():
-            known[task] = found
-            if self.log is not None:
+            measured = self._measured(
+                method, strength, [task for task in tasks if task not in known]
+            )
+        if self.log is not None:
+            for task, found in measured.items():
                 self.log.add(keys[task], found)
         return {
-            task: Outcome(cases=self.cases[task], strength=float(strength), **known[task])
+            task: Outcome(
+                cases=self.cases[task], strength=float(strength), **(known | measured)[task]
+            )
             for task in tasks
         }
 
@@ -185,8 +185,7 @@ class TextScorer:
         """Return what a method does on some tasks, whose cases share the batches."""
         rows = [(case, i) for task in tasks for i, case in enumerate(self.cases[task])]
         written: list[tuple[str, Tensor, float]] = []
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
+        for part in self._batches(rows):
             cases = [case for case, _ in part]
             prompts = [c.prompt for c in cases] if method.prompts is None else method.prompts(cases)
             steerer = None if method.steerer is None else method.steerer(cases, strength)
@@ -217,14 +216,17 @@ class TextScorer:
         if not self.measures_specificity or method.steerer is None or len(asking) < len(cases):
             return None
         found = []
-        for start in range(0, len(cases), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            own = [self._plain[p, self._seed(start + i)] for i, p in enumerate(asking[part])]
-            steerer = method.steerer(cases[part], strength)
+        for part in self._batches(range(len(cases))):
+            steerer = method.steerer([cases[i] for i in part], strength)
+            prompts = [asking[i] for i in part]
+            own = [self._plain[asking[i], self._seed(i)] for i in part]
             found += divergences(
-                self.model, asking[part], own, steerer, chat_template=self.chat_template
+                self.model, prompts, own, steerer, chat_template=self.chat_template
             )
         return sum(found) / len(found)
+
+    def _batches(self, rows: Sequence[Any]) -> list[Sequence[Any]]:
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def _seed(self, index: int) -> int:
         return self.seed * 1_000_003 + index
@@ -237,7 +239,7 @@ class TextScorer:
             prompts,
             max_new_tokens=self.max_new_tokens,
             steerer=steerer,
-            batch_size=len(prompts),
+            batch_size=self.batch_size,
             temperature=self.temperature,
             seeds=None if self.temperature is None else seeds,
             chat_template=self.chat_template,
@@ -248,29 +250,21 @@ class TextScorer:
         """Return the perplexity of tokens after prompts, divided by that of the model's own."""
         rows = list(zip(prompts, map(self._seed, range(len(prompts))), strict=True))
         new = [row for row in dict.fromkeys(rows) if row not in self._plain]
-        for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            own = self._continued([prompt for prompt, _ in part], [seed for _, seed in part])
-            self._plain |= dict(zip(part, own.tokens, strict=True))
+        own = self._continued([prompt for prompt, _ in new], [seed for _, seed in new])
+        self._plain |= dict(zip(new, own.tokens, strict=True))
         own = self._mean_loss(prompts, [self._plain[row] for row in rows])
         return math.exp(self._mean_loss(prompts, tokens) - own)
 
     def _mean_loss(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
-        keys = [
-            (prompt, hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest())
-            for prompt, row in zip(prompts, tokens, strict=True)
-        ]
-        for start in range(0, len(keys), self.batch_size):  # the same batches for every method
-            part = slice(start, start + self.batch_size)
-            if all(key in self._losses for key in keys[part]):
-                continue
+        keys = [(p, tuple(row.tolist())) for p, row in zip(prompts, tokens, strict=True)]
+        if not self._losses.keys() >= set(keys):  # all, in the same batches for every method
             losses = negative_log_likelihoods(
                 self.model,
-                prompts[part],
-                tokens[part],
+                prompts,
+                tokens,
                 batch_size=self.batch_size,
                 chat_template=self.chat_template,
                 caches=self._caches,
             )
-            self._losses |= dict(zip(keys[part], losses, strict=True))
+            self._losses |= dict(zip(keys, losses, strict=True))
         return sum(self._losses[key] for key in keys) / sum(map(len, tokens))
