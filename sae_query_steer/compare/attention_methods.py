@@ -38,13 +38,8 @@ def attention_method(name: str, encoders: Mapping[str, QueryEncoder]) -> Method:
             ),
         )
 
-    return Method(
-        name=name,
-        scope=_SCOPE,
-        layers=tuple(int(name.split(".")[1]) for name in encoders),
-        steerer=steerer,
-        strengths=(0.25, 0.35),
-    )
+    layers = tuple(int(name.split(".")[1]) for name in encoders)
+    return Method(name=name, scope=_SCOPE, layers=layers, steerer=steerer, strengths=(0.25, 0.35))
 
 
 def attention_bias_method(name: str, sites: Sequence[QuerySite]) -> Method:
@@ -61,16 +56,13 @@ def attention_bias_method(name: str, sites: Sequence[QuerySite]) -> Method:
             attention_bias(sites, away, bias=AWAY, scope=ResponseTokens()),
         )
 
+    layers = tuple(site.layer for site in sites)
     return Method(
-        name=name,
-        scope=_SCOPE,
-        layers=tuple(site.layer for site in sites),
-        steerer=steerer,
-        strengths=(2.0, 4.0, 6.0),
+        name=name, scope=_SCOPE, layers=layers, steerer=steerer, strengths=(2.0, 4.0, 6.0)
     )
 
 
 def _looks(cases: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Return what each case's heads look at first, and then away from."""
-    away = [LookAt(case.listed, weight=-1.0) for case in cases]
-    return [LookAt(case.phrase) for case in cases], away
+    here = [LookAt(case.phrase) for case in cases]
+    return here, [LookAt(case.listed, weight=-1.0) for case in cases]

@@ -90,20 +90,20 @@ def compare_methods(
     if best is not None:
         model_of, strengths = chosen[best[1]]
         chosen += [(control, strengths) for control in random_methods(model_of, control_seeds)]
-    rows, texts = [], []
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
     for method, strengths in progress_bar(chosen, desc="Comparing methods", unit="method"):
         for strength in sorted(set(strengths.values())):
             same = [task for task in tasks if strengths[task] == strength]
             for task, outcome in test.score(method, strength, same).items():
                 rows.append(outcome_row(task, method, outcome))
                 texts += _text_rows(task, method, outcome)
-    for table in (rows, curves, texts):
-        table.sort(key=lambda row: tasks.index(row["task"]))
+
+    def table(some: list[dict[str, Any]]) -> pd.DataFrame:
+        return pd.DataFrame(sorted(some, key=lambda row: tasks.index(row["task"])))
+
     return Comparison(
-        rows=pd.DataFrame(rows),
-        curves=pd.DataFrame(curves),
-        texts=pd.DataFrame(texts),
-        judge=test.judge.held_out,
+        rows=table(rows), curves=table(curves), texts=table(texts), judge=test.judge.held_out
     )
 
 
@@ -166,17 +166,14 @@ def outcome_row(task: str, method: Method, outcome: Outcome) -> dict[str, Any]:
 
 
 def _text_rows(task: str, method: Method, outcome: Outcome) -> list[dict[str, Any]]:
-    told = zip(
-        outcome.cases,
-        outcome.texts,
-        outcome.judged,
-        outcome.taken_up or [None] * len(outcome.cases),
-        outcome.success,
-        strict=True,
-    )
-    names = ("prompt", "source", "target", "text", "judged", "taken_up", "success")
+    taken_up = outcome.taken_up or [None] * len(outcome.cases)
+    found = zip(outcome.texts, outcome.judged, taken_up, outcome.success, strict=True)
     return [
-        {"task": task, **method.columns()}
-        | dict(zip(names, (case.prompt, case.source, case.target, *rest), strict=True))
-        for case, *rest in told
+        {
+            "task": task,
+            **method.columns(),
+            **{name: getattr(case, name) for name in ("prompt", "source", "target")},
+            **dict(zip(("text", "judged", "taken_up", "success"), own, strict=True)),
+        }
+        for case, own in zip(outcome.cases, found, strict=True)
     ]

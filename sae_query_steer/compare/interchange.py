@@ -78,18 +78,14 @@ def interchange_methods(
     """
 
     def method(some: Sequence[int]) -> Method:
-        def patch(cases: Sequence[SteeringCase], strength: float) -> Steerer:
-            del strength
-            return _requested(model, cases, some, chat_template)
-
         return Method(
             name="interchange",
             scope=scope_name(LastPromptToken()),
             layers=tuple(some),
-            steerer=patch,
+            steerer=lambda cases, _: _requested(model, cases, some, chat_template),
         )
 
-    return [method(some) for some in layers]
+    return list(map(method, layers))
 
 
 def _requested(

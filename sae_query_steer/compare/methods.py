@@ -59,12 +59,11 @@ def cases_of(examples: Sequence[LabelledExample], n: int) -> list[SteeringCase]:
     others = len(classes) - 1
     cases = []
     for lap in range(max(map(len, pools.values())) * others):
-        for index, source in enumerate(classes):
-            round_, place = divmod(lap, len(pools[source]))
+        for index, (source, prompts) in enumerate(pools.items()):
+            round_, place = divmod(lap, len(prompts))
             if round_ < others:
                 target = classes[(index + 1 + (place + round_) % others) % len(classes)]
-                prompt = pools[source][place]
-                cases.append(SteeringCase(prompt=prompt, target=target, source=source))
+                cases.append(SteeringCase(prompt=prompts[place], target=target, source=source))
     check_number("n cases", n, whole=True, least=1, most=len(cases))
     return cases[:n]
 
@@ -121,25 +120,13 @@ class Descent:
 # Distance and contrast are linear in z, so one step equals twenty smaller ones. The prototype's
 # step shrinks as the target's posterior grows, so more steps are safe. The largest step sizes break
 # the text, so that the texts end the search, not the grid.
-DESCENTS = (
-    Descent(
-        name="prototype",
-        objective=PrototypeLogLikelihood(),
-        n_steps=20,
-        step_sizes=(0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
-    ),
-    Descent(
-        name="squared distance",
-        objective=SquaredDistance(),
-        n_steps=1,
-        step_sizes=(0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0),
-    ),
-    Descent(
-        name="contrast",
-        objective=CentroidContrast(),
-        n_steps=1,
-        step_sizes=(1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0),
-    ),
+DESCENTS = tuple(
+    Descent(name=name, objective=objective, n_steps=n_steps, step_sizes=step_sizes)
+    for name, objective, n_steps, step_sizes in (
+        ("prototype", PrototypeLogLikelihood(), 20, (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),
+        ("squared distance", SquaredDistance(), 1, (0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)),
+        ("contrast", CentroidContrast(), 1, (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0)),
+    )
 )
 
 
@@ -159,15 +146,15 @@ def prompt_methods(
         separator: text between two examples and before the prompt.
     """
 
-    def few_shot(k: int) -> Method:
-        def prompt(case: SteeringCase) -> str:
-            # Seeded by the case, not by its place: the same examples in every batch.
-            own = seed + zlib.crc32(f"{case.prompt}\0{case.target}".encode())
-            return few_shot_prompt(
-                case.prompt, solved, target=case.target, k=k, seed=own, separator=separator
-            )
+    def shown(case: SteeringCase, k: int) -> str:
+        # Seeded by the case, not by its place: the same examples in every batch.
+        own = seed + zlib.crc32(f"{case.prompt}\0{case.target}".encode())
+        return few_shot_prompt(
+            case.prompt, solved, target=case.target, k=k, seed=own, separator=separator
+        )
 
-        return Method(name=f"few-shot (k={k})", prompts=lambda cases: list(map(prompt, cases)))
+    def few_shot(k: int) -> Method:
+        return Method(name=f"few-shot (k={k})", prompts=lambda cases: [shown(c, k) for c in cases])
 
     return [
         Method(name="unsteered"),
@@ -205,20 +192,17 @@ def descent_methods(
     def method(
         span: str, layers: Sequence[int], heads: Sequence[int] | None, at: Scope, descent: Descent
     ) -> Method:
-        def steerer(cases: Sequence[SteeringCase], step_size: float) -> LatentGradientSteerer:
-            return LatentGradientSteerer(
-                encoders,
-                targets[span],
-                target=[case.target for case in cases],
-                objective=descent.objective,
-                n_steps=descent.n_steps,
-                step_size=step_size,
-                scope=at,
-                layers=layers,
-                heads=heads,
-                max_relative_change=max_relative_change,
-            )
-
+        make = partial(
+            LatentGradientSteerer,
+            encoders,
+            targets[span],
+            objective=descent.objective,
+            n_steps=descent.n_steps,
+            scope=at,
+            layers=layers,
+            heads=heads,
+            max_relative_change=max_relative_change,
+        )
         return Method(
             name=name,
             objective=descent.name,
@@ -229,10 +213,14 @@ def descent_methods(
             heads=None if heads is None else tuple(heads),
             n_steps=descent.n_steps,
             strengths=descent.step_sizes,
-            steerer=steerer,
+            steerer=lambda cases, step_size: make(target=_targets(cases), step_size=step_size),
         )
 
     return [method(*chosen) for chosen in product(targets, layers, heads, scopes, descents)]
+
+
+def _targets(cases: Sequence[SteeringCase]) -> list[str]:
+    return [case.target for case in cases]
 
 
 def decoder_rows_methods(
@@ -245,8 +233,7 @@ def decoder_rows_methods(
         targets: their centroids.
         choices: span, layers, scope and centroids; see `residual_methods`.
     """
-    make = partial(decoder_rows, encoders, targets, m=4)
-    return _added("decoder rows (m=4)", make, **choices)
+    return _added("decoder rows (m=4)", partial(decoder_rows, encoders, targets, m=4), **choices)
 
 
 def residual_methods(means: CentroidTargets, **choices: Any) -> list[Method]:
@@ -260,8 +247,7 @@ def residual_methods(means: CentroidTargets, **choices: Any) -> list[Method]:
             difference is added; scope, which tokens are steered (default: the last prompt token);
             centroids, label of the prompts that gave the means.
     """
-    make = partial(residual_mean_difference, means)
-    return _added("residual mean difference", make, **choices)
+    return _added("residual mean difference", partial(residual_mean_difference, means), **choices)
 
 
 def _added(
@@ -276,10 +262,6 @@ def _added(
     at = LastPromptToken() if scope is None else scope
 
     def method(some: Sequence[int]) -> Method:
-        def steerer(cases: Sequence[SteeringCase], strength: float) -> Any:
-            wanted = [case.target for case in cases]
-            return make(target=wanted, strength=strength, scope=at, layers=some)
-
         return Method(
             name=name,
             centroids=centroids,
@@ -288,10 +270,12 @@ def _added(
             layers=tuple(some),
             n_steps=1,
             strengths=STRENGTHS,
-            steerer=steerer,
+            steerer=lambda cases, strength: make(
+                target=_targets(cases), strength=strength, scope=at, layers=some
+            ),
         )
 
-    return [method(some) for some in layers]
+    return list(map(method, layers))
 
 
 def random_methods(model_of: Method, seeds: Sequence[int]) -> list[Method]:

@@ -117,22 +117,21 @@ def compare_on_texts(
     held_out = tokenize_examples(model, validation, **read)
     table = layer_verdicts(model, chosen, sites, held_out, seed=seed)
     tokenized = tokenize_examples(model, steering, **read)
-    name, alone = scope_name(span), [[site.layer] for site in sites]
+    alone = [[site.layer] for site in sites]
+    added: dict[str, Any] = {"span": scope_name(span), "scope": scope, "layers": alone}
     # There is no prompt that requests a class.
     methods = [m for m in prompt_methods(steering, seed=seed) if m.name != "instruction"]
     made = []
     for kind, own in (("dense descent", identity_encoders(sites)), ("SAE descent", chosen)):
-        found = CentroidTargetBuilder(model, own).fit(tokenized)
-        made.append(found)
-        methods += descent_methods(kind, own, {name: found}, descents, layers=alone, scopes=[scope])
-    methods += decoder_rows_methods(chosen, made[1], span=name, scope=scope, layers=alone)
-    means = residual_means(model, tokenized, [site.layer for site in sites])
-    methods += residual_methods(means, span=name, scope=scope, layers=alone)
+        made.append(CentroidTargetBuilder(model, own).fit(tokenized))
+        targets = {scope_name(span): made[-1]}
+        methods += descent_methods(kind, own, targets, descents, layers=alone, scopes=[scope])
+    methods += decoder_rows_methods(chosen, made[1], **added)
+    methods += residual_methods(residual_means(model, tokenized, told["layers"]), **added)
     if log is not None:
         kept = ComparisonLog(log, told | {"contents": digest_of(made, examples)})
         scorers = [replace(scorer, log=kept) for scorer in scorers]
-    compared = compare_methods(scorers[0], scorers[1], methods)
-    return replace(compared, sites=table, settings=told)
+    return replace(compare_methods(scorers[0], scorers[1], methods), sites=table, settings=told)
 
 
 def layer_verdicts(
@@ -157,11 +156,9 @@ def _four_parts(
     """Return examples for centroids, judge, validation and test, each class in all of them."""
     check_classes((example.label for example in examples), at_least=20)
 
-    def halves(some: Sequence[LabelledExample], share: float) -> list[list[LabelledExample]]:
-        labels = [str(example.label) for example in some]
-        parts = train_test_split(some, test_size=share, random_state=seed, stratify=labels)
-        return list(map(list, parts))
-
-    steering, others = halves(list(examples), 0.6)
-    judging, rest = halves(others, 2 / 3)
-    return (steering, judging, *halves(rest, 0.5))
+    parts: list[Any] = [list(examples)]
+    for share in (0.6, 2 / 3, 0.5):  # of what is left, for the parts after this one
+        rest = parts.pop()
+        labels = [str(example.label) for example in rest]
+        parts += train_test_split(rest, test_size=share, random_state=seed, stratify=labels)
+    return tuple(parts)
