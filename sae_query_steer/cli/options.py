@@ -8,7 +8,7 @@ import operator
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,14 +84,8 @@ class ModelWithSAEsOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """Texts without labels."""
-
-    texts: Path
-    """CSV, JSON lines, Parquet, plain text, or the folder of a dataset."""
-
-    text: str = "text"
-    """Column of the text, or a template over columns."""
+class FileOptions:
+    """How a file of texts is read."""
 
     skip_blank: bool = False
     """Leave out rows with a blank cell."""
@@ -102,22 +96,32 @@ class TextOptions:
     sep: str | None = None
     """Separator of a CSV file; a comma, or in .tsv a tab, if unset."""
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return some options by name, with those of every file."""
+        names = (*names, *(field.name for field in fields(FileOptions)))
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(FileOptions):
+    """Texts without labels."""
+
+    texts: Path
+    """CSV, JSON lines, Parquet, plain text, or the folder of a dataset."""
+
+    text: str = "text"
+    """Column of the text, or a template over columns."""
+
     def __post_init__(self) -> None:
         check_columns(self.texts, [self.text], encoding=self.encoding, sep=self.sep)
 
     def read(self) -> list[str]:
         """Return the texts."""
-        return sqs.read_texts(
-            self.texts,
-            text=self.text,
-            skip_blank=self.skip_blank,
-            encoding=self.encoding,
-            sep=self.sep,
-        )
+        return sqs.read_texts(self.texts, **self.given("text"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExampleOptions:
+class ExampleOptions(FileOptions):
     """Labelled examples, and their tokens at which centroids are taken."""
 
     csv: Path
@@ -150,9 +154,6 @@ class ExampleOptions:
     strip: bool = False
     """Remove white space around prompts."""
 
-    skip_blank: bool = False
-    """Leave out rows with a blank cell."""
-
     merge_labels: bool = False
     """Read labels that differ only in case or white space as the first of them."""
 
@@ -161,12 +162,6 @@ class ExampleOptions:
 
     long: Long = "refuse"
     """What to do with texts that are longer than the model's context."""
-
-    encoding: str = "utf-8"
-    """Encoding of a text file."""
-
-    sep: str | None = None
-    """Separator of a CSV file; a comma, or in .tsv a tab, if unset."""
 
     def __post_init__(self) -> None:
         if wrong := [pair for pair in self.where if "=" not in pair]:
@@ -187,19 +182,12 @@ class ExampleOptions:
 
     def read(self) -> "list[sqs.LabelledExample]":
         """Return the examples, of two or more classes."""
+        names = ("prompt", "response", "label", "strip", "merge_labels", "min_class_size")
         examples = sqs.read_examples(
             self.csv,
-            prompt=self.prompt,
-            response=self.response,
-            label=self.label,
             parse_label=sqs.BloomLevel.parse if self.bloom else str,
             where=self._conditions,
-            strip=self.strip,
-            skip_blank=self.skip_blank,
-            merge_labels=self.merge_labels,
-            min_class_size=self.min_class_size,
-            encoding=self.encoding,
-            sep=self.sep,
+            **self.given(*names),
         )
         check_classes(example.label for example in examples)
         return examples
@@ -211,11 +199,12 @@ class ExampleOptions:
         from sae_query_steer.data.tokenized import tokenize_example
 
         self.tokenized(model, examples)  # refuses long ones unless they are to be left out
-        if self.long == "refuse":
-            return examples
-        n_ctx = int(model.cfg.n_ctx)
-        sizes = [tokenize_example(model, one, chat_template=self.turns) for one in examples]
-        return [e for e, size in zip(examples, sizes, strict=True) if len(size.tokens) <= n_ctx]
+
+        def fits(example: sqs.LabelledExample) -> bool:
+            read = tokenize_example(model, example, chat_template=self.turns)
+            return len(read.tokens) <= int(model.cfg.n_ctx)
+
+        return list(filter(fits, examples))
 
     def tokenized(self, model: Any, examples: "list[sqs.LabelledExample]") -> Any:
         """Show a report on the examples, and return them as tokens."""

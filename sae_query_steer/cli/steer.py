@@ -192,5 +192,4 @@ def steer(
     from sae_query_steer.storage.csv_files import csv_text
 
     texts = {"prompt": prompt, "unsteered": plain, "steered": steered}
-    files = {"texts.json": json.dumps(texts, indent=2), "trace.csv": csv_text(table)}
-    output.write(files)
+    output.write({"texts.json": json.dumps(texts, indent=2), "trace.csv": csv_text(table)})
