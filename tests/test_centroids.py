@@ -299,7 +299,7 @@ def test_another_model_is_refused_with_the_site_and_the_distance():
     with refuses(
         f"another model: at {HOOKS[1]} the activations differ from the fingerprint by 0.002 "
         "(relative), more than 0.001; shape here [2, 6, 2, 5], in the fingerprint [2, 6, 2, 5]. "
-        "Load the model that these centroids were made on, or make them anew with "
+        "Load the model that these centroids were made with, or make them anew with "
         "CentroidTargetBuilder"
     ):
         check_queries(stored, queries, tolerance=1e-3)
@@ -310,7 +310,7 @@ def test_a_model_of_another_shape_is_refused_with_both_shapes():
     with refuses(
         f"another model: at {HOOKS[1]} the activations differ from the fingerprint by inf "
         "(relative), more than 0.001; shape here [2, 6, 4, 5], in the fingerprint [2, 6, 2, 5]. "
-        "Load the model that these centroids were made on, or make them anew with "
+        "Load the model that these centroids were made with, or make them anew with "
         "CentroidTargetBuilder"
     ):
         check_queries(stored, {HOOKS[1]: torch.ones(2, 6, 4, D_HEAD)}, tolerance=1e-3)
@@ -329,9 +329,10 @@ def test_another_sae_is_refused_with_the_site_and_the_distance():
     stored = some_fingerprint()
     made = {HOOKS[1]: stored.reconstructions[HOOKS[1]] * 1.25}
     with refuses(
-        f"another SAE: at {HOOKS[1]} its reconstructions of the fingerprint's queries differ by "
-        "0.25 (relative), more than 0.1. Load the SAEs that these centroids were made with, or "
-        "make the centroids anew with CentroidTargetBuilder"
+        f"another SAE: at {HOOKS[1]} its reconstructions differ from the fingerprint by 0.25 "
+        "(relative), more than 0.1; shape here [2, 6, 2, 5], in the fingerprint [2, 6, 2, 5]. "
+        "Load the SAE that these centroids were made with, or make them anew with "
+        "CentroidTargetBuilder"
     ):
         check_reconstructions(stored, made, tolerance=0.1)
 

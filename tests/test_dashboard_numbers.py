@@ -7,11 +7,10 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.dashboards import attention_effect as effect_module
-from sae_query_steer.dashboards import key_matches as key_module
+from sae_query_steer.dashboards import statistics as key_module
 from sae_query_steer.dashboards.attention_effect import attention_effect
-from sae_query_steer.dashboards.key_matches import KeyMeans, key_matches
 from sae_query_steer.dashboards.site_data import class_shares
-from sae_query_steer.dashboards.statistics import N_BINS, read_again
+from sae_query_steer.dashboards.statistics import N_BINS, KeyMeans, key_matches, read_again
 from sae_query_steer.data.batches import PAD
 
 LAYER, HEADS = 2, (3, 1)

@@ -191,7 +191,7 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
 
 
 def test_plain_mappings_and_training_saes_are_refused(tmp_path, tiny_models, saes, untyped):
-    with pytest.raises(TypeError, match="saes is a dict: give QuerySAEs"):
+    with pytest.raises(TypeError, match="saes must be QuerySAEs, got dict"):
         sqs.hub.save_bundle(tmp_path / "b", tiny_models["bridge"], dict(saes))
     training = sqs.sae.QueryHeadTopKTrainingSAE(
         sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
@@ -200,6 +200,14 @@ def test_plain_mappings_and_training_saes_are_refused(tmp_path, tiny_models, sae
         sqs.hub.save_bundle(
             tmp_path / "b", tiny_models["bridge"], sqs.QuerySAEs({HOOKS[0]: training})
         )
+
+
+def test_a_steerer_of_another_kind_is_refused(tmp_path, tiny_models, saes, untyped):
+    steerer = sqs.steering.AttentionSteerer(saes, sqs.steering.LookAt("w1"))
+    wanted = "steerer must be LatentGradientSteerer, got AttentionSteerer"
+    with pytest.raises(TypeError, match=wanted):
+        sqs.hub.save_bundle(tmp_path / "b", tiny_models["bridge"], saes, steerer=steerer)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_is_not_replaced_unless_asked(folder, tiny_models, saes):

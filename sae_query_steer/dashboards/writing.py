@@ -8,10 +8,9 @@ from jinja2 import Environment, PackageLoader
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.dashboards.attention_effect import attention_effect
-from sae_query_steer.dashboards.key_matches import key_matches
 from sae_query_steer.dashboards.neuronpedia import write_batches
 from sae_query_steer.dashboards.site_data import site_data
-from sae_query_steer.dashboards.statistics import read_again
+from sae_query_steer.dashboards.statistics import key_matches, read_again
 from sae_query_steer.data.token_rows import Texts
 from sae_query_steer.diagnostics.latent_texts import top_tokens
 from sae_query_steer.models.activations import check_hook_point, key_hook, pattern_hook

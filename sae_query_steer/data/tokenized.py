@@ -175,10 +175,6 @@ class TokenizedExamples(Sequence[TokenizedExample]):
         """The class of each example."""
         return tuple(example.label for example in self.examples)
 
-    def joined(self, others: "TokenizedExamples") -> "TokenizedExamples":
-        """Return these examples and others after them, to be read as these are."""
-        return dataclasses.replace(self, examples=[*self.examples, *others.examples])
-
     def subset(self, indices: Iterable[int]) -> "TokenizedExamples":
         """Return the examples with these indices, in this order."""
         return dataclasses.replace(self, examples=[self.examples[i] for i in indices])

@@ -1,10 +1,10 @@
-from .attention_of_latents import latent_attention as latent_attention
 from .class_separability import separability as separability
 from .interchange import achieved_effect as achieved_effect
 from .interchange import interchange_effect as interchange_effect
 from .latent_texts import TopTokens as TopTokens
 from .latent_texts import top_tokens as top_tokens
 from .learned_reach import reach as reach
+from .moved import latent_attention as latent_attention
 from .moved import most_moved as most_moved
 from .moved import moved_latents as moved_latents
 from .sae_scores import evaluate_saes as evaluate_saes

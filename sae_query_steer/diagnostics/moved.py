@@ -1,6 +1,7 @@
-"""Which latents did it: by how much a steer moved each of them, and how much of it each made."""
+"""Which latents did it: how far a steer moved each, its share, and the attention it caused."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -8,16 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.arguments import check_kind, check_number
+from sae_query_steer.descent.control import ExceptLatents, GivenLatents
 from sae_query_steer.sae.core import QueryHeadSAE
-from sae_query_steer.sae.encoders import (
-    IdentityEncoder,
-    QueryEncoder,
-    device_of,
-    in_32_bits,
-)
-from sae_query_steer.steering.latent_descent import LatentDescent
+from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder, device_of, in_32_bits
+from sae_query_steer.steering.latent_descent import LatentDescent, LatentGradientSteerer
 from sae_query_steer.steering.latent_moves import LatentMove
-from sae_query_steer.steering.partial import PartOfLatents
+from sae_query_steer.steering.partial import PartOfLatents, partial_steerer
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import SteeringTrace, TraceRecord
 from sae_query_steer.steering.where import SiteHeads
@@ -121,6 +118,60 @@ def most_moved(table: pd.DataFrame, m: int, *, target: str | None = None) -> ByH
     for name, head, latent in rows[["hook_name", "head", "latent"]].to_numpy().tolist():
         chosen.setdefault(name, {}).setdefault(head, []).append(latent)
     return chosen
+
+
+def latent_attention(
+    model: Any,
+    steerer: LatentGradientSteerer,
+    prompts: Sequence[str],
+    latents: Mapping[str, Mapping[int, Sequence[int]]],
+    *,
+    without: bool = False,
+    max_new_tokens: int = 1,
+) -> pd.DataFrame:
+    """Return where attention goes if only some latents move, or all but these, as they are steered.
+
+    Each latent moves as the whole steer moves it, or stays where it was, by a `partial_steerer`.
+    Attention is no sum of what single latents cause: where another token holds nearly all of it, a
+    latent alone may change little, and the whole steer still need it. So look from both sides.
+    The heads of one layer do not affect each other, so one call shows a latent of every head.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        steerer: what moves the latents.
+        prompts: texts to steer, in one batch; one for each row where the steerer tells rows apart.
+        latents: by hook name and head, as `most_moved` gives them; the table has these heads alone.
+        without: move all others, and these not.
+        max_new_tokens: tokens to write after each prompt, for scopes that reach into the response;
+            the last of them is not read, so 1 is enough for the prompt.
+
+    Returns:
+        As of `SteeringTrace.attention_change`, a row for each steered token, head and token that it
+        can look at, with attention_before, attention_after and change.
+
+    Raises:
+        ValueError: no latents, a latent that there is not, or no prompt.
+
+    Source: our choice.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a list of one text or more, got {prompts!r}")
+    given = GivenLatents(latents)  # refuses to name none
+    chosen = ExceptLatents(latents) if without else given
+    with partial_steerer(steerer, latents=chosen).apply(model, record_attention=True) as trace:
+        model.generate(
+            list(prompts),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            stop_at_eos=False,
+            verbose=False,
+        )
+    table = trace.attention_change(model)
+    sites = steerer.where.chosen
+    named = [
+        (sites[n].site.layer, head) for n, own in latents.items() if n in sites for head in own
+    ]
+    return table[table.set_index(["layer", "head"]).index.isin(named)].reset_index(drop=True)
 
 
 def decoder_rows(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
@@ -142,7 +142,7 @@ class Trial:
         self.examples = examples
         if counterparts is not None:
             check_other_class(examples, counterparts)
-            self.examples = examples.joined(counterparts)
+            self.examples = replace(examples, examples=[*examples, *counterparts])
         self._aims, self._gaps = _aims(model, self.examples, self.pairs, own=paired)
 
     def table(
@@ -220,7 +220,6 @@ class Trial:
             "class_effect_se": paired_error(effect, pairs),
             "class_share": float(effect.mean()) / gap if gap > 0 else torch.nan,
             "class_gap": gap,
-            "class_gap_se": paired_error(self._gaps, self.pairs),
             "n_pairs": len(self.pairs),
         }
 

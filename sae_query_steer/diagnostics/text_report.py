@@ -10,12 +10,16 @@ from sae_query_steer.arguments import check_kind, check_texts
 from sae_query_steer.data.batches import example_batches
 from sae_query_steer.data.examples import LabelledExample, ordered_classes, place_of
 from sae_query_steer.data.prompts import ChatTemplate, tokenizer_of
-from sae_query_steer.data.tokenized import TokenizedExample, tokenize_example
+from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Span, select
 
 NOTHING = {"none", "na", "n/a", "nan", "null"}
 """Words that often stand for a missing value, and are read as text."""
+
+TOO_LONG = "longer than the context"
+NO_BOUNDARY = "no exact boundary between prompt and response"
+NO_TOKEN = "no token in the span"
 
 N_TOKENS = 5
 """Most frequent tokens of the span that are listed."""
@@ -70,25 +74,26 @@ def example_report(
     found["prompt ends in white space"] = [
         i for i, (prompt, _) in enumerate(texts) if prompt != prompt.rstrip()
     ]
-    long: list[int] = []
-    unclear: list[int] = []
-    tokenized: dict[int, TokenizedExample] = {}
+    for name in (TOO_LONG, NO_BOUNDARY, NO_TOKEN):
+        found[name] = []
+    places: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
         try:
             tokens = tokenize_example(
                 model, example, prepend_bos=prepend_bos, chat_template=chat_template
             )
         except ValueError:
-            unclear.append(index)
+            found[NO_BOUNDARY].append(index)
             continue
         if len(tokens.tokens) > n_ctx:
-            long.append(index)
-        else:
-            tokenized[index] = tokens
-    found["longer than the context"] = long
-    found["no exact boundary between prompt and response"] = unclear
-    places, empty = _span_tokens(tokenized, span)
-    found["no token in the span"] = empty
+            found[TOO_LONG].append(index)
+            continue
+        batch = next(example_batches([tokens], 1))
+        ids = batch.tokens[select(span, batch.positions)].tolist()
+        if not ids:
+            found[NO_TOKEN].append(index)
+        for token in ids:
+            places.setdefault(token, []).append(index)
     for token, indices in sorted(places.items(), key=lambda item: -len(item[1]))[:N_TOKENS]:
         found[f"span falls on {tokenizer.decode([token])!r}"] = indices
     rows = [
@@ -101,21 +106,3 @@ def example_report(
         {"finding": f"left out: {why}", "n": n, "first": ""} for why, n in left_out.items()
     ]
     return pd.DataFrame(rows, columns=["finding", "n", "first"])
-
-
-def _span_tokens(
-    tokenized: dict[int, TokenizedExample], span: Span
-) -> tuple[dict[int, list[int]], list[int]]:
-    """Return the examples in which each token is in the span, and those without any."""
-    places: dict[int, list[int]] = {}
-    empty: list[int] = []
-    indices = list(tokenized)
-    for batch in example_batches(list(tokenized.values()), 64):
-        mask = select(span, batch.positions)
-        for row, place in enumerate(batch.indices):
-            index = indices[place]
-            ids = batch.tokens[row][mask[row]].tolist()
-            empty += [] if ids else [index]
-            for token in ids:
-                places.setdefault(token, []).append(index)
-    return places, sorted(empty)

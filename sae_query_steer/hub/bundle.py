@@ -8,23 +8,9 @@ from typing import Any
 import pandas as pd
 from sae_lens import TrainingSAE
 
+from sae_query_steer.arguments import check_kind
+from sae_query_steer.hub import layout
 from sae_query_steer.hub.card import model_card
-from sae_query_steer.hub.layout import (
-    BUNDLE,
-    CARD,
-    CENTROIDS,
-    EVALUATION,
-    FINGERPRINT,
-    HEADS,
-    LAYERS,
-    STEERER,
-    BundleIndex,
-    Evaluation,
-    ModelFacts,
-    check_bundle_files,
-    head_folders,
-    read_index,
-)
 from sae_query_steer.models.fingerprint import (
     Fingerprint,
     check_queries,
@@ -79,7 +65,7 @@ class Bundle:
     evaluation: pd.DataFrame | None
     """The table of scores that it was published with, if any."""
 
-    model: ModelFacts
+    model: layout.ModelFacts
     """Name, sizes and number format of the model that it was made on."""
 
     fingerprint: Fingerprint
@@ -127,17 +113,17 @@ def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = N
     folder = Path(folder)
     if device is None:
         device = "cpu" if model is None else str(model.cfg.device)
-    index = read_index(folder)
-    check_bundle_files(folder, index.shared)
-    saes = QuerySAEs.load(folder / LAYERS, device=device)
+    index = layout.read_index(folder)
+    layout.check_bundle_files(folder, index.shared)
+    saes = QuerySAEs.load(folder / layout.LAYERS, device=device)
     if tuple(saes) != index.hook_names:
         raise ValueError(f"{folder} lists {index.hook_names} and holds SAEs at {list(saes)}")
     expected = Fingerprint.expected_tensors(index.hook_names)
-    tensors = read_tensors(folder, FINGERPRINT, expected)
+    tensors = read_tensors(folder, layout.FINGERPRINT, expected)
     try:
         fingerprint = Fingerprint.from_tensors(tensors, index.hook_names, index.model.dtype)
     except ValueError as error:
-        raise ValueError(f"{folder / FINGERPRINT} is damaged: {error}") from error
+        raise ValueError(f"{folder / layout.FINGERPRINT} is damaged: {error}") from error
     stored = {name: query.to(device) for name, query in fingerprint.queries.items()}
     dtypes = {str(sae.dtype).removeprefix("torch.") for sae in saes.values()}
     tolerance = default_tolerance(fingerprint.dtype, *dtypes)
@@ -146,18 +132,18 @@ def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = N
     except ValueError as error:
         raise ValueError(f"{folder} holds SAEs that it was not saved with: {error}") from error
     targets = steerer = evaluation = None
-    if index.has(CENTROIDS):
-        targets = CentroidTargets.load(folder / CENTROIDS)
+    if index.has(layout.CENTROIDS):
+        targets = CentroidTargets.load(folder / layout.CENTROIDS)
         check_shapes(targets, saes)
-    if STEERER in index.files:
+    if layout.STEERER in index.files:
         if targets is None:
             raise ValueError(f"{folder} holds a steerer without centroids: fetch it again, whole")
         try:
-            steerer = steerer_from_settings(read_json(folder / STEERER), saes, targets)
+            steerer = steerer_from_settings(read_json(folder / layout.STEERER), saes, targets)
         except ValueError as error:
-            raise ValueError(f"{folder / STEERER}: {error}") from error
-    if EVALUATION in index.files:
-        evaluation = read_record(folder, EVALUATION, Evaluation).rows
+            raise ValueError(f"{folder / layout.STEERER}: {error}") from error
+    if layout.EVALUATION in index.files:
+        evaluation = read_record(folder, layout.EVALUATION, layout.Evaluation).rows
     bundle = Bundle(
         saes=saes,
         targets=targets,
@@ -171,10 +157,10 @@ def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = N
     return bundle
 
 
-def model_facts(model: Any, name: str | None = None) -> ModelFacts:
+def model_facts(model: Any, name: str | None = None) -> layout.ModelFacts:
     """Return a model's name, sizes and number format."""
     sizes = {size: int(getattr(model.cfg, size)) for size in _SIZES}
-    return ModelFacts(name=name or name_of(model), dtype=dtype_name(model), **sizes)
+    return layout.ModelFacts(name=name or name_of(model), dtype=dtype_name(model), **sizes)
 
 
 def save_bundle(
@@ -212,29 +198,31 @@ def save_bundle(
         ValueError: the SAEs, the centroids or the steerer do not belong together or to the model,
             a setting of the steerer is a function of your own, or the table can't be written.
     """
-    if steerer is not None and targets is None:
-        targets = steerer.targets
+    if steerer is not None:
+        kind = LatentGradientSteerer
+        check_kind("steerer", steerer, kind, "a bundle keeps centroids; save others with save_steerer")
+        targets = steerer.targets if targets is None else targets
     _check_together(model, saes, targets, steerer)
     settings = None if steerer is None else steerer_settings(steerer)
     facts = model_facts(model, model_name)
     evaluation = None if evaluation is None else _readable(evaluation)
-    with new_folder(folder, overwrite=overwrite, holding=BUNDLE) as new:
-        saes.save(new / LAYERS)
+    with new_folder(folder, overwrite=overwrite, holding=layout.BUNDLE) as new:
+        saes.save(new / layout.LAYERS)
         for name, sae in saes.items():
             if sae.cfg.architecture() in PLAIN:
                 for head, one in enumerate(split_heads(sae)):
                     one.cfg.metadata.model_name = facts.name
                     one.cfg.metadata.hook_name = name
-                    one.save_model(new / HEADS / f"{name}.{head}")
+                    one.save_model(new / layout.HEADS / f"{name}.{head}")
         if targets is not None:
-            targets.save(new / CENTROIDS)
+            targets.save(new / layout.CENTROIDS)
         if settings is not None:
-            write_json(new / STEERER, settings)
+            write_json(new / layout.STEERER, settings)
         if evaluation is not None:
-            write_record(new / EVALUATION, Evaluation(rows=evaluation))
-        write_tensors(new / FINGERPRINT, take_fingerprint(model, saes).to_tensors())
+            write_record(new / layout.EVALUATION, layout.Evaluation(rows=evaluation))
+        write_tensors(new / layout.FINGERPRINT, take_fingerprint(model, saes).to_tensors())
         files = list_files(new)
-        index = BundleIndex(
+        index = layout.BundleIndex(
             format="sae_query_steer.bundle/1",
             sae_query_steer=version("sae-query-steer"),
             model=facts,
@@ -247,12 +235,12 @@ def save_bundle(
             targets=targets,
             steerer=settings,
             evaluation=evaluation,
-            heads=head_folders(files),
+            heads=layout.head_folders(files),
             license=license,
             note=note,
         )
-        (new / CARD).write_text(card, encoding="utf-8")
-        write_record(new / BUNDLE, index)
+        (new / layout.CARD).write_text(card, encoding="utf-8")
+        write_record(new / layout.BUNDLE, index)
 
 
 def _check_together(
@@ -261,10 +249,7 @@ def _check_together(
     targets: CentroidTargets | None,
     steerer: LatentGradientSteerer | None,
 ) -> None:
-    if not isinstance(saes, QuerySAEs):
-        raise TypeError(
-            f"saes is a {type(saes).__name__}: give QuerySAEs, such as of QuerySAEs.load"
-        )
+    check_kind("saes", saes, QuerySAEs, "such as QuerySAEs.load returns")
     for name, site in encoder_sites(saes).items():
         site.check(model)
         if not isinstance(saes[name], QueryHeadSAE) or isinstance(saes[name], TrainingSAE):

@@ -150,15 +150,7 @@ def check_queries(stored: Fingerprint, queries: Mapping[str, Queries], *, tolera
     Raises:
         ValueError: another model; the message names the site, the difference and both shapes.
     """
-    for name, query in queries.items():
-        expected, difference = _compared(stored.queries, name, query)
-        if not difference <= tolerance:  # NaN too
-            raise ValueError(
-                f"another model: at {name} the activations differ from the fingerprint by "
-                f"{difference:.3g} (relative), more than {tolerance:g}; shape here "
-                f"{list(query.shape)}, in the fingerprint {list(expected.shape)}. Load the model "
-                "that these centroids were made on, or make them anew with CentroidTargetBuilder"
-            )
+    _check(stored.queries, queries, tolerance, "model", "the activations")
 
 
 def check_reconstructions(
@@ -174,18 +166,25 @@ def check_reconstructions(
     Raises:
         ValueError: another SAE; the message names the site and the difference.
     """
-    for name, reconstruction in reconstructions.items():
-        _, difference = _compared(stored.reconstructions, name, reconstruction)
+    _check(stored.reconstructions, reconstructions, tolerance, "SAE", "its reconstructions")
+
+
+def _check(
+    stored: Mapping[str, Queries],
+    found: Mapping[str, Queries],
+    tolerance: float,
+    what: str,
+    numbers: str,
+) -> None:
+    for name, values in found.items():
+        if name not in stored:
+            raise ValueError(f"no fingerprint for {name}: there is one for {sorted(stored)}")
+        difference = relative_difference(values, stored[name])
         if not difference <= tolerance:  # NaN too
             raise ValueError(
-                f"another SAE: at {name} its reconstructions of the fingerprint's queries differ "
-                f"by {difference:.3g} (relative), more than {tolerance:g}. Load the SAEs that "
-                "these centroids were made with, or make the centroids anew with "
+                f"another {what}: at {name} {numbers} differ from the fingerprint by "
+                f"{difference:.3g} (relative), more than {tolerance:g}; shape here "
+                f"{list(values.shape)}, in the fingerprint {list(stored[name].shape)}. Load the "
+                f"{what} that these centroids were made with, or make them anew with "
                 "CentroidTargetBuilder"
             )
-
-
-def _compared(stored: Mapping[str, Queries], name: str, found: Tensor) -> tuple[Queries, float]:
-    if name not in stored:
-        raise ValueError(f"no fingerprint for {name}: there is one for {sorted(stored)}")
-    return stored[name], relative_difference(found, stored[name])

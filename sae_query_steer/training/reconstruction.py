@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sites import QuerySite
@@ -28,16 +29,27 @@ class ReconstructionMoments:
         latents: Float[Tensor, "token head d_sae"],
     ) -> None:
         """Add a batch of queries with their reconstructions and latents."""
+        cosine = cosine_similarity(x.float(), reconstruction.float(), dim=-1)
         x, reconstruction, fired = x.double(), reconstruction.double(), latents > 0
         sums = (
             x.sum(0),
             x.square().sum((0, 2)),
             (x - reconstruction).square().sum((0, 2)),
             fired.sum(0),
+            cosine.double().sum(0),
         )
         first = self.n_tokens == 0
         self._sums = sums if first else tuple(map(torch.add, self._sums, sums))
         self.n_tokens += x.shape[0]
+
+    @property
+    def mean(self) -> Float[Tensor, "head d_head"]:
+        """Mean query of each head."""
+        return self._sums[0] / self.n_tokens
+
+    def cosine(self, heads: slice) -> Float[Tensor, ""]:
+        """Return the mean cosine of query and reconstruction over tokens and some heads."""
+        return self._sums[4][heads].mean() / self.n_tokens
 
     def explained_variance(self, *, pooled: slice | None = None) -> Float[Tensor, "..."]:
         """Return 1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2) of each head.
@@ -45,7 +57,7 @@ class ReconstructionMoments:
         Args:
             pooled: heads whose queries are taken as one vector instead, for a single score.
         """
-        mean, square, error, _ = (total / self.n_tokens for total in self._sums)
+        mean, square, error, *_ = (total / self.n_tokens for total in self._sums)
         variance = square - mean.square().sum(-1)
         if pooled is not None:
             error, variance = error[pooled].sum(), variance[pooled].sum()
