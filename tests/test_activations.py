@@ -9,7 +9,6 @@ import sae_query_steer as sqs
 from sae_query_steer.models.activations import (
     LOGITS,
     key_hook,
-    next_token_log_probs,
     pattern_hook,
     read_activations,
     read_at_span,
@@ -154,13 +153,6 @@ def test_keys_and_patterns_of_a_site_are_found(model):
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
     pattern = scores.where(seen, -torch.inf).softmax(-1)
     torch.testing.assert_close(found[pattern_hook(1)], pattern, rtol=0, atol=1e-5)
-
-
-def test_log_probabilities_are_read_after_the_given_positions(model):
-    rows, columns = torch.tensor([1, 0, 0]), torch.tensor([2, 4, 0])
-    found = next_token_log_probs(model, TOKENS, rows, columns)
-    logits = model(TOKENS.clamp(min=0), prepend_bos=False)
-    torch.testing.assert_close(found, logits[rows, columns].log_softmax(-1))
 
 
 def test_every_token_of_the_span_is_read_once(model, examples):

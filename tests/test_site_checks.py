@@ -6,7 +6,7 @@ from test_prefix import batch_of
 
 import sae_query_steer as sqs
 from sae_query_steer.diagnostics.patches import Patch, draw_pairs, prefixed_rows
-from sae_query_steer.models.activations import next_token_log_probs, read_activations
+from sae_query_steer.models.activations import read_activations
 
 
 # A latent that never fires has no deviation: scikit-learn says so.
@@ -292,14 +292,17 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
         q[rows, columns, heads] = queries[:, heads]
         return q
 
+    def log_probs(hooks=()):
+        logits = read_activations(model, batch.tokens, ["logits"], fwd_hooks=hooks)["logits"]
+        return logits[rows, columns].log_softmax(-1)
+
     prefixed = prefixed_rows(model, batch, [patch])
     assert prefixed.tokens.shape[1] == 3
     unpatched = patch.read(prefixed, prefixed.unchanged(site.layer for site in sites))
-    whole = next_token_log_probs(model, batch.tokens, rows, columns)
+    whole = log_probs()
     torch.testing.assert_close(unpatched, whole, atol=1e-4, rtol=0)
     for site in sites:
-        hooks = [(site.hook_name, by_hand)]
-        expected = next_token_log_probs(model, batch.tokens, rows, columns, hooks)
+        expected = log_probs([(site.hook_name, by_hand)])
         assert not torch.allclose(expected, whole, atol=1e-3)
         found = patch.next_tokens(prefixed, site, head)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

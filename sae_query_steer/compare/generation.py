@@ -17,7 +17,7 @@ from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.prompts import ChatTemplate, chat_prompt, tokenizer_of
 from sae_query_steer.data.tokenized import tokenize_example
-from sae_query_steer.models.activations import next_token_log_probs
+from sae_query_steer.models.activations import LOGITS, read_activations
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
 from sae_query_steer.scopes.named import ResponseTokens
@@ -178,7 +178,8 @@ def divergences(
     row, position = _written(batch)
 
     def next_tokens() -> Float[Tensor, "token d_vocab"]:
-        return next_token_log_probs(model, batch.tokens, row, position - 1).cpu()
+        logits = read_activations(model, batch.tokens, [LOGITS])[LOGITS]
+        return logits[row, position - 1].float().log_softmax(-1).cpu()
 
     bare = next_tokens()
     with steerer.apply(model, prompt_lengths=batch.prompt_lengths.tolist()):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sae_query_steer.arguments import check_texts
+from sae_query_steer.arguments import check_kind, check_texts
 from sae_query_steer.bloom import BloomLevel
 
 Long = Literal["refuse", "drop", "cut-start", "cut-end"]
@@ -30,10 +30,7 @@ class LabelledExample:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "response", "label"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(
-                    f"{name}={getattr(self, name)!r} is no text: every example's {name} is a string"
-                )
+            check_kind(f"the {name} of an example", getattr(self, name), str, "give text")
         for name in ("prompt", "label"):
             if not getattr(self, name).strip():
                 raise ValueError(

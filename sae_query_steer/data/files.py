@@ -8,6 +8,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -25,36 +26,6 @@ KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 """Suffixes of the files that are read, in any case."""
 
 
-def read_columns(
-    path: str | Path, *, encoding: str = "utf-8", sep: str | None = None
-) -> list[str] | None:
-    """Return the columns of a file from its header; None for plain text, which has none.
-
-    Args:
-        path: see `read_rows`; of JSON lines the first object counts.
-        encoding: see `read_rows`.
-        sep: see `read_rows`.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: see `read_rows`.
-    """
-    path = existing(path)
-    if path.is_dir():
-        return list(
-            json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))["features"]
-        )
-    match kind_of(path):
-        case ".txt":
-            return None
-        case ".csv" | ".tsv":
-            return _csv_header(path, encoding, _separator(path, sep))
-        case ".parquet":
-            return _parquet(path).schema_arrow.names
-        case _:
-            return list(next(iter(read_rows(path, encoding=encoding)), ("", {}))[1])
-
-
 def check_columns(
     path: str | Path,
     templates: Iterable[str | None],
@@ -62,10 +33,11 @@ def check_columns(
     encoding: str = "utf-8",
     sep: str | None = None,
 ) -> None:
-    """Raise unless a file has every column that templates name.
+    """Raise unless the header of a file has every column that templates name.
 
     Args:
-        path: see `read_rows`.
+        path: see `read_rows`; of JSON lines the first object counts. Plain text has no columns, and
+            nothing is checked.
         templates: columns, or templates over columns; None is skipped.
         encoding: see `read_rows`.
         sep: see `read_rows`.
@@ -74,16 +46,24 @@ def check_columns(
         FileNotFoundError: there is no such file or folder.
         ValueError: a column is absent, a template can't be read, or see `read_rows`.
     """
-    columns = read_columns(path, encoding=encoding, sep=sep)
+    path = existing(path)
+    if path.is_dir():
+        info = (path / "dataset_info.json").read_text(encoding="utf-8")
+        columns = list(json.loads(info)["features"])
+    else:
+        match kind_of(path):
+            case ".txt":
+                return
+            case ".csv" | ".tsv":
+                columns = _csv_rows(path, encoding, sep, 1)[0]
+            case ".parquet":
+                columns = _parquet(path).schema_arrow.names
+            case _:
+                columns = list(next(iter(read_rows(path, encoding=encoding)), ("", {}))[1])
     for text in templates:
         for _, column in template_parts(text):
-            if columns is not None and column is not None:
-                check_column(column, columns, str(path))
-
-
-def check_column(column: str, columns: Iterable[str], place: str) -> None:
-    """Raise ValueError unless a column is among those there are."""
-    check_name("column", column, columns, place=f"{place}: ")
+            if column is not None:
+                check_name("column", column, columns, place=f"{path}: ")
 
 
 def read_rows(
@@ -106,7 +86,8 @@ def read_rows(
     path = existing(path)
     match kind_of(path):
         case ".csv" | ".tsv":
-            rows = enumerate(_csv_rows(path, encoding, _separator(path, sep)), start=1)
+            header, *cells = _csv_rows(path, encoding, sep)
+            rows = enumerate((dict(zip(header, row, strict=True)) for row in cells), start=1)
         case ".jsonl":
             return _json_rows(path, encoding)
         case ".parquet":
@@ -160,58 +141,33 @@ def _text(path: Path, encoding: str, newline: str | None = None) -> Iterator[Any
         with path.open(encoding=name, newline=newline) as file:
             yield file
     except (UnicodeError, LookupError) as error:
-        raise ValueError(_wrong_encoding(path, encoding, error)) from error
+        raise ValueError(
+            f"{path} must be text in {encoding}: {error}; name its encoding with encoding= "
+            "(--encoding), such as 'latin-1' or 'utf-16'"
+        ) from error
 
 
-def _wrong_encoding(path: Path, encoding: str, error: object) -> str:
-    return (
-        f"{path} must be text in {encoding}: {error}; name its encoding with encoding= "
-        "(--encoding), such as 'latin-1' or 'utf-16'"
-    )
-
-
-def _separator(path: Path, sep: str | None) -> str:
+def _csv_rows(
+    path: Path, encoding: str, sep: str | None, n_rows: int | None = None
+) -> list[list[str]]:
+    """Return header and rows of a CSV file, or the first `n_rows` lines; blank ones do not count."""
     if sep is not None and len(sep) != 1:
         raise ValueError(f"sep must be one character, got {sep!r}")
-    return sep or ("\t" if path.suffix.lower() == ".tsv" else ",")
-
-
-def _csv_header(path: Path, encoding: str, sep: str) -> list[str]:
-    with _text(path, encoding, newline="") as file:
-        header = next((row for row in csv.reader(file, delimiter=sep) if row), [])
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise ValueError(f"{path}: the column {twice[0]!r} is there twice; rename one")
-    return header
-
-
-def _csv_rows(path: Path, encoding: str, sep: str) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    from pyarrow import csv as arrow
-
-    header = _csv_header(path, encoding, sep)
-    if not header:
-        return []
+    sep = sep or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    limit = csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 128 KiB
     try:
-        table = arrow.read_csv(
-            path,
-            # One block: a text may be longer than the default block.
-            read_options=arrow.ReadOptions(
-                block_size=min(max(path.stat().st_size, 1), 2**31 - 1),
-                use_threads=False,
-                encoding=encoding,
-            ),
-            parse_options=arrow.ParseOptions(newlines_in_values=True, delimiter=sep),
-            convert_options=arrow.ConvertOptions(
-                column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False
-            ),
-        )
-    except UnicodeError as error:
-        raise ValueError(_wrong_encoding(path, encoding, error)) from error
-    except pa.ArrowInvalid as error:
-        if "UTF8" in str(error):
-            raise ValueError(_wrong_encoding(path, encoding, error)) from error
-        raise ValueError(f"{path} is not a CSV file of {len(header)} columns: {error}") from error
-    return table.to_pylist()
+        with _text(path, encoding, newline="") as file:
+            rows = list(islice(filter(None, csv.reader(file, delimiter=sep)), n_rows)) or [[]]
+    finally:
+        csv.field_size_limit(limit)
+    if twice := [name for name in rows[0] if rows[0].count(name) > 1]:
+        raise ValueError(f"{path}: the column {twice[0]!r} is there twice; rename one")
+    for n, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise ValueError(
+                f"{path}, row {n} must have {len(rows[0])} cells as the header has, got {len(row)}"
+            )
+    return rows
 
 
 def _parquet(path: Path) -> Any:

@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_query_steer.arguments import listed
+from sae_query_steer.arguments import check_name, listed
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.files import (
     Row,
-    check_column,
     existing,
-    kind_of,
     read_paragraphs,
     read_rows,
     template_parts,
@@ -155,8 +153,9 @@ def read_texts(
         ValueError: a kind of file that is not read, a column is absent, cells are blank, or there
             is no text.
     """
-    if isinstance(source, str | Path) and existing(source).is_file() and _is_text(source):
-        texts = read_paragraphs(source, encoding=encoding)
+    path = existing(source) if isinstance(source, str | Path) else None
+    if path is not None and path.is_file() and path.suffix.lower() == ".txt":
+        texts = read_paragraphs(path, encoding=encoding)
     else:
         parts, name, texts, problems = template_parts(text), _name(source), [], []
         for number, row in _rows(source, encoding, sep):
@@ -173,10 +172,6 @@ def read_texts(
 
 class _BlankError(ValueError):
     """A cell that must hold text is blank."""
-
-
-def _is_text(source: str | Path) -> bool:
-    return kind_of(Path(source)) == ".txt"
 
 
 def _name(source: Source) -> str:
@@ -231,7 +226,7 @@ def _filled_cell(row: Mapping[str, Any], column: str, place: str) -> str:
 
 def _cell(row: Mapping[str, Any], column: str, place: str) -> str:
     if column not in row:
-        check_column(column, row, place)
+        check_name("column", column, row, place=f"{place}: ")
     value = row[column]
     missing = value is None or type(value).__name__ in ("NAType", "NaTType")
     if missing or (isinstance(value, float) and math.isnan(value)):

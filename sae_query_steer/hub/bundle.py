@@ -199,8 +199,7 @@ def save_bundle(
             a setting of the steerer is a function of your own, or the table can't be written.
     """
     if steerer is not None:
-        kind = LatentGradientSteerer
-        check_kind("steerer", steerer, kind, "a bundle keeps centroids; save others with save_steerer")
+        check_kind("steerer", steerer, LatentGradientSteerer, "save others with save_steerer")
         targets = steerer.targets if targets is None else targets
     _check_together(model, saes, targets, steerer)
     settings = None if steerer is None else steerer_settings(steerer)

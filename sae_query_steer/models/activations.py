@@ -116,18 +116,6 @@ def key_hook(site: QuerySite) -> str:
     return f"blocks.{site.layer}.attn.{'hook_rot_k' if site.rotated else 'hook_k'}"
 
 
-def next_token_log_probs(
-    model: Any,
-    tokens: Int[Tensor, "batch pos"],
-    rows: Int[Tensor, " token"],
-    columns: Int[Tensor, " token"],
-    fwd_hooks: Iterable[tuple[str, Any]] = (),
-) -> Float[Tensor, "token d_vocab"]:
-    """Return the log probabilities of the token after each given position."""
-    logits = read_activations(model, tokens, [LOGITS], fwd_hooks=fwd_hooks)[LOGITS]
-    return logits[rows.to(logits.device), columns.to(logits.device)].float().log_softmax(-1)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SpanActivations:
     """The activations of one batch of examples at the positions of a span, one row per token."""
