@@ -333,14 +333,6 @@ def test_heads_that_do_not_make_one_layer_are_refused(saes, message, monkeypatch
         join_heads(saes)
 
 
-def test_the_number_of_heads_that_is_given_decides(monkeypatch):
-    monkeypatch.setattr(module, "with_weights", None)
-    with pytest.raises(ValueError, match="heads 0 to 3 once"):
-        join_heads([plain(0), plain(1)], n_heads=4)
-    with pytest.raises(ValueError, match="heads 0 to 0 once"):
-        join_heads([plain(0), plain(1)], n_heads=1)
-
-
 def test_what_is_no_plain_inference_sae_is_refused():
     with pytest.raises(TypeError, match="saes must be plain .* got QueryHeadTopKSAE"):
         join_heads([make("topk")])

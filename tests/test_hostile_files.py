@@ -199,7 +199,6 @@ def test_names_that_lead_out_of_a_folder_are_refused(tmp_path):
     (tmp_path / "up").symlink_to(tmp_path.parent)
     with pytest.raises(ValueError, match="is a link to"):
         inside(tmp_path, "up")
-    assert inside(tmp_path, "up", root=tmp_path.parent) == tmp_path / "up"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from sae_query_steer.sae import (
     QueryHeadTopKSAEConfig,
     QueryHeadTopKTrainingSAEConfig,
 )
-from sae_query_steer.training.saelens import HeadNorms, HeadwiseScaler
+from sae_query_steer.training.saelens import HeadwiseScaler
 
 NORMALIZE = "expected_average_only_in"
 SIZE = torch.tensor([0.02, 1.0, 30.0])[:, None]
@@ -41,10 +41,12 @@ def scaler_with(factors=FACTORS) -> HeadwiseScaler:
 
 
 def factors_of(batches) -> torch.Tensor:
-    norms = HeadNorms(3)
+    scaler = HeadwiseScaler(3)
     for batch in batches:
-        norms.update(batch.flatten(-2))
-    return norms.factors(6)
+        scaler.update(batch.flatten(-2))
+    scaler.set_factors(6)
+    assert scaler.scaling_factor is not None
+    return scaler.scaling_factor
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -333,7 +333,7 @@ def test_sites_that_are_no_sites_and_data_sets_that_are_no_split_are_named(tiny_
     model = tiny_models["bridge"]
     with pytest.raises(ValueError, match=r"sites must have .* \[1, 2\]"):
         small(model, ["w0"], [1, 2])
-    with pytest.raises(TypeError, match="texts is a DatasetDict: give one split"):
+    with pytest.raises(TypeError, match="one split of a dataset"):
         small(model, DatasetDict({"train": Dataset.from_dict({"text": ["w0"]})}))
 
 

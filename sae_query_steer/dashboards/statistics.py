@@ -98,7 +98,6 @@ def read_again(
     *,
     context: int,
     keys: bool,
-    ignore_bos: bool = True,
     batch_size: int = 16,
 ) -> tuple[dict[str, LatentStatistics], dict[str, KeyMeans]]:
     """Return the statistics of latents and, with `keys`, the mean key of tokens, by hook name.
@@ -112,7 +111,6 @@ def read_again(
         tops: what it found.
         context: tokens on either side of a top token.
         keys: also read the keys.
-        ignore_bos: as in `top_tokens`.
         batch_size: rows of one forward pass.
     """
     sites = {name: site for name, site in encoder_sites(saes).items() if name in tops.heads}
@@ -124,7 +122,7 @@ def read_again(
         saes,
         tops.heads,
         tops.rows,
-        skip=tops.bos if ignore_bos else None,
+        skip=tops.bos,
         batch_size=batch_size,
         also=list(points.values()),
     ):

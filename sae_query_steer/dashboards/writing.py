@@ -45,7 +45,6 @@ def write_dashboards(
     neuronpedia: bool = False,
     overwrite: bool = False,
     batch_size: int = 16,
-    ignore_bos: bool = True,
     **reading: Any,
 ) -> dict[str, Path]:
     """Write a page for each site that shows what its latents fire at, look for and tell apart.
@@ -72,9 +71,8 @@ def write_dashboards(
         neuronpedia: also write `neuronpedia/`, batches of features as SAEDashboard writes them.
         overwrite: replace dashboards that are there.
         batch_size: rows of one forward pass.
-        ignore_bos: pass over BOS, as in `top_tokens`.
         reading: how to read the texts, as in `top_tokens`: n_tokens, context_size,
-            concat_sequences, prepend_bos, text_column.
+            concat_sequences, prepend_bos.
 
     Returns:
         The file of each page, by hook name; `index.html` beside them has links to all.
@@ -104,11 +102,12 @@ def write_dashboards(
     if targets is not None:
         check_shapes(targets, saes)
         check_belongs(model, saes, targets)
-    looked = {"ignore_bos": ignore_bos, "batch_size": batch_size}
     by_layer = {sites[name].layer: own for name, own in picked.items()}
     with new_folder(folder, overwrite=overwrite, holding=INDEX) as new:
-        tops = top_tokens(model, saes, texts, k=k, heads=by_layer, **looked, **reading)
-        statistics, keys = read_again(model, saes, tops, context=context, keys=n_keys > 0, **looked)
+        tops = top_tokens(model, saes, texts, k=k, heads=by_layer, batch_size=batch_size, **reading)
+        statistics, keys = read_again(
+            model, saes, tops, context=context, keys=n_keys > 0, batch_size=batch_size
+        )
         pages = {name: f"{name}.html" for name in sites}
         settings = {
             "model": model_name(model),

@@ -150,7 +150,7 @@ def _text(path: Path, encoding: str, newline: str | None = None) -> Iterator[Any
 def _csv_rows(
     path: Path, encoding: str, sep: str | None, n_rows: int | None = None
 ) -> list[list[str]]:
-    """Return header and rows of a CSV file, or the first `n_rows` lines; blank ones do not count."""
+    """Return header and rows of a CSV file, the first `n_rows` alone if given; none is blank."""
     if sep is not None and len(sep) != 1:
         raise ValueError(f"sep must be one character, got {sep!r}")
     sep = sep or ("\t" if path.suffix.lower() == ".tsv" else ",")

@@ -9,12 +9,14 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sae_query_steer.arguments import check_model, check_name, check_texts
+from sae_query_steer.arguments import check_model, check_texts
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.data.prompts import bos_id, tokenizer_of
+from sae_query_steer.data.readers import read_texts
 from sae_query_steer.data.tokenized import TokenizedExample
 
-Texts = Dataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
+DATASETS = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
+Texts = Dataset | IterableDataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
 
 
 def token_rows(
@@ -24,21 +26,20 @@ def token_rows(
     context_size: int | None = None,
     concat_sequences: bool = True,
     prepend_bos: bool | None = None,
-    text_column: str = "text",
 ) -> Int[Tensor, "row pos"]:
     """Return token rows for training.
 
     Args:
         model: gives tokenizer and context length.
-        texts: a `datasets.Dataset` (its `text_column`), strings, token rows [row pos] that are
-            taken as they are, or tokenised examples, which always stay whole.
+        texts: strings; a dataset of `datasets`, of which `read_texts` takes the column "text";
+            token rows [row pos] that are taken as they are; or tokenised examples, which always
+            stay whole.
         context_size: length of a row, in tokens; None means 128, or the model's context where
             that is shorter. Token rows keep their own length.
         concat_sequences: join documents, with BOS between them, and cut rows of `context_size`
             from the stream, as SAELens does; False keeps every document whole, one a row.
         prepend_bos: begin every row, and every document, with BOS; None means as the model does,
             by `model.cfg.default_prepend_bos`.
-        text_column: column of a `datasets.Dataset`.
 
     Returns:
         Rows of 32-bit ids; where documents stay whole, `PAD` fills them up on the right.
@@ -53,18 +54,9 @@ def token_rows(
     if not 2 <= context_size <= n_ctx:
         raise ValueError(f"context_size must be 2 to n_ctx={n_ctx}, got {context_size}")
     check_texts("texts", texts)
-    if isinstance(texts, DatasetDict | IterableDatasetDict | IterableDataset):
-        raise TypeError(
-            f"texts is a {type(texts).__name__}: give one split of a data set that is not "
-            "streaming, such as dataset['train'], or an iterable of strings"
-        )
     if isinstance(texts, Tensor):
         return _given_rows(texts, n_ctx, int(model.cfg.d_vocab))
-    if isinstance(texts, Dataset):
-        place = "text_column must be that of the text: "
-        check_name("column", text_column, texts.column_names, place=place)
-        texts = texts[text_column]
-    items = list(texts)
+    items = read_texts(texts) if isinstance(texts, DATASETS) else list(texts)
     if not items:
         raise ValueError("texts is empty: give at least one document")
     whole = [item.tokens.tolist() for item in items if isinstance(item, TokenizedExample)]

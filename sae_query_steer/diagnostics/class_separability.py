@@ -1,6 +1,5 @@
 """Separability: held-out nearest-centroid accuracy of the classes at each site."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,12 +26,11 @@ def separability(
     saes: Mapping[str, QueryEncoder],
     examples: TokenizedExamples,
     *,
-    test_share: float = 0.5,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Return how well the classes can be told apart at each site, on held-out examples.
 
-    Centroids are taken on one part of the examples; every token of the span in the other part is
+    Centroids are taken on one half of each class; every token of the span in the other half is
     assigned to the class with the nearest centroid. Accuracies are balanced: the mean over the
     classes of the share that is found, so chance is 1/n_classes. Two classifiers that see no
     activation show what else could explain them: a decision tree on the token's position and a
@@ -41,8 +39,7 @@ def separability(
     Args:
         model: a HookedTransformer or a TransformerBridge.
         saes: encoders by hook name.
-        examples: four or more of each class, and enough for one on each side of the split.
-        test_share: share of the examples that is held out, split class by class.
+        examples: four or more of each class.
         seed: of the split.
 
     Returns:
@@ -51,18 +48,15 @@ def separability(
         accuracy_token, chance, and the number of tokens n_train and n_test.
 
     Raises:
-        ValueError: a share that is not between 0 and 1, or a class with too few examples for it.
+        ValueError: a class with fewer than four examples.
     """
-    if not 0 < test_share < 1:
-        raise ValueError(f"test_share must be between 0 and 1, got {test_share}")
     check_tokenized(examples)
     labels = list(examples.labels)
-    fewest = max(4, math.ceil(1 / min(test_share, 1 - test_share)))
-    classes = tuple(check_classes(labels, at_least=fewest))
+    classes = tuple(check_classes(labels, at_least=4))
     train, test = (
         examples.subset(part)
         for part in train_test_split(
-            range(len(labels)), test_size=test_share, stratify=labels, random_state=seed
+            range(len(labels)), test_size=0.5, stratify=labels, random_state=seed
         )
     )
     sites = encoder_sites(saes)

@@ -65,6 +65,7 @@ def interchange_effect(
           unpatched, the source left out of c
         - class_share: class_effect as a share of class_gap: 1 is as near as a real prompt of the
           source's class. NaN without a gap.
+        - class_gap_se: the standard error of class_gap
         - n_pairs
 
         `site_verdicts` interprets it.

@@ -41,7 +41,7 @@ class TopTokens:
     """At how many of the tokens each latent fires."""
 
     n_tokens: int
-    """Tokens that were read, without BOS if it was left out."""
+    """Tokens that were read, without BOS."""
 
     bos: int
     """Id of the BOS token; -1 if there is none."""
@@ -100,9 +100,8 @@ class TopTokens:
             "position": position,
             "token": self.rows[row, position],
         }
-        table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
-        table.insert(0, "hook_name", hook_name)
-        table.insert(1, "head", head)
+        numbers = {name: values.numpy() for name, values in columns.items()}
+        table = pd.DataFrame({"hook_name": hook_name, "head": head, **numbers})
         texts = pd.DataFrame(around, columns=["left", "text", "right"], dtype=object)
         return pd.concat([table, texts], axis=1)
 
@@ -113,7 +112,7 @@ class TopTokens:
         is part of a character. So the pieces are differences of longer and longer decoded texts.
         """
         ids = row[row != PAD].tolist()
-        first = max(int(ids[0] == self.bos and at > 0), at - context)
+        first = max(int(ids[0] == self.bos), at - context)
         left, upto, whole = (
             self.tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)
             for end in (at, at + 1, at + 1 + context)
@@ -132,14 +131,14 @@ def top_tokens(
     k: int = 10,
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     n_tokens: int | None = None,
-    ignore_bos: bool = True,
     batch_size: int = 16,
     **reading: Any,
 ) -> TopTokens:
     """Return the k tokens at which each latent of each head is most active, in one pass.
 
     Memory grows with latents times k, not with the texts (whose ids are kept, 32 bits a token). Of
-    tokens with equal activations the earlier counts as the more active.
+    tokens with equal activations the earlier counts as the more active. BOS is left out: it has the
+    same activations at the start of every text.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
@@ -148,7 +147,6 @@ def top_tokens(
         k: tokens of each latent, 1 or more.
         heads: which heads: the same in each layer, or by layer; None means all.
         n_tokens: about how many tokens to read, in whole rows; None means all.
-        ignore_bos: leave out BOS, which has the same activations at the start of every text.
         batch_size: rows of one forward pass.
         reading: options of `token_rows`; by default every text stays whole.
 
@@ -177,18 +175,17 @@ def top_tokens(
     bos = -1 if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
     found = {name: _TopK((len(own), saes[name].d_latent), k) for name, own in picked.items()}
     for row, latents, _ in latents_by_row(
-        model, saes, picked, rows, skip=bos if ignore_bos else None, batch_size=batch_size
+        model, saes, picked, rows, skip=bos, batch_size=batch_size
     ):
         for name, own in latents.items():
             found[name].update(own, row * rows.shape[1])
-    counted = rows != PAD
     return TopTokens(
         rows=rows,
         heads=picked,
         activations={name: top.values.cpu() for name, top in found.items()},
         places={name: top.places.cpu() for name, top in found.items()},
         n_fired={name: top.n_fired.cpu() for name, top in found.items()},
-        n_tokens=int((counted & (rows != bos) if ignore_bos else counted).sum()),
+        n_tokens=int(((rows != PAD) & (rows != bos)).sum()),
         bos=bos,
         tokenizer=tokenizer,
     )
@@ -200,7 +197,7 @@ def latents_by_row(
     heads: Mapping[str, Sequence[int]],
     rows: Int[Tensor, "row pos"],
     *,
-    skip: int | None,
+    skip: int,
     batch_size: int,
     also: Sequence[str] = (),
 ) -> Iterator[tuple[int, dict[str, Float[Tensor, "pos head d_latent"]], dict[str, Tensor]]]:
@@ -222,7 +219,7 @@ def latents_by_row(
     for start, tokens, real in row_batches(rows, batch_size, "Reading latents"):
         found = read_activations(model, tokens, [*heads, *also])
         for i, length in enumerate(real.sum(1).tolist()):
-            counted, latents = tokens[i, :length] != (PAD if skip is None else skip), {}
+            counted, latents = tokens[i, :length] != skip, {}
             for name, encoder in encoders.items():
                 queries = found[name][i, :length, list(heads[name])]
                 check_finite(queries, name)

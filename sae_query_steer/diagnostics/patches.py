@@ -220,6 +220,7 @@ class Trial:
             "class_effect_se": paired_error(effect, pairs),
             "class_share": float(effect.mean()) / gap if gap > 0 else torch.nan,
             "class_gap": gap,
+            "class_gap_se": paired_error(self._gaps, self.pairs),
             "n_pairs": len(self.pairs),
         }
 

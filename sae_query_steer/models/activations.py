@@ -134,11 +134,7 @@ class SpanActivations:
 
 
 def read_at_span(
-    model: Any,
-    examples: TokenizedExamples,
-    hook_names: Sequence[str],
-    *,
-    description: str = "Reading activations",
+    model: Any, examples: TokenizedExamples, hook_names: Sequence[str]
 ) -> Iterator[SpanActivations]:
     """Yield the activations at the span of every example, batch by batch, each example once.
 
@@ -146,7 +142,6 @@ def read_at_span(
         model: a HookedTransformer or a TransformerBridge.
         examples: tokenised examples with their span.
         hook_names: hook points of attention or the residual stream.
-        description: of the progress bar.
 
     Raises:
         ValueError: an example has no token in the span, an activation is not finite, or the model
@@ -155,7 +150,7 @@ def read_at_span(
     check_not_steered(model)
     for batch in example_batches(examples, examples.batch_size):
         batch.mask(examples.span)  # an example without a token in the span costs no forward pass
-    for batch in example_batches(examples, examples.batch_size, description):
+    for batch in example_batches(examples, examples.batch_size, "Reading activations"):
         rows, columns = batch.mask(examples.span).nonzero(as_tuple=True)
         found = {}
         for name, values in read_activations(model, batch.tokens, hook_names).items():

@@ -47,18 +47,13 @@ class Fingerprint:
                 f"shape {list(tokens.shape)}"
             )
         for name, query in self.queries.items():
-            if (reconstruction := self.reconstructions.get(name)) is None:
-                raise ValueError(f"the fingerprint lacks the reconstructions at {name}")
-            if (
-                query.shape[:2] != tokens.shape
-                or query.ndim != 4
-                or query.shape != reconstruction.shape
-            ):
+            made = self.reconstructions[name]
+            if query.shape[:2] != tokens.shape or query.ndim != 4 or query.shape != made.shape:
                 raise ValueError(
                     f"the fingerprint at {name} has queries {list(query.shape)} and "
-                    f"reconstructions {list(reconstruction.shape)} of tokens {list(tokens.shape)}"
+                    f"reconstructions {list(made.shape)} of tokens {list(tokens.shape)}"
                 )
-            if not bool(query.isfinite().all() & reconstruction.isfinite().all()):
+            if not bool(query.isfinite().all() & made.isfinite().all()):
                 raise ValueError(f"the fingerprint at {name} holds values that are not finite")
 
     @staticmethod

@@ -122,6 +122,8 @@ def on_device(encoder: QueryEncoder, device: str | torch.device) -> QueryEncoder
     return copy.deepcopy(encoder).to(device)
 
 
+@torch.inference_mode(False)  # kept for longer than a call of `generate`, which is in that mode
+@torch.no_grad()
 def at_heads(
     encoder: QueryEncoder, heads: Sequence[int], device: str | torch.device
 ) -> QueryEncoder:
@@ -136,12 +138,7 @@ def at_heads(
         The encoder itself if these are all its heads and it is on the device; of a query-head SAE a
         copy of the current weights of these heads, without the hooks on it.
     """
-    # It may be kept for longer than a call of `generate`, which is in inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        return _at_heads(encoder, list(heads), device)
-
-
-def _at_heads(encoder: QueryEncoder, index: list[int], device: str | torch.device) -> QueryEncoder:
+    index = list(heads)
     if index == [*range(encoder.n_heads)]:
         return on_device(encoder, device)
     if isinstance(encoder, IdentityEncoder):

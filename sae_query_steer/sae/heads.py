@@ -75,7 +75,7 @@ def split_heads(sae: QueryHeadSAE[Any]) -> list[SAE[Any]]:
     return heads
 
 
-def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> QueryHeadSAE[Any]:
+def join_heads(saes: Iterable[SAE[Any]]) -> QueryHeadSAE[Any]:
     """Return the query-head SAE of the plain SAELens SAEs of all heads of a hook point.
 
     The reverse of `split_heads`, bitwise. It also joins SAEs that SAELens trained head by head with
@@ -85,9 +85,8 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
 
     Args:
         saes: one inference SAE for each head, in any order, with `cfg.metadata.hook_head_index` and
-            `cfg.metadata.hook_name`.
-        n_heads: query heads of the layer. None reads them from the metadata that `split_heads`
-            writes, or takes the highest head as the last one.
+            `cfg.metadata.hook_name`. The number of heads is in the metadata that `split_heads`
+            writes; without it the highest head counts as the last one.
 
     Returns:
         An SAE that holds copies of the weights and needs no gradient. Its metadata are those on
@@ -109,7 +108,7 @@ def join_heads(saes: Iterable[SAE[Any]], *, n_heads: int | None = None) -> Query
     heads: list[Any] = [sae.cfg.metadata.hook_head_index for sae in saes]
     known: list[Any] = [sae.cfg.metadata.n_heads or 1 for sae in saes]
     highest = (head + 1 for head in heads if isinstance(head, int))
-    n = max([1, *known, *highest]) if n_heads is None else n_heads
+    n = max([1, *known, *highest])
     if set(heads) != set(range(n)) or len(heads) != n:
         raise ValueError(
             f"cfg.metadata.hook_head_index of saes must be each of the heads 0 to {n - 1} once, "

@@ -125,17 +125,18 @@ def check_replaceable(path: Path, *, overwrite: bool, holding: str) -> None:
         )
 
 
-def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """Return the path of a file by its name relative to a folder, if it stays in the folder.
+
+    In a snapshot of Hugging Face's cache, whose files are links to blobs beside it, it may also lie
+    elsewhere in the repository's cache folder.
 
     Args:
         folder: where the name starts.
         name: relative path with forward slashes; the file need not exist.
-        root: the resolved path must lie in it. None means `folder`; in a snapshot of Hugging
-            Face's cache, whose files are links to blobs beside it, the repository's cache folder.
 
     Raises:
-        ValueError: the name is not a plain relative path, or a link points out of `root`.
+        ValueError: the name is not a plain relative path, or a link points out of the folder.
     """
     parts = name.split("/") if isinstance(name, str) else [""]
     windows = PureWindowsPath("/".join(parts))
@@ -146,7 +147,7 @@ def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
         )
     path = folder / name
     try:
-        root = (root or _root_of(folder)).resolve()
+        root = _root_of(folder).resolve()
         real = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
         raise ValueError(f"{path} can't be read: {error}") from error

@@ -58,15 +58,14 @@ class TrainingEstimate:
         """Largest use of the disk: two checkpoints of weights and two moments, and the SAEs."""
         return 7 * self.saved_bytes
 
-    def seconds(self, flops_per_second: float, *, ratio: float = FORWARD_RATIO) -> float:
-        """Return ratio * tokens * model_flops / flops_per_second.
+    def seconds(self, flops_per_second: float) -> float:
+        """Return FORWARD_RATIO * tokens * model_flops / flops_per_second.
 
         Args:
             flops_per_second: measured speed of the forward pass on the device.
-            ratio: time of the run over that of the forward pass.
         """
         check_number("flops_per_second", flops_per_second, above=0)
-        return ratio * self.tokens * self.model_flops / flops_per_second
+        return FORWARD_RATIO * self.tokens * self.model_flops / flops_per_second
 
 
 def estimate_training(

@@ -138,17 +138,41 @@ class HeadwiseScaler(ActivationScaler):
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self._n_tokens = n_heads, 0
+        self._sums = torch.zeros(n_heads, dtype=torch.float64)
 
     @override
     def estimate_scaling_factor(
         self, d_in: int, data_provider: Iterator[Tensor], n_batches_for_norm_estimate: int = 1000
     ) -> None:
-        """Estimate the factors from the next batches."""
-        norms = HeadNorms(self.n_heads)
+        """Set the factors from the next batches."""
         for _ in range(n_batches_for_norm_estimate):
-            norms.update(next(data_provider))
-        self.scaling_factor = norms.factors(d_in // self.n_heads)  # pyright: ignore[reportIncompatibleVariableOverride]
+            self.update(next(data_provider))
+        self.set_factors(d_in // self.n_heads)
+
+    @torch.no_grad()
+    def update(self, acts: FlatQueries) -> None:
+        """Add a batch to those of which the factors are made."""
+        # Head by head: in another order the last bits of SAELens's sums change. They are in
+        # float32, as there, so that half precision does not overflow.
+        heads = acts.chunk(self.n_heads, dim=-1)
+        self._sums += torch.stack([head.norm(dim=-1).float().sum() for head in heads]).cpu()
+        self._n_tokens += acts.shape[:-1].numel()
+
+    def set_factors(self, d_head: int) -> None:
+        """Set the factors to sqrt(d_head) / mean norm of each head over the batches.
+
+        Raises:
+            ValueError: a head has no finite mean norm above 0.
+        """
+        means = self._sums / self._n_tokens
+        if not bool((means.isfinite() & (means > 0)).all()):
+            raise ValueError(
+                "the mean norm of every head must be finite and above 0 to scale it, got "
+                f"{means.tolist()}: train with normalize_activations='none'"
+            )
+        # A tensor by a tensor: of a number by a tensor torch takes the reciprocal, which rounds.
+        self.scaling_factor = torch.full_like(means, d_head**0.5) / means  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @override
     def scale(self, acts: FlatQueries) -> FlatQueries:
@@ -161,37 +185,6 @@ class HeadwiseScaler(ActivationScaler):
         factor = self.scaling_factor.to(acts.device, kind, non_blocking=True)[:, None]
         headed = acts.unflatten(-1, (self.n_heads, -1))
         return (headed * factor).to(acts.dtype).flatten(-2)
-
-
-class HeadNorms:
-    """Mean norm of the queries of each of some heads, batch by batch."""
-
-    def __init__(self, n_heads: int) -> None:
-        self.n_tokens, self._sums = 0, torch.zeros(n_heads, dtype=torch.float64)
-
-    @torch.no_grad()
-    def update(self, acts: FlatQueries) -> None:
-        """Add a batch."""
-        # Head by head: in another order the last bits of SAELens's sums change. They are in
-        # float32, as there, so that half precision does not overflow.
-        heads = acts.chunk(len(self._sums), dim=-1)
-        self._sums += torch.stack([head.norm(dim=-1).float().sum() for head in heads]).cpu()
-        self.n_tokens += acts.shape[:-1].numel()
-
-    def factors(self, d_head: int) -> Float[Tensor, "head"]:
-        """Return sqrt(d_head) / mean norm of each head, in float64 on the CPU.
-
-        Raises:
-            ValueError: a head has no finite mean norm above 0.
-        """
-        means = self._sums / self.n_tokens
-        if not bool((means.isfinite() & (means > 0)).all()):
-            raise ValueError(
-                "the mean norm of every head must be finite and above 0 to scale it, got "
-                f"{means.tolist()}: train with normalize_activations='none'"
-            )
-        # A tensor by a tensor: of a number by a tensor torch takes the reciprocal, which rounds.
-        return torch.full_like(means, d_head**0.5) / means
 
 
 @torch.no_grad()

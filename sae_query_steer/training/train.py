@@ -36,7 +36,7 @@ from sae_query_steer.training.checkpoints import (
 )
 from sae_query_steer.training.estimate import check_resources
 from sae_query_steer.training.reconstruction import reconstruction_metrics
-from sae_query_steer.training.saelens import HeadNorms, HeadwiseMultiTrainer, trainer_config
+from sae_query_steer.training.saelens import HeadwiseMultiTrainer, trainer_config
 from sae_query_steer.training.stream import QueryStream
 
 
@@ -49,7 +49,6 @@ def train_query_saes(
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    text_column: str = "text",
 ) -> QuerySAEs:
     """Train one query-head SAE for each site, all on the same tokens and one forward pass each.
 
@@ -72,7 +71,6 @@ def train_query_saes(
         resume: continue the run in `<out>.unfinished`, if there is one, or return the SAEs in
             `out`, if they were trained with these settings.
         overwrite: replace what is in `out`, and a stopped run.
-        text_column: column of a `datasets.Dataset` that holds the text.
 
     Returns:
         The inference SAEs by hook name, with `metrics` per layer and head, measured on the next
@@ -103,7 +101,6 @@ def train_query_saes(
             context_size=config.context_size,
             concat_sequences=config.concat_sequences,
             prepend_bos=config.prepend_bos,
-            text_column=text_column,
         )
         stream = QueryStream(model=model, rows=rows, sites=sites, config=config)
         settings = _settings(stream)
@@ -220,14 +217,12 @@ def _start_at_mean(trainer: SAETrainer[Any, Any], queries: Float[Tensor, "token 
 
 def _estimate_norms(trainer: HeadwiseMultiTrainer, stream: QueryStream) -> None:
     """Set the scale of every site's queries, all from one pass."""
-    norms = {name: HeadNorms(sae.cfg.n_heads) for name, sae in trainer.saes.items()}
+    scalers: Any = {name: one.activation_scaler for name, one in trainer.trainers.items()}
     for batch in stream.take(stream.config.n_batches_for_norm_estimate, "Estimating norms"):
-        for name, found in norms.items():
-            found.update(batch[name].to(trainer.saes[name].dtype))
-    for name, found in norms.items():
-        scaler = trainer.trainers[name].activation_scaler
-        d_head = trainer.saes[name].cfg.d_head
-        scaler.scaling_factor = found.factors(d_head)  # pyright: ignore[reportAttributeAccessIssue]
+        for name, scaler in scalers.items():
+            scaler.update(batch[name].to(trainer.saes[name].dtype))
+    for name, scaler in scalers.items():
+        scaler.set_factors(trainer.saes[name].cfg.d_head)
 
 
 def _warn_of_poor_heads(metrics: pd.DataFrame) -> None:
