@@ -346,7 +346,7 @@ def test_part_of_the_examples_keeps_their_settings():
     [
         ({"examples": []}, ValueError, "none"),
         ({"examples": [example("red")]}, TypeError, "LabelledExample"),
-        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number >= 1, got 0"),
         ({"span": 3}, TypeError, "span must be a scope"),
     ],
 )

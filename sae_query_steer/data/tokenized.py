@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sae_query_steer.arguments import check_kind, check_texts, listed
+from sae_query_steer.arguments import check_kind, check_number, check_texts, listed
 from sae_query_steer.data.examples import LabelledExample, Long, place_of
 from sae_query_steer.data.prompts import ChatTemplate, bos_id, chat_prompt, tokenizer_of
 from sae_query_steer.scopes.joins import check_scope, scope_name
@@ -145,13 +145,9 @@ class TokenizedExamples(Sequence[TokenizedExample]):
         if not self.examples:
             raise ValueError("examples must be one or more, got none")
         for index, example in enumerate(self.examples):
-            if not isinstance(example, TokenizedExample):
-                raise TypeError(
-                    f"examples must be TokenizedExample, got {type(example).__name__} at {index}: "
-                    "use tokenize_examples(model, examples)"
-                )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
+            remedy = "use tokenize_examples(model, examples)"
+            check_kind(f"example {index}", example, TokenizedExample, remedy)
+        check_number("batch_size", self.batch_size, whole=True, least=1)
         check_scope(self.span, name="span")
 
     def __len__(self) -> int:

@@ -204,9 +204,6 @@ def _sizes(encoders: Mapping[str, QueryEncoder]) -> dict[str, dict[str, int]]:
     if not encoders:
         raise ValueError("saes must hold at least one SAE, by hook name, got none")
     for name, encoder in encoders.items():
-        if not isinstance(encoder, QueryEncoder):
-            raise TypeError(
-                f"the encoder at {name} must be a query-head SAE or an IdentityEncoder, got "
-                f"{type(encoder).__name__}"
-            )
+        remedy = "give a query-head SAE or an IdentityEncoder"
+        check_kind(f"the encoder at {name}", encoder, QueryEncoder, remedy)
     return {n: {"n_heads": e.n_heads, "d_head": e.d_head} for n, e in encoders.items()}
