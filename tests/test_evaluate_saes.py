@@ -9,7 +9,7 @@ from conftest import HOSTS
 
 import sae_query_steer as sqs
 from sae_query_steer.diagnostics import sae_scores
-from sae_query_steer.diagnostics.sae_scores import evaluate_saes, read_run
+from sae_query_steer.diagnostics.sae_scores import evaluate_saes, max_decoder_cosine, read_run
 
 LAYER, HEAD = 2, 1
 NAME = f"blocks.{LAYER}.attn.hook_q"
@@ -32,7 +32,7 @@ def row_of(table, head, layer=LAYER):
 
 def run_replaced(model, row, value, heads):
     """Log probabilities and attention [head query key] of one row, some queries replaced."""
-    kept, pattern = {}, f"blocks.{LAYER}.attn.hook_pattern"
+    kept = {}
 
     def replace(activation, hook):
         queries = activation.reshape(*activation.shape[:2], 4, 8).clone()
@@ -43,13 +43,14 @@ def run_replaced(model, row, value, heads):
     def keep(activation, hook):
         kept[hook.name] = activation[0].detach()
 
+    attention = [f"blocks.{LAYER}.attn.hook_{what}" for what in ("pattern", "attn_scores")]
     with torch.no_grad():
         logits = model.run_with_hooks(
             row[None],
-            fwd_hooks=[(NAME, replace), (pattern, keep)],
+            fwd_hooks=[(NAME, replace), *((name, keep) for name in attention)],
             prepend_bos=False,
         )
-    return logits[0].log_softmax(-1), kept[pattern]
+    return logits[0].log_softmax(-1), *(kept[name] for name in attention)
 
 
 @pytest.mark.parametrize("heads", [[HEAD], [0, 1, 2, 3]], ids=["one head", "all heads"])
@@ -68,13 +69,13 @@ def test_losses_are_those_of_a_loop_over_rows(tiny_models, saes, rows, tables, h
     }
     ce: dict[str, list[float]] = {name: [] for name in ("clean", *stand_ins)}
     kl: dict[str, list[float]] = {name: [] for name in stand_ins}
-    pattern_kl = []
+    pattern_kl, error, norm = [], 0.0, 0.0
     for row in rows:
-        bare, pattern = run_replaced(model, row, lambda q: q[0], [])
+        bare, pattern, scores = run_replaced(model, row, lambda q: q[0], [])
         for i in range(8):
             ce["clean"].append(-float(bare[i, row[i + 1]]))
         for kind, value in stand_ins.items():
-            changed, pattern_2 = run_replaced(model, row, value, heads)
+            changed, pattern_2, scores_2 = run_replaced(model, row, value, heads)
             for i in range(8):
                 ce[kind].append(-float(changed[i, row[i + 1]]))
                 kl[kind].append(float((bare[i].exp() * (bare[i] - changed[i])).sum()))
@@ -84,6 +85,9 @@ def test_losses_are_those_of_a_loop_over_rows(tiny_models, saes, rows, tables, h
                 for i in range(9):
                     p, q = pattern[head, i, : i + 1], pattern_2[head, i, : i + 1]
                     pattern_kl.append(float((p * (p / q).log()).sum()))
+                    s, t = scores[head, i, : i + 1], scores_2[head, i, : i + 1]
+                    s, t = s - s.mean(), t - t.mean()
+                    error, norm = error + float((s - t).square().sum()), norm + float((s**2).sum())
     mean = {name: sum(values) / len(values) for name, values in ce.items()}
     found = row_of(tables["bridge"], HEAD if heads == [HEAD] else "all")
     for name, value in mean.items():
@@ -91,6 +95,7 @@ def test_losses_are_those_of_a_loop_over_rows(tiny_models, saes, rows, tables, h
     for kind, values in kl.items():
         assert found[f"kl_{kind}"] == pytest.approx(sum(values) / len(values), rel=1e-3)
     assert found["pattern_kl"] == pytest.approx(sum(pattern_kl) / len(pattern_kl), rel=1e-3)
+    assert found["score_error"] == pytest.approx(error / norm, rel=1e-4)
     for kind in ("zero", "mean"):
         share = (mean[kind] - mean["sae"]) / (mean[kind] - mean["clean"])
         if mean[kind] - mean["clean"] > 1e-9:
@@ -150,10 +155,11 @@ def test_the_identity_loses_nothing(model, rows):
     found = row_of(evaluate_saes(model, encoders, rows, per_head=False), "all")
     for name in ("explained_variance", "cosine", "kl_score_zero", "kl_score_mean"):
         assert found[name] == pytest.approx(1, abs=1e-5)
-    for name in ("kl_sae", "pattern_kl"):
+    for name in ("kl_sae", "pattern_kl", "score_error"):
         assert found[name] == pytest.approx(0, abs=1e-6)
     assert found["ce_sae"] == pytest.approx(found["ce_clean"])
     assert found["kl_zero"] > 0.001
+    assert math.isnan(found["max_decoder_cosine"])
 
 
 def test_padding_counts_for_nothing(tiny_models, saes):
@@ -167,6 +173,32 @@ def test_padding_counts_for_nothing(tiny_models, saes):
     for name in ("ce_clean", "ce_sae", "ce_zero", "kl_zero"):  # the mean query is the texts' own
         weighted = sum(one[name] * int(k) for one, k in zip(alone, n, strict=True)) / 10
         assert together[name].to_numpy() == pytest.approx(weighted.to_numpy(), rel=1e-4)
+
+
+def test_latents_that_only_tell_the_position_are_found_out(tiny_models):
+    model = tiny_models["hooked"]
+    rows = torch.randint(4, 52, (64, 9), generator=torch.Generator().manual_seed(2))
+
+    class Positional(sqs.sae.IdentityEncoder):
+        def encode(self, x, /):
+            here = torch.arange(x.shape[1], dtype=x.dtype)[:, None, None]
+            return torch.zeros_like(x) + here + self.noise * torch.randn(x.shape)
+
+    shares = []
+    for noise in (0.0, 1e6):
+        encoder = Positional(n_heads=4, d_head=8)
+        object.__setattr__(encoder, "noise", noise)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            table = evaluate_saes(model, {NAME: encoder}, rows, per_head=False)
+        shares.append(table["position_share"].iloc[0])
+    assert shares[0] == pytest.approx(1)
+    assert shares[1] == pytest.approx(0, abs=0.01)
+
+
+def test_the_largest_cosine_of_two_decoder_rows_is_found():
+    weights = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]], [[1.0, 0], [-1, 0], [0, -1]]])
+    assert max_decoder_cosine(weights) == pytest.approx(math.sqrt(0.5))
 
 
 def test_what_cannot_work_is_refused_before_the_model_runs(tiny_models, saes, rows):

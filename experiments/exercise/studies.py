@@ -260,7 +260,10 @@ def attention(task: Task) -> Iterator[Job]:
             (0.25,),
         ),
         (attention_method("attention, trained SAE", sae), (0.25, 0.5)),
-        (attention_bias_method("attention bias", query_sites(task.model, later)), (2.0, 4.0, 6.0)),
+        (
+            attention_bias_method("attention bias", query_sites(task.model, later)),
+            (2.0, 4.0, 6.0, 8.0),
+        ),
         (plain["unsteered"], (0.0,)),
         (plain["instruction"], (0.0,)),
     ):

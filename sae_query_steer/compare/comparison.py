@@ -100,7 +100,8 @@ def compare_methods(
                 texts += _text_rows(task, method, outcome)
 
     def table(some: list[dict[str, Any]]) -> pd.DataFrame:
-        return pd.DataFrame(sorted(some, key=lambda row: tasks.index(row["task"])))
+        ordered = sorted(some, key=lambda row: tasks.index(row["task"]))
+        return pd.DataFrame(ordered)
 
     return Comparison(
         rows=table(rows), curves=table(curves), texts=table(texts), judge=test.judge.held_out

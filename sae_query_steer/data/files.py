@@ -157,7 +157,10 @@ def _csv_rows(
     limit = csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 128 KiB
     try:
         with _text(path, encoding, newline="") as file:
-            rows = list(islice(filter(None, csv.reader(file, delimiter=sep)), n_rows)) or [[]]
+            read = csv.reader(file, delimiter=sep, strict=True)
+            rows = list(islice(filter(None, read), n_rows)) or [[]]
+    except csv.Error as error:  # such as a quotation mark that is not closed
+        raise ValueError(f"{path} is not a CSV file: {error}") from error
     finally:
         csv.field_size_limit(limit)
     if twice := [name for name in rows[0] if rows[0].count(name) > 1]:

@@ -1,5 +1,6 @@
 """Scores of query SAEs: reconstruction, and the effect of replacing queries on the model."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.data.batches import row_batches
@@ -74,6 +76,9 @@ def evaluate_saes(
         - l0, explained_variance, dead_share: as in `QuerySAEs.metrics`, on these texts; for "all"
           l0 is that of all heads together
         - cosine: mean cosine of query and reconstruction
+        - max_decoder_cosine: largest cosine between two decoder rows of a head
+        - position_share: share of the latents' variance that the token's position explains,
+          corrected for chance
         - ce_clean, ce_sae, ce_zero, ce_mean: cross entropy of the next token in nats, unmodified
           and with the query replaced; kl_sae, kl_zero, kl_mean: KL(clean || replaced) in nats. A
           zero query attends evenly.
@@ -82,6 +87,8 @@ def evaluate_saes(
           has no effect
         - pattern_kl: KL(clean || reconstructed) of the attention pattern in nats, mean over queries
           and heads
+        - score_error: squared error of the attention scores over their squared norm, both centred
+          over the visible keys, because the softmax ignores their mean
         - n_tokens
 
     Raises:
@@ -106,11 +113,13 @@ def evaluate_saes(
     rows = token_rows(model, texts, **reading).long()
     rows = rows[: max(1, n_tokens // rows.shape[1])]
     kept = {name: ReconstructionMoments() for name in replaced}
+    places = {name: _PositionMoments(rows.shape[1]) for name in replaced}
     for _, tokens, real in row_batches(rows, batch_size, "Reading queries"):
         for name, queries in read_activations(model, tokens, list(kept)).items():
             here, latents = real.to(queries.device), saes[name].encode(queries)
             output = saes[name].decode(latents)
             kept[name].update(queries[here], output[here], latents[here])
+            places[name].update(latents, here)
     sums: dict[tuple[str, int | str], Counter[str]]
     sums = {(name, head): Counter() for name in replaced for head in replaced[name]}
     for _, tokens, real in row_batches(rows, batch_size, "Replacing queries"):
@@ -129,7 +138,7 @@ def evaluate_saes(
             {
                 "layer": sites[name].layer,
                 "head": head,
-                **_reconstruction(kept[name], head),
+                **_reconstruction(saes[name], kept[name], places[name], head),
                 **_effect(found),
             }
             for (name, head), found in sums.items()
@@ -137,20 +146,64 @@ def evaluate_saes(
     )
 
 
-def _reconstruction(moments: ReconstructionMoments, head: int | str) -> dict[str, float]:
+class _PositionMoments:
+    """Accumulates sums of latents by position."""
+
+    def __init__(self, n_positions: int) -> None:
+        self._n_positions = n_positions
+        self._sums: tuple[Tensor, ...] = ()
+
+    def update(
+        self, latents: Float[Tensor, "batch pos head d"], real: Bool[Tensor, "batch pos"]
+    ) -> None:
+        """Add a batch of latents; padding does not count."""
+        missing = self._n_positions - real.shape[1]
+        latents = pad((latents * real[..., None, None]).double(), (0, 0, 0, 0, 0, missing))
+        count = pad(real.double(), (0, missing)).sum(0)
+        sums = (latents.sum(0), latents.square().sum((0, 1, 3)), count)
+        self._sums = tuple(map(torch.add, self._sums, sums)) if self._sums else sums
+
+    def share(self, heads: slice) -> float:
+        """Return the share of the variance of some heads' latents that the position explains."""
+        sums, squares, count = self._sums
+        n, here, square = count.sum(), sums[:, heads], squares[heads].sum()
+        by_position = (here.square() / count.clamp(min=1)[:, None, None]).sum()
+        total = square - (here.sum(0).square() / n).sum()
+        # Any grouping explains some variance by chance: compare unbiased estimates.
+        free = (n - (count > 0).sum()).clamp(min=1)
+        return float(1 - ((square - by_position) / free) / (total / (n - 1).clamp(min=1)))
+
+
+def max_decoder_cosine(weights: Float[Tensor, "head d_latent d_head"] | None) -> float:
+    """Return the largest cosine between two decoder rows of the same head; NaN without weights."""
+    if weights is None:
+        return math.nan
+    rows = normalize(weights.detach().float(), dim=-1)
+    cosines = rows @ rows.mT
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    return float(cosines.max())
+
+
+def _reconstruction(
+    sae: QueryEncoder, moments: ReconstructionMoments, places: _PositionMoments, head: int | str
+) -> dict[str, float]:
     """Return the scores of the reconstruction of one head, or of all together."""
     heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
+    weights = getattr(sae, "W_dec", None)
     return {
         "l0": float(moments.l0()[heads].sum()),
         "explained_variance": float(moments.explained_variance(pooled=heads)),
         "dead_share": float(moments.dead_share()[heads].mean()),
         "cosine": float(moments.cosine(heads)),
+        "max_decoder_cosine": max_decoder_cosine(None if weights is None else weights[heads]),
+        "position_share": places.share(heads),
     }
 
 
 def read_run(model: Any, tokens: Int[Tensor, "batch pos"], layers: list[int]) -> dict[str, Tensor]:
     """Return next-token log probabilities (`LOGITS`) and the attention of layers, by hook name."""
-    run = read_activations(model, tokens, [LOGITS, *map(pattern_hook, layers)])
+    names = [name for layer in layers for name in (pattern_hook(layer), _scores_hook(layer))]
+    run = read_activations(model, tokens, [LOGITS, *names])
     return run | {LOGITS: run[LOGITS].float().log_softmax(-1)}
 
 
@@ -188,6 +241,10 @@ def _sums(
         divergence = kl_divergence(before.log(), after.clamp(min=1e-30).log()).transpose(1, 2)
         queries = real.to(before.device)
         sums |= {"pattern_kl": divergence[queries].mean(-1), "n_queries": queries}
+        first, last = (
+            _centred(side[_scores_hook(layer)][:, heads].float(), queries) for side in (bare, run)
+        )
+        sums |= {"score_error": (last - first).square(), "score_norm": first.square()}
     return {name: float(values.double().sum()) for name, values in sums.items()}
 
 
@@ -201,7 +258,22 @@ def _effect(sums: Mapping[str, float]) -> dict[str, float]:
         row[f"ce_score_{kind}"] = _share(ce - row["ce_sae"], ce - row["ce_clean"])
         row[f"kl_score_{kind}"] = _share(kl - row["kl_sae"], kl)
     row["pattern_kl"] = sums["pattern_kl"] / sums["n_queries"]
+    row["score_error"] = _share(sums["score_error"], sums["score_norm"])
     return row | {"n_tokens": int(n)}
+
+
+def _scores_hook(layer: int) -> str:
+    return f"blocks.{layer}.attn.hook_attn_scores"
+
+
+def _centred(
+    scores: Float[Tensor, "batch head query key"], real: Bool[Tensor, "batch query"]
+) -> Float[Tensor, "batch head query key"]:
+    """Return scores less their mean over the visible keys, and 0 at others and at padding."""
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.where(seen, 0.0)
+    scores = scores - scores.sum(-1, keepdim=True) / seen.sum(-1)[:, None]
+    return scores.where(seen & real[:, None, :, None], 0.0)
 
 
 def _share(part: float, whole: float) -> float:

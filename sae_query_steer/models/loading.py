@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch._dynamo import OptimizedModule
@@ -24,13 +24,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Number formats of a model's weights."""
 
 
+@overload
+def load_model(
+    name_or_folder: str | Path,
+    *,
+    device: str | None = ...,
+    dtype: torch.dtype | str = ...,
+    backend: Literal["bridge"] = ...,
+) -> TransformerBridge: ...
+@overload
+def load_model(
+    name_or_folder: str | Path,
+    *,
+    device: str | None = ...,
+    dtype: torch.dtype | str = ...,
+    backend: Literal["hooked"],
+) -> HookedTransformer: ...
 def load_model(
     name_or_folder: str | Path,
     *,
     device: str | None = None,
     dtype: torch.dtype | str = torch.float32,
     backend: Literal["bridge", "hooked"] = "bridge",
-) -> Any:
+) -> TransformerBridge | HookedTransformer:
     """Return a model from a local folder or a hub name; no weights are folded or centred.
 
     Args:
