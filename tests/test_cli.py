@@ -92,6 +92,8 @@ def test_sites_with_counterparts_shows_reach_beside_interchange(folder, tmp_path
     table[:-1].to_csv(tmp_path / "others.csv", index=False)
     with pytest.raises(ValueError, match="row for each of the 36 examples, .* got 35"):
         invoke([*arguments, "--overwrite"], catch=False)
+    with pytest.raises(ValueError, match="--long must not be drop with --counterparts"):
+        invoke([*arguments, "--overwrite", "--long", "drop"], catch=False)
 
 
 def test_steer_says_when_no_position_was_met(folder):

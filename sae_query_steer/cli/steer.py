@@ -89,6 +89,11 @@ def sites(
 
     files = [examples]
     if counterparts is not None:
+        if examples.long == "drop":
+            raise ValueError(
+                "--long must not be drop with --counterparts: other rows of the two files may be "
+                "too long; use cut-start or refuse"
+            )
         files.append(dataclasses.replace(examples, csv=counterparts))
     labelled = [file.read() for file in files]
     if len({tuple(example.place for example in rows) for rows in labelled}) > 1:
