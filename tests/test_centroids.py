@@ -201,7 +201,7 @@ def test_one_more_centroid_than_there_are_names_is_refused():
 def test_values_that_are_not_finite_are_refused(group, value):
     changed = dict(getattr(some_targets(), group))
     changed[HOOKS[1]][2, 1, 6] = value
-    with refuses(f"centroids at {HOOKS[1]} hold values that are not finite"):
+    with refuses(f"centroids at {HOOKS[1]} hold values that are not finite, or a variance below 0"):
         some_targets(**{group: changed})
 
 
@@ -380,9 +380,9 @@ def test_damaged_settings_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("counts", torch.tensor([4, 0, 2]), "must be whole numbers above 0"),
-        ("counts", torch.tensor([4, 2]), "2 counts do not fit 3 classes"),
-        (f"mean.{HOOKS[0]}", torch.ones(3, 4), "have 2 axes, not 3"),
+        ("counts", torch.tensor([4, 0, 2]), "must be 3 whole numbers above 0"),
+        ("counts", torch.tensor([4, 2]), "must be 3 whole numbers above 0"),
+        (f"mean.{HOOKS[0]}", torch.ones(3, 4), r"have shape \[3, 4\]"),
     ],
 )
 def test_damaged_tensors_are_refused(tmp_path, untyped, name, tensor, message):

@@ -324,7 +324,7 @@ def test_metrics_with_a_column_for_each_row_are_refused(folders):
     ("name", "tensor", "why"),
     [
         ("counts", torch.tensor([True, True, True]), "counts must be I64, got BOOL"),
-        ("counts", torch.ones(3, 2, dtype=torch.int64), "6 counts do not fit 3 classes"),
+        ("counts", torch.ones(3, 2, dtype=torch.int64), "must be 3 whole numbers above 0"),
         (f"mean.{HOOKS[0]}", torch.ones(3, 3, 11, dtype=torch.int64), "mean.* must be .*, got I64"),
         ("mean.9", torch.ones(1), "an unknown tensor 'mean.9'"),
         (f"variance.{HOOKS[0]}", -torch.ones(3, 3, 11), "a variance below 0"),

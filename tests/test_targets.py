@@ -40,22 +40,16 @@ def test_centroids_are_mean_and_variance_of_the_latents_in_the_span(
         )
 
 
-def test_merged_and_stepwise_builders_equal_one_whatever_the_batches(model, saes, examples):
+def test_a_stepwise_builder_equals_one_whatever_the_batches(model, saes, examples):
     classes = ["apply", "create", "remember"]
     tokenized = sqs.tokenize_examples(model, examples, batch_size=7)
     one = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples[::-1]))
-    first, second, stepwise = (
-        sqs.CentroidTargetBuilder(model, saes, classes=classes) for _ in range(3)
-    )
-    merged = first.partial_fit(tokenized[:11]).merge(second.partial_fit(tokenized[11:])).targets_
+    stepwise = sqs.CentroidTargetBuilder(model, saes, classes=classes)
     twice = stepwise.partial_fit(tokenized[:30]).partial_fit(tokenized[30:]).targets_
-    for other in (merged, twice):
-        assert torch.equal(other.counts, one.counts)
-        for name in saes:
-            torch.testing.assert_close(other.means[name], one.means[name], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(
-                other.variances[name], one.variances[name], rtol=1e-5, atol=1e-6
-            )
+    assert torch.equal(twice.counts, one.counts)
+    for name in saes:
+        torch.testing.assert_close(twice.means[name], one.means[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(twice.variances[name], one.variances[name], rtol=1e-5, atol=1e-6)
 
 
 def test_fit_starts_afresh_and_partial_fit_continues(model, saes, examples):
@@ -171,27 +165,6 @@ def test_examples_that_cannot_work_are_refused(model, saes, examples, untyped):
         _ = sqs.CentroidTargetBuilder(model, saes).targets_
     with pytest.raises(TypeError, match="got list: use tokenize_examples"):
         sqs.CentroidTargetBuilder(model, saes).fit(examples)
-
-
-def test_builders_that_measure_different_things_do_not_merge(model, saes, examples):
-    tokenized = sqs.tokenize_examples(model, examples)
-    part = {NAME: saes[NAME]}
-    one = sqs.CentroidTargetBuilder(model, part).partial_fit(tokenized)
-    untrained = sqs.sae.QueryHeadTopKTrainingSAE(
-        sqs.sae.QueryHeadTopKTrainingSAEConfig(n_heads=4, d_head=8, d_sae_per_head=16, k=3)
-    )
-    for own, settings, message in (
-        (saes, {}, "different sites"),
-        (part, {"span": sqs.scopes.ResponseTokens()}, "different span"),
-        (part, {"prepend_bos": False}, "different prepend_bos"),
-        ({NAME: sqs.sae.to_inference(untrained)}, {}, "another SAE"),
-    ):
-        other = sqs.CentroidTargetBuilder(model, own)
-        other.partial_fit(sqs.tokenize_examples(model, examples, **settings))
-        with pytest.raises(ValueError, match=message):
-            one.merge(other)
-    with pytest.raises(ValueError, match="must have read examples"):
-        one.merge(sqs.CentroidTargetBuilder(model, part))
 
 
 def test_a_site_that_the_model_does_not_have_is_refused(tiny_models, untyped):

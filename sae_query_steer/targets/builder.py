@@ -14,21 +14,20 @@ from sae_query_steer.models.activations import read_at_span
 from sae_query_steer.sae.encoders import QueryEncoder, encoded
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.targets.centroids import CentroidTargets
-from sae_query_steer.targets.fingerprint import check_encoders, check_same, take_fingerprint
+from sae_query_steer.targets.fingerprint import check_encoders, take_fingerprint
 
 
 class CentroidTargetBuilder:
     """Streams labelled examples through a model into centroids.
 
-    The constructor checks the sites; `fit` starts afresh, `partial_fit` continues, and builders
-    that have read different examples can be merged. Beside queries the sites may be any hook
-    point of attention or the residual stream, with an `IdentityEncoder` of its size.
+    The constructor checks the sites; `fit` starts afresh and `partial_fit` continues. Beside
+    queries the sites may be any hook point of attention or the residual stream, with an
+    `IdentityEncoder` of its size.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         saes: encoders by hook name: the SAEs of `train_query_saes`, or `identity_encoders`.
-        classes: names of the classes, if builders each read only a part of the examples; None
-            takes those of the first examples.
+        classes: names of the classes, if the first examples lack some; None takes theirs.
 
     Raises:
         ValueError: the model has no such site.
@@ -38,11 +37,7 @@ class CentroidTargetBuilder:
     """
 
     def __init__(
-        self,
-        model: Any,
-        saes: Mapping[str, QueryEncoder],
-        *,
-        classes: Sequence[str] | None = None,
+        self, model: Any, saes: Mapping[str, QueryEncoder], *, classes: Sequence[str] | None = None
     ) -> None:
         check_encoders(model, saes)
         self.model, self.saes = model, saes
@@ -55,11 +50,6 @@ class CentroidTargetBuilder:
         self._n_examples: Counter[str] = Counter()
         self._moments: dict[str, ClassMoments] = {}
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes; empty if unknown."""
-        return self._classes or ()
-
     def fit(self, examples: TokenizedExamples) -> CentroidTargets:
         """Return the centroids of some examples; what was read before is forgotten.
 
@@ -71,9 +61,7 @@ class CentroidTargetBuilder:
         check_tokenized(examples)
         classes = self._given or tuple(check_classes(examples.labels))
         _check_enough(classes, Counter(examples.labels))  # before the model runs
-        moments = self._read(examples, classes)
-        self._start()
-        self._add(examples, classes, moments)
+        self._read(examples, classes, afresh=True)
         return self.targets_
 
     def partial_fit(self, examples: TokenizedExamples) -> "CentroidTargetBuilder":
@@ -84,29 +72,15 @@ class CentroidTargetBuilder:
                 before. The builder is then as it was.
         """
         check_tokenized(examples)
-        if self._settings:
-            _check_equal(self._settings, _settings(examples))
+        settings = _settings(examples)
+        for name, value in self._settings.items():
+            if value != settings[name]:
+                raise ValueError(
+                    f"examples read with different {name} cannot be combined: {value} and "
+                    f"{settings[name]}"
+                )
         classes = self._classes or tuple(check_classes(examples.labels))
-        self._add(examples, classes, self._read(examples, classes))
-        return self
-
-    def merge(self, other: "CentroidTargetBuilder") -> "CentroidTargetBuilder":
-        """Add all that another builder has read.
-
-        Raises:
-            ValueError: the two differ in model, SAEs, classes, span or tokenisation, or one of
-                them has read nothing.
-        """
-        if not self._moments or not other._moments:
-            raise ValueError("both builders must have read examples before they are merged")
-        mine, theirs = (
-            {"classes": b.classes, "sites": list(b.saes), **b._settings} for b in (self, other)
-        )
-        _check_equal(mine, theirs)
-        check_same(*(take_fingerprint(b.model, b.saes) for b in (self, other)))
-        self._n_examples.update(other._n_examples)
-        for name, moment in other._moments.items():
-            self._moments[name].merge(moment)
+        self._read(examples, classes)
         return self
 
     @property
@@ -133,8 +107,9 @@ class CentroidTargetBuilder:
 
     @torch.no_grad()
     def _read(
-        self, examples: TokenizedExamples, classes: Sequence[str]
-    ) -> "dict[str, ClassMoments]":
+        self, examples: TokenizedExamples, classes: tuple[str, ...], *, afresh: bool = False
+    ) -> None:
+        """Add examples to those before, or `afresh` forget these; an error changes nothing."""
         for index, label in enumerate(examples.labels):
             if label not in classes:
                 raise ValueError(
@@ -149,14 +124,8 @@ class CentroidTargetBuilder:
         for batch in read_at_span(self.model, examples, list(self.saes)):
             for name, values in batch.activations.items():
                 moments[name].update(encoded(self.saes[name], values), index[batch.row])
-        return moments
-
-    def _add(
-        self,
-        examples: TokenizedExamples,
-        classes: tuple[str, ...],
-        moments: "Mapping[str, ClassMoments]",
-    ) -> None:
+        if afresh:
+            self._start()
         self._classes, self._settings = classes, _settings(examples)
         self._n_examples.update(examples.labels)
         for name, moment in moments.items():
@@ -172,15 +141,6 @@ def _settings(examples: TokenizedExamples) -> dict[str, Any]:
         "prepend_bos": examples.prepend_bos,
         "chat_template": examples.chat_template,
     }
-
-
-def _check_equal(mine: Mapping[str, object], theirs: Mapping[str, object]) -> None:
-    for name, value in mine.items():
-        if value != theirs[name]:
-            raise ValueError(
-                f"examples read with different {name} cannot be combined: {value} and "
-                f"{theirs[name]}"
-            )
 
 
 def _check_enough(classes: Sequence[str], n_examples: Mapping[str, int]) -> None:
@@ -207,8 +167,6 @@ class ClassMoments:
     def update(self, values: Float[Tensor, "token *shape"], classes: Int[Tensor, " token"]) -> None:
         """Add values, each with the index of its class."""
         values, classes = values.detach().double().cpu(), classes.cpu()
-        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(self.count):
-            raise ValueError(f"class indices must be 0 to {len(self.count) - 1}")
         for k in classes.unique().tolist():
             chosen = values[classes == k]
             mean = chosen.mean(0)
@@ -216,10 +174,6 @@ class ClassMoments:
 
     def merge(self, other: "ClassMoments") -> None:
         """Add all that another one has seen; both must have the same shape."""
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"moments of shape {list(self.mean.shape)} and {list(other.mean.shape)} can't merge"
-            )
         for k in range(len(self.count)):
             self._add(k, int(other.count[k]), other.mean[k], other.squares[k])
 

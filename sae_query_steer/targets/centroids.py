@@ -80,27 +80,25 @@ class CentroidTargets:
     turns before them."""
 
     def __post_init__(self) -> None:
-        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+        n_classes, counts = len(self.classes), self.counts
+        if len(set(self.classes)) != n_classes or n_classes < 2:
             raise ValueError(f"classes={self.classes} must be two or more different names")
-        for hook_name, mean in self.means.items():
-            if hook_name not in self.fingerprint.queries.keys() & self.fingerprint.reconstructions:
-                raise ValueError(f"the fingerprint lacks {hook_name}, where there are centroids")
-            variance = self.variances.get(hook_name)
-            if mean.ndim != 3:
-                raise ValueError(f"centroids at {hook_name} have {mean.ndim} axes, not 3")
-            if variance is None or variance.shape != mean.shape or len(mean) != len(self.classes):
+        for name, mean in self.means.items():
+            if name not in self.fingerprint.queries.keys() & self.fingerprint.reconstructions:
+                raise ValueError(f"the fingerprint lacks {name}, where there are centroids")
+            variance = self.variances.get(name)
+            fits = mean.ndim == 3 and len(mean) == n_classes
+            if not fits or variance is None or variance.shape != mean.shape:
                 raise ValueError(
-                    f"centroids at {hook_name} have shape {list(mean.shape)}: expected "
-                    f"{len(self.classes)} classes and variances of the same shape"
+                    f"centroids at {name} have shape {list(mean.shape)}: expected {n_classes} "
+                    "classes and variances of the same shape"
                 )
-            if not (bool(mean.isfinite().all()) and bool(variance.isfinite().all())):
-                raise ValueError(f"centroids at {hook_name} hold values that are not finite")
-            if bool((variance < 0).any()):
-                raise ValueError(f"centroids at {hook_name} hold a variance below 0")
-        if self.counts.ndim != 1 or len(self.counts) != len(self.classes):
-            raise ValueError(f"{self.counts.numel()} counts do not fit {len(self.classes)} classes")
-        if self.counts.is_floating_point() or int(self.counts.min()) < 1:
-            raise ValueError(f"counts={self.counts.tolist()} must be whole numbers above 0")
+            if not bool((mean.isfinite() & variance.isfinite() & (variance >= 0)).all()):
+                raise ValueError(
+                    f"centroids at {name} hold values that are not finite, or a variance below 0"
+                )
+        if counts.shape != (n_classes,) or counts.is_floating_point() or int(counts.min()) < 1:
+            raise ValueError(f"counts={counts.tolist()} must be {n_classes} whole numbers above 0")
 
     @property
     def are_moves(self) -> bool:

@@ -47,17 +47,6 @@ def reconstructions(
     return found
 
 
-def check_same(one: Fingerprint, other: Fingerprint) -> None:
-    """Raise unless two fingerprints are those of one model and the same encoders.
-
-    Raises:
-        ValueError: another model or another SAE; the message names the site.
-    """
-    tolerance = default_tolerance(one.dtype, other.dtype)
-    check_queries(one, other.queries, tolerance=tolerance)
-    check_reconstructions(one, other.reconstructions, tolerance=tolerance)
-
-
 def check_belongs(model: Any, saes: Mapping[str, QueryEncoder], targets: CentroidTargets) -> None:
     """Raise unless centroids belong to this model and these encoders, by their fingerprint.
 
