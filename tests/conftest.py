@@ -132,3 +132,11 @@ def greedy_logits(model, prompts) -> torch.Tensor:
         output_logits=True,
     )
     return torch.stack(output.logits, dim=1)
+
+
+def one_per_row(n_rows: int) -> Any:
+    """One token in each row, at position 0: to call an edit outside a model."""
+    from sae_query_steer.scopes.positions import TokenPositions
+
+    rows = torch.arange(n_rows)
+    return TokenPositions(row=rows, position=torch.zeros_like(rows), n_rows=n_rows)

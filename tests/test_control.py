@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import one_per_row
 
 import sae_query_steer as sqs
 from sae_query_steer.descent.goals import Goal
-from sae_query_steer.scopes.positions import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w0 w1 w2 w3 w4", "w20 w21", "w40 w3 w7"]
@@ -49,7 +49,7 @@ def queries_of(n: int, n_heads: int = 4) -> torch.Tensor:
 
 
 def change(steerer, queries, **places):
-    given = TokenPositions.one_per_row(len(queries))
+    given = one_per_row(len(queries))
     for name, value in places.items():
         object.__setattr__(given, name, value)
     return steerer.change(queries, steerer.where.chosen[NAME], given, record=True)
@@ -81,7 +81,7 @@ def test_a_number_of_values_that_is_not_that_of_the_rows_is_refused(model, make)
         steerer = make(**{name: values[:2]})
         with (
             steerer.apply(model),
-            pytest.raises(ValueError, match=f"{name} has 2 entries.* 3 rows"),
+            pytest.raises(ValueError, match=f"{name} is for 2 rows, the batch has 3"),
         ):
             model.generate(PROMPTS, **GREEDY)
 

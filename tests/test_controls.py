@@ -106,7 +106,7 @@ def test_values_by_row_are_repeated_for_the_tokens_of_a_row():
     assert by_row("target", ["a", "b", "c"], places) == ["a", "c", "c", "b"]
     assert each("abc", "target") == ["abc"]
     assert each([3, 4], "n_steps") == [3, 4]
-    with pytest.raises(ValueError, match="target has 2 entries.* 3 rows"):
+    with pytest.raises(ValueError, match="target is for 2 rows, the batch has 3"):
         by_row("target", ["a", "b"], places)
     with pytest.raises(ValueError, match=r"target .*got \[\]"):
         each([], "target")

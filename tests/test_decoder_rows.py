@@ -4,14 +4,13 @@ import re
 
 import pytest
 import torch
-from conftest import HOSTS
+from conftest import HOSTS, one_per_row
 
 import sae_query_steer as sqs
-from sae_query_steer.baselines.rows import class_latents, decoder_rows
+from sae_query_steer.baselines.directions import decoder_rows
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.models.fingerprint import Fingerprint
 from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
-from sae_query_steer.scopes.positions import TokenPositions
 
 NAME = "blocks.2.attn.hook_q"
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
@@ -71,7 +70,7 @@ def generate(model, prompts, **changes):
 
 
 def delta_of(steerer, queries) -> torch.Tensor:
-    places = TokenPositions.one_per_row(len(queries))
+    places = one_per_row(len(queries))
     return steerer.edit.change(queries, steerer.where.chosen[NAME], places).delta
 
 
@@ -88,7 +87,6 @@ def test_the_direction_is_the_rows_of_the_top_latents_weighted_by_the_difference
     delta = delta_of(steerer, query())
     torch.testing.assert_close(delta[0, 0], expected.detach(), rtol=1e-5, atol=1e-5)
     assert torch.equal(delta[0, 1], torch.zeros(3)), "nothing rises in head 1"
-    assert class_latents(targets, "b", m=m) == {NAME: {0: chosen, 1: []}}
 
 
 def test_the_rows_are_as_the_sae_reads_them():
@@ -167,7 +165,7 @@ def test_cache_batch_and_host_change_nothing(tiny_models, make):
 
 
 def test_as_many_rows_are_wanted_as_there_are_targets(model, make):
-    message = "target has 2 entries: the forward pass has 3 rows; give one for each prompt"
+    message = "target is for 2 rows, the batch has 3: give all prompts in one call"
     with (
         make(target=["apply", "create"]).apply(model),
         pytest.raises(ValueError, match=f"^{message}"),
@@ -185,23 +183,6 @@ def test_the_trace_names_the_method_and_the_latents_that_moved(model, make):
     assert set(table["target"]) == {"create"}
     assert {"distance_before.create", "distance_after.create", "latents_moved"} <= set(table)
     assert (table["relative_change"] > 0).any()
-
-
-def test_its_latents_are_a_choice_for_the_descent(model, make, saes, targets):
-    chosen = class_latents(targets, "create", m=2)
-    assert max(len(some) for heads in chosen.values() for some in heads.values()) == 2
-    steerer = sqs.LatentGradientSteerer(
-        saes,
-        targets,
-        target="create",
-        objective=sqs.SquaredDistance(),
-        n_steps=2,
-        step_size=0.5,
-        latents=sqs.control.GivenLatents(chosen),
-    )
-    with steerer.apply(model, record=True) as trace:
-        generate(model, PROMPTS)
-    assert trace.to_dataframe()["n_latents_moved"].max() <= 2
 
 
 def test_it_moves_to_a_device_and_joins_other_steerers(model, make):
@@ -238,8 +219,3 @@ def test_another_model_is_refused(tiny_folder, make):
         other.blocks[0].attn.q.original_component.weight.mul_(1.1)
     with pytest.raises(ValueError, match="another model: at blocks.0.attn.hook_q"):
         make().apply(other).__enter__()
-
-
-def test_no_such_class_has_no_latents(targets):
-    with pytest.raises(ValueError, match="^no class 'analyse': the classes are"):
-        class_latents(targets, "analyse")

@@ -18,8 +18,7 @@ from sae_query_steer.sites import Site
 from sae_query_steer.steering.attach import attached_saes
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.engine import SteeringWarning, apply_edits
-from sae_query_steer.steering.joined import JoinedSteerers
-from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.steerer import JoinedSteerers, Steerer
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import Where
 

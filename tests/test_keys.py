@@ -34,8 +34,9 @@ class Look(Edit):
 
     def change(self, activations, at, tokens, *, keys, record=False):
         delta = torch.zeros_like(activations) + self.offset
-        after = keys.pattern(activations + delta)
-        self.seen.append((tokens, keys.pattern(activations), after, keys.position))
+        after = keys.scores(activations + delta).softmax(-1)
+        before = keys.scores(activations).softmax(-1)
+        self.seen.append((tokens, before, after, keys.position))
         return QueryChange(delta=delta)
 
 

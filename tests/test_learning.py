@@ -63,7 +63,7 @@ def test_moves_lower_the_held_out_loss_and_steer_generation_likewise(model, data
     read = slice(example.prompt_length - 1, -1)
     loss = torch.nn.functional.cross_entropy(logits[read], tokens[0, example.prompt_length :])
     (rows,) = learning_rows(model, data[0].subset([0]), None, SCOPE, 1)
-    run = LearningRun(learner(model, steered), [rows], [rows], None, "")
+    run = LearningRun(learner(model, steered), [rows], [rows])
     run._classes = ("create",)
     run._begin()
     torch.testing.assert_close(
@@ -84,7 +84,7 @@ def test_the_gradient_equals_finite_differences(model, saes, targets, data, poin
         steerer = recipe(model, saes, max_relative_change=0.5)
     others = data[1].subset(range(4)) if counterparts else None
     (rows,) = learning_rows(model, data[0].subset(range(4)), others, SCOPE, 4)
-    run = LearningRun(learner(model, steerer), [rows], [rows], None, "")
+    run = LearningRun(learner(model, steerer), [rows], [rows])
     run._classes = CLASSES
     run._begin()
     generator = torch.Generator().manual_seed(0)

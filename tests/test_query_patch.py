@@ -40,7 +40,7 @@ def refuses(text: str):
 def test_a_batch_of_another_size_is_refused_and_nothing_is_left(model):
     plain = greedy_logits(model, PROMPTS)
     text = (
-        "the batch has 3 rows, there is something for 2: give all prompts in one call of "
+        "the patch is for 2 rows, the batch has 3: give all prompts in one call of "
         "generate(), in order"
     )
     short = {name: q[:2] for name, q in last_queries(model, rows_of(model)).items()}

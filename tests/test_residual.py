@@ -8,7 +8,7 @@ from conftest import HOSTS
 from wheel_check import make_model
 
 import sae_query_steer as sqs
-from sae_query_steer.baselines.residual import residual_mean_difference, residual_means
+from sae_query_steer.baselines.directions import residual_mean_difference, residual_means
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.steering.steerer import Steerer
 
@@ -142,7 +142,7 @@ def test_every_row_has_its_own_target_and_strength(model, make):
 @pytest.mark.parametrize("changes", [{"target": ["apply", "create"]}, {"strength": [1.0, 2.0]}])
 def test_as_many_rows_are_wanted_as_there_are_targets_or_strengths(model, make, changes):
     name = next(iter(changes))
-    message = f"{name} has 2 entries: the forward pass has 3 rows; give one for each prompt"
+    message = f"{name} is for 2 rows, the batch has 3: give all prompts in one call"
     with make(**changes).apply(model), pytest.raises(ValueError, match=f"^{message}"):
         generate(model, PROMPTS)
 

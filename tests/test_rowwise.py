@@ -4,13 +4,11 @@ import re
 
 import pytest
 import torch
-from conftest import greedy_logits
+from conftest import greedy_logits, one_per_row
 
 import sae_query_steer as sqs
+from experiments.tutor.rowwise import rowwise
 from sae_query_steer.compare.generation import continuations
-from sae_query_steer.compare.interchange import query_patch
-from sae_query_steer.scopes.positions import TokenPositions
-from sae_query_steer.steering.rowwise import rowwise
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 NAMES = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]
@@ -50,10 +48,10 @@ def test_the_change_of_a_row_is_that_of_its_own_steerer_in_any_order(make):
     generator = torch.Generator().manual_seed(11)
     queries = torch.randn(5, 2, 8, generator=generator)  # of the two steered heads
     steerers = [apply, create, create, apply, create]
-    at, tokens = create.where.chosen[NAMES[1]], TokenPositions.one_per_row(len(queries))
+    at, tokens = create.where.chosen[NAMES[1]], one_per_row(len(queries))
     made = rowwise(steerers).edit.change(queries, at, tokens).delta
     for row, steerer in enumerate(steerers):
-        one = TokenPositions.one_per_row(1)
+        one = one_per_row(1)
         own = steerer.change(queries[row : row + 1], at, one).delta[0]
         torch.testing.assert_close(made[row], own, rtol=1e-5, atol=1e-6)
     again = make("create", heads=[1, 2])
@@ -89,34 +87,9 @@ def test_the_trace_names_the_way_and_every_row(model, make):
 def test_a_batch_of_another_size_is_refused_and_nothing_is_left(model, make):
     plain = greedy_logits(model, PROMPTS)
     text = (
-        "the batch has 3 rows, there is something for 2: give all prompts in one call of "
-        "generate(), in order"
+        "the steerer is for 2 rows, the batch has 3: give all prompts in one call of generate(), "
+        "in order"
     )
     with refuses(text), rowwise([make("create")] * 2).apply(model):
         greedy_logits(model, PROMPTS)
     assert torch.equal(greedy_logits(model, PROMPTS), plain)
-
-
-def test_steerers_of_different_sites_or_heads_are_refused(make):
-    for changes in ({"layers": [2]}, {"heads": [1, 2]}):
-        first, other = make("create"), make("apply", **changes)
-        with pytest.raises(ValueError, match="the same sites and heads"):
-            rowwise([first, first, other])
-
-
-def test_no_steerers_are_refused():
-    with pytest.raises(ValueError, match="got none"):
-        rowwise([])
-
-
-def test_every_steerer_is_asked_whether_it_belongs_to_the_model(model, make):
-    site = sqs.query_sites(model, [2])[0]
-    wrong = sqs.QuerySite(layer=2, n_heads=4, d_head=9)
-    patches = [
-        query_patch([one], {NAMES[1]: torch.zeros(1, 4, one.d_head)}) for one in (site, wrong)
-    ]
-    text = "the site at layer 2 has 4 heads of 9: the model has 4 heads of 8"
-    steerer = rowwise([patches[0], *patches])
-    with pytest.raises(ValueError, match=text), steerer.apply(model):
-        pass
-    rowwise(patches[:1]).check_model(model)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import HOSTS
+from conftest import HOSTS, one_per_row
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformers import DynamicCache
 
 import sae_query_steer as sqs
 from sae_query_steer.models.activations import read_activations
-from sae_query_steer.scopes.positions import TokenPositions
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9"]
 SCOPES = {
@@ -304,7 +303,7 @@ def test_the_latents_of_a_bfloat16_model_are_computed_in_32_bits(tiny_folder, ma
     tokens = tokens_of(half, PROMPTS[0])
     (before,), (after,) = watched(half, steerer, lambda: half(tokens), name)
     assert after.dtype == torch.bfloat16
-    tokens = TokenPositions.one_per_row(len(before[0]))
+    tokens = one_per_row(len(before[0]))
     delta = steerer.change(before[0].float(), steerer.where.chosen[name], tokens).delta
     assert torch.equal(after[0], before[0] + delta.bfloat16())
 
@@ -494,7 +493,7 @@ def test_two_steerers_at_one_layer_act_one_after_the_other(model, make):
     ):
         model(tokens)
     query = read_activations(model, tokens, [name])[name][0, -1:]
-    at, tokens = first.where.chosen[name], TokenPositions.one_per_row(1)
+    at, tokens = first.where.chosen[name], one_per_row(1)
     once = query + first.change(query, at, tokens).delta
     twice = once + second.change(once, at, tokens).delta
     torch.testing.assert_close(seen[0][0, -1:], twice, rtol=1e-4, atol=1e-5)

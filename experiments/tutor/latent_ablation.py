@@ -9,13 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from experiments.tutor.rowwise import rowwise
 from sae_query_steer.compare.methods import Method
 from sae_query_steer.descent.control import ExceptLatents, GivenLatents
 from sae_query_steer.diagnostics.moved import ByHead, most_moved
 from sae_query_steer.sae.encoders import encoder_sites
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
-from sae_query_steer.steering.partial import partial_steerer
-from sae_query_steer.steering.rowwise import rowwise
+from sae_query_steer.steering.latent_edit import partial_steerer
 from sae_query_steer.steering.steerer import Steerer
 
 Way = Literal["held", "taken out", "only"]

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 import sae_query_steer as sqs
 from experiments.tutor.latent_ablation import LatentAblation, Way, latent_ablations
+from experiments.tutor.rowwise import rowwise
 from sae_query_steer.compare import Method, TextScorer, level_judge
 from sae_query_steer.compare.tutor_task import MAX_NEW_TOKENS, TASKS, note_judge, tutor_cases
 from sae_query_steer.diagnostics.metrics import wilson_interval
-from sae_query_steer.steering.rowwise import rowwise
 from sae_query_steer.storage.markdown import markdown_table
 from sae_query_steer.toy import TutorCorpus
 

@@ -1,10 +1,9 @@
-from .dictionaries import control_dictionaries as control_dictionaries
-from .logit_bias import LogitBias as LogitBias
-from .residual import residual_mean_difference as residual_mean_difference
-from .residual import residual_means as residual_means
-from .rows import class_latents as class_latents
-from .rows import decoder_rows as decoder_rows
-from .score_bias import attention_bias as attention_bias
+from .biases import LogitBias as LogitBias
+from .biases import attention_bias as attention_bias
+from .directions import decoder_rows as decoder_rows
+from .directions import residual_mean_difference as residual_mean_difference
+from .directions import residual_means as residual_means
+from .simple import control_dictionaries as control_dictionaries
 from .simple import few_shot_prompt as few_shot_prompt
 from .simple import mean_difference as mean_difference
 from .simple import random_direction as random_direction

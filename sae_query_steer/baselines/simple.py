@@ -1,17 +1,18 @@
-"""Baselines and controls that are edits in the same engine; and few-shot prompting."""
+"""Mean difference, few-shot prompting, and controls: random directions and dictionaries."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from einops import rearrange
 
-from sae_query_steer.arguments import check_kind
-from sae_query_steer.baselines.added import check_added
+from sae_query_steer.arguments import check_kind, check_number
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.descent.objectives import CentroidContrast
+from sae_query_steer.descent.strength import Queries
+from sae_query_steer.sae.core import QueryHeadSAE, with_weights
 from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope, TokenPositions
@@ -54,7 +55,7 @@ def mean_difference(
 
     Source: contrastive activation addition, at the query.
     """
-    check_added(strength)
+    check_number("strength", strength, least=0)
     return LatentGradientSteerer(
         identity_encoders(sites),
         dense_targets,
@@ -62,7 +63,7 @@ def mean_difference(
         objective=CentroidContrast(),
         n_steps=1,
         step_size=strength,
-        scope=LastPromptToken() if scope is None else scope,
+        scope=scope or LastPromptToken(),
         layers=layers,
         heads=heads,
     )
@@ -97,7 +98,7 @@ class RandomDirection(Edit):
 
     def change(
         self,
-        activations: Float[Tensor, "token head d_head"],
+        activations: Queries,
         at: SiteHeads,
         tokens: TokenPositions,
         *,
@@ -160,8 +161,7 @@ def few_shot_prompt(
 
     Source: arXiv 2502.18644 compares with few-shot prompting.
     """
-    if k < 1:
-        raise ValueError(f"k={k} is not allowed: give 1 or more examples")
+    check_number("k", k, whole=True, least=1)
     pool = [e for e in examples if e.label == target and e.response and e.prompt != prompt]
     if len(pool) < k:
         raise ValueError(
@@ -171,3 +171,53 @@ def few_shot_prompt(
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:k]
     shots = [pool[i].prompt + pool[i].response for i in order.tolist()]
     return separator.join([*shots, prompt])
+
+
+ControlKind = Literal["random", "permuted"]
+
+
+def control_dictionaries(
+    saes: Mapping[str, QueryHeadSAE[Any]], kind: ControlKind, *, seed: int = 0
+) -> dict[str, QueryHeadSAE[Any]]:
+    """Return SAEs of equal size and architecture whose dictionaries know nothing of their heads.
+
+    Learn targets over these as over the trained ones: what a trained SAE contributes is what it
+    does better than both at equal sparsity and norm. d_sae rows a head span d_head dimensions many
+    times over, so a few non-negative rows come near to any direction.
+
+    Args:
+        saes: trained SAEs by hook name.
+        kind: "random": decoder rows drawn evenly from the sphere, each with the norm of the row in
+            its place, and the encoder their transpose, as SAELens initialises them: an untrained
+            SAE; "permuted": the trained rows and their encoder columns exchanged across the heads
+            of a layer at random.
+        seed: of the draws.
+
+    Raises:
+        TypeError: an encoder is no query-head SAE.
+        ValueError: no such kind.
+
+    Source: our choice.
+    """
+    if kind not in get_args(ControlKind):
+        raise ValueError(f"kind must be one of {get_args(ControlKind)}, got {kind!r}")
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, sae in saes.items():
+        check_kind(f"the encoder at {name}", sae, QueryHeadSAE, "dictionaries are of SAEs")
+        weights = {key: value.detach().cpu().clone() for key, value in sae.state_dict().items()}
+        rows = weights["W_dec"]
+        if kind == "random":
+            drawn = torch.randn(rows.shape, generator=generator).to(rows)
+            drawn *= rows.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+            weights |= {"W_dec": drawn, "W_enc": drawn.mT.contiguous()}
+        else:
+            order = torch.randperm(rows.shape[0] * rows.shape[1], generator=generator)
+            weights["W_dec"] = rows.flatten(0, 1)[order].view_as(rows)
+            columns = rearrange(weights["W_enc"], "h d l -> (h l) d")[order]
+            weights["W_enc"] = rearrange(columns, "(h l) d -> h d l", h=len(rows)).contiguous()
+            for key, value in weights.items():
+                if value.shape == rows.shape[:2]:  # of each latent: biases, thresholds
+                    weights[key] = value.flatten()[order].view_as(value)
+        found[name] = with_weights(type(sae), copy.deepcopy(sae.cfg), weights, sae.W_dec.device)
+    return found

@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_query_steer.baselines.score_bias import attention_bias
+from sae_query_steer.baselines.biases import attention_bias
 from sae_query_steer.compare.methods import Method
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken, ResponseTokens
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.attention_descent import AttentionSteerer
-from sae_query_steer.steering.joined import JoinedSteerers
 from sae_query_steer.steering.look_at import LookAt
+from sae_query_steer.steering.steerer import JoinedSteerers
 
 _SCOPE = scope_name(LastPromptToken() | ResponseTokens())
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from sae_query_steer.arguments import check_number
-from sae_query_steer.baselines.residual import residual_means
+from sae_query_steer.baselines.directions import residual_means
 from sae_query_steer.compare import tutor_task
 from sae_query_steer.compare.comparison import Comparison, compare_methods
 from sae_query_steer.compare.interchange import interchange_methods

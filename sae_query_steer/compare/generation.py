@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.arguments import check_kind, check_number, check_texts
-from sae_query_steer.baselines.logit_bias import LogitBias
+from sae_query_steer.baselines.biases import LogitBias
 from sae_query_steer.compare.sampling import seeded_sampling
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.examples import LabelledExample
@@ -22,8 +22,7 @@ from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
 from sae_query_steer.scopes.named import ResponseTokens
 from sae_query_steer.scopes.positions import select
-from sae_query_steer.steering.joined import JoinedSteerers
-from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.steerer import JoinedSteerers, Steerer
 from sae_query_steer.steering.trace import SteeringTrace
 
 
@@ -272,8 +271,8 @@ def _mean_changes(
     total, count = torch.zeros(n_rows), torch.zeros(n_rows)
     for record in (record for one in traces for record in one.records):
         ratio = record.change.delta.float().norm(dim=-1) / record.query_norm.clamp(min=1e-30)
-        total.index_add_(0, record.row, ratio.sum(-1))
-        count.index_add_(0, record.row, torch.full((len(ratio),), float(ratio.shape[-1])))
+        total.index_add_(0, record.places.row, ratio.sum(-1))
+        count.index_add_(0, record.places.row, torch.full((len(ratio),), float(ratio.shape[-1])))
     return (total / count.clamp(min=1)).tolist()
 
 

@@ -16,10 +16,9 @@ from sae_query_steer.data.tokenized import tokenize_examples
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken
-from sae_query_steer.scopes.positions import TokenPositions
+from sae_query_steer.scopes.positions import TokenPositions, check_rows
 from sae_query_steer.sites import QuerySite, query_sites
 from sae_query_steer.steering.edit import Edit
-from sae_query_steer.steering.rowwise import check_rows
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import SiteHeads, Where
@@ -48,7 +47,7 @@ class QueryPatch(Edit):
         """Return the difference between the given query and the row's own."""
         del record
         given = self.queries[at.hook_name]
-        check_rows(len(given), tokens.n_rows)
+        check_rows("the patch", len(given), tokens.n_rows)
         given = given.to(activations)[tokens.row][:, list(at.heads)]
         return QueryChange(delta=given - activations)
 

@@ -8,8 +8,7 @@ from itertools import product
 from typing import Any
 
 from sae_query_steer.arguments import check_number
-from sae_query_steer.baselines.residual import residual_mean_difference
-from sae_query_steer.baselines.rows import decoder_rows
+from sae_query_steer.baselines.directions import decoder_rows, residual_mean_difference
 from sae_query_steer.baselines.simple import few_shot_prompt, random_direction
 from sae_query_steer.data.examples import LabelledExample, check_classes
 from sae_query_steer.descent.objectives import (

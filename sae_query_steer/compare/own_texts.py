@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from sae_query_steer.baselines.residual import residual_means
+from sae_query_steer.baselines.directions import residual_means
 from sae_query_steer.compare.comparison import Comparison, compare_methods
 from sae_query_steer.compare.judges import ClassifierJudge
 from sae_query_steer.compare.log import ComparisonLog, digest_of

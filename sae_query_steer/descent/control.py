@@ -101,14 +101,32 @@ class TopLatents:
 
 
 @dataclass(frozen=True)
-class GivenLatents:
-    """Only the given latents may move."""
-
+class _NamedLatents:
     latents: LatentsByHead
-    """Latents by hook name and head; no latent of any other head moves."""
+    """Latents by hook name and head."""
 
     def __post_init__(self) -> None:
-        _check_latents(self.latents)
+        for heads in self.latents.values():
+            for head, indices in heads.items():
+                for number in (head, *indices):
+                    check_number("heads and latents", number, whole=True, least=0)
+
+    def _mask(self, z: Latents, hook_name: str, heads: Sequence[int]) -> ByHead:
+        named = torch.zeros(z.shape[-2:], dtype=torch.bool, device=z.device)
+        for place, head in enumerate(heads):
+            for latent in self.latents.get(hook_name, {}).get(head, ()):
+                name = f"a latent at {hook_name} head {head}"
+                check_number(name, latent, whole=True, least=0, most=z.shape[-1] - 1)
+                named[place, latent] = True
+        return named
+
+
+@dataclass(frozen=True)
+class GivenLatents(_NamedLatents):
+    """Only the given latents may move, by hook name and head; none of any other head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not any(any(len(some) for some in heads.values()) for heads in self.latents.values()):
             raise ValueError("latents must name at least one latent: {hook name: {head: [0, ...]}}")
 
@@ -118,11 +136,11 @@ class GivenLatents:
         Raises:
             ValueError: a latent that does not exist.
         """
-        return _given(self.latents, z, hook_name, heads)
+        return self._mask(z, hook_name, heads)
 
 
 @dataclass(frozen=True)
-class ExceptLatents:
+class ExceptLatents(_NamedLatents):
     """All latents except the given ones may move; those keep the value they have at the token.
 
     For ablations. A latent that is held is not switched off, and other latents may compensate:
@@ -130,19 +148,13 @@ class ExceptLatents:
     reached, and decoder rows overlap. `partial_steerer` rules out such compensation.
     """
 
-    latents: LatentsByHead
-    """Latents by hook name and head, as in `GivenLatents`; in any other head all may move."""
-
-    def __post_init__(self) -> None:
-        _check_latents(self.latents)
-
     def __call__(self, z: Latents, goal: Goal, hook_name: str, heads: Sequence[int]) -> ByHead:
-        """Return all latents except the given ones.
+        """Return all latents except the given ones; all of any other head.
 
         Raises:
             ValueError: a latent that does not exist.
         """
-        return ~_given(self.latents, z, hook_name, heads)
+        return ~self._mask(z, hook_name, heads)
 
 
 @dataclass(frozen=True)
@@ -217,20 +229,3 @@ def opened(gate: Gate, z: Latents, goal: Goal) -> Bool[Tensor, "*batch head"]:
     return check_result(
         gate(z, goal), z.shape[:-1], f"what the gate {scope_name(gate)} returns", torch.bool
     )
-
-
-def _check_latents(latents: LatentsByHead) -> None:
-    for heads in latents.values():
-        for head, indices in heads.items():
-            for number in (head, *indices):
-                check_number("heads and latents", number, whole=True, least=0)
-
-
-def _given(latents: LatentsByHead, z: Latents, hook_name: str, heads: Sequence[int]) -> ByHead:
-    chosen = torch.zeros(z.shape[-2:], dtype=torch.bool, device=z.device)
-    for place, head in enumerate(heads):
-        for latent in latents.get(hook_name, {}).get(head, ()):
-            name = f"a latent at {hook_name} head {head}"
-            check_number(name, latent, whole=True, least=0, most=z.shape[-1] - 1)
-            chosen[place, latent] = True
-    return chosen

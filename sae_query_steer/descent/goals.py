@@ -43,8 +43,7 @@ class Goal:
         cls, centroids: Centroids, target: int, variances: Centroids | None = None
     ) -> "Goal":
         """Return the goal of a single class, by its index."""
-        weights = torch.zeros(len(centroids), dtype=centroids.dtype, device=centroids.device)
-        weights[target] = 1
+        weights = torch.eye(len(centroids), dtype=centroids.dtype, device=centroids.device)[target]
         return cls(centroids=centroids, weights=weights, variances=variances)
 
     @property

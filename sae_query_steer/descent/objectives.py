@@ -78,8 +78,24 @@ class PrototypeLogLikelihood:
         return mixed(factors, goal.centroids) / self.temperature
 
 
+class _Linear:
+    """`-<z, direction>`: an objective whose gradient is the same at every latent."""
+
+    def direction(self, goal: Goal) -> Latents:
+        """Return the direction."""
+        raise NotImplementedError
+
+    def loss(self, z: Latents, goal: Goal) -> Loss:
+        """Return `-<z, direction>`."""
+        return -(z * self.direction(goal)).sum(-1)
+
+    def gradient(self, z: Latents, goal: Goal) -> Latents:
+        """Return minus the direction, the same at every latent."""
+        return -self.direction(goal).expand_as(z)
+
+
 @dataclass(frozen=True)
-class CentroidContrast:
+class CentroidContrast(_Linear):
     """`-<z, c_w - s c_mean>`: along the line from the mean of the class centroids to the target.
 
     Linear: n steps of size s equal one step of size n * s, up to the latent range. Over an
@@ -88,22 +104,13 @@ class CentroidContrast:
     Source: our choice; the mean difference is that of contrastive activation addition.
     """
 
-    def loss(self, z: Latents, goal: Goal) -> Loss:
-        """Return `-<z, c_w - s c_mean>`."""
-        return -(z * self.direction(goal)).sum(-1)
-
-    def gradient(self, z: Latents, goal: Goal) -> Latents:
-        """Return s c_mean - c_w, the same at every latent."""
-        return -self.direction(goal).expand_as(z)
-
-    @staticmethod
-    def direction(goal: Goal) -> Latents:
+    def direction(self, goal: Goal) -> Latents:
         """Return c_w - s c_mean."""
         return goal.pull - goal.total * goal.centroids.mean(0)
 
 
 @dataclass(frozen=True)
-class FixedMove:
+class FixedMove(_Linear):
     """`-<z, m_w>`: latents move by the target's own move, wherever they are.
 
     For targets that hold moves and no points, see `LearnedTargets`: n steps of size s add n * s
@@ -112,13 +119,9 @@ class FixedMove:
     Source: a static sparse vector; learning it through the model is our choice.
     """
 
-    def loss(self, z: Latents, goal: Goal) -> Loss:
-        """Return `-<z, m_w>`."""
-        return -(z * goal.pull).sum(-1)
-
-    def gradient(self, z: Latents, goal: Goal) -> Latents:
-        """Return -m_w, the same at every latent."""
-        return -goal.pull.expand_as(z)
+    def direction(self, goal: Goal) -> Latents:
+        """Return m_w."""
+        return goal.pull
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.descent.control import Schedule
+from sae_query_steer.descent.goals import target_name
 from sae_query_steer.scopes.joins import scope_name
-from sae_query_steer.scopes.positions import TokenPositions, check_result
+from sae_query_steer.scopes.positions import TokenPositions, check_result, check_rows
 
 Queries = Float[Tensor, "token head d_head"]
 
@@ -28,17 +29,21 @@ def each(values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def by_row(name: str, values: Sequence[Any], tokens: TokenPositions) -> list[Any]:
-    """Return the value of each token's row, from one value for each row of the batch.
+def target_labels(target: Any) -> dict[str, Any]:
+    """Return what a trace is to know of the target of all rows, or of each."""
+    names = tuple(target_name(one) for one in each(target, "target"))
+    return {"target": names[0]} if len(set(names)) == 1 else {"row_targets": names}
+
+
+def by_row(name: str, values: Any, tokens: TokenPositions) -> list[Any]:
+    """Return the value of each token's row, from one for all rows or one for each.
 
     Raises:
         ValueError: the number of values is not that of the rows.
     """
-    if len(values) != tokens.n_rows:
-        raise ValueError(
-            f"{name} has {len(values)} entries: the forward pass has {tokens.n_rows} rows; give "
-            "one for each prompt, in order, and all prompts in one call"
-        )
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return [values] * len(tokens.row)
+    check_rows(name, len(values), tokens.n_rows)
     return [values[row] for row in tokens.row.tolist()]
 
 
@@ -61,7 +66,7 @@ def scheduled(schedule: Schedule, age: Float[Tensor, " token"]) -> Float[Tensor,
 
 
 def limited(
-    queries: Queries, delta: Queries, *, max_relative_change: float | None, keep_norm: bool
+    queries: Queries, delta: Queries, *, max_relative_change: float | None, keep_norm: bool = False
 ) -> Queries:
     """Return a change of queries within limits; where `delta` is zero, exactly zero.
 

@@ -138,7 +138,7 @@ def reach(
                 learning_rate=TRAVEL * budget / n_updates,
                 **settings,
             )
-            run = LearningRun(learner, batches, kept, None, "")
+            run = LearningRun(learner, batches, kept)
             run.run()
             after, change = (
                 torch.cat(parts).double().cpu() for parts in zip(*run.held_out, strict=True)

@@ -12,9 +12,12 @@ from sae_query_steer.arguments import check_kind, check_number
 from sae_query_steer.descent.control import ExceptLatents, GivenLatents
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder, device_of, in_32_bits
-from sae_query_steer.steering.latent_descent import LatentDescent, LatentGradientSteerer
-from sae_query_steer.steering.latent_moves import LatentMove
-from sae_query_steer.steering.partial import PartOfLatents, partial_steerer
+from sae_query_steer.steering.latent_descent import (
+    LatentDescent,
+    LatentGradientSteerer,
+    LatentMove,
+)
+from sae_query_steer.steering.latent_edit import partial_steerer
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import SteeringTrace, TraceRecord
 from sae_query_steer.steering.where import SiteHeads
@@ -65,7 +68,7 @@ def moved_latents(steerer: Steerer, trace: SteeringTrace) -> pd.DataFrame:
             "trace`, and call model.generate inside the block"
         )
     edit = steerer.edit
-    if not isinstance(edit, LatentDescent | PartOfLatents):
+    if not isinstance(edit, LatentDescent):
         raise TypeError(
             f"the edit of the steerer must move latents, got {type(edit).__name__}: give a "
             "LatentGradientSteerer or a partial_steerer"
@@ -193,10 +196,10 @@ def decoder_rows(
 
 
 def _again(
-    edit: LatentDescent | PartOfLatents, at: SiteHeads | None, record: TraceRecord
+    edit: LatentDescent, at: SiteHeads | None, record: TraceRecord
 ) -> tuple[LatentMove, SiteHeads]:
     """Return the move of a record; raise if this steerer would have made another change."""
-    if record.query is not None and record.places is not None and at is not None:
+    if record.query is not None and at is not None:
         query = record.query.to(device_of(edit.saes[at.hook_name]) or record.query.device)
         query = in_32_bits(query)
         if tuple(record.heads.tolist()) == at.heads:
@@ -216,7 +219,7 @@ def _new_tokens(
 ) -> dict[str, list[int]]:
     """Return by target the tokens of a record that were not seen before, and note them."""
     tokens: dict[str, list[int]] = {}
-    pairs = zip(record.row.tolist(), record.position.tolist(), strict=True)
+    pairs = zip(record.places.row.tolist(), record.places.position.tolist(), strict=True)
     for index, (row, position) in enumerate(pairs):
         key = (record.run, record.layer, row, position)
         if key not in seen:

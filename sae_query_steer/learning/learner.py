@@ -4,6 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,7 @@ import torch
 
 from sae_query_steer.arguments import check_kind, check_number
 from sae_query_steer.data.examples import ordered_classes
-from sae_query_steer.data.tokenized import (
-    TokenizedExample,
-    TokenizedExamples,
-    check_tokenized,
-)
+from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples, check_tokenized
 from sae_query_steer.descent.control import TargetLatents
 from sae_query_steer.learning.rows import SplitRows, check_counterparts, frozen, split_rows
 from sae_query_steer.learning.run import LearningRun
@@ -61,6 +58,7 @@ def no_moves(
     )
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class TargetLearner:
     """Learns the targets of a steerer, so that the model writes what the class would.
 
@@ -78,22 +76,6 @@ class TargetLearner:
     >>> learner = TargetLearner(model, recipe, l1=0.1)
     >>> steerer = replace(recipe, targets=learner.fit(examples, counterparts=requested))
 
-    Args:
-        model: a HookedTransformer or a TransformerBridge.
-        steerer: the recipe; its own target does not matter.
-        l1: penalty in nats for latents that move, by the sum of their moves in units of the query's
-            norm, averaged over tokens, sites and heads.
-        n_latents: latents of each head that are not 0 in a target at most, 1 or more. Those of
-            least magnitude are set to 0 step by step over the first 60 % of the updates. Points
-            need `latents=TargetLatents()` in the steerer, or the others would move as well.
-        n_latents_total: the same over all heads and sites of a target.
-        n_updates: most updates.
-        learning_rate: of Adam, in units of the root mean square of the head's query.
-        batch_size: examples of an update.
-        every: updates between two evaluations on the examples that are held out.
-        patience: evaluations without a better one, for any class, after which learning stops.
-        seed: of the order of the batches.
-
     Raises:
         TypeError: the steerer is no `LatentGradientSteerer`.
         ValueError: a number that is not allowed.
@@ -102,36 +84,58 @@ class TargetLearner:
     pruning by magnitude on a schedule is arXiv 1710.01878.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        steerer: LatentGradientSteerer,
-        *,
-        l1: float = 0.0,
-        n_latents: int | None = None,
-        n_latents_total: int | None = None,
-        n_updates: int = 60,
-        learning_rate: float = 0.05,
-        batch_size: int = 24,
-        every: int = 5,
-        patience: int = 4,
-        seed: int = 0,
-    ) -> None:
-        check_kind("steerer", steerer, LatentGradientSteerer, "it says what is learned")
-        check_number("l1", l1, least=0)
-        check_number("learning_rate", learning_rate, above=0)
-        counts = {"n_updates": n_updates, "batch_size": batch_size, "every": every}
-        limits = {"n_latents": n_latents, "n_latents_total": n_latents_total}
+    model: Any
+    """A HookedTransformer or a TransformerBridge."""
+
+    steerer: LatentGradientSteerer
+    """The recipe; its own target does not matter."""
+
+    _: KW_ONLY
+
+    l1: float = 0.0
+    """Penalty in nats for latents that move, by the sum of their moves in units of the query's
+    norm, averaged over tokens, sites and heads."""
+
+    n_latents: int | None = None
+    """Latents of each head that are not 0 in a target at most, 1 or more. Those of least magnitude
+    are set to 0 step by step over the first 60 % of the updates. Points need
+    `latents=TargetLatents()` in the steerer, or the others would move as well."""
+
+    n_latents_total: int | None = None
+    """The same over all heads and sites of a target."""
+
+    n_updates: int = 60
+    """Most updates."""
+
+    learning_rate: float = 0.05
+    """Of Adam, in units of the root mean square of the head's query."""
+
+    batch_size: int = 24
+    """Examples of an update."""
+
+    every: int = 5
+    """Updates between two evaluations on the examples that are held out."""
+
+    patience: int = 4
+    """Evaluations without a better one, for any class, after which learning stops."""
+
+    seed: int = 0
+    """Of the order of the batches."""
+
+    def __post_init__(self) -> None:
+        check_kind("steerer", self.steerer, LatentGradientSteerer, "it says what is learned")
+        check_number("l1", self.l1, least=0)
+        check_number("learning_rate", self.learning_rate, above=0)
+        for name in ("n_updates", "batch_size", "every", "patience"):
+            check_number(name, getattr(self, name), whole=True, least=1)
+        limits = {"n_latents": self.n_latents, "n_latents_total": self.n_latents_total}
         limits = {name: value for name, value in limits.items() if value is not None}
-        for name, value in (counts | {"patience": patience} | limits).items():
+        for name, value in limits.items():
             check_number(name, value, whole=True, least=1)
-        if limits and not steerer.targets.are_moves:
-            check_kind("latents of the steerer", steerer.latents, TargetLatents, "or learn moves")
-        steerer.check_model(model)
-        self.model, self.steerer = model, steerer
-        self.l1, self.n_latents, self.n_latents_total = l1, n_latents, n_latents_total
-        self.n_updates, self.learning_rate, self.batch_size = n_updates, learning_rate, batch_size
-        self.every, self.patience, self.seed = every, patience, seed
+        if limits and not self.steerer.targets.are_moves:
+            latents = self.steerer.latents
+            check_kind("latents of the steerer", latents, TargetLatents, "or learn moves")
+        self.steerer.check_model(self.model)
 
     def _digest(self, examples: Sequence[TokenizedExample], held_out: Sequence[int] | None) -> str:
         """Return a digest of all that decides the targets."""
@@ -222,10 +226,10 @@ class TargetLearner:
                 f"{own}, got {rows.made_with}: make them with this learner's `rows`"
             )
         with frozen([self.model, *self.steerer.saes.values()]):
-            digest = ""
+            run = LearningRun(self, rows.learned, rows.held_out)
             if checkpoint is not None:
-                digest = self._digest([*examples, *(counterparts or ())], held_out)
-            run = LearningRun(self, rows.learned, rows.held_out, checkpoint, digest)
+                run.checkpoint = Path(checkpoint)
+                run.digest = self._digest([*examples, *(counterparts or ())], held_out)
             run.run()
         counts = [examples.labels.count(name) for name in classes]
         return self._targets(run, counts, examples)

@@ -211,13 +211,8 @@ def check_counterparts(examples: TokenizedExamples, counterparts: TokenizedExamp
 @contextmanager
 def frozen(modules: Sequence[Any]) -> Iterator[None]:
     """Let no parameter of some modules have gradients, for a `with` block."""
-    own = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
-    own += [
-        p
-        for m in modules
-        if isinstance(inner := vars(m).get("original_model"), nn.Module)
-        for p in inner.parameters()
-    ]
+    inner = [vars(module).get("original_model") for module in modules]
+    own = [p for m in (*modules, *inner) if isinstance(m, nn.Module) for p in m.parameters()]
     trained = [p for p in own if p.requires_grad]
     try:
         for parameter in trained:

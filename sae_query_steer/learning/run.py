@@ -1,78 +1,72 @@
-"""One run of a learner: updates, evaluations on held-out examples, checkpoints."""
+"""One run of a learner: updates, and evaluations on held-out examples."""
 
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.descent.goals import Goal
+from sae_query_steer.descent.strength import Queries
+from sae_query_steer.learning.checkpoints import Progress, load_checkpoint, save_checkpoint
 from sae_query_steer.learning.rows import LearningRows
 from sae_query_steer.progress import progress_bar
 from sae_query_steer.scopes.positions import TokenPositions, select
-from sae_query_steer.steering.engine import by_head, edit_hook
+from sae_query_steer.steering.engine import AppliedEdit, by_head
 from sae_query_steer.steering.latent_descent import LatentDescent
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import SiteHeads
-from sae_query_steer.storage.folders import new_folder
-from sae_query_steer.storage.records import Record, read_record, write_record
-from sae_query_steer.storage.tensors import FLOATS, check_finite, read_tensors, write_tensors
 
 PRUNED_BY = 0.6
 """Share of the updates after which no further latents are removed. Source: our choice."""
 
-RUN, STATE = "learning.json", "learning.safetensors"
 
-
-class _Run(Record):
-    """What `learning.json` of a checkpoint holds."""
-
-    format: Literal["sae_query_steer.learning/1"]
-    settings: str
-    step: int
-    idle: int
-    lowest: dict[str, float | None]
-    history: tuple[dict[str, float | str | None], ...]
-
-
+@dataclass(eq=False)
 class LearningRun:
     """One run of a `TargetLearner`."""
 
-    def __init__(
-        self,
-        learner: Any,
-        batches: list[LearningRows],
-        held_out: list[LearningRows],
-        checkpoint: str | Path | None,
-        digest: str,
-    ) -> None:
-        self._checkpoint = None if checkpoint is None else Path(checkpoint)
-        self._digest = digest
-        self._learner, self._batches, self._held_out = learner, batches, held_out
-        steerer = learner.steerer
+    learner: Any
+    """The learner: its steerer and its settings."""
+
+    batches: list[LearningRows]
+    """The rows to learn from."""
+
+    kept: list[LearningRows]
+    """The rows that are held out."""
+
+    checkpoint: Path | None = None
+    """A folder for a checkpoint; None writes none."""
+
+    digest: str = ""
+    """What tells runs of other settings or examples apart."""
+
+    best: dict[str, Tensor] = field(init=False, default_factory=dict)
+    lowest: dict[str, float] = field(init=False, default_factory=dict)
+    unsteered: dict[str, float] = field(init=False, default_factory=dict)
+    history: list[dict[str, float | str | None]] = field(init=False, default_factory=list)
+    held_out: list[tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]] = field(init=False)
+    """Loss and relative change of each row of the batches held out, at the last evaluation."""
+
+    def __post_init__(self) -> None:
+        learner, steerer = self.learner, self.learner.steerer
         self._classes, self._chosen = steerer.targets.classes, steerer.where.chosen
-        settings = {f.name: getattr(steerer, f.name) for f in fields(LatentDescent) if f.init}
-        self._edit = LearnedDescent(**settings)
+        self._edit = LearnedDescent(**steerer.settings)
         self._values: dict[str, Tensor] = {}
         self._scales: dict[str, Tensor] = {}
         self._optimiser: Any = None
-        self.lowest: dict[str, float] = {}
         self._step, self._idle = 0, 0
-        self.best: dict[str, Tensor] = {}
-        self.unsteered: dict[str, float] = {}
-        self.history: list[dict[str, float | str | None]] = []
-        self.held_out: list[tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]] = []
-        """Loss and relative change of each row of the batches held out, at the last evaluation."""
+        prunes = learner.n_latents is not None or learner.n_latents_total is not None
+        self._pruned_by = PRUNED_BY * learner.n_updates if prunes else 0.0
 
     def run(self) -> None:
         """Learn; afterwards `best`, `unsteered`, `history` and `held_out` are set."""
-        learner = self._learner
+        learner = self.learner
         self._begin()
         self._optimiser = torch.optim.Adam(list(self._values.values()), lr=learner.learning_rate)
         if not self._restored():
@@ -85,8 +79,8 @@ class LearningRun:
             unit="update",
             leave=None,  # not below another bar
         ) as bar:
-            while self._step < learner.n_updates and not self._stopped:
-                batch = self._batches[self._step % len(self._batches)]
+            while self._step < learner.n_updates and self._idle < learner.patience:
+                batch = self.batches[self._step % len(self.batches)]
                 self._step += 1
                 losses = self._update(batch)
                 seen.add(batch.labels, losses)
@@ -99,16 +93,12 @@ class LearningRun:
                     waits = better or self._step < self._pruned_by
                     seen, self._idle = ByClass(), 0 if waits else self._idle + 1
                     self._save()
-        if self._checkpoint is not None:
-            shutil.rmtree(self._checkpoint, ignore_errors=True)
-
-    @property
-    def _stopped(self) -> bool:
-        return self._idle >= self._learner.patience
+        if self.checkpoint is not None:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
 
     def _update(self, batch: LearningRows) -> Tensor:
         """Take one step on a batch, and return the loss of each row before it."""
-        learner = self._learner
+        learner = self.learner
         losses, edit = self.losses(batch)
         if not bool(losses.isfinite().all()):
             raise ValueError(
@@ -131,62 +121,36 @@ class LearningRun:
         return state
 
     def _save(self) -> None:
-        if self._checkpoint is None:
-            return
-        with new_folder(self._checkpoint, overwrite=True, holding=RUN) as new:
-            write_tensors(new / STATE, self._state())
-            kept = _Run(
+        if self.checkpoint is not None:
+            progress = Progress(
                 format="sae_query_steer.learning/1",
-                settings=self._digest,
+                settings=self.digest,
                 step=self._step,
                 idle=self._idle,
                 lowest={k: v if math.isfinite(v) else None for k, v in self.lowest.items()},
                 history=tuple(self.history),
             )
-            write_record(new / RUN, kept)
+            save_checkpoint(self.checkpoint, progress, self._state())
 
     def _restored(self) -> bool:
-        """Continue the run of the checkpoint, if there is one; return whether there was.
-
-        Raises:
-            ValueError: it is of a run with other settings or examples, or damaged.
-        """
-        if self._checkpoint is None or not self._checkpoint.exists():
+        """Continue the run of the checkpoint, if there is one; return whether there was."""
+        if self.checkpoint is None or not self.checkpoint.exists():
             return False
-        kept = read_record(self._checkpoint, RUN, _Run)
-        if kept.settings != self._digest:
-            raise ValueError(
-                f"checkpoint must be of the same settings and examples: {self._checkpoint} is of "
-                "another run; give another folder, or delete it"
-            )
         for value in self._values.values():  # the moments exist after a step
             value.grad = torch.zeros_like(value)
         self._optimiser.step()
-        own = self._state()
-        stored = read_tensors(
-            self._checkpoint, STATE, {n: (FLOATS, tuple(t.shape)) for n, t in own.items()}
-        )
-        check_finite(stored)
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(stored[name])
-        self._step, self._idle, self.history = kept.step, kept.idle, list(kept.history)
-        self.lowest = {k: math.inf if v is None else v for k, v in kept.lowest.items()}
+        found = load_checkpoint(self.checkpoint, self.digest, self._state())
+        self._step, self._idle, self.history = found.step, found.idle, list(found.history)
+        self.lowest = {k: math.inf if v is None else v for k, v in found.lowest.items()}
         return True
-
-    @property
-    def _pruned_by(self) -> float:
-        learner = self._learner
-        prunes = learner.n_latents is not None or learner.n_latents_total is not None
-        return PRUNED_BY * learner.n_updates if prunes else 0.0
 
     @torch.no_grad()
     def _begin(self) -> None:
         """Measure the loss without steering and the size of queries, and set the start."""
         squares: dict[str, list[Tensor]] = {name: [] for name in self._chosen}
         losses = ByClass()
-        for batch in self._held_out:
-            scoped = select(self._learner.steerer.scope, batch.prefixed.positions)
+        for batch in self.kept:
+            scoped = select(self.learner.steerer.scope, batch.prefixed.positions)
 
             def keep(values: Tensor, hook: Any, at: SiteHeads, scoped: Tensor = scoped) -> None:
                 del hook  # its name differs between the backends
@@ -199,7 +163,7 @@ class LearningRun:
         for name, at in self._chosen.items():
             size = torch.cat(squares[name]).mean(0).sqrt()
             self._scales[name] = size[:, None].clamp(min=1e-6)
-            start = self._learner.steerer.targets.means[name][:, list(at.heads)]
+            start = self.learner.steerer.targets.means[name][:, list(at.heads)]
             self.best[name] = start.clone()
             scaled = start.to(self._scales[name]) / self._scales[name]
             self._values[name] = scaled.clone().requires_grad_()
@@ -209,11 +173,12 @@ class LearningRun:
 
     def losses(self, batch: LearningRows) -> "tuple[Tensor, LearnedDescent]":
         """Return the loss of each row with the present targets, and the edit that was applied."""
-        made: dict[str, Any] = {"values": self._targets(), "moved": [], "changes": []}
-        edit = replace(self._edit, target=list(batch.labels), **made)
-        positions, scope = batch.prefixed.positions, self._learner.steerer.scope
+        edit = replace(
+            self._edit, target=list(batch.labels), values=self._targets(), moved=[], changes=[]
+        )
+        positions, scope = batch.prefixed.positions, self.learner.steerer.scope
         hooks = [
-            (name, edit_hook(edit, at, scope, lambda _: positions, checked=False))
+            (name, AppliedEdit(edit, at, scope, checked=False).hook(lambda _: positions))
             for name, at in self._chosen.items()
         ]
         return batch.losses(hooks), edit
@@ -224,7 +189,7 @@ class LearningRun:
     ) -> dict[str, float]:
         """Return the held-out loss of each class, and keep targets that are the best so far."""
         losses, changes, self.held_out = ByClass(), ByClass(), []
-        for batch in self._held_out:
+        for batch in self.kept:
             found, edit = self.losses(batch)
             changed = torch.stack(edit.changes).mean(0)
             losses.add(batch.labels, found)
@@ -255,7 +220,7 @@ class LearningRun:
     @torch.no_grad()
     def _project(self, step: int) -> None:
         """Bring targets back into the latent range, and remove latents that are too many."""
-        learner = self._learner
+        learner = self.learner
         for name, value in self._values.items():
             least = learner.steerer.saes[name].latent_min
             if least is not None:
@@ -263,23 +228,19 @@ class LearningRun:
         done = min(1.0, step / self._pruned_by) if self._pruned_by else 1.0
         if learner.n_latents is not None:
             for value in self._values.values():
-                keep = _allowed(value.shape[-1], learner.n_latents, done)
-                _cut(value, value.shape[-1], keep)
+                _prune(value, learner.n_latents, done)
         if learner.n_latents_total is not None:
             joined = torch.cat([value.flatten(1) for value in self._values.values()], dim=1)
-            _cut(joined, joined.shape[1], _allowed(joined.shape[1], learner.n_latents_total, done))
+            _prune(joined, learner.n_latents_total, done)
             sizes = [value[0].numel() for value in self._values.values()]
             for value, own in zip(self._values.values(), joined.split(sizes, 1), strict=True):
                 value.copy_(own.view_as(value))
 
 
-def _allowed(n: int, wanted: int, done: float) -> int:
-    """Return how many of n latents are left when a share of the removal is done."""
-    return max(wanted, round(n * (min(wanted, n) / n) ** done))
-
-
-def _cut(values: Float[Tensor, "*any d"], n: int, keep: int) -> None:
-    """Set all but the largest values to 0."""
+def _prune(values: Float[Tensor, "*any d"], wanted: int, done: float) -> None:
+    """Set all but the largest values to 0: as many as when a share of the removal is done."""
+    n = values.shape[-1]
+    keep = max(wanted, round(n * (min(wanted, n) / n) ** done))
     if keep < n:
         least = values.abs().topk(keep, dim=-1).values[..., -1:]
         values[values.abs() < least] = 0
@@ -296,12 +257,7 @@ class LearnedDescent(LatentDescent):
     """||change of q|| / ||q|| of each row, averaged over tokens and heads, of each site."""
 
     def change(
-        self,
-        activations: Tensor,
-        at: SiteHeads,
-        tokens: TokenPositions,
-        *,
-        record: bool = False,
+        self, activations: Queries, at: SiteHeads, tokens: TokenPositions, *, record: bool = False
     ) -> QueryChange:
         """Return what the descent adds; Args as `LatentDescent.change`."""
         del record
@@ -317,26 +273,18 @@ class LearnedDescent(LatentDescent):
         return QueryChange(delta=delta)
 
     def _goal(self, at: SiteHeads, tokens: TokenPositions, z: Tensor) -> Goal:
-        goal = super()._goal(at, tokens, z)
-        return Goal(
-            centroids=self.values[at.hook_name].to(z),
-            weights=goal.weights,
-            variances=goal.variances,
-        )
+        return replace(super()._goal(at, tokens, z), centroids=self.values[at.hook_name].to(z))
 
 
-class ByClass:
-    """Numbers of examples, and their means by class."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, list[float]] = {}
+class ByClass(dict[str, list[float]]):
+    """Numbers of examples by class."""
 
     def add(self, labels: Sequence[str], values: Tensor) -> None:
         """Add a number of each example."""
         for label, value in zip(labels, values.tolist(), strict=True):
-            self._found.setdefault(label, []).append(value)
+            self.setdefault(label, []).append(value)
 
     def means(self, classes: Sequence[str]) -> dict[str, float]:
         """Return the mean of each class; NaN of those without examples."""
-        found = {name: self._found.get(name, ()) for name in classes}
+        found = {name: self.get(name, ()) for name in classes}
         return {k: sum(some) / len(some) if some else math.nan for k, some in found.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.scopes.joins import Joinable
-from sae_query_steer.scopes.positions import Positions
+from sae_query_steer.scopes.positions import Positions, check_rows
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class AtPositions(Joinable):
         index, own = positions.index, tuple(self.positions)
         if not isinstance(own[0], tuple):
             return torch.isin(index, index.new_tensor(own))
-        _check_rows(positions, self, len(own))
+        check_rows(self, len(own), len(index))
         rows = zip(index, own, strict=True)
         return torch.stack([torch.isin(row, index.new_tensor(own)) for row, own in rows])
 
@@ -79,8 +79,8 @@ class RowMask(Joinable):
         Raises:
             ValueError: the batch has another number of rows.
         """
-        _check_rows(positions, self, len(self.mask))
         index, width = positions.index, self.mask.shape[1]
+        check_rows(self, len(self.mask), len(index))
         inside = (index >= 0) & (index < width)
         return inside & self.mask.to(index.device).gather(1, index.clamp(0, width - 1))
 
@@ -133,11 +133,3 @@ def _counts(name: str, value: Any) -> Any:
         return tuple(_counts(name, part) for part in value)
     check_number(name, value, whole=True, least=0)
     return value
-
-
-def _check_rows(positions: Positions, scope: object, rows: int) -> None:
-    if rows != len(positions.index):
-        raise ValueError(
-            f"{scope!r} is for {rows} rows, the batch has {len(positions.index)}: give all prompts "
-            "in one call of generate(), in order"
-        )

@@ -6,7 +6,7 @@ scope means the same with the cache on and off, in a batch and row by row.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -77,11 +77,10 @@ class TokenPositions:
     column: Int[Tensor, " token"] | None = None
     """Column of the forward pass; None outside one."""
 
-    @classmethod
-    def one_per_row(cls, n_rows: int) -> "TokenPositions":
-        """Return one token in each row, at position 0: to call an edit outside a model."""
-        rows = torch.arange(n_rows)
-        return cls(row=rows, position=torch.zeros_like(rows), n_rows=n_rows)
+    def index(self, heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where they and some heads are in activations [batch pos head d_head]."""
+        assert self.column is not None, "tokens of a forward pass have columns"
+        return self.row[:, None], self.column[:, None], torch.tensor(heads, device=self.row.device)
 
     def age(self) -> Float[Tensor, " token"]:
         """Return how many tokens lie between a token and the end of its prompt, 0 within it.
@@ -95,18 +94,6 @@ class TokenPositions:
             raise ValueError(f"a schedule needs to know {NO_PROMPT}")
         lengths = self.prompt_lengths.to(self.position.device)[self.row]
         return (self.position - lengths + 1).clamp(min=0).float()
-
-    def at(self, tokens: Tensor) -> "TokenPositions":
-        """Return some of the tokens, by their indices."""
-        column = None if self.column is None else self.column[tokens]
-        return replace(self, row=self.row[tokens], position=self.position[tokens], column=column)
-
-    def cpu(self) -> "TokenPositions":
-        """Return a copy on the CPU."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{name: t.cpu() for name, t in tensors.items() if isinstance(t, Tensor)}
-        )
 
 
 Scope: TypeAlias = Callable[[Positions], Tensor]
@@ -145,6 +132,19 @@ def check_result(
     given = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
     wanted = "" if dtype is None else f"{dtype} "
     raise ValueError(f"{name} must be a {wanted}tensor of shape {list(shape)}, got {given}")
+
+
+def check_rows(name: object, have: int, rows: int) -> None:
+    """Raise unless there is something for every row of a batch.
+
+    Raises:
+        ValueError: the message gives both numbers.
+    """
+    if have != rows:
+        raise ValueError(
+            f"{name} is for {have} rows, the batch has {rows}: give all prompts in one call of "
+            "generate(), in order"
+        )
 
 
 def fixed_positions(

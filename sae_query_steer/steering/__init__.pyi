@@ -4,11 +4,11 @@ from .edit import Edit as Edit
 from .engine import apply_edits as apply_edits
 from .files import load_steerer as load_steerer
 from .files import save_steerer as save_steerer
-from .joined import JoinedSteerers as JoinedSteerers
 from .latent_descent import LatentGradientSteerer as LatentGradientSteerer
 from .latent_edit import edit_latents as edit_latents
+from .latent_edit import partial_steerer as partial_steerer
 from .look_at import LookAt as LookAt
-from .partial import partial_steerer as partial_steerer
+from .steerer import JoinedSteerers as JoinedSteerers
 from .steerer import Steerer as Steerer
 from .trace import SteeringTrace as SteeringTrace
 from .where import Where as Where

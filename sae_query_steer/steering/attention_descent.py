@@ -1,35 +1,27 @@
 """`AttentionSteerer`: gradient steps on latents that turn heads to chosen tokens of the prompt."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.attention import AttentionGoal
-from sae_query_steer.descent.strength import limited
-from sae_query_steer.sae.encoders import QueryEncoder, at_heads, decoded_difference, encoder_sites
-from sae_query_steer.scopes.named import LastPromptToken
-from sae_query_steer.scopes.positions import Scope, TokenPositions
-from sae_query_steer.steering.edit import Edit
+from sae_query_steer.descent.strength import Queries, limited
+from sae_query_steer.sae.encoders import QueryEncoder, decoded_difference, encoder_sites
+from sae_query_steer.scopes.positions import TokenPositions
+from sae_query_steer.steering.edit import LatentsEdit, most_moved
 from sae_query_steer.steering.keys import AttentionKeys
-from sae_query_steer.steering.latent_descent import target_labels
-from sae_query_steer.steering.latent_moves import most_moved
-from sae_query_steer.steering.look_at import Looks, attention_goal, looks_of_rows, token_span
-from sae_query_steer.steering.origin import encoders_on
-from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.look_at import LooksEdit, looks_of_rows
+from sae_query_steer.steering.steerer import EncoderSteerer
 from sae_query_steer.steering.trace import QueryChange
-from sae_query_steer.steering.where import Heads, SiteHeads, Where
-
-_Descent = TypeVar("_Descent", bound="AttentionDescent")
+from sae_query_steer.steering.where import SiteHeads
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionDescent(Edit):
+class AttentionDescent(LooksEdit, LatentsEdit):
     """The edit of an `AttentionSteerer`.
 
     Raises:
@@ -37,13 +29,6 @@ class AttentionDescent(Edit):
         ValueError: a number is out of range, or `until` is given with several sources or a negative
             weight.
     """
-
-    saes: Mapping[str, QueryEncoder]
-    """Encoders by hook name; `identity_encoders` for dense steps."""
-
-    look_at: Looks | list[Looks]
-    """Where the heads are to look: a `LookAt`, or a tuple of several, each with its weight. A list
-    has one of these for each row of the batch."""
 
     _: KW_ONLY
 
@@ -65,11 +50,6 @@ class AttentionDescent(Edit):
     """Number of latents of each head that may move: those with the largest gradient before the
     first step. None: all."""
 
-    needs_keys: ClassVar[bool] = True
-
-    _made: dict[Any, QueryEncoder] = field(init=False, repr=False, default_factory=dict)
-    _find: Any = field(init=False, repr=False, default_factory=lambda: lru_cache(1024)(token_span))
-
     def __post_init__(self) -> None:
         looks = looks_of_rows(self.look_at)
         check_number("n_steps", self.n_steps, whole=True, least=0)
@@ -88,16 +68,11 @@ class AttentionDescent(Edit):
     @property
     def labels(self) -> Mapping[str, Any]:
         """Return what a trace is to know."""
-        names = [", ".join(look.name for look in row) for row in looks_of_rows(self.look_at)]
-        return {"method": "attention descent", **target_labels(names)}
-
-    def to(self: _Descent, device: str | torch.device) -> _Descent:
-        """Return it with its SAEs on a device."""
-        return replace(self, saes=encoders_on(self.saes, device))
+        return {"method": "attention descent", **self._targets()}
 
     def change(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        activations: Float[Tensor, "token head d_head"],
+        activations: Queries,
         at: SiteHeads,
         tokens: TokenPositions,
         *,
@@ -109,7 +84,7 @@ class AttentionDescent(Edit):
         # `generate` is in inference mode, whose tensors autograd refuses: all that it needs is
         # copied or computed here.
         with torch.inference_mode(False), torch.no_grad():
-            goal = attention_goal(looks_of_rows(self.look_at), keys, self._find)
+            goal = self._goal(keys)
             queries, encoder = activations.clone(), self._encoder(at, activations.device)
             z0 = encoder.encode(queries)
             scores_of = keys.scores_of()
@@ -119,8 +94,7 @@ class AttentionDescent(Edit):
 
             z, losses = self._descended(queries, encoder, z0, scores, goal, record=record)
             delta = decoded_difference(encoder, z, z0)
-            most = self.max_relative_change
-            delta = limited(queries, delta, max_relative_change=most, keep_norm=False)
+            delta = limited(queries, delta, max_relative_change=self.max_relative_change)
             if not record:
                 return QueryChange(delta=delta)
             after = scores(z)
@@ -182,15 +156,9 @@ class AttentionDescent(Edit):
             moved = torch.where(share < 1, z0 + (moved - z0) * share, moved)
         return torch.where(moves, moved, z)
 
-    def _encoder(self, at: SiteHeads, device: torch.device) -> QueryEncoder:
-        key = (at.hook_name, at.heads, device)
-        if key not in self._made:
-            self._made[key] = at_heads(self.saes[at.hook_name], at.heads, device)
-        return self._made[key]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionSteerer(AttentionDescent, Steerer):  # pyright: ignore[reportIncompatibleMethodOverride]
+class AttentionSteerer(AttentionDescent, EncoderSteerer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Turns heads to chosen tokens by gradient steps on latents that raise the attention there.
 
     At every scoped position, for every chosen head: z0 = encode(q); each step lowers
@@ -206,25 +174,9 @@ class AttentionSteerer(AttentionDescent, Steerer):  # pyright: ignore[reportInco
     Source: our choice.
     """
 
-    scope: Scope = field(default_factory=LastPromptToken)
-    """Where to steer."""
-
-    layers: Sequence[int] | None = None
-    """Which layers; None means all that have an SAE."""
-
-    heads: Heads | None = None
-    """Which heads: the same in every layer, or by layer; None means all."""
-
-    edit: Edit = field(init=False)
-    where: Where = field(init=False)
-    origin: None = field(init=False, default=None)
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        sites = encoder_sites(self.saes).values()
-        where = Where(sites, scope=self.scope, layers=self.layers, heads=self.heads)
-        object.__setattr__(self, "edit", self)
-        object.__setattr__(self, "where", where)
+        self._act_at(encoder_sites(self.saes))
 
     def __repr__(self) -> str:
         return f"AttentionSteerer({self.look_at!r}, n_steps={self.n_steps}, {self.where!r})"

@@ -38,24 +38,6 @@ def check_descent(descent: Any) -> None:
         )
     for target in each(descent.target, "target"):
         weights_of(target, descent.targets.classes)
-    _check_moves(descent)
-    for name, such_as in (
-        ("schedule", "ExponentialDecay(8)"),
-        ("latents", "GivenLatents({hook name: {head: [3, 5]}})"),
-        ("gate", "PosteriorBelow(0.9)"),
-    ):
-        value = getattr(descent, name)
-        if isinstance(value, type) or not (value is None or callable(value)):
-            raise TypeError(f"{name} must be such as {such_as}, or a function, got {value!r}")
-    if descent.schedule is not None:
-        scheduled(descent.schedule, torch.zeros(1))
-    for name, most in (("trust_radius", None), ("max_relative_change", None), ("until", 1)):
-        if getattr(descent, name) is not None:
-            check_number(name, getattr(descent, name), above=0, most=most)
-
-
-def _check_moves(descent: Any) -> None:
-    """Raise unless targets and settings are both of points, or both of moves."""
     moves = descent.targets.are_moves
     if moves != isinstance(descent.objective, FixedMove):
         raise ValueError(
@@ -73,3 +55,16 @@ def _check_moves(descent: Any) -> None:
                 f"{name} must not be {value!r} for moves, which have no distance to a class: "
                 "leave it out, or learn points"
             )
+    for name, such_as in (
+        ("schedule", "ExponentialDecay(8)"),
+        ("latents", "GivenLatents({hook name: {head: [3, 5]}})"),
+        ("gate", "PosteriorBelow(0.9)"),
+    ):
+        value = getattr(descent, name)
+        if isinstance(value, type) or not (value is None or callable(value)):
+            raise TypeError(f"{name} must be such as {such_as}, or a function, got {value!r}")
+    if descent.schedule is not None:
+        scheduled(descent.schedule, torch.zeros(1))
+    for name, most in (("trust_radius", None), ("max_relative_change", None), ("until", 1)):
+        if getattr(descent, name) is not None:
+            check_number(name, getattr(descent, name), above=0, most=most)

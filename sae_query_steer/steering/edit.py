@@ -1,16 +1,21 @@
-"""An edit: what is added to activations at some tokens. It knows no model and no scope."""
+"""Edits: what is added to activations at some tokens. They know no model and no scope."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from sae_query_steer.descent.strength import Queries
+from sae_query_steer.sae.encoders import QueryEncoder, at_heads, on_device
 from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import SiteHeads
+
+N_MOVED = 5
+"""Number of latents that a trace lists for each token and head."""
 
 
 class Edit(ABC):
@@ -28,12 +33,7 @@ class Edit(ABC):
 
     @abstractmethod
     def change(
-        self,
-        activations: Float[Tensor, "token head d_head"],
-        at: SiteHeads,
-        tokens: TokenPositions,
-        *,
-        record: bool = False,
+        self, activations: Queries, at: SiteHeads, tokens: TokenPositions, *, record: bool = False
     ) -> QueryChange:
         """Return what is added to the activations of some tokens.
 
@@ -63,3 +63,49 @@ class Edit(ABC):
         """Return this edit with its weights on a device."""
         del device
         return self
+
+
+_Moves = TypeVar("_Moves", bound="LatentsEdit")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentsEdit(Edit):
+    """An edit that moves latents and adds what encoders make of the move."""
+
+    saes: Mapping[str, QueryEncoder]
+    """Encoders by hook name; those of the layers that are steered. An `IdentityEncoder` may stand
+    at any hook point of a `Site` too, such as `blocks.3.hook_resid_post`."""
+
+    _made: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
+
+    def to(self: _Moves, device: str | torch.device) -> _Moves:
+        """Return it with its SAEs on a device; what is there already is shared.
+
+        Centroids need no moving: they follow the activations, layer by layer.
+        """
+        return replace(self, saes=encoders_on(self.saes, device))
+
+    def _encoder(self, at: SiteHeads, device: torch.device) -> QueryEncoder:
+        """Return the encoder of these heads alone, made once for each device."""
+        key = (at.hook_name, at.heads, device)
+        if key not in self._made:
+            self._made[key] = at_heads(self.saes[at.hook_name], at.heads, device)
+        return self._made[key]
+
+
+def encoders_on(
+    encoders: Mapping[str, QueryEncoder], device: str | torch.device
+) -> dict[str, QueryEncoder]:
+    """Return encoders on a device; what is there already is shared."""
+    return {name: on_device(encoder, device) for name, encoder in encoders.items()}
+
+
+def most_moved(before: Tensor, after: Tensor) -> dict[str, Any]:
+    """Return `moved_latents`, `moved_by` and `n_moved` of a `QueryChange`."""
+    moved = after - before
+    most = moved.abs().topk(min(N_MOVED, moved.shape[-1]), dim=-1).indices
+    return {
+        "moved_latents": most,
+        "moved_by": moved.gather(-1, most),
+        "n_moved": (moved != 0).sum(-1),
+    }

@@ -10,6 +10,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +27,11 @@ from sae_query_steer.sae.encoders import in_32_bits
 from sae_query_steer.scopes.joins import needs_tokens
 from sae_query_steer.scopes.positions import Positions, PromptLengths, Scope, TokenPositions, select
 from sae_query_steer.sites import QuerySite, check_hook_point
-from sae_query_steer.steering.attention_trace import AttentionRecorder
 from sae_query_steer.steering.block import SteeringWarning, block
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.keys import AttentionKeys
-from sae_query_steer.steering.trace import QueryChange, SteeringTrace, TraceRecord
+from sae_query_steer.steering.recorder import Recorder
+from sae_query_steer.steering.trace import QueryChange, SteeringTrace
 from sae_query_steer.steering.where import SiteHeads, Where
 
 LARGE_CHANGE = 10.0
@@ -71,32 +73,37 @@ def apply_edits(
     check_eager(model)
     for _, where in edits:
         where.check(model)
-    if record_attention:
-        for _, where in edits:
-            for at in where.chosen.values():
-                check_hook_point(model, pattern_hook(at.site.layer))
-    record = record or record_attention
-    traces = tuple(new_trace(model, edit, recording=record) for edit, _ in edits)
     layers = {at.site.layer for _, where in edits for at in where.chosen.values()}
+    for layer in layers if record_attention else ():
+        check_hook_point(model, pattern_hook(layer))
+    record = record or record_attention
+    traces = tuple(
+        SteeringTrace(recording=record, tokenizer=model.tokenizer, **edit.labels)
+        for edit, _ in edits
+    )
     keep_tokens = record or any(e.needs_keys or needs_tokens(w.scope) for e, w in edits)
     tracker = PositionTracker(model, sorted(layers), prompt_lengths, keep_tokens=keep_tokens)
     hooks: list[tuple[str, Hook]] = []
     readers: dict[str, ScoresReader] = {}
     for (edit, where), trace in zip(edits, traces, strict=True):
-        attention = AttentionRecorder(trace.attention, tracker) if record_attention else None
-        seen = _Recorder(trace, tracker, attention) if record else None
+        recorder = Recorder(trace, tracker) if record else None
         for name, at in where.chosen.items():
-            if edit.needs_keys:
-                if name not in readers:  # edits of one site see each other's queries in it
-                    readers[name] = ScoresReader(model, _query_site(edit, at))
-                    hooks += readers[name].hooks()
-                hook = keyed_hook(edit, at, where.scope, tracker, readers[name], seen)
-                hooks.append((f"blocks.{at.site.layer}.attn.hook_attn_scores", hook))
+            applied = AppliedEdit(edit, at, where.scope, recorder)
+            if not edit.needs_keys:
+                hooks.append((name, applied.hook(lambda _: tracker.positions)))
+            elif not isinstance(at.site, QuerySite):
+                raise ValueError(
+                    f"{type(edit).__name__} sees keys, so its sites must be queries, got {name}"
+                )
             else:
-                hook = edit_hook(edit, at, where.scope, lambda _: tracker.positions, seen)
-                hooks.append((name, hook))
-            if attention is not None:
-                hooks.append((pattern_hook(at.site.layer), attention.hook(at.site.layer)))
+                if name not in readers:  # edits of one site see each other's queries in it
+                    readers[name] = ScoresReader(model, at.site)
+                    hooks += readers[name].hooks()
+                hook = applied.keyed_hook(tracker, readers[name])
+                hooks.append((f"blocks.{at.site.layer}.attn.hook_attn_scores", hook))
+            if record_attention and recorder is not None:
+                keep = partial(recorder.keep_attention, at.site.layer)
+                hooks.append((pattern_hook(at.site.layer), keep))
     with ExitStack() as stack:
         for reader in readers.values():
             stack.enter_context(reader.listening())
@@ -115,131 +122,135 @@ def warn_unless_heard(tracker: PositionTracker) -> None:
         )
 
 
-def new_trace(model: Any, edit: Edit, *, recording: bool) -> SteeringTrace:
-    """Return an empty trace of an edit."""
-    return SteeringTrace(recording=recording, tokenizer=model.tokenizer, **edit.labels)
+@dataclass(eq=False)
+class AppliedEdit:
+    """An edit at one site: makes its changes, checks and keeps them.
 
-
-def edit_hook(
-    edit: Edit,
-    at: SiteHeads,
-    scope: Scope,
-    positions_of: Callable[[Tensor], Positions | None],
-    seen: "_Recorder | None" = None,
-    *,
-    checked: bool = True,
-) -> Hook:
-    """Return the hook of an edit at one site.
-
-    Args:
-        edit: the edit.
-        at: the site and the heads that change.
-        scope: the tokens that change.
-        positions_of: where the columns of an activation [batch pos head d_head] stand; None where
-            the activation is none of this model's.
-        seen: what keeps a trace.
-        checked: whether a change that is not finite, very large or an overshoot is told.
+    It warns once of a change that diverged or overshot. An overshoot is looked for in the first
+    change alone: it costs a recorded descent.
     """
-    heads, check = at.heads, _ChangeCheck(edit, at) if checked else None
 
-    def change(activation: Tensor, hook: Any) -> Tensor | None:
-        del hook  # its name differs between the backends
-        whole = by_head(activation, at)
-        positions = positions_of(whole)
+    edit: Edit
+    """The edit."""
+
+    at: SiteHeads
+    """The site and the heads that change."""
+
+    scope: Scope
+    """The tokens that change."""
+
+    recorder: Recorder | None = None
+    """What keeps a trace."""
+
+    checked: bool = True
+    """Whether a change that is not finite, very large or an overshoot is told."""
+
+    _first: bool = field(init=False, default=True)
+    _warned: bool = field(init=False, default=False)
+
+    def hook(self, positions_of: Callable[[Tensor], Positions | None]) -> Hook:
+        """Return the hook of the edit at its site.
+
+        Args:
+            positions_of: where the columns of an activation [batch pos head d_head] stand; None
+                where the activation is none of this model's.
+        """
+
+        def change(activation: Tensor, hook: Any) -> Tensor | None:
+            del hook  # its name differs between the backends
+            whole = by_head(activation, self.at)
+            tokens = self._tokens(positions_of(whole))
+            if tokens is None:
+                return None
+            index = tokens.index(self.at.heads)
+            # As in most decode steps: nothing has to be gathered.
+            every = self.at.every and len(tokens.row) == whole.shape[0] * whole.shape[1]
+            before = whole.flatten(0, 1) if every else whole[index]
+            with torch.autocast(before.device.type, enabled=False):
+                after, _ = self._made(before, tokens)
+            edited = after if every else whole.index_put(index, after)
+            return edited.reshape(activation.shape)
+
+        vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
+        return change
+
+    def keyed_hook(self, tracker: PositionTracker, reader: ScoresReader) -> Hook:
+        """Return the hook, on the attention scores, of an edit that sees keys."""
+
+        def change(scores: Tensor, hook: Any) -> Tensor | None:
+            del hook  # its name differs between the backends
+            positions = tracker.positions
+            tokens = self._tokens(positions)
+            if positions is None or tokens is None:
+                return None
+            with torch.autocast(scores.device.type, enabled=False):
+                reader.check(scores)
+                keys = AttentionKeys(
+                    reader=reader,
+                    at=self.at,
+                    tokens=tokens,
+                    position=tracker.key_positions(scores.shape[-1]),
+                    rows=positions.of_rows(tracker.columns),
+                )
+                index = tokens.index(self.at.heads)
+                before = reader.queries[index]
+                after, made = self._made(before, tokens, keys=keys)
+                new = keys.scores(after).to(scores.dtype)
+                if not made.delta.requires_grad:  # where nothing changes, not up to rounding either
+                    still = (after == before).all(-1, keepdim=True)
+                    new = torch.where(still, scores[keys.index], new)
+                if made.score_bias is not None:
+                    new = new + made.score_bias.to(new.dtype)
+                    reader.add(keys.index, made.score_bias)
+                reader.queries = reader.queries.index_put(index, after)
+                return scores.index_put(keys.index, new)
+
+        vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
+        return change
+
+    def _tokens(self, positions: Positions | None) -> TokenPositions | None:
+        """Return the scoped tokens of a forward pass of this model; None without any."""
         if positions is None:
             return None
-        if seen is not None:
-            seen.read(positions)
-        mask = select(scope, positions)
-        tokens = positions.tokens_at(mask)
-        rows, columns = tokens.row, tokens.column
-        assert columns is not None, "tokens of a running pass have columns"
-        if len(rows) == 0:
-            return None
-        every = at.every and len(rows) == mask.numel()
-        index = torch.tensor(heads, device=whole.device)
-        if every:  # as in most decode steps: nothing has to be gathered
-            before = whole.flatten(0, 1)
-        else:
-            before = whole[rows[:, None], columns[:, None], index]
-        with torch.autocast(before.device.type, enabled=False):
-            made = edit.change(in_32_bits(before), at, tokens, record=seen is not None)
-            after = before + made.delta.to(before.dtype)
-            if check is not None:
-                check(before, made, after, tokens)
-        if every:
-            edited = after
-        else:
-            edited = whole.clone()
-            edited[rows[:, None], columns[:, None], index] = after
-        if seen is not None:
-            seen.keep(made, before, at, tokens)
-        return edited.reshape(activation.shape)
+        if self.recorder is not None:
+            self.recorder.read(positions)
+        tokens = positions.tokens_at(select(self.scope, positions))
+        return tokens if len(tokens.row) else None
 
-    vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
-    return change
+    def _made(
+        self, before: Tensor, tokens: TokenPositions, **keys: AttentionKeys
+    ) -> tuple[Tensor, QueryChange]:
+        edit: Any = self.edit  # only one that needs `keys` has such a parameter
+        record = self.recorder is not None
+        made = edit.change(in_32_bits(before), self.at, tokens, record=record, **keys)
+        after = before + made.delta.to(before.dtype)
+        if self.checked:
+            self._check(before, made, after, tokens)
+        if self.recorder is not None:
+            self.recorder.keep(made, before, self.at, tokens)
+        return after, made
 
-
-def keyed_hook(
-    edit: Edit,
-    at: SiteHeads,
-    scope: Scope,
-    tracker: PositionTracker,
-    reader: ScoresReader,
-    seen: "_Recorder | None" = None,
-) -> Hook:
-    """Return the hook, on the attention scores, of an edit that sees keys; Args as `edit_hook`."""
-    check = _ChangeCheck(edit, at)
-
-    def change(scores: Tensor, hook: Any) -> Tensor | None:
-        del hook  # its name differs between the backends
-        positions = tracker.positions
-        if positions is None:
-            return None
-        if seen is not None:
-            seen.read(positions)
-        tokens = positions.tokens_at(select(scope, positions))
-        if len(tokens.row) == 0:
-            return None
-        with torch.autocast(scores.device.type, enabled=False):
-            reader.check(scores)
-            keys = AttentionKeys(
-                reader=reader,
-                at=at,
-                tokens=tokens,
-                position=tracker.key_positions(scores.shape[-1]),
-                rows=positions.of_rows(tracker.columns),
+    def _check(
+        self, before: Tensor, made: QueryChange, after: Tensor, tokens: TokenPositions
+    ) -> None:
+        size = _checked_size(before, made.delta, after, self.at.hook_name)
+        first, self._first = self._first, False
+        if self._warned or not (first or size > LARGE_CHANGE):
+            return
+        overshot, progress = False, ""
+        if self.edit.has_target:
+            if made.loss is None:
+                with torch.no_grad():
+                    made = self.edit.change(in_32_bits(before), self.at, tokens, record=True)
+            overshot, progress = self.edit.progress(made, tokens)
+        if overshot or size > LARGE_CHANGE:
+            self._warned = True
+            warnings.warn(
+                f"the change at {self.at.hook_name} is {size:.3g} times the activations' norm"
+                f"{progress}: use a smaller step_size or fewer steps",
+                SteeringWarning,
+                stacklevel=2,
             )
-            row, head, column = keys.index
-            before = reader.queries[row, column, head]
-            keyed: Any = edit
-            made = keyed.change(in_32_bits(before), at, tokens, record=seen is not None, keys=keys)
-            after = before + made.delta.to(before.dtype)
-            check(before, made, after, tokens)
-            new = keys.scores(after).to(scores.dtype)
-            if not made.delta.requires_grad:  # where nothing changes, not up to rounding either
-                still = (after == before).all(-1, keepdim=True)
-                new = torch.where(still, scores[keys.index], new)
-            if made.score_bias is not None:
-                new = new + made.score_bias.to(new.dtype)
-                reader.add(keys.index, made.score_bias)
-            edited = scores.clone()
-            edited[keys.index] = new
-            reader.queries = reader.queries.index_put((row, column, head), after)
-        if seen is not None:
-            seen.keep(made, before, at, tokens)
-        return edited
-
-    vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
-    return change
-
-
-def _query_site(edit: Edit, at: SiteHeads) -> QuerySite:
-    if not isinstance(at.site, QuerySite):
-        raise ValueError(
-            f"{type(edit).__name__} sees keys, so its sites must be queries, got {at.hook_name}"
-        )
-    return at.site
 
 
 def by_head(activation: Tensor, at: SiteHeads) -> Tensor:
@@ -247,38 +258,6 @@ def by_head(activation: Tensor, at: SiteHeads) -> Tensor:
     if activation.ndim == 4:
         return activation
     return rearrange(activation, "b p (h d) -> b p h d", h=at.site.n_heads, d=at.site.d_head)
-
-
-class _ChangeCheck:
-    """Checks every change of a hook, and warns once of one that diverged or overshot.
-
-    An overshoot is looked for in the first change alone: it costs a recorded descent.
-    """
-
-    def __init__(self, edit: Edit, at: SiteHeads) -> None:
-        self._edit, self._at, self._first, self._warned = edit, at, True, False
-
-    def __call__(
-        self, before: Tensor, made: QueryChange, after: Tensor, tokens: TokenPositions
-    ) -> None:
-        size = _checked_size(before, made.delta, after, self._at.hook_name)
-        first, self._first = self._first, False
-        if self._warned or not (first or size > LARGE_CHANGE):
-            return
-        overshot, progress = False, ""
-        if self._edit.has_target:
-            if made.loss is None:
-                with torch.no_grad():
-                    made = self._edit.change(in_32_bits(before), self._at, tokens, record=True)
-            overshot, progress = self._edit.progress(made, tokens)
-        if overshot or size > LARGE_CHANGE:
-            self._warned = True
-            warnings.warn(
-                f"the change at {self._at.hook_name} is {size:.3g} times the activations' norm"
-                f"{progress}: use a smaller step_size or fewer steps",
-                SteeringWarning,
-                stacklevel=2,
-            )
 
 
 def _checked_size(before: Tensor, delta: Tensor, after: Tensor, hook_name: str) -> float:
@@ -297,40 +276,3 @@ def _checked_size(before: Tensor, delta: Tensor, after: Tensor, hook_name: str) 
             f"{before.dtype}; use a smaller step_size, fewer steps or less strength"
         )
     return moved / norm if norm > 0 else 0.0
-
-
-class _Recorder:
-    """Keeps what an edit does in a trace."""
-
-    def __init__(
-        self, trace: SteeringTrace, tracker: PositionTracker, attention: AttentionRecorder | None
-    ) -> None:
-        self._trace, self._tracker, self._attention = trace, tracker, attention
-
-    def read(self, positions: Positions) -> None:
-        """Keep the tokens of the rows so far, steered or not."""
-        if positions.tokens is not None:
-            self._trace.read[self._tracker.run_number] = positions
-
-    def keep(
-        self, made: QueryChange, before: Tensor, at: SiteHeads, tokens: TokenPositions
-    ) -> None:
-        """Keep one change."""
-        is_query = isinstance(at.site, QuerySite)
-        assert tokens.column is not None, "tokens of a running pass have columns"
-        if self._attention is not None:
-            self._attention.steered(at.site.layer, tokens.row, tokens.column, at.heads)
-        self._trace.records.append(
-            TraceRecord(
-                run=self._tracker.run_number,
-                layer=at.site.layer,
-                heads=torch.tensor([-1] if ".hook_resid_" in at.hook_name else at.heads),
-                row=tokens.row.cpu(),
-                position=tokens.position.cpu(),
-                token=self._tracker.tokens_at(tokens.row, tokens.column),
-                query_norm=before.detach().float().norm(dim=-1).cpu(),
-                change=made.cpu(),
-                query=before.detach().cpu() if is_query else None,
-                places=tokens.cpu(),
-            )
-        )

@@ -9,48 +9,18 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from sae_query_steer import scopes
 from sae_query_steer.arguments import check_kind
-from sae_query_steer.descent.control import (
-    ActiveLatents,
-    ExceptLatents,
-    ExponentialDecay,
-    GivenLatents,
-    LatentAbove,
-    LinearWarmUp,
-    PosteriorBelow,
-    TargetLatents,
-    TopLatents,
-)
-from sae_query_steer.descent.objectives import (
-    CentroidContrast,
-    CosineSimilarity,
-    FixedMove,
-    GaussianLogLikelihood,
-    LinearProbe,
-    PrototypeLogLikelihood,
-    SquaredDistance,
-)
+from sae_query_steer.descent import control, objectives
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import IdentityEncoder, QueryEncoder
-from sae_query_steer.scopes.joins import AllOf, AnyOf, Not
-from sae_query_steer.scopes.marked import AfterToken, AtPositions, RowMask
-from sae_query_steer.scopes.named import (
-    EveryPosition,
-    FirstResponseTokens,
-    LastPromptToken,
-    LastPromptTokens,
-    PromptTokens,
-    ResponseTokens,
-    Window,
-    WindowAroundPromptEnd,
-)
 from sae_query_steer.steering.attention_descent import AttentionSteerer
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.steering.look_at import LookAt
@@ -60,18 +30,18 @@ from sae_query_steer.targets.centroids import CentroidTargets
 
 STEERER = "steerer.json"
 
-VALUES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        *(EveryPosition, PromptTokens, LastPromptToken, LastPromptTokens, ResponseTokens),
-        *(FirstResponseTokens, Window, WindowAroundPromptEnd, AtPositions, RowMask, AfterToken),
-        *(AnyOf, AllOf, Not),
-        *(SquaredDistance, PrototypeLogLikelihood, CentroidContrast, CosineSimilarity),
-        *(GaussianLogLikelihood, LinearProbe, FixedMove),
-        *(ExponentialDecay, LinearWarmUp, ActiveLatents, TopLatents, GivenLatents),
-        *(ExceptLatents, TargetLatents, PosteriorBelow, LatentAbove, LookAt),
-    )
+_NAMES: dict[Any, str] = {
+    scopes: "EveryPosition PromptTokens LastPromptToken LastPromptTokens ResponseTokens "
+    "FirstResponseTokens Window WindowAroundPromptEnd AtPositions RowMask AfterToken "
+    "AnyOf AllOf Not",
+    objectives: "SquaredDistance PrototypeLogLikelihood CentroidContrast CosineSimilarity "
+    "GaussianLogLikelihood LinearProbe FixedMove",
+    control: "ExponentialDecay LinearWarmUp ActiveLatents TopLatents GivenLatents ExceptLatents "
+    "TargetLatents PosteriorBelow LatentAbove",
 }
+VALUES: dict[str, Any] = {
+    name: getattr(module, name) for module, names in _NAMES.items() for name in names.split()
+} | {"LookAt": LookAt}
 """Values that a file may name."""
 
 _PLAIN = (bool, int, float, NoneType)
@@ -85,9 +55,6 @@ class _Index(Record):
     identities: dict[str, dict[str, int]]
     targets: str | None
     """None for an `AttentionSteerer`, which has no centroids."""
-
-
-_Kind = TypeVar("_Kind", LatentGradientSteerer, AttentionSteerer)
 
 
 def save_steerer(
@@ -120,12 +87,12 @@ def save_steerer(
     settings = steerer_settings(steerer)
     identities = {n: e for n, e in steerer.saes.items() if isinstance(e, IdentityEncoder)}
     own = {n: e for n, e in steerer.saes.items() if isinstance(e, QueryHeadSAE)}
-    for name, encoder in steerer.saes.items():
-        if name not in identities and name not in own:
-            raise ValueError(
-                f"the encoder at {name} is a {type(encoder).__name__}: only query-head SAEs and "
-                "IdentityEncoder can be saved"
-            )
+    if others := sorted({*steerer.saes} - {*identities} - {*own}):
+        kinds = [type(steerer.saes[name]).__name__ for name in others]
+        raise ValueError(
+            f"encoders must be query-head SAEs or IdentityEncoder to be saved, got {kinds} at "
+            f"{others}"
+        )
     with new_folder(folder, overwrite=overwrite, holding=STEERER) as new:
         if own and saes is None:
             QuerySAEs(own).save(new / "saes")
@@ -171,8 +138,6 @@ def load_steerer(
         encoders: dict[str, QueryEncoder] = {
             name: IdentityEncoder(**sizes) for name, sizes in index.identities.items()
         }
-        if targets is None:
-            return _made(AttentionSteerer, index.settings, encoders | saes)
         return steerer_from_settings(index.settings, encoders | saes, targets)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / STEERER} is damaged: {error}") from error
@@ -191,21 +156,21 @@ def _referred(folder: Path, name: str, follow: bool) -> Path:
 
 
 def steerer_from_settings(
-    settings: Mapping[str, Any], saes: Mapping[str, QueryEncoder], targets: CentroidTargets
-) -> LatentGradientSteerer:
+    settings: Mapping[str, Any], saes: Mapping[str, QueryEncoder], targets: CentroidTargets | None
+) -> Any:
     """Return the steerer of some settings, of `steerer_settings`, over SAEs and centroids.
+
+    Without centroids it is an `AttentionSteerer`, otherwise a `LatentGradientSteerer`.
 
     Raises:
         ValueError: a setting is none, or names a value that there is not.
     """
-    return _made(LatentGradientSteerer, settings, saes, targets)
-
-
-def _made(kind: type[_Kind], settings: Mapping[str, Any], *parts: Any) -> _Kind:
+    kind: Any = AttentionSteerer if targets is None else LatentGradientSteerer
+    parts = () if targets is None else (targets,)
     try:
         values = {name: _read(value) for name, value in settings.items()}
         _check_types(kind, values)
-        return kind(*parts, **values)
+        return kind(saes, *parts, **values)
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"one of its settings is damaged: {error!r:.500}") from error
 
@@ -266,7 +231,7 @@ def _read(value: Any) -> Any:
         raise ValueError(f"there is no value {value['kind']!r:.80}: allowed are {sorted(VALUES)}")
     kind = VALUES[value["kind"]]
     fields = {name: _read(item) for name, item in value["fields"].items()}
-    if kind in (AnyOf, AllOf):
+    if kind in (scopes.AnyOf, scopes.AllOf):
         return kind(*fields["scopes"])
     _check_types(kind, fields)
     return kind(**fields)

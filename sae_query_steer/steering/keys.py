@@ -1,9 +1,8 @@
 """Edits that see the keys with which attention will compare the queries."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -49,12 +48,11 @@ class AttentionKeys:
 
         Made outside inference mode, it can be differentiated there.
         """
-        assert self.tokens.column is not None, "tokens of a forward pass have columns"
-        rows, row = self.tokens.row.unique(return_inverse=True)
-        columns, place = self.tokens.column.unique(return_inverse=True)
-        row, place, column = row[:, None], place[:, None], columns[place][:, None]
+        row, column, heads = self.tokens.index(self.at.heads)
+        rows, row = row.unique(return_inverse=True)
+        columns, place = column.unique(return_inverse=True)
+        column = columns[place]  # no tensor made in inference mode, where autograd refuses it
         whole, compute = self.reader.queries[rows], self.reader.at(rows, columns)
-        heads = self._heads
 
         def scores(queries: Tensor) -> Tensor:
             changed = whole.clone()
@@ -63,22 +61,8 @@ class AttentionKeys:
 
         return scores
 
-    def pattern(
-        self, queries: Float[Tensor, "token head d_head"]
-    ) -> Float[Tensor, "token head key"]:
-        """Return the attention of queries of these tokens and heads: the softmax of the scores."""
-        return self.scores(queries).softmax(-1)
-
-    def at_tokens(self, tokens: Tensor) -> "AttentionKeys":
-        """Return the same of some of the tokens, by their indices."""
-        return replace(self, tokens=self.tokens.at(tokens))
-
     @property
     def index(self) -> Index:
         """Where these tokens and heads are in scores [batch head query key]."""
-        assert self.tokens.column is not None, "tokens of a forward pass have columns"
-        return self.tokens.row[:, None], self._heads, self.tokens.column[:, None]
-
-    @property
-    def _heads(self) -> Tensor:
-        return torch.tensor(self.at.heads, device=self.tokens.row.device)
+        row, column, head = self.tokens.index(self.at.heads)
+        return row, head, column

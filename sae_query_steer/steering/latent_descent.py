@@ -1,15 +1,14 @@
 """`LatentGradientSteerer`: move the latent of the current query towards a class, and decode."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.descent.control import Bounds, Gate, LatentChoice, Schedule, opened
-from sae_query_steer.descent.goals import Goal, Target, target_name, weights_of
+from sae_query_steer.descent.goals import Goal, Latents, Target, target_name, weights_of
 from sae_query_steer.descent.loop import descend
 from sae_query_steer.descent.objectives import (
     CentroidContrast,
@@ -17,24 +16,23 @@ from sae_query_steer.descent.objectives import (
     Objective,
     PrototypeLogLikelihood,
     SquaredDistance,
+    squared_distances,
 )
-from sae_query_steer.descent.strength import by_row, each, limited, scheduled
-from sae_query_steer.sae.encoders import (
-    QueryEncoder,
-    any_sites,
-    at_heads,
-    decoded_difference,
-    in_32_bits,
+from sae_query_steer.descent.strength import (
+    Queries,
+    by_row,
+    each,
+    limited,
+    scheduled,
+    target_labels,
 )
-from sae_query_steer.scopes.named import LastPromptToken
-from sae_query_steer.scopes.positions import Scope, TokenPositions
+from sae_query_steer.sae.encoders import any_sites, decoded_difference, in_32_bits
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.descent_checks import check_descent
-from sae_query_steer.steering.edit import Edit
-from sae_query_steer.steering.latent_moves import LatentMove
-from sae_query_steer.steering.origin import FromCentroids, Origin, encoders_on
-from sae_query_steer.steering.steerer import Steerer
+from sae_query_steer.steering.edit import LatentsEdit, most_moved
+from sae_query_steer.steering.steerer import EncoderSteerer, FromCentroids
 from sae_query_steer.steering.trace import QueryChange
-from sae_query_steer.steering.where import Heads, SiteHeads, Where
+from sae_query_steer.steering.where import SiteHeads
 from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import check_shapes
 
@@ -48,16 +46,20 @@ TOWARDS_CENTROIDS = (
 )
 """Objectives that lead to a centroid, so that a larger distance is an overshoot."""
 
-_Descent = TypeVar("_Descent", bound="LatentDescent")
+
+class LatentMove(NamedTuple):
+    """The latents of some tokens before and after a descent, and what it was after."""
+
+    before: Latents
+    after: Latents
+    goal: Goal
+    loss: Tensor | None = None
+    """Loss before the first step and after each, [steps token head]; None unless recorded."""
 
 
 @dataclass(frozen=True, eq=False)
-class LatentDescent(Edit):
+class LatentDescent(LatentsEdit):
     """The edit of a `LatentGradientSteerer`: z0 = encode(q), descend to zK, add the difference."""
-
-    saes: Mapping[str, QueryEncoder]
-    """Encoders by hook name; those of the layers that are steered. An `IdentityEncoder` may stand
-    at any hook point of a `Site` too, such as `blocks.3.hook_resid_post`."""
 
     targets: CentroidTargets
     """The centroids that were made with these encoders on this model."""
@@ -103,8 +105,6 @@ class LatentDescent(Edit):
 
     has_target: ClassVar[bool] = True
 
-    _made: dict[Any, Any] = field(init=False, repr=False, default_factory=dict)
-
     def __post_init__(self) -> None:
         check_descent(self)
 
@@ -114,28 +114,21 @@ class LatentDescent(Edit):
         return {
             "method": "latent gradient",
             "classes": self.targets.classes,
-            **target_labels([target_name(target) for target in each(self.target, "target")]),
+            **target_labels(self.target),
         }
 
-    def to(self: _Descent, device: str | torch.device) -> _Descent:
-        """Return it with its SAEs on a device; what is not there already is copied.
-
-        Centroids need no moving: they follow the activations, layer by layer.
-        """
-        return replace(self, saes=encoders_on(self.saes, device))
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a `LatentDescent` is made of."""
+        return {f.name: getattr(self, f.name) for f in fields(LatentDescent) if f.init}
 
     def change(
-        self,
-        activations: Float[Tensor, "token head d_head"],
-        at: SiteHeads,
-        tokens: TokenPositions,
-        *,
-        record: bool = False,
+        self, activations: Queries, at: SiteHeads, tokens: TokenPositions, *, record: bool = False
     ) -> QueryChange:
         """Return what the descent adds to queries; Args as `Edit.change`."""
         move = self.descended(activations, at, tokens, record=record)
         delta = self.decoded(activations, at, move)
-        return move.described(delta) if record else QueryChange(delta=delta)
+        return self._recorded(move, delta) if record else QueryChange(delta=delta)
 
     def progress(self, made: QueryChange, tokens: TokenPositions) -> tuple[bool, str]:
         """Return whether the descent ends farther from the target's centroid than it began."""
@@ -156,12 +149,7 @@ class LatentDescent(Edit):
         return isinstance(self.objective, TOWARDS_CENTROIDS) and end > OVERSHOOT * start, text
 
     def descended(
-        self,
-        queries: Float[Tensor, "token head d_head"],
-        at: SiteHeads,
-        tokens: TokenPositions,
-        *,
-        record: bool = False,
+        self, queries: Queries, at: SiteHeads, tokens: TokenPositions, *, record: bool = False
     ) -> LatentMove:
         """Return where the descent moves the latents of queries; Args as `change`."""
         encoder = self._encoder(at, queries.device)
@@ -188,7 +176,7 @@ class LatentDescent(Edit):
             ),
             record_loss=record,
         )
-        return self._move(z0, result.z, goal, result.loss)
+        return LatentMove(z0, result.z, goal, result.loss)
 
     def decoded(self, queries: Tensor, at: SiteHeads, move: LatentMove) -> Tensor:
         """Return what a move of the latents adds to the queries, within the limits."""
@@ -211,18 +199,28 @@ class LatentDescent(Edit):
         before, after = (encoder.encode(q) for q in (queries, queries + delta.to(queries)))
         goal = self._goal(at, tokens, before)
         loss = torch.stack([self.objective.loss(z, goal) for z in (before, after)])
-        return self._move(before, after, goal, loss).described(delta)
+        return self._recorded(LatentMove(before, after, goal, loss), delta)
+
+    @torch.no_grad()
+    def _recorded(self, move: LatentMove, delta: Queries) -> QueryChange:
+        """Return the change of the queries, with distances, loss and most moved latents."""
+        change = QueryChange(delta=delta, **most_moved(move.before, move.after))
+        if self.targets.are_moves:  # no points, so no distances
+            return change
+        before, after = (
+            squared_distances(z, move.goal.centroids).sqrt() for z in (move.before, move.after)
+        )
+        return replace(
+            change,
+            distance_before=before,
+            distance_after=after,
+            loss=move.loss,
+            temperature=self._temperature,
+        )
 
     @property
     def _temperature(self) -> float:
         return getattr(self.objective, "temperature", 1.0)
-
-    def _encoder(self, at: SiteHeads, device: torch.device) -> QueryEncoder:
-        """Return the encoder of these heads alone, made once for each device."""
-        key = (at.hook_name, at.heads, device)
-        if key not in self._made:
-            self._made[key] = at_heads(self.saes[at.hook_name], at.heads, device)
-        return self._made[key]
 
     def _goal(self, at: SiteHeads, tokens: TokenPositions, z: Tensor) -> Goal:
         """Return the goal at a site; all that no token changes in it is made once."""
@@ -255,19 +253,9 @@ class LatentDescent(Edit):
             return size if isinstance(size, Tensor) else float(size)
         return scheduled(self.schedule, tokens.age()).to(z) * size
 
-    def _move(self, before: Tensor, after: Tensor, goal: Goal, loss: Tensor | None) -> LatentMove:
-        return LatentMove(
-            before=before,
-            after=after,
-            goal=goal,
-            loss=loss,
-            temperature=self._temperature,
-            has_points=not self.targets.are_moves,
-        )
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LatentGradientSteerer(LatentDescent, Steerer):  # pyright: ignore[reportIncompatibleMethodOverride]
+class LatentGradientSteerer(LatentDescent, EncoderSteerer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Steers by gradient descent on sparse features of attention queries.
 
     At every scoped position, for every chosen head: z0 = encode(q), K projected gradient steps on
@@ -281,31 +269,11 @@ class LatentGradientSteerer(LatentDescent, Steerer):  # pyright: ignore[reportIn
     our choice, so that steering is not confounded with the SAE's error.
     """
 
-    scope: Scope = field(default_factory=LastPromptToken)
-    """Where to steer. A steer that is clean at the last prompt token breaks the text elsewhere."""
-
-    layers: Sequence[int] | None = None
-    """Which layers; None means all that have an SAE."""
-
-    heads: Heads | None = None
-    """Which heads: the same in every layer, or by layer; None means all."""
-
-    edit: Edit = field(init=False)
-    where: Where = field(init=False)
-    origin: Origin | None = field(init=False)
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        where = Where(
-            any_sites(self.saes).values(),
-            scope=self.scope,
-            layers=self.layers,
-            heads=self.heads,
-        )
-        encoders = {name: self.saes[name] for name in where.chosen}
+        self._act_at(any_sites(self.saes))
+        encoders = {name: self.saes[name] for name in self.where.chosen}
         check_shapes(self.targets, encoders)
-        object.__setattr__(self, "edit", self)
-        object.__setattr__(self, "where", where)
         object.__setattr__(self, "origin", FromCentroids(encoders, self.targets))
 
     def __repr__(self) -> str:
@@ -313,10 +281,3 @@ class LatentGradientSteerer(LatentDescent, Steerer):  # pyright: ignore[reportIn
             f"LatentGradientSteerer(target={self.target!r}, {self.objective!r}, "
             f"n_steps={self.n_steps}, step_size={self.step_size}, {self.where!r})"
         )
-
-
-def target_labels(by_row: Sequence[str]) -> dict[str, Any]:
-    """Return what a trace is to know of the target of all rows, or of each."""
-    if len(set(by_row)) == 1:
-        return {"target": str(by_row[0])}
-    return {"row_targets": tuple(map(str, by_row))}

@@ -1,10 +1,11 @@
 """What heads are to look at: a phrase of the prompt, what stands between markers, or a scope."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from os.path import commonprefix
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_kind, check_number
 from sae_query_steer.descent.attention import AttentionGoal
+from sae_query_steer.descent.strength import target_labels
 from sae_query_steer.scopes.joins import check_scope, scope_name
-from sae_query_steer.scopes.positions import Positions, Scope, select
+from sae_query_steer.scopes.positions import Positions, Scope, check_rows, select
+from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.keys import AttentionKeys
-from sae_query_steer.steering.rowwise import check_rows
 
 Span = tuple[int, int]
 """Position of the first token, and after the last."""
@@ -115,12 +117,40 @@ def looks_of_rows(look_at: Looks | list[Looks]) -> list[tuple[LookAt, ...]]:
     return looks
 
 
+@dataclass(frozen=True, eq=False)
+class LooksEdit(Edit):
+    """An edit for the attention on some tokens.
+
+    Raises:
+        TypeError: `look_at` holds something else than `LookAt`.
+    """
+
+    look_at: Looks | list[Looks]
+    """Where the heads are to look: a `LookAt`, or a tuple of several, each with its weight. A list
+    has one of these for each row of the batch."""
+
+    needs_keys: ClassVar[bool] = True
+
+    _find: Any = field(init=False, repr=False, default_factory=lambda: lru_cache(1024)(token_span))
+
+    def __post_init__(self) -> None:
+        looks_of_rows(self.look_at)
+
+    def _targets(self) -> dict[str, Any]:
+        """Return what a trace is to know of the sources."""
+        rows = looks_of_rows(self.look_at)
+        return target_labels([", ".join(look.name for look in row) for row in rows])
+
+    def _goal(self, keys: AttentionKeys) -> AttentionGoal:
+        return attention_goal(looks_of_rows(self.look_at), keys, self._find)
+
+
 def attention_goal(
     looks: list[tuple[LookAt, ...]], keys: AttentionKeys, find: TextFinder
 ) -> AttentionGoal:
     """Return the goal of the tokens of some keys; Args as `looks_of_rows` and `LookAt.mask`."""
     if len(looks) > 1:
-        check_rows(len(looks), keys.tokens.n_rows)
+        check_rows("look_at", len(looks), keys.tokens.n_rows)
     rows, token = keys.tokens.row.unique(return_inverse=True)
     position = keys.position[rows]
     n_looks = max(map(len, looks))

@@ -1,6 +1,6 @@
-"""`Steerer`: an edit and where it acts, as a value with `apply`."""
+"""`Steerer`: an edit and where it acts, as a value with `apply`; several as `JoinedSteerers`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
@@ -8,14 +8,54 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from sae_query_steer.arguments import check_kind
+from sae_query_steer.data.prompts import bos_id
 from sae_query_steer.models.loading import check_eager
-from sae_query_steer.scopes.positions import Positions, PromptLengths, fixed_positions
+from sae_query_steer.sae.encoders import QueryEncoder
+from sae_query_steer.scopes.named import LastPromptToken
+from sae_query_steer.scopes.positions import Positions, PromptLengths, Scope, fixed_positions
+from sae_query_steer.sites import QuerySite, Site
 from sae_query_steer.steering.block import block
-from sae_query_steer.steering.edit import Edit
-from sae_query_steer.steering.engine import apply_edits, edit_hook
-from sae_query_steer.steering.origin import Origin
+from sae_query_steer.steering.edit import Edit, encoders_on
+from sae_query_steer.steering.engine import AppliedEdit, apply_edits
 from sae_query_steer.steering.trace import SteeringTrace
-from sae_query_steer.steering.where import Where
+from sae_query_steer.steering.where import Heads, Where
+from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.fingerprint import check_belongs
+
+
+@dataclass(frozen=True, eq=False)
+class FromCentroids:
+    """Encoders and the centroids that were made with them, on one model."""
+
+    encoders: Mapping[str, QueryEncoder]
+    """By hook name."""
+
+    targets: CentroidTargets
+    """Their centroids, with the fingerprint of the model."""
+
+    def check_model(self, model: Any) -> None:
+        """Raise unless the centroids were made with these encoders on this model.
+
+        Raises:
+            ValueError: another model, other SAEs, SAEs on another device, or texts with BOS where
+                the model's prompts begin without, or the reverse.
+        """
+        check_belongs(model, self.encoders, self.targets)
+        made = self.targets.prepend_bos
+        if made is None or self.targets.chat_template or model.tokenizer is None:
+            return
+        if made != (bos_id(model) is not None):
+            raise ValueError(
+                f"the centroids were made with prepend_bos={made}, but by "
+                f"model.cfg.default_prepend_bos={model.cfg.default_prepend_bos} prompts begin "
+                f"{'without' if made else 'with'} BOS: set it to {made} (and pass the same to "
+                "generate), or make the centroids anew"
+            )
+
+    def to(self, device: str | torch.device) -> "FromCentroids":
+        """Return it with its encoders on a device."""
+        return replace(self, encoders=encoders_on(self.encoders, device))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,8 +70,8 @@ class Steerer:
 
     _: KW_ONLY
 
-    origin: Origin | None = None
-    """Which model it belongs to; None means any that has the sites."""
+    origin: "FromCentroids | Steerer | None" = None
+    """What knows the model that it belongs to; None means any that has the sites."""
 
     _verified: WeakSet[Any] = field(init=False, repr=False, default_factory=WeakSet)
 
@@ -145,6 +185,65 @@ class Steerer:
             return fixed_positions(activation, prompt_lengths, attention_mask, tokens)
 
         return [
-            (name, edit_hook(self.edit, at, self.where.scope, positions))
+            (name, AppliedEdit(self.edit, at, self.where.scope).hook(positions))
             for name, at in self.where.chosen.items()
         ]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EncoderSteerer(Steerer):
+    """A steerer that is its own edit of latents."""
+
+    _: KW_ONLY
+
+    scope: Scope = field(default_factory=LastPromptToken)
+    """Where to steer. A steer that is clean at the last prompt token breaks the text elsewhere."""
+
+    layers: Sequence[int] | None = None
+    """Which layers; None means all that have an SAE."""
+
+    heads: Heads | None = None
+    """Which heads: the same in every layer, or by layer; None means all."""
+
+    edit: Edit = field(init=False)
+    where: Where = field(init=False)
+    origin: FromCentroids | None = field(init=False, default=None)
+
+    def _act_at(self, sites: Mapping[str, QuerySite | Site]) -> None:
+        where = Where(sites.values(), scope=self.scope, layers=self.layers, heads=self.heads)
+        object.__setattr__(self, "edit", self)
+        object.__setattr__(self, "where", where)
+
+
+@dataclass(frozen=True)
+class JoinedSteerers:
+    """Steerers that act in the order in which they are listed, as nested `with` blocks would.
+
+    At a site that two of them steer, the second sees the query that the first has changed; sites of
+    later layers always see what earlier layers did.
+    """
+
+    steerers: tuple[Steerer, ...]
+    """The first acts first."""
+
+    def __init__(self, *steerers: Steerer) -> None:
+        if not steerers:
+            raise ValueError("JoinedSteerers() needs at least one steerer; got none")
+        for steerer in steerers:
+            check_kind("each steerer", steerer, Steerer, "JoinedSteerers(one, two)")
+        object.__setattr__(self, "steerers", steerers)
+
+    @block
+    def apply(self, model: Any, **options: Any) -> Iterator[tuple[SteeringTrace, ...]]:
+        """Steer every forward pass of a model for the length of a `with` block.
+
+        Args, Raises and Warns as `Steerer.apply`; every steerer is checked before the first acts.
+
+        Returns:
+            A context manager that yields a trace of each steerer, in order.
+        """
+        for steerer in self.steerers:
+            steerer.check_model(model)
+        edits = [(steerer.edit, steerer.where) for steerer in self.steerers]
+        with apply_edits(model, edits, **options) as traces:
+            yield traces

@@ -1,7 +1,7 @@
 """Traces: what an intervention changed, per token, layer and head."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -11,14 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_query_steer.scopes.positions import Positions, TokenPositions
-from sae_query_steer.steering.attention_trace import KEYS, AttentionTrace
+from sae_query_steer.steering.attention_trace import KEYS, attention_table
 from sae_query_steer.steering.trace_html import note_html, text_html
 
 _MEANS = (
-    "relative_change",
-    *("distance_before", "distance_after"),
-    *("lowering_steps", "loss_before", "loss_after"),
-    *("mass_before", "mass_after"),
+    *("relative_change", "distance_before", "distance_after", "lowering_steps"),
+    *("loss_before", "loss_after", "mass_before", "mass_after"),
     *("nearest_is_target_before", "nearest_is_target_after"),
 )
 """Columns of a summary that are means."""
@@ -61,15 +59,6 @@ class QueryChange:
     temperature: float = 1.0
     """T of the posterior, softmax of -distance^2 / 2T."""
 
-    def cpu(self) -> "QueryChange":
-        """Return a copy without gradients on the CPU."""
-        tensors = {
-            field.name: value.detach().cpu()
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **tensors)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceRecord:
@@ -78,16 +67,14 @@ class TraceRecord:
     run: int
     layer: int
     heads: Int[Tensor, " head"]
-    row: Int[Tensor, " token"]
-    position: Int[Tensor, " token"]
+    places: TokenPositions
     token: Int[Tensor, " token"] | None
     query_norm: Float[Tensor, "token head"]
     change: QueryChange
     query: Float[Tensor, "token head d_head"] | None = None
     """The queries before the change; None if another activation was changed."""
-
-    places: TokenPositions | None = None
-    """The positions that the edit was given."""
+    pattern: Float[Tensor, "token head source"] | None = None
+    """Attention, by absolute position of the source token without padding, if it is recorded."""
 
 
 @dataclass(eq=False)
@@ -103,8 +90,8 @@ class SteeringTrace:
     records: list[TraceRecord] = field(default_factory=list)
     read: dict[int, Positions] = field(default_factory=dict)
     """The last forward pass of each run whose tokens are known."""
-
-    attention: AttentionTrace = field(default_factory=AttentionTrace)
+    texts: dict[int, Tensor] = field(default_factory=dict)
+    """Token ids [row pos] of each run whose attention was recorded; -1 after the end of a row."""
 
     def __repr__(self) -> str:
         state = f"{len(self.records)} records" if self.recording else "not recorded"
@@ -175,8 +162,7 @@ class SteeringTrace:
                 table[f"nearest_is_target_{when}"] = table[f"nearest_{when}"] == table["target"]
                 for name in single:
                     here = table["target"] == name
-                    distance = table.loc[here, f"distance_{when}.{name}"]
-                    table.loc[here, f"distance_{when}"] = distance
+                    table.loc[here, f"distance_{when}"] = table[f"distance_{when}.{name}"]
         by = ["layer", "row"] if self.row_targets else ["layer"]
         means = table.groupby(by)[[name for name in _MEANS if name in table]].mean()
         tokens = table.drop_duplicates(["layer", *KEYS[:3]]).groupby(by).size()
@@ -201,20 +187,20 @@ class SteeringTrace:
             ValueError: the intervention was applied without `record_attention=True`, no token was
                 steered, or the model is still steered.
         """
-        if not self.attention.records:
+        records = [record for record in self.records if record.pattern is not None]
+        if not records:
             raise ValueError(
                 "no attention was recorded: use `with steerer.apply(model, record_attention=True) "
                 "as trace`, and steer at least one token in the block"
             )
-        return self.attention.change(model, self.tokenizer)
+        return attention_table(records, self.texts, model, self.tokenizer)
 
     def to_html(self, value: str = "relative_change") -> str:
         """Return the steered text, each token coloured by a value.
 
         Shown are the steered tokens, those around them, and what was written, up to the last token,
-        which the model never reads. Notebooks display it if the trace is the last expression of a
-        cell. Tooltips show the position, the relative change, and the nearest class before and
-        after.
+        which the model never reads. Tooltips show the position, the relative change, and the
+        nearest class before and after. Notebooks display the trace as the last value of a cell.
 
         Args:
             value: the column of `to_dataframe` that sets the colour, as mean over layers and heads.
@@ -241,8 +227,8 @@ class SteeringTrace:
         rows = []
         for run, positions in self.read.items():
             assert positions.tokens is not None, "kept where tokens are known"
+            ends = positions.prompt_lengths
             for row, tokens in enumerate(positions.tokens.tolist()):
-                ends = positions.prompt_lengths
                 end = len(tokens) if ends is None else int(ends[row])
                 rows += [
                     (run, row, position, decode(token), position >= end)
@@ -252,64 +238,62 @@ class SteeringTrace:
         return pd.DataFrame(rows, columns=[*KEYS[:3], "text", "written"])
 
     def _table(self, record: TraceRecord) -> pd.DataFrame:
-        n_tokens, n_heads = record.query_norm.shape
-        change = record.change
-
-        def per_token(values: Any) -> np.ndarray:
-            return np.repeat(np.asarray(values), n_heads)
-
-        def flat(values: Tensor) -> np.ndarray:
-            return values.double().cpu().flatten().numpy()
-
+        change, places, n_heads = record.change, record.places, len(record.heads)
         columns: dict[str, Any] = {
             "run": record.run,
-            "row": per_token(record.row.cpu()),
-            "position": per_token(record.position.cpu()),
+            "row": places.row.repeat_interleave(n_heads),
+            "position": places.position.repeat_interleave(n_heads),
             "layer": record.layer,
-            "head": np.tile(record.heads.cpu().numpy(), n_tokens),
+            "head": record.heads.repeat(len(places.row)),
             "method": self.method,
             "target": self.target,
         }
         if self.row_targets:
-            columns["target"] = np.array(self.row_targets, dtype=object)[columns["row"]]
+            columns["target"] = [self.row_targets[row] for row in columns["row"]]
         if record.token is not None:
-            columns["token"] = per_token(record.token.cpu())
+            columns["token"] = record.token.repeat_interleave(n_heads)
             if self.tokenizer is not None:
-                texts = [self.tokenizer.decode([int(t)]) for t in record.token]
-                columns["text"] = per_token(np.array(texts, dtype=object))
-        columns["delta_norm"] = flat(change.delta.double().norm(dim=-1))
-        columns["query_norm"] = flat(record.query_norm)
-        columns["relative_change"] = columns["delta_norm"] / columns["query_norm"].clip(min=1e-30)
+                texts = [self.tokenizer.decode([int(token)]) for token in record.token]
+                columns["text"] = np.repeat(np.array(texts, dtype=object), n_heads)
+        delta, norm = change.delta.double().norm(dim=-1), record.query_norm.double()
+        columns |= {
+            "delta_norm": delta,
+            "query_norm": norm,
+            "relative_change": delta / norm.clamp(min=1e-30),
+        }
         if change.loss is not None:
-            columns |= {"loss_before": flat(change.loss[0]), "loss_after": flat(change.loss[-1])}
+            columns |= {"loss_before": change.loss[0], "loss_after": change.loss[-1]}
             if len(change.loss) > 1:
                 lowered = change.loss.double().diff(dim=0) < 0
-                columns["lowering_steps"] = flat(lowered.double().mean(0))
-        for when, masses in {"before": change.mass_before, "after": change.mass_after}.items():
-            for i, mass in enumerate([] if masses is None else masses.unbind(-1)):
-                columns[f"mass_{when}.{i}" if i else f"mass_{when}"] = flat(mass)
-        distances = {"before": change.distance_before, "after": change.distance_after}
+                columns["lowering_steps"] = lowered.double().mean(0)
         names = np.array(list(map(str, self.classes)), dtype=object)
-        for when, distance in distances.items():
+        for when in ("before", "after"):
+            masses = getattr(change, f"mass_{when}")
+            for i, mass in enumerate([] if masses is None else masses.unbind(-1)):
+                columns[f"mass_{when}.{i}" if i else f"mass_{when}"] = mass
+            distance = getattr(change, f"distance_{when}")
             if distance is not None:
-                distance = distance.double().cpu().flatten(0, 1)
+                distance = distance.double().flatten(0, 1)
                 posterior = (-distance.square() / (2 * change.temperature)).softmax(1)
-                for name, values in zip(names, distance.T.numpy(), strict=True):
-                    columns[f"distance_{when}.{name}"] = values
+                for name, own in zip(names, distance.T, strict=True):
+                    columns[f"distance_{when}.{name}"] = own
                 columns[f"nearest_{when}"] = names[distance.argmin(1).numpy()]
-                for name, values in zip(names, posterior.T.numpy(), strict=True):
-                    columns[f"posterior_{when}.{name}"] = values
-        if change.n_moved is not None:
-            columns["n_latents_moved"] = change.n_moved.flatten().numpy()
+                for name, own in zip(names, posterior.T, strict=True):
+                    columns[f"posterior_{when}.{name}"] = own
         if change.moved_latents is not None and change.moved_by is not None:
+            columns["n_latents_moved"] = change.n_moved
             columns["latents_moved"] = _moved(change.moved_latents, change.moved_by)
-        return pd.DataFrame(columns)
+        return pd.DataFrame({name: _column(value) for name, value in columns.items()})
 
 
-def _moved(latents: Tensor, by: Tensor) -> np.ndarray:
+def _column(value: Any) -> Any:
+    """Return a column of a table from a tensor, [token head] or as many; floats in 64 bits."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.double() if value.is_floating_point() else value).flatten().numpy()
+
+
+def _moved(latents: Tensor, by: Tensor) -> list[tuple[tuple[int, float], ...]]:
     """Return (latent, change) of the latents that moved, for each token and head."""
-    cells = np.empty(latents.shape[0] * latents.shape[1], dtype=object)
-    pairs = zip(latents.flatten(0, 1).tolist(), by.flatten(0, 1).tolist(), strict=True)
-    for place, moves in enumerate(pairs):
-        cells[place] = tuple((i, x) for i, x in zip(*moves, strict=True) if x != 0)
-    return cells
+    cells = zip(latents.flatten(0, 1).tolist(), by.flatten(0, 1).tolist(), strict=True)
+    return [tuple((i, x) for i, x in zip(*moves, strict=True) if x != 0) for moves in cells]

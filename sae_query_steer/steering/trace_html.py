@@ -105,11 +105,8 @@ def _visible(token: Mapping[str, Any]) -> str:
     return ("·" * len(text) if not text.strip(" ") else text).translate(_CONTROL)
 
 
-def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("sae_query_steer", "steering")
-    environment = jinja2.Environment(loader=loader, autoescape=True)
-    environment.filters["visible"] = _visible
-    return environment.get_template("trace.html")
-
-
-_TEMPLATE = _template()
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("sae_query_steer", "steering"), autoescape=True
+)
+_ENVIRONMENT.filters["visible"] = _visible
+_TEMPLATE = _ENVIRONMENT.get_template("trace.html")

@@ -62,13 +62,11 @@ class Where:
 
     def __post_init__(self) -> None:
         check_scope(self.scope, name="scope", generating=True)
-        sites = tuple(self.sites)
-        chosen = chosen_heads({s.hook_name: s for s in sites}, self.layers, self.heads)
-        by_name = {
-            s.hook_name: SiteHeads(s, chosen[s.hook_name]) for s in sites if s.hook_name in chosen
-        }
-        object.__setattr__(self, "sites", sites)
-        object.__setattr__(self, "chosen", {name: by_name[name] for name in chosen})
+        sites = {site.hook_name: site for site in self.sites}
+        heads = chosen_heads(sites, self.layers, self.heads)
+        chosen = {name: SiteHeads(sites[name], picked) for name, picked in heads.items()}
+        object.__setattr__(self, "sites", tuple(sites.values()))
+        object.__setattr__(self, "chosen", chosen)
 
     def __repr__(self) -> str:
         heads = "" if self.heads is None else f", heads={self.heads}"
@@ -85,9 +83,7 @@ class Where:
 
 
 def chosen_heads(
-    sites: Mapping[str, QuerySite | Site],
-    layers: Sequence[int] | None,
-    heads: Heads | None,
+    sites: Mapping[str, QuerySite | Site], layers: Sequence[int] | None, heads: Heads | None
 ) -> dict[str, tuple[int, ...]]:
     """Return the chosen heads by hook name, in the order of the layers.
 

@@ -1,8 +1,12 @@
-"""The rival of every steer that may only choose a word: a constant added to logits."""
+"""Constants added to logits or to attention scores: the rivals of steering.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+A steer that is no better than `LogitBias` may only choose a word; `attention_bias` is the rival of
+`AttentionSteerer`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,21 +14,28 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_name, check_number, check_texts
 from sae_query_steer.data.prompts import tokenizer_of
-from sae_query_steer.descent.strength import each
+from sae_query_steer.descent.strength import Queries, each, target_labels
 from sae_query_steer.models.calls import hooked
 from sae_query_steer.models.loading import check_eager
 from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.scopes.joins import check_scope, needs_tokens
 from sae_query_steer.scopes.named import LastPromptToken
-from sae_query_steer.scopes.positions import PromptLengths, Scope, select
+from sae_query_steer.scopes.positions import (
+    PromptLengths,
+    Scope,
+    TokenPositions,
+    check_rows,
+    select,
+)
+from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.block import block
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.engine import warn_unless_heard
-from sae_query_steer.steering.latent_descent import target_labels
-from sae_query_steer.steering.rowwise import check_rows
+from sae_query_steer.steering.keys import AttentionKeys
+from sae_query_steer.steering.look_at import Looks, LooksEdit
 from sae_query_steer.steering.steerer import Steerer
-from sae_query_steer.steering.trace import SteeringTrace
-from sae_query_steer.steering.where import Where
+from sae_query_steer.steering.trace import QueryChange, SteeringTrace
+from sae_query_steer.steering.where import Heads, SiteHeads, Where
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +92,8 @@ class LogitBias(Steerer):
         if name in ("edit", "where"):
             raise TypeError(
                 "LogitBias changes logits and no activation, so it can't be joined with steerers "
-                "nor described: apply it in a `with` block of its own, inside or around theirs"
+                "nor made plain hooks: apply it in a `with` block of its own, inside or around "
+                "theirs"
             )
         raise AttributeError(name)
 
@@ -130,23 +142,9 @@ class LogitBias(Steerer):
             found[name] = sorted(ids)
         return found
 
-    def fwd_hooks(self, model: Any, **given: Any) -> Any:
-        """Raise: logits have no hook point.
-
-        Raises:
-            ValueError: always.
-        """
-        del model, given
-        raise ValueError(f"{self!r} changes logits, which have no hook point: use apply")
-
     @block
     def apply(
-        self,
-        model: Any,
-        *,
-        record: bool = False,
-        record_attention: bool = False,
-        prompt_lengths: PromptLengths | None = None,
+        self, model: Any, *, prompt_lengths: PromptLengths | None = None, **recording: bool
     ) -> Iterator[SteeringTrace]:
         """Bias the logits of every forward pass of a model, for a `with` block.
 
@@ -164,11 +162,11 @@ class LogitBias(Steerer):
                 stack.enter_context(hooked(model, model.unembed, handle))
             stack.enter_context(tracker.attached())
             yield SteeringTrace(
-                recording=record or record_attention,
+                recording=any(recording.values()),
                 tokenizer=model.tokenizer,
                 classes=tuple(self.words),
                 method="logit bias",
-                **target_labels([str(target) for target in each(self.target, "target")]),
+                **target_labels(self.target),
             )
         warn_unless_heard(tracker)
 
@@ -183,7 +181,7 @@ class LogitBias(Steerer):
             targets = each(self.target, "target")
             if isinstance(self.target, str):
                 targets *= len(mask)
-            check_rows(len(targets), len(mask))
+            check_rows("target", len(targets), len(mask))
             biased = logits.clone()
             # A pass may compute the logits of its last tokens alone.
             for row, column in mask[:, mask.shape[1] - logits.shape[1] :].nonzero().tolist():
@@ -191,3 +189,95 @@ class LogitBias(Steerer):
             return biased
 
         return add
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreBias(LooksEdit):
+    """Adds bias * (sum of the weights of the sources that hold the key) to each attention score.
+
+    Queries stay as they are. A bias of 0 is exactly the identity.
+
+    Raises:
+        TypeError: `look_at` holds something else than `LookAt`.
+        ValueError: the bias is not finite.
+    """
+
+    bias: float
+    """What is added, in nats, times each source's weight: exp(bias) is the factor of the odds of
+    its attention."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("bias", self.bias)
+
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """Return what a trace is to know."""
+        return {"method": "attention bias", **self._targets()}
+
+    def change(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        activations: Queries,
+        at: SiteHeads,
+        tokens: TokenPositions,
+        *,
+        record: bool = False,
+        keys: AttentionKeys,
+    ) -> QueryChange:
+        """Return no change of the queries, and what is added to the scores; Args as `Edit.change`.
+
+        A record has the attention on the sources before and after.
+        """
+        del tokens  # those of the keys
+        goal = self._goal(keys)
+        own = goal.inside ^ (goal.weight < 0)[..., None]  # looking away, `inside` is all others
+        by_key = self.bias * (goal.weight[..., None] * own).sum(0)
+        bias = by_key[:, None].expand(-1, len(at.heads), -1)
+        made = QueryChange(delta=torch.zeros_like(activations), score_bias=bias)
+        if not record:
+            return made
+        scores = keys.scores(activations)
+        before, after = goal.masses(scores), goal.masses(scores + bias)
+        return replace(made, mass_before=before, mass_after=after)
+
+
+def attention_bias(
+    sites: Iterable[QuerySite],
+    look_at: Looks | list[Looks],
+    *,
+    bias: float,
+    scope: Scope | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Heads | None = None,
+) -> Steerer:
+    """Return a steerer that adds a constant to the attention scores of chosen tokens.
+
+    At each scoped token and chosen head, after soft cap and mask and before the softmax:
+
+        scores[key] += bias * weight, for the keys of each `LookAt`
+
+    So the odds of the attention on one source are multiplied by exp(bias). The trace has
+    `mass_before` and `mass_after` as that of `AttentionSteerer`.
+
+    >>> attention_bias(sqs.query_sites(model, range(15, 30)), LookAt("explain an idea"), bias=2.0)
+
+    Args:
+        sites: the queries whose scores change, from `query_sites`.
+        look_at: which keys: a `LookAt`, a tuple of several, or a list with one of these for each
+            row of the batch. A negative weight makes the bias negative.
+        bias: in nats, of either sign.
+        scope: which tokens; None means the last prompt token.
+        layers: which layers; None means all.
+        heads: which heads: the same in every layer, or by layer; None means all.
+
+    Raises:
+        TypeError: `look_at` holds something else than `LookAt`.
+        ValueError: a bias that is not finite, or a layer or head that there is not.
+
+    Source: in the manner of PASTA (arXiv 2311.02262), whose code adds log(alpha), alpha 0.01, to
+    the scores of all other prompt tokens in profiled heads, for every later token. SpotLight (arXiv
+    2505.12025) adapts the bias to a wanted share of attention. Here it is a constant on the chosen
+    tokens, for the tokens in the scope, and nothing is profiled.
+    """
+    where = Where(sites, scope=scope or LastPromptToken(), layers=layers, heads=heads)
+    return Steerer(ScoreBias(look_at, bias), where)
