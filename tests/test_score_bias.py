@@ -188,10 +188,12 @@ def test_the_method_looks_at_the_phrase_and_then_away_from_the_list(model, sites
     ]
     method = attention_bias_method("attention bias", sites)
     with method.steerer(cases, 4.0).apply(model, record=True) as traces:
-        model.generate(PROMPTS, **GREEDY)
+        model.generate(PROMPTS, **{**GREEDY, "max_new_tokens": 8})
     one, two = (trace.to_dataframe() for trace in traces)
     assert method.layers == (0, 2) and method.scope == repr(SCOPE)
     assert (one["mass_after"] > one["mass_before"]).all()
-    assert (two["mass_after"] < two["mass_before"]).all()
-    assert list(one.groupby("row")["position"].unique()) == [4, 2, 6]
-    assert two["position"].min() == 3 and len(two) == len(one) * (GREEDY["max_new_tokens"] - 1)
+    assert (two["mass_after"] < two["mass_before"] + 1e-6).all()  # some have no mass at all
+    assert two["mass_after"].mean() < 0.5 * two["mass_before"].mean()
+    for table, start, n in ((one, 0, 5), (two, 5, 3)):  # from the last prompt token on
+        found = [sorted(set(rows)) for _, rows in table.groupby("row")["position"]]
+        assert found == [list(range(last + start, last + start + n)) for last in (4, 2, 6)]

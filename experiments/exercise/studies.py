@@ -78,8 +78,9 @@ def methods(task: Task) -> Iterator[Job]:
         lambda: moves(task, "dense-21", task.dictionary("dense", SINGLE), 1.0),
     )
     yield job("few-shot (k=2)", lambda: plain["few-shot (k=2)"])
-    for strength in (4.0, 8.0):
-        yield job("logit bias", logit_bias_method, strength)
+    if task.classes == Task.classes:  # levels have verbs
+        for strength in (4.0, 8.0):
+            yield job("logit bias", logit_bias_method, strength)
     yield job(
         "moves, dense, classes shuffled",
         lambda: moves(task, "dense-shuffled", task.dictionary("dense"), shuffled=True),
