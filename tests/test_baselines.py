@@ -287,5 +287,7 @@ def test_a_logit_bias_refuses_what_it_cannot_do(tiny_models, saes, targets):
         sqs.steering.JoinedSteerers(one).apply(model),
     ):
         pass
-    with pytest.raises(TypeError, match="nor made plain hooks: apply it"):
+    with pytest.raises(ValueError, match="changes logits, which have no hook point: use apply"):
         one.fwd_hooks(model)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'recrod'"):
+        one.apply(model, recrod=True)

@@ -1,6 +1,7 @@
 """The grid's end, the operating point, rows of the table, and the tutor's cases."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +26,13 @@ def outcome(strength, target, ratio, *, success=None):
         perplexity_ratio_original=1.0,
         delta_q_ratio=0.5,
     )
+
+
+def test_a_judge_that_forgets_a_text_is_refused():
+    found = outcome(1, 0.5, 1.0)
+    short = replace(found, judged=found.judged[1:])
+    with pytest.raises(ValueError, match="for each of the 20 texts, got 19"):
+        _ = short.target
 
 
 class FakeScorer(TextScorer):

@@ -166,6 +166,8 @@ def test_files_without_rows_are_refused(tmp_path):
     [
         ("x.csv", "q,level\nWhy?,a,b\n", "x.csv, row 1 must have 2 cells .*, got 3"),
         ("x.csv", "q,level\nWhy?,a\nWho?\n", "x.csv, row 2 must have 2 cells .*, got 1"),
+        ("x.csv", 'q,level\n"Why?",a\n"Who?,b\n', "x.csv, line 3, is no CSV: .* close every"),
+        ("x.csv", 'q,level\n"Say "hi"!",a\n', "x.csv, line 2, is no CSV: .* inside one twice"),
         ("x.csv", "q,q\nWhy?,a\n", "the column 'q' is there twice"),
         ("x.jsonl", '{"q": "a", "level": "b"}\n{"q": \n', "line 2 must be a JSON object: .*"),
         ("x.jsonl", '["a", "b"]\n', "line 1 must be a JSON object, got list"),

@@ -214,6 +214,7 @@ def test_a_residual_stream_that_is_not_finite_names_its_hook(model, make, means,
             ValueError,
             "LastResponseToken() can't be a scope",
         ),
+        ({"scope": []}, TypeError, "scope must be a scope"),
         ({"layers": [1]}, ValueError, "no site at layer 1: there are some at [0, 2]"),
         ({"layers": [0, 0]}, ValueError, "layers must name each layer once, got [0, 0]"),
         ({"layers": []}, ValueError, "no site is left by layers=[]"),
@@ -228,3 +229,11 @@ def test_settings_that_cannot_work_are_refused_at_construction(make, changes, er
 def test_layers_that_there_are_not_are_refused(model, examples, layers):
     with pytest.raises(ValueError, match=r"layer 3|blocks\.-1|at least one"):
         residual_means(model, sqs.tokenize_examples(model, examples), layers)
+
+
+def test_attention_that_no_edit_can_change_is_not_recorded(model, make):
+    with (
+        pytest.raises(ValueError, match="hook_resid_post: use record=True"),
+        make().apply(model, record_attention=True),
+    ):
+        pass

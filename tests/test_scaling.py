@@ -40,6 +40,13 @@ def scaler_with(factors=FACTORS) -> HeadwiseScaler:
     return scaler
 
 
+def test_a_second_estimate_starts_afresh():
+    scaler = HeadwiseScaler(3)
+    for size in (1.0, 3.0):
+        scaler.estimate_scaling_factor(18, iter([size * torch.ones(5, 18)] * 2), 2)
+        assert scaler.scaling_factor.tolist() == pytest.approx([1 / size] * 3)
+
+
 def factors_of(batches) -> torch.Tensor:
     scaler = HeadwiseScaler(3)
     for batch in batches:

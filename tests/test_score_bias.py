@@ -192,8 +192,8 @@ def test_the_method_looks_at_the_phrase_and_then_away_from_the_list(model, sites
     one, two = (trace.to_dataframe() for trace in traces)
     assert method.layers == (0, 2) and method.scope == repr(SCOPE)
     assert (one["mass_after"] > one["mass_before"]).all()
-    assert (two["mass_after"] < two["mass_before"] + 1e-6).all()  # some have no mass at all
-    assert two["mass_after"].mean() < 0.5 * two["mass_before"].mean()
+    looked = two[two["mass_before"] > 1e-6]
+    assert len(looked) > 0.8 * len(two) and (looked["mass_after"] < looked["mass_before"]).all()
     for table, start, n in ((one, 0, 5), (two, 5, 3)):  # from the last prompt token on
         found = [sorted(set(rows)) for _, rows in table.groupby("row")["position"]]
         assert found == [list(range(last + start, last + start + n)) for last in (4, 2, 6)]

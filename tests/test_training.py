@@ -215,7 +215,7 @@ def test_every_form_of_texts_is_accepted(bridge, texts, examples):
         (["w0"], {"context_size": 65}, "context_size must be 2 to n_ctx=64, got 65"),
         (torch.tensor([[1, 52]]), {}, "with ids 0 to 51"),
         (torch.ones(2, 3), {}, "must be whole numbers"),
-        (Dataset.from_dict({"body": ["w0"]}), {}, "no column 'text'"),
+        (Dataset.from_dict({"body": ["w0"]}), {}, "must have a column 'text', got .* read_texts"),
     ],
 )
 def test_texts_and_settings_that_cannot_work_are_refused(tiny_models, texts, changes, message):
@@ -333,7 +333,7 @@ def test_sites_that_are_no_sites_and_data_sets_that_are_no_split_are_named(tiny_
     model = tiny_models["bridge"]
     with pytest.raises(ValueError, match=r"sites must have .* \[1, 2\]"):
         small(model, ["w0"], [1, 2])
-    with pytest.raises(TypeError, match="one split of a dataset"):
+    with pytest.raises(TypeError, match="texts is a DatasetDict: give one split"):
         small(model, DatasetDict({"train": Dataset.from_dict({"text": ["w0"]})}))
 
 

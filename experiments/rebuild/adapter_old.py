@@ -26,7 +26,6 @@ from sae_query_steer import (
     SquaredDistance,
     train_query_saes,
 )
-from sae_query_steer import evaluate_saes as old_evaluate_saes
 
 __all__ = ["token_rows"]
 
@@ -55,12 +54,6 @@ def train(model: Any, texts: Any, sites: Any, sae: tuple[str, dict], **how: Any)
     """Return SAEs of an architecture with its settings."""
     config = Config[sae[0]](**sae[1])
     return train_query_saes(model, texts, sites, sae=config, **how)
-
-
-def evaluate_saes(*args: Any, **how: Any) -> Any:
-    """Return the scores without the columns that were removed."""
-    removed = ["max_decoder_cosine", "position_share", "score_error"]
-    return old_evaluate_saes(*args, **how).drop(columns=removed)
 
 
 def centroid_targets(model: Any, saes: Any, examples: Any, span: Any) -> Any:

@@ -91,9 +91,8 @@ class LogitBias(Steerer):
     def __getattr__(self, name: str) -> Any:
         if name in ("edit", "where"):
             raise TypeError(
-                "LogitBias changes logits and no activation, so it can't be joined with steerers "
-                "nor made plain hooks: apply it in a `with` block of its own, inside or around "
-                "theirs"
+                "LogitBias changes logits and no activation, so it can't be joined with steerers: "
+                "apply it in a `with` block of its own, inside or around theirs"
             )
         raise AttributeError(name)
 
@@ -142,9 +141,19 @@ class LogitBias(Steerer):
             found[name] = sorted(ids)
         return found
 
+    def fwd_hooks(self, model: Any, **given: Any) -> Any:
+        """Raise ValueError: logits have no hook point."""
+        del model, given
+        raise ValueError(f"{self!r} changes logits, which have no hook point: use apply")
+
     @block
     def apply(
-        self, model: Any, *, prompt_lengths: PromptLengths | None = None, **recording: bool
+        self,
+        model: Any,
+        *,
+        record: bool = False,
+        record_attention: bool = False,
+        prompt_lengths: PromptLengths | None = None,
     ) -> Iterator[SteeringTrace]:
         """Bias the logits of every forward pass of a model, for a `with` block.
 
@@ -162,7 +171,7 @@ class LogitBias(Steerer):
                 stack.enter_context(hooked(model, model.unembed, handle))
             stack.enter_context(tracker.attached())
             yield SteeringTrace(
-                recording=any(recording.values()),
+                recording=record or record_attention,
                 tokenizer=model.tokenizer,
                 classes=tuple(self.words),
                 method="logit bias",
@@ -279,5 +288,7 @@ def attention_bias(
     2505.12025) adapts the bias to a wanted share of attention. Here it is a constant on the chosen
     tokens, for the tokens in the scope, and nothing is profiled.
     """
-    where = Where(sites, scope=scope or LastPromptToken(), layers=layers, heads=heads)
+    where = Where(
+        sites, scope=LastPromptToken() if scope is None else scope, layers=layers, heads=heads
+    )
     return Steerer(ScoreBias(look_at, bias), where)

@@ -19,7 +19,6 @@ from sae_query_steer.descent.strength import Queries, by_row, each, target_label
 from sae_query_steer.sae.encoders import (
     IdentityEncoder,
     QueryEncoder,
-    any_sites,
     device_of,
     encoder_sites,
 )
@@ -151,12 +150,14 @@ def residual_mean_difference(
     classes, whose texts need no partners, and is added in the scope.
     """
     check_kind("means", means, CentroidTargets, "give what residual_means returns")
-    whole = {
-        name: IdentityEncoder(n_heads=1, d_head=mean.shape[-1])
-        for name, mean in means.means.items()
+    scope = LastPromptToken() if scope is None else scope
+    sites = [
+        Site(hook_name=name, n_heads=1, d_head=mean.shape[-1]) for name, mean in means.means.items()
+    ]
+    where = Where(sites, scope=scope, layers=layers)
+    encoders = {
+        name: IdentityEncoder(n_heads=1, d_head=at.site.d_head) for name, at in where.chosen.items()
     }
-    where = Where(any_sites(whole).values(), scope=scope or LastPromptToken(), layers=layers)
-    encoders = {name: whole[name] for name in where.chosen}
     edit = AddedDirection(
         directions={name: above_others(means.means[name]) for name in encoders},
         classes=means.classes,
@@ -210,7 +211,8 @@ def decoder_rows(
         saes, targets, target=target, objective=CentroidContrast(), n_steps=0, step_size=0.0
     )
     sites = encoder_sites(saes).values()
-    where = Where(sites, scope=scope or LastPromptToken(), layers=layers, heads=heads)
+    scope = LastPromptToken() if scope is None else scope
+    where = Where(sites, scope=scope, layers=layers, heads=heads)
     encoders = {name: saes[name] for name in where.chosen}
     check_shapes(targets, encoders)
     edit = AddedDirection(

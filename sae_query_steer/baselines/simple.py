@@ -11,7 +11,7 @@ from einops import rearrange
 from sae_query_steer.arguments import check_kind, check_number
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.descent.objectives import CentroidContrast
-from sae_query_steer.descent.strength import Queries
+from sae_query_steer.descent.strength import Queries, each
 from sae_query_steer.sae.core import QueryHeadSAE, with_weights
 from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.scopes.named import LastPromptToken
@@ -31,7 +31,7 @@ def mean_difference(
     dense_targets: CentroidTargets,
     *,
     target: str,
-    strength: float,
+    strength: float | Sequence[float],
     scope: Scope | None = None,
     layers: Sequence[int] | None = None,
     heads: Any = None,
@@ -55,7 +55,8 @@ def mean_difference(
 
     Source: contrastive activation addition, at the query.
     """
-    check_number("strength", strength, least=0)
+    for one in each(strength, "strength"):
+        check_number("strength", one, least=0)
     return LatentGradientSteerer(
         identity_encoders(sites),
         dense_targets,
@@ -63,7 +64,7 @@ def mean_difference(
         objective=CentroidContrast(),
         n_steps=1,
         step_size=strength,
-        scope=scope or LastPromptToken(),
+        scope=LastPromptToken() if scope is None else scope,
         layers=layers,
         heads=heads,
     )

@@ -92,7 +92,7 @@ def sites(
         if examples.long == "drop":
             raise ValueError(
                 "--long must not be drop with --counterparts: other rows of the two files may be "
-                "too long; use cut-start or refuse"
+                "too long; use cut-start, cut-end or refuse"
             )
         files.append(dataclasses.replace(examples, csv=counterparts))
     labelled = [file.read() for file in files]

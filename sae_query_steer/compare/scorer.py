@@ -53,23 +53,32 @@ class Outcome:
     taken_up: Sequence[str | None] | None = None
     """The class whose part of its prompt each text takes up; None without a grounding judge."""
 
+    @staticmethod
+    def _same(found: Sequence[str | None], wanted: Sequence[str | None]) -> list[bool]:
+        if len(found) != len(wanted):
+            raise ValueError(
+                f"a judge must return a class, or None, for each of the {len(wanted)} texts, got "
+                f"{len(found)}: return as many as it is given"
+            )
+        return list(map(eq, found, wanted))
+
     @property
     def target(self) -> list[bool]:
         """Whether the judge finds the target class."""
-        return list(map(eq, self.judged, [case.target for case in self.cases]))
+        return self._same(self.judged, [case.target for case in self.cases])
 
     @property
     def source(self) -> list[bool] | None:
         """Whether the class is still the prompt's own; None if a source is unknown."""
         sources = [case.source for case in self.cases]
-        return None if None in sources else list(map(eq, self.judged, sources))
+        return None if None in sources else self._same(self.judged, sources)
 
     @property
     def grounded(self) -> list[bool] | None:
         """Whether the text takes up the target's part; None without a grounding judge."""
         if self.taken_up is None:
             return None
-        return list(map(eq, self.taken_up, [case.target for case in self.cases]))
+        return self._same(self.taken_up, [case.target for case in self.cases])
 
     @property
     def success(self) -> list[bool]:

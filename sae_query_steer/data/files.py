@@ -6,6 +6,7 @@ that is not what it claims to be is refused with its name and row.
 
 import csv
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -21,6 +22,9 @@ Row = tuple[str, Mapping[str, Any]]
 
 MAX_BYTES = 8 << 30
 """Largest size of a Parquet file's values when they are unpacked."""
+
+_LONG_CELLS = threading.Lock()
+"""Held while the limit of the csv module, which is global, is another."""
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 """Suffixes of the files that are read, in any case."""
@@ -154,21 +158,26 @@ def _csv_rows(
     if sep is not None and len(sep) != 1:
         raise ValueError(f"sep must be one character, got {sep!r}")
     sep = sep or ("\t" if path.suffix.lower() == ".tsv" else ",")
-    limit = csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 128 KiB
-    try:
-        with _text(path, encoding, newline="") as file:
-            read = csv.reader(file, delimiter=sep, strict=True)
+    with _text(path, encoding, newline="") as file, _LONG_CELLS:
+        limit = csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 128 KiB
+        read = csv.reader(file, delimiter=sep, strict=True)
+        try:
             rows = list(islice(filter(None, read), n_rows)) or [[]]
-    except csv.Error as error:  # such as a quotation mark that is not closed
-        raise ValueError(f"{path} is not a CSV file: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {read.line_num}, is no CSV: {error}; close every quoted cell, and "
+                "write a quotation mark inside one twice"
+            ) from error
+        finally:
+            csv.field_size_limit(limit)
     if twice := [name for name in rows[0] if rows[0].count(name) > 1]:
         raise ValueError(f"{path}: the column {twice[0]!r} is there twice; rename one")
     for n, row in enumerate(rows):
         if len(row) != len(rows[0]):
             raise ValueError(
-                f"{path}, row {n} must have {len(rows[0])} cells as the header has, got {len(row)}"
+                f"{path}, row {n} must have {len(rows[0])} cells as the header has, got "
+                f"{len(row)}: quote cells that hold {sep!r}, or name another separator with sep= "
+                "(--sep)"
             )
     return rows
 

