@@ -5,6 +5,7 @@ distance is z - c_k. Latents are [*batch head d_latent]; every head has its own 
 independently. With class weights w_k, s = sum_k w_k and c_w = sum_k w_k c_k.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
@@ -78,12 +79,12 @@ class PrototypeLogLikelihood:
         return mixed(factors, goal.centroids) / self.temperature
 
 
-class _Linear:
+class _Linear(ABC):
     """`-<z, direction>`: an objective whose gradient is the same at every latent."""
 
+    @abstractmethod
     def direction(self, goal: Goal) -> Latents:
         """Return the direction."""
-        raise NotImplementedError
 
     def loss(self, z: Latents, goal: Goal) -> Loss:
         """Return `-<z, direction>`."""
