@@ -110,3 +110,6 @@ def test_studies_of_exercises_are_told_with_intervals_and_paired_differences():
     (told,) = report.differences(rows).to_dict("records")
     assert (told["ahead"], told["of"]) == ("one", "other")
     assert told["open"].startswith("+0.25 [")
+    (half, _) = report.table([report.part(row, 2, [0]) for row in rows]).to_dict("records")
+    assert half["open: success"].startswith("1.00 [")
+    assert report.part(rows[0], 1, [0]) == rows[0]
