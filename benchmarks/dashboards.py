@@ -1,6 +1,6 @@
 """How long the dashboard of a site takes to write and to open, and how large it is.
 
-    python benchmarks/dashboards.py [--d-sae N] [--k N] [--texts N] [--training-tokens N]
+    python -m benchmarks.dashboards [--d-sae N] [--k N] [--texts N] [--training-tokens N]
                                     [--out DIR]
 
 The tutor's layer 1, 4 heads, TopK SAEs of `--d-sae` latents a head of which `--k` fire, hardly

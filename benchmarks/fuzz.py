@@ -1,6 +1,6 @@
 """Break folders of every kind at random, read them, and count what became of it.
 
-    python benchmarks/fuzz.py --cases 6000 --seed 0
+    python -m benchmarks.fuzz --cases 6000 --seed 0
 
 A case is a folder that this package wrote, with one or two of its files changed: bytes, values of
 its JSON, the header or the tensors of a safetensors file, or the file itself for a link, a pipe, a

@@ -1,6 +1,6 @@
 """What steering costs: greedy generation, steered by each way of the descent, against none.
 
-    python benchmarks/steering.py [--quick] [--json FILE] [--plot FILE] [--rounds N] [--threads N]
+    python -m benchmarks.steering [--quick] [--json FILE] [--plot FILE] [--rounds N] [--threads N]
 
 A random model (6 layers of width 256, 8 heads of 32, rotary), SAEs of 512 latents a head of which
 16 fire, six random centroids; 128 tokens (48 with --quick) after a prompt of 16, every one of them
@@ -17,8 +17,8 @@ generation: of the autograd loop over ours, as "ratio".
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
+from benchmarks.rounds import row_of, seconds_of
 from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
 from sae_query_steer.storage.folders import new_file
 from sae_query_steer.targets.centroids import CentroidTargets
@@ -84,6 +85,12 @@ def main() -> None:
         )
         with new_file(args.plot) as new:
             figure.write_html(new)
+
+
+def speeds(name: str, ours: list[float], other: list[float], equal: bool) -> dict[str, Any]:
+    """Return the row of two speeds."""
+    ratios = [a / b for a, b in zip(ours, other, strict=True)]
+    return row_of(name, ours, other, ratios, equal=equal)
 
 
 class Bench:
@@ -220,10 +227,13 @@ class Bench:
             )
             equal["autograd loop"] = True
         plain = sides.pop("plain")
-        pairs = {name: self.pairs(run, plain, batch) for name, run in sides.items()}
+        pairs = {
+            name: seconds_of(partial(run, batch), partial(plain, batch), self.rounds)
+            for name, run in sides.items()
+        }
         where = f"{len(layers)} layer{'s' * (len(layers) > 1)}, batch {batch}, {n_steps} steps"
         rows = [
-            self.row(
+            speeds(
                 f"{name}, {where}",
                 [batch * self.new / ours for ours, _ in times],
                 [batch * self.new / bare for _, bare in times],
@@ -237,7 +247,7 @@ class Bench:
             }
             slow = statistics.median(added["autograd loop"])
             for name in ("closed form", "Gram", "projected loop"):
-                row = self.row(
+                row = speeds(
                     f"added time: autograd loop over {name}, {where}",
                     added[name],
                     added["autograd loop"],
@@ -277,8 +287,8 @@ class Bench:
                 return self._of(prompt.repeat(len(cases), 1))
 
         equal = all(torch.equal(a[0], b) for a, b in zip(apart(0), joined(0), strict=True))
-        pairs = self.pairs(joined, apart, 1)
-        return self.row(
+        pairs = seconds_of(partial(joined, 0), partial(apart, 0), self.rounds)
+        return speeds(
             "6 targets x 4 strengths, one batch against one by one",
             [len(cases) * SWEEP_NEW / ours for ours, _ in pairs],
             [len(cases) * SWEEP_NEW / other for _, other in pairs],
@@ -295,33 +305,6 @@ class Bench:
             prepend_bos=False,
             return_type="tokens",
         )
-
-    def pairs(
-        self, ours: Callable[[int], Any], other: Callable[[int], Any], batch: int
-    ) -> list[tuple[float, float]]:
-        """Return the seconds of two sides, round by round, after one that does not count."""
-        seconds = []
-        for _ in range(self.rounds + 1):
-            start = time.perf_counter()
-            other(batch)
-            between = time.perf_counter()
-            ours(batch)
-            seconds.append((time.perf_counter() - between, between - start))
-        return seconds[1:]
-
-    def row(self, name: str, ours: list[float], other: list[float], equal: bool) -> dict[str, Any]:
-        """Return a row of the table."""
-        ratios = [a / b for a, b in zip(ours, other, strict=True)]
-        return {
-            "name": name,
-            "ours": statistics.median(ours),
-            "other": statistics.median(other),
-            "ratio_median": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-            "rounds": self.rounds,
-            "equal": equal,
-        }
 
 
 if __name__ == "__main__":

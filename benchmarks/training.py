@@ -1,6 +1,6 @@
 """All heads at once against SAELens head by head: seconds for equal tokens, and peak memory.
 
-    python benchmarks/training.py [--quick] [--rows heads forward layers] [--json FILE] [--rounds N]
+    python -m benchmarks.training [--quick] [--rows heads forward layers] [--json FILE] [--rounds N]
                                   [--threads N] [--device D]
 
 Both sides run in this process, alternating, after one unmeasured round; "ratio" is other / ours,
@@ -11,12 +11,11 @@ which SAELens trains a single head.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
+from benchmarks.rounds import faster, seconds_of
 from sae_query_steer.sae import QueryHeadTopKTrainingSAE
 from sae_query_steer.storage.folders import new_file
 from sae_query_steer.training.saelens import HeadwiseTrainer
@@ -183,35 +183,17 @@ def compare(
     layers: list[int],
     other: Callable[..., None],
     heads: range,
-    rounds: int,
+    n_rounds: int,
     equal: bool,
 ) -> dict[str, Any]:
     """Return the row of one comparison."""
     warm = rows[: 2 * BATCH // CONTEXT]
     ours(model, warm, layers, heads)
     other(model, warm, layers[:1], range(1))
-    seconds: list[tuple[float, float]] = []
-    for _ in range(rounds):
-        pair = []
-        for side in (ours, other):
-            start = time.perf_counter()
-            side(model, rows, layers, heads)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times = N_HEADS // len(heads) if side is saelens else 1
-            pair.append((time.perf_counter() - start) * times)
-        seconds.append((pair[0], pair[1]))
-    ratios = [b / a for a, b in seconds]
-    return {
-        "name": name,
-        "ours": statistics.median(a for a, _ in seconds),
-        "other": statistics.median(b for _, b in seconds),
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "rounds": rounds,
-        "equal": equal,
-    }
+    times = N_HEADS // len(heads) if other is saelens else 1
+    given = (model, rows, layers, heads)
+    seconds = seconds_of(partial(ours, *given), partial(other, *given), n_rounds, warm_up=False)
+    return faster(name, [(a, b * times) for a, b in seconds], equal=equal)
 
 
 def follows_saelens(device: str, n_steps: int = 30) -> bool:
@@ -249,7 +231,15 @@ def follows_saelens(device: str, n_steps: int = 30) -> bool:
 
 def peak_memory(side: str, args: argparse.Namespace) -> float:
     """Return the peak memory in MiB of a process that trains by one side alone."""
-    command = [sys.executable, __file__, "--peak", side, "--threads", str(args.threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.training",
+        "--peak",
+        side,
+        "--threads",
+        str(args.threads),
+    ]
     command += ["--device", args.device]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(json.loads(said.strip().splitlines()[-1]))

@@ -1,6 +1,6 @@
 """One layer of the paper's models at its true size: forward pass and SAEs, seconds a token.
 
-    python benchmarks/true_sizes.py [--model mistral phi3] [--layers 8-20] [--d-sae N] [--k N]
+    python -m benchmarks.true_sizes [--model mistral phi3] [--layers 8-20] [--d-sae N] [--k N]
                                     [--batch-tokens N] [--context-size N] [--rounds N]
                                     [--threads N] [--device D] [--dtype T] [--autocast]
 

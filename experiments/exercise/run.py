@@ -33,6 +33,8 @@ def run(task: Task, studies: Sequence[str], worker: str, only: str = "") -> None
     file = task.out / "results.jsonl"
     mine, of = map(int, worker.split("/"))
     jobs = [job for name in studies for job in STUDIES[name](task) if only in json.dumps(job[0])]
+    if task.args.tasks:
+        jobs = [(setting | {"tasks": task.args.tasks}, make, k) for setting, make, k in jobs]
     for setting, make, strength in jobs[mine::of]:
         lines = file.read_text().splitlines() if file.exists() else []
         if any(json.loads(line)["setting"] == setting for line in lines):
@@ -77,6 +79,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", required=True)
     parser.add_argument("--worker", default="0/1", help="which part of the rows, such as 1/2")
     parser.add_argument("--only", default="", help="a text in the settings, such as 'logit bias'")
+    parser.add_argument("--tasks", nargs="+", help="kinds of prompts; default: those of the study")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--n-train", type=int, default=20, help="topics")
     parser.add_argument("--n-judge", type=int, default=40, help="topics")

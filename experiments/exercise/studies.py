@@ -194,7 +194,7 @@ def layers(task: Task) -> Iterator[Job]:
     for layer in sorted(range(n_layers), key=lambda layer: (layer % 3, layer)):
         for split in ("validation", "test"):
             yield (
-                {"study": "layers", "layer": layer, "split": split, "n": 60, "tasks": ["open"]},
+                {"study": "layers", "layer": layer, "split": split, "n": 60},
                 lambda layer=layer: moves(
                     task, f"dense-{layer}", task.dictionary("dense", [layer]), 1.0
                 ),
