@@ -70,6 +70,7 @@ def test_the_control_reaches_as_far_where_the_requests_of_all_classes_are_one(ti
     shared = measured(model, control=True, counterparts=same).iloc[0]
     assert shared["reach_control"] == pytest.approx(shared["reach"], rel=1e-4)
     assert shared["reach"] > 0
+    assert shared["reach_control_se"] == pytest.approx(0, abs=1e-4)
 
 
 def test_a_layer_whose_output_is_cut_off_reaches_nothing(tiny_folder):

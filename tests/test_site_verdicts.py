@@ -133,6 +133,11 @@ def test_a_site_that_a_learned_move_reaches_is_worth_a_steer_whatever_real_queri
     for control, steer in ((0.3, True), (0.5, False)):  # 0.62 less it, against 2.24 errors
         row = judged(class_effect=0.0, reach=0.62, reach_se=0.1, reach_control=control)
         assert bool(row["steer_here"]) == steer
+    far: dict[str, float] = {"class_effect": 0.0, "reach": 0.62, "reach_se": 0.1}
+    paired = far | {"reach_control": 0.5, "reach_control_se": 0.04}
+    assert bool(judged(**paired)["steer_here"])  # the same examples: a smaller error
+    almost = paired | {"reach_control": 0.6, "reach_control_se": 0.0}
+    assert not bool(judged(**almost)["steer_here"])  # 2 % beyond the control
     table = pd.DataFrame([GOOD | {"class_effect": 0.0, "reach": 0.62}])
     assert closing_sentence(sqs.diagnostics.site_verdicts(table)) == (
         "Steer here: layer 1 (50%, 62%). In brackets: total variation beyond that of the control, "

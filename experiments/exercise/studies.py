@@ -105,20 +105,24 @@ def points(task: Task) -> Method:
     return learned_method("points", saes, targets, POINT, 0.5)
 
 
+NUMBERS = ("n_latents", "n_latents_total")
+"""Limits of `TargetLearner` on the number of latents."""
+
+
 def sparsity(task: Task) -> Iterator[Job]:
     """Success against the number of latents of a head, and in all, for each dictionary."""
-    for limit in ("n_latents", "n_latents_total"):
-        for n in (8, 2, 32, 1, 4, 16) if limit == "n_latents" else (32, 8, 16, 4, 2, 1):
-            for kind in ("trained", "random", "permuted"):
-                setting = {"study": "sparsity", "dictionary": kind, limit: n}
-                name = f"{kind}-{n}" + ("-in-all" if limit == "n_latents_total" else "")
-                yield (
-                    setting | {"split": "test", "n": task.args.n_study},
-                    lambda kind=kind, name=name, limit=limit, n=n: moves(
-                        task, name, task.dictionary(kind), l1=0.02, **{limit: n}
-                    ),
-                    1.0,
-                )
+    limits = ((2, 32), (1, 8), (4, 2), (8, 16), (16, 4), (32, 1))  # of a head, in all
+    for limit, n in [(k, n) for both in limits for k, n in zip(NUMBERS, both, strict=True)]:
+        for kind in ("trained", "random", "permuted"):
+            setting = {"study": "sparsity", "dictionary": kind, limit: n}
+            name = f"{kind}-{n}" + ("-in-all" if limit == "n_latents_total" else "")
+            yield (
+                setting | {"split": "test", "n": task.args.n_study},
+                lambda kind=kind, name=name, limit=limit, n=n: moves(
+                    task, name, task.dictionary(kind), l1=0.02, **{limit: n}
+                ),
+                1.0,
+            )
 
 
 def seeds(task: Task) -> Iterator[Job]:

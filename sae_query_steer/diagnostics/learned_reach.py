@@ -79,6 +79,7 @@ def reach(
         - reach_control: the same share for the changes of the other classes, with `control`: what
           the counterparts of all classes share, such as having a request at all. What reach has
           beyond it is the class's own
+        - reach_control_se: standard error of reach - reach_control, paired by example
         - relative_change: mean ||change of q|| / ||q||
         - n_held_out
 
@@ -147,6 +148,7 @@ def reach(
             if control:
                 others = _with_other_classes(run, kept, classes)
                 row["reach_control"] = _removed(before, others)["reach"]
+                row["reach_control_se"] = _share_error(others - after, before)
             rows.append(row | {"relative_change": float(change.mean()), "n_held_out": len(before)})
     return pd.DataFrame(rows)
 
@@ -171,14 +173,20 @@ def _with_other_classes(
 def _removed(
     before: Float[Tensor, " example"], after: Float[Tensor, " example"]
 ) -> dict[str, float]:
-    """Return the share of a divergence that is removed, and its error by the delta method."""
+    """Return the share of a divergence that is removed, with its error."""
     first, last = float(before.mean()), float(after.mean())
-    left = last / first if first > 0 else 1.0
-    known = len(before) > 1 and first > 0
-    error = float((after - left * before).std()) / len(before) ** 0.5 if known else torch.nan
     return {
-        "reach": max(0.0, 1 - left),
-        "reach_se": error / first if known else torch.nan,
+        "reach": max(0.0, 1 - last / first) if first > 0 else 0.0,
+        "reach_se": _share_error(after, before),
         "reach_kl_before": first,
         "reach_kl_after": last,
     }
+
+
+def _share_error(part: Float[Tensor, " example"], whole: Float[Tensor, " example"]) -> float:
+    """Return the standard error of mean(part) / mean(whole) by the delta method; NaN of one."""
+    mean = float(whole.mean())
+    if len(whole) < 2 or mean <= 0:
+        return torch.nan
+    share = float(part.mean()) / mean
+    return float((part - share * whole).std()) / len(whole) ** 0.5 / mean

@@ -32,9 +32,9 @@ def site_verdicts(table: pd.DataFrame, *, n_sites: int | None = None) -> pd.Data
     A site passes if queries of another class move the next token towards their class further than
     queries of the own class, significantly over all sites, and by at least `MIN_MOVED` of its
     probability. If the table has separability, the latents must also separate the classes. If it
-    has `reach`, a site passes too where a learned move removes more than `MIN_REACH`, and more than
-    `reach_control` if that is there, by a significant amount over all sites where `reach_se` is
-    there. What the measures can tell, and cannot:
+    has `reach`, a site passes too where a learned move removes more than `MIN_REACH`, and by 0.05
+    more than `reach_control` if that is there, significantly over all sites where the standard
+    errors are there. What the measures can tell, and cannot:
 
     - the interchange effect: what real queries of the class do. A steerer can do more, so a small
       one rules out nothing that is learned.
@@ -113,7 +113,8 @@ def closing_sentence(table: pd.DataFrame) -> str:
 def _judged(row: dict[Hashable, Any], n_errors: float) -> tuple[bool, str]:
     steer, why = _judged_by_queries(row, n_errors)
     removed, shared = row.get("reach", 0.0), row.get("reach_control", 0.0)
-    own = removed - shared > n_errors * row.get("reach_se", 0.0)
+    error = row.get("reach_control_se", row.get("reach_se", 0.0))
+    own = removed - shared > max(MIN_MOVED, n_errors * error)
     if not steer and removed > MIN_REACH and own:
         return True, f"steer here: a learned move removes {removed:.0%}"
     return steer, why
