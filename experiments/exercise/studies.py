@@ -116,10 +116,12 @@ def sparsity(task: Task) -> Iterator[Job]:
         for kind in ("trained", "random", "permuted"):
             setting = {"study": "sparsity", "dictionary": kind, limit: n}
             name = f"{kind}-{n}" + ("-in-all" if limit == "n_latents_total" else "")
+            a_head = n if limit == "n_latents" else 1
+            rate = 0.05 * (64 / a_head) ** 0.5  # so that few latents reach the budget as well
             yield (
                 setting | {"split": "test", "n": task.args.n_study},
-                lambda kind=kind, name=name, limit=limit, n=n: moves(
-                    task, name, task.dictionary(kind), l1=0.02, **{limit: n}
+                lambda kind=kind, name=name, limit=limit, n=n, rate=rate: moves(
+                    task, name, task.dictionary(kind), l1=0.02, learning_rate=rate, **{limit: n}
                 ),
                 1.0,
             )
@@ -190,6 +192,35 @@ def topics(task: Task) -> Iterator[Job]:
                 ),
                 1.0,
             )
+
+
+def wordings(task: Task) -> Iterator[Job]:
+    """Moves of `Forms` that are learned from several wordings, tested in yet another one.
+
+    Those learned from one wording are in the study `methods`.
+    """
+    for draws in (3, 2):
+        for kind in ("dense", "trained", "random"):
+            yield (
+                {"study": "wordings", "dictionary": kind, "wordings": draws}
+                | {"n": task.args.n_study},
+                lambda kind=kind, draws=draws: moves(
+                    task,
+                    f"{kind}-wordings{draws}",
+                    task.dictionary(kind),
+                    draws=draws,
+                    l1=0.0 if kind == "dense" else PENALTY,
+                ),
+                1.0,
+            )
+        yield (
+            {"study": "wordings", "dictionary": "residual", "wordings": draws}
+            | {"n": task.args.n_study},
+            lambda draws=draws: moves(
+                task, f"residual-wordings{draws}", residual_site(task, 20), 0.25, draws=draws
+            ),
+            1.0,
+        )
 
 
 def layers(task: Task) -> Iterator[Job]:
@@ -294,5 +325,17 @@ def prepare(task: Task) -> Iterator[Job]:
 
 STUDIES = {
     s.__name__: s
-    for s in (prepare, methods, sparsity, seeds, scopes, norms, topics, layers, weak, attention)
+    for s in (
+        prepare,
+        methods,
+        sparsity,
+        seeds,
+        scopes,
+        norms,
+        topics,
+        wordings,
+        layers,
+        weak,
+        attention,
+    )
 }

@@ -46,10 +46,8 @@ class Task:
         self.model = sqs.load_model(args.model)
         self.saes = cache(self._saes)
         self.opened, requested = self.examples_of("train", args.n_train)
-        self.examples, self.requested = (
-            cut(sqs.tokenize_examples(self.model, some), args.n_answer)
-            for some in (self.opened, requested)
-        )
+        self.drawn = cache(self._drawn)
+        self.examples, self.requested = self.drawn(1)
         self.texts = [e.prompt + e.response for e in self.opened + requested]
         self.judge = self.fitted_judge()
         self.rows: dict[Any, Any] = {}
@@ -82,6 +80,16 @@ class Task:
         return exercise_examples(
             self.model, n, seed=seed, split=split, max_new_tokens=MAX_NEW_TOKENS
         )
+
+    def _drawn(self, draws: int) -> list[Any]:
+        """Return tokenised open and requesting prompts to learn from, topic by topic."""
+        parts = [self.examples_of("train", self.args.n_train, seed) for seed in range(draws)]
+        each, found = len(self.classes), []
+        for side in zip(*parts, strict=True):  # open, then requesting
+            by_topic = [[some[i : i + each] for i in range(0, len(some), each)] for some in side]
+            some = [e for topic in zip(*by_topic, strict=True) for one in topic for e in one]
+            found.append(cut(sqs.tokenize_examples(self.model, some), self.args.n_answer))
+        return found
 
     def cases(self, task: str, split: Any, n: int) -> Sequence[SteeringCase]:
         """Return the first n cases of a split."""
@@ -129,6 +137,7 @@ class Task:
         start: Any = None,
         scope: Any = SCOPE,
         shuffled: bool = False,
+        draws: int = 1,
         **learning: Any,
     ) -> Any:
         """Return learned moves, or points from centroids to start from; learned once.
@@ -142,6 +151,7 @@ class Task:
             start: centroids of points.
             scope: the tokens that are changed.
             shuffled: give each example the class of another one: a control of capacity.
+            draws: learn from so many prompts of each topic and class; see `made_examples`.
             learning: of `TargetLearner`.
         """
         folder = self.out / "targets" / name
@@ -158,19 +168,20 @@ class Task:
             max_relative_change=budget,
             scope=scope,
         )
-        each = len(self.classes)
-        n_topics = len(self.examples) // each
+        examples, requested = self.drawn(draws)
+        each = len(self.classes) * draws
+        n_topics = len(examples) // each
         n_learned = round(0.75 * n_topics)
         first = each * (n_learned if topics is None else topics)
         indices = [*range(first), *range(each * n_learned, each * n_topics)]
-        some = [self.examples.subset(indices), self.requested.subset(indices)]
+        some = [examples.subset(indices), requested.subset(indices)]
         if shuffled:
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
             some = [relabelled(examples, order.tolist()) for examples in some]
         learning = {"n_updates": self.args.n_updates, "every": 10} | learning
         learner = TargetLearner(self.model, recipe, **learning)
         given: Any = {"counterparts": some[1], "held_out": range(first, len(indices))}
-        key = (topics, scope_name(scope), shuffled)
+        key = (topics, scope_name(scope), shuffled, draws)
         if key not in self.rows:  # the prompts run once for all targets
             self.rows = {key: learner.rows(some[0], **given)}
         found = learner.fit(some[0], **given, rows=self.rows[key])
@@ -255,8 +266,9 @@ class Forms(Task):
     """Opening of a prompt and requests of the classes, by split."""
 
     def made_examples(self, split: Any, n: int, seed: int) -> tuple[list[Any], list[Any]]:
-        del seed  # one answer for each class and topic
-        cases = self.cases("open", split, 3 * n)
+        """Return prompts with answers; those of seed 1 and 2 are in the wording of other splits."""
+        wording = split if seed == 0 else ("judge", "validation")[seed - 1]
+        cases = self._cases(wording, split, 3 * n)
         asked = [str(case.requesting) for case in cases]
         texts = continuations(self.model, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=60).texts
         opened, requested = (
@@ -270,10 +282,13 @@ class Forms(Task):
 
     def cases(self, task: str, split: Any, n: int) -> Sequence[SteeringCase]:
         """Return the first cases of a split, n in all."""
+        return self._cases("train" if "trained" in task else split, split, n)
+
+    def _cases(self, wording: str, split: Any, n: int) -> Sequence[SteeringCase]:
         exercises = exercise_cases(self.model, "open", split, 6 * (n // 3), seed=1)
         topics = list(dict.fromkeys(case.topic for case in exercises))[: n // 3]
         tokenizer = self.model.tokenizer
-        opening, requests = self.asks["train" if "trained" in task else split]
+        opening, requests = self.asks[wording]
         return [
             SteeringCase(
                 prompt=chat_prompt(opening.format(topic), tokenizer),
