@@ -114,31 +114,31 @@ def sparsity(task: Task) -> Iterator[Job]:
     limits = ((2, 32), (1, 8), (4, 2), (8, 16), (16, 4), (32, 1))  # of a head, in all
     for limit, n in [(k, n) for both in limits for k, n in zip(NUMBERS, both, strict=True)]:
         for kind in ("trained", "random", "permuted"):
-            setting = {"study": "sparsity", "dictionary": kind, limit: n}
             name = f"{kind}-{n}" + ("-in-all" if limit == "n_latents_total" else "")
-            a_head = n if limit == "n_latents" else 1
-            rate = 0.05 * (64 / a_head) ** 0.5  # so that few latents reach the budget as well
             yield (
-                setting | {"split": "test", "n": task.args.n_study},
-                lambda kind=kind, name=name, limit=limit, n=n, rate=rate: moves(
-                    task, name, task.dictionary(kind), l1=0.02, learning_rate=rate, **{limit: n}
-                ),
+                {"study": "sparsity", "dictionary": kind, limit: n}
+                | {"split": "test", "n": task.args.n_study},
+                lambda kind=kind, name=name, limit=limit, n=n: sparse(task, name, kind, limit, n),
                 1.0,
             )
 
 
+def sparse(task: Task, name: str, kind: str, limit: str, n: int, seed: int = 0) -> Method:
+    """Return moves of at most n latents of a head or in all."""
+    a_head = n if limit == "n_latents" else 1
+    rate = 0.05 * (64 / a_head) ** 0.5  # so that few latents reach the budget as well
+    encoders = task.dictionary(kind, seed=seed)
+    return moves(task, name, encoders, l1=0.02, learning_rate=rate, **{limit: n})
+
+
 def seeds(task: Task) -> Iterator[Job]:
-    """The trained SAE and its random control at 8 latents a head, of other seeds."""
+    """The dictionaries at 4 latents a head, of other seeds."""
     for seed in (1, 2):
-        for kind in ("trained", "random"):
+        for kind in ("trained", "random", "permuted"):
             yield (
                 {"study": "seeds", "dictionary": kind, "seed": seed, "n": task.args.n_study},
-                lambda kind=kind, seed=seed: moves(
-                    task,
-                    f"{kind}-8-seed{seed}",
-                    task.dictionary(kind, seed=seed),
-                    l1=0.02,
-                    n_latents=8,
+                lambda kind=kind, seed=seed: sparse(
+                    task, f"{kind}-4-seed{seed}", kind, "n_latents", 4, seed
                 ),
                 1.0,
             )
@@ -232,6 +232,21 @@ def layers(task: Task) -> Iterator[Job]:
                 {"study": "layers", "layer": layer, "split": split, "n": 60},
                 lambda layer=layer: moves(
                     task, f"dense-{layer}", task.dictionary("dense", [layer]), 1.0
+                ),
+                1.0,
+            )
+
+
+def runs(task: Task) -> Iterator[Job]:
+    """Success of five layers in a row, dense, at half of the norm, on validation and test topics."""
+    for first in range(3, int(task.model.cfg.n_layers) - 4, 5):
+        layers = range(first, first + 5)
+        for split in ("validation", "test"):
+            yield (
+                {"study": "runs", "layers": f"{first}-{first + 4}", "split": split}
+                | {"n": task.args.n_study},
+                lambda first=first, layers=layers: moves(
+                    task, f"dense-{first}-{first + 4}", task.dictionary("dense", layers)
                 ),
                 1.0,
             )
@@ -335,6 +350,7 @@ STUDIES = {
         topics,
         wordings,
         layers,
+        runs,
         weak,
         attention,
     )
