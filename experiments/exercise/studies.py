@@ -238,7 +238,7 @@ def layers(task: Task) -> Iterator[Job]:
 
 
 def runs(task: Task) -> Iterator[Job]:
-    """Success of five layers in a row, dense, at half of the norm, on validation and test topics."""
+    """Success of five layers in a row, dense, at half of the norm, on both kinds of topics."""
     for first in range(3, int(task.model.cfg.n_layers) - 4, 5):
         layers = range(first, first + 5)
         for split in ("validation", "test"):
