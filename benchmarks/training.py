@@ -1,12 +1,17 @@
 """All heads at once against SAELens head by head: seconds for equal tokens, and peak memory.
 
-    python -m benchmarks.training [--quick] [--rows heads forward layers] [--json FILE] [--rounds N]
-                                  [--threads N] [--device D]
+    python -m benchmarks.training [--quick] [--rows heads forward layers smollm2] [--json FILE]
+                                  [--rounds N] [--threads N] [--device D]
 
 Both sides run in this process, alternating, after one unmeasured round; "ratio" is other / ours,
 its median over rounds with its range. `equal` says that in this same run heads of ours were found
 to follow SAELens's trainer on equal batches. Peak memory is that of a process for each side, in
 which SAELens trains a single head.
+
+The row smollm2, which only `--rows` measures, is all 270 heads of SmolLM2 against the bare forward
+pass through all layers without logits. Its floor is 1 / (1 + operations of the SAEs / operations of
+the pass), and its memory that of a process above the loaded model, the weights, gradients and
+moments.
 """
 
 import argparse
@@ -41,6 +46,7 @@ from sae_query_steer.training.saelens import HeadwiseTrainer
 
 SAMPLED = "(*)"
 ROWS = ("heads", "forward", "layers")
+SMOLLM2 = "smollm2"
 N_LAYERS, N_HEADS, D_HEAD, LAYER = 6, 8, 64, 4
 D_SAE, K, CONTEXT, BATCH, LR = 512, 16, 128, 2048, 3e-4
 
@@ -49,25 +55,26 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="some rows alone")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*ROWS, SMOLLM2], default=ROWS, help="some rows alone"
+    )
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--rounds", type=int, help="measured rounds")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--device", default="cpu", help="where to run")
-    parser.add_argument("--peak", choices=["ours", "other"], help="run one side, print its memory")
+    parser.add_argument("--peak", choices=["ours", "other", SMOLLM2], help="print the memory")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokens = 2 * BATCH if args.quick else 16 * BATCH
     rounds = args.rounds or (2 if args.quick else 5)
+    if args.peak == SMOLLM2:
+        return print(memory_on_smollm2())
     model = make_model(args.device)
     rows = torch.randint(0, model.cfg.d_vocab, (tokens // CONTEXT, CONTEXT))
     if args.peak:
         train = ours if args.peak == "ours" else saelens
         train(model, rows, [LAYER], range(1))
-        # Not getrusage: there a process starts with the peak of the one that started it.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        print(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
-        return
+        return print(mebibytes("VmHWM"))
 
     equal = follows_saelens(args.device)
     one, all_heads = range(1), range(N_HEADS)
@@ -90,10 +97,12 @@ def main() -> None:
         compare(name, model, rows, layers, other, heads, rounds, equal)
         for name, layers, other, heads in (compared[row] for row in args.rows if row in compared)
     ]
+    if SMOLLM2 in args.rows:
+        table.append(on_smollm2(2048 if args.quick else 8192, rounds, equal))
     print(pd.DataFrame(table).round(3).to_string(index=False))
     print(f"{SAMPLED}: SAELens trained one head of each layer; its seconds are times 8")
     if not args.quick:
-        for side in ("ours", "other"):
+        for side in ("ours", "other", *({SMOLLM2} & {*args.rows})):
             print(f"peak memory, {side}: {peak_memory(side, args):.0f} MiB")
     if args.json:
         with new_file(args.json) as new:
@@ -118,7 +127,14 @@ def make_model(device: str) -> HookedTransformer:
     )
 
 
-def ours(model: Any, rows: torch.Tensor, layers: list[int], heads: range) -> None:
+def ours(
+    model: Any,
+    rows: torch.Tensor,
+    layers: list[int],
+    heads: range,
+    d_sae: int = D_SAE,
+    batch: int = BATCH,
+) -> None:
     """Train all heads of the layers in one pass."""
     del heads
     sqs.train_query_saes(
@@ -126,9 +142,10 @@ def ours(model: Any, rows: torch.Tensor, layers: list[int], heads: range) -> Non
         rows,
         sqs.query_sites(model, layers),
         sqs.TrainingConfig(
-            sae=sqs.sae.TopK(d_sae_per_head=D_SAE, k=K),
+            sae=sqs.sae.TopK(d_sae_per_head=d_sae, k=K),
             training_tokens=rows.numel(),
-            train_batch_size_tokens=BATCH,
+            train_batch_size_tokens=batch,
+            n_batches_in_buffer=min(64, len(rows)),
             lr=LR,
             prepend_bos=False,
             metric_tokens=0,
@@ -174,6 +191,23 @@ def forward(model: Any, rows: torch.Tensor, layers: list[int], heads: range) -> 
     del heads
     for part in rows.split(16):
         model(part.to(model.cfg.device), stop_at_layer=max(layers) + 1)
+
+
+def on_smollm2(n_tokens: int, n_rounds: int, equal: bool) -> dict[str, Any]:
+    """Return the row of all heads of SmolLM2 against its forward pass without logits."""
+    model, rows = sqs.load_smollm2(), torch.randint(0, 49152, (n_tokens // CONTEXT, CONTEXT))
+    layers = list(range(model.cfg.n_layers))
+
+    @torch.no_grad()
+    def bare(rows: torch.Tensor) -> None:
+        for part in rows.split(16):
+            model.original_model.model(part, use_cache=False)
+
+    train = partial(ours, model, layers=layers, heads=range(1), d_sae=256, batch=1024)
+    train(rows[:8])
+    bare(rows[:8])
+    seconds = seconds_of(partial(train, rows), partial(bare, rows), n_rounds, warm_up=False)
+    return faster("270 heads of SmolLM2; the bare forward pass", seconds, equal=equal)
 
 
 def compare(
@@ -227,6 +261,23 @@ def follows_saelens(device: str, n_steps: int = 30) -> bool:
         for head, solo in alone.items()
         for name, value in solo.state_dict().items()
     )
+
+
+def mebibytes(what: str) -> float:
+    """Return a size of this process from the system's status file."""
+    # Not getrusage: there a process starts with the peak of the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split(f"{what}:")[1].split()[0]) / 2**10
+
+
+def memory_on_smollm2() -> float:
+    """Return the peak of training all heads above model, weights, gradients and moments."""
+    model, rows = sqs.load_smollm2(), torch.randint(0, 49152, (128, CONTEXT))
+    with torch.no_grad():
+        model.original_model.model(rows[:1])  # which reads the weights into memory
+    before = mebibytes("VmRSS")
+    ours(model, rows, list(range(30)), range(1), d_sae=256, batch=1024)
+    return mebibytes("VmHWM") - before - 4 * 2 * 256 * 64 * 270 * 4 / 2**20
 
 
 def peak_memory(side: str, args: argparse.Namespace) -> float:

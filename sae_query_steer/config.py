@@ -238,6 +238,10 @@ class TrainingConfig:
     prepend_bos: bool | None = None
     """Begin rows and documents with BOS; None means as the model does by its own setting."""
 
+    exclude_special_tokens: bool | tuple[int, ...] = False
+    """Train and measure on other tokens alone: True leaves out BOS, EOS and the tokenizer's other
+    structural tokens, as in SAELens; ids leave out those."""
+
     lr: float = 1e-3
     """Learning rate of Adam."""
 

@@ -19,6 +19,7 @@ TOKENS = torch.tensor([[1, 5, 9, 20, 33], [1, 7, 6, -1, -1]])
 ATTENTION = [f"blocks.{n}.attn.hook_{what}" for n in (0, 2) for what in "qkvz"]
 ROTATED = [f"blocks.1.attn.hook_rot_{what}" for what in "qk"]
 SQUARE = ["blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores"]
+LATE = ["blocks.2.hook_mlp_out", "unembed.hook_out"]
 RESIDUAL = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"]
 
 
@@ -46,12 +47,21 @@ def test_the_pass_stops_after_the_last_layer_that_is_needed(model):
         return value
 
     hooks = [(f"blocks.{layer}.hook_resid_post", note) for layer in range(3)]
-    read_activations(model, TOKENS, ["blocks.1.attn.hook_q"], fwd_hooks=hooks)
+    read_activations(model, TOKENS, ["blocks.1.hook_resid_post"], fwd_hooks=hooks)
     assert len(seen) == 2
     read_activations(model, TOKENS, ["blocks.0.attn.hook_q", LOGITS], fwd_hooks=hooks)
     assert len(seen) == 5
     read_activations(model, TOKENS, ["blocks.0.attn.hook_q"])
     assert len(seen) == 5  # the hooks are gone
+
+
+def test_a_bridge_runs_nothing_that_no_read_needs(tiny_models):
+    model, seen = tiny_models["bridge"], []
+    hooks = [(name, lambda value, hook: seen.append(hook.name)) for name in LATE]
+    read_activations(model, TOKENS, ["blocks.2.attn.hook_q"], fwd_hooks=hooks)
+    assert not seen
+    read_activations(model, TOKENS, ["blocks.2.hook_resid_post"], fwd_hooks=hooks)
+    assert len(seen) == 1
 
 
 def test_hooks_change_what_is_read_and_the_users_own_stay_in_place(model):

@@ -194,6 +194,11 @@ def test_every_architecture_trains_and_loads(folder, architecture, tmp_path):
     result = invoke(arguments, catch=False)
     assert result.exit_code == 0, result.output
     assert len(QuerySAEs.load(tmp_path / "saes")) == 2
+    arguments += ["--start", str(tmp_path / "saes"), "--exclude-special-tokens", "1", "2"]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "again")
+    assert invoke(arguments, catch=False).exit_code == 0
+    settings = QuerySAEs.load(tmp_path / "again").settings
+    assert settings["start_sha256"] and settings["exclude_special_tokens"] == [1, 2]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

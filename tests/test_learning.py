@@ -12,6 +12,7 @@ from sae_query_steer.descent.objectives import FixedMove
 from sae_query_steer.learning import LearningWarning, no_moves
 from sae_query_steer.learning.rows import learning_rows
 from sae_query_steer.learning.run import LearningRun
+from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.scopes import LastPromptToken, ResponseTokens, Window
 
 pytestmark = pytest.mark.filterwarnings(
@@ -69,6 +70,14 @@ def test_moves_lower_the_held_out_loss_and_steer_generation_likewise(model, data
     torch.testing.assert_close(
         float(loss), float(run.losses(rows)[0].detach()), rtol=1e-4, atol=1e-4
     )
+
+
+def test_layers_below_the_first_steered_one_run_once(model, data, monkeypatch):
+    steerer = recipe(model, dense(model, [1, 2]))
+    learned = learner(model, steerer).fit(data[0])
+    monkeypatch.setattr(PrefixedRows, "unchanged", lambda self, layers: None)
+    whole = learner(model, steerer).fit(data[0])
+    assert all(torch.equal(learned.means[name], mean) for name, mean in whole.means.items())
 
 
 @pytest.mark.parametrize("counterparts", [False, True])

@@ -40,7 +40,9 @@ class Stopped(Exception):
     """What stands for a crash in these tests."""
 
 
-def train(model, texts=None, sites=None, out=None, resume=False, overwrite=False, **changes):
+def train(
+    model, texts=None, sites=None, out=None, resume=False, overwrite=False, start=None, **changes
+):
     if texts is None:
         texts = torch.randint(4, 52, (40, 12), generator=torch.Generator().manual_seed(0))
     sites = sqs.query_sites(model, [0, 2]) if sites is None else sites
@@ -57,7 +59,7 @@ def train(model, texts=None, sites=None, out=None, resume=False, overwrite=False
         "metric_tokens": 100,
     }
     config = TrainingConfig(**{**settings, **changes})
-    again = {"resume": resume, "overwrite": overwrite}
+    again = {"resume": resume, "overwrite": overwrite, "start": start}
     return sqs.train_query_saes(model, texts, sites, config, out=out, **again)
 
 
@@ -110,6 +112,46 @@ def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(
     assert_equal(whole, resumed)
     assert_equal(resumed, sqs.QuerySAEs.load(tmp_path / "saes"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saes"]
+
+
+def test_a_resumed_run_takes_the_rows_of_a_stream_that_is_used_up(
+    tiny_models, tmp_path, monkeypatch
+):
+    model, texts = tiny_models["bridge"], [f"w{i} w{i * i % 40} w3 w{40 - i}" for i in range(40)]
+    whole = train(model, texts=(text for text in texts), context_size=12)
+    first = {"texts": (text for text in texts), "out": tmp_path / "saes", "context_size": 12}
+    stopped_after(monkeypatch, 13, model, **first)
+    resumed = train(model, **first, resume=True)
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_training_starts_from_given_weights(tiny_models, kind):
+    model, settings = tiny_models["bridge"], {"sae": CONFIGS[kind], "lr_warm_up_steps": 0}
+    first = train(model, **settings)
+    one_step = {"training_tokens": 40, "lr_decay_steps": 0, "lr": 1e-12}
+    again = train(model, **settings, **one_step, start=first)
+    for name, sae in first.items():
+        for key, value in sae.state_dict().items():
+            # The threshold of BatchTopK moves by a share of its own.
+            near = 0.05 if kind == "batchtopk" and key == "threshold" else 1e-4
+            torch.testing.assert_close(again[name].state_dict()[key], value, rtol=near, atol=1e-5)
+
+
+def test_a_start_of_another_kind_is_refused_and_told_apart(tiny_models, tmp_path, monkeypatch):
+    model, out = tiny_models["bridge"], tmp_path / "saes"
+    start = train(model)
+    for sae, message in (
+        (TopK(d_sae_per_head=8, k=3), "d_sae_per_head of start at blocks.0.* must be 8, got 16"),
+        (KLSparse(d_sae_per_head=16), "architecture of .* 'query_head_kl_sparse', got 'query_head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(model, sae=sae, start=start)
+    with pytest.raises(ValueError, match=r"start must have .* got none at blocks\.1\.attn"):
+        train(model, sites=sqs.query_sites(model, [1]), start=start)
+    stopped_after(monkeypatch, 13, model, out=out, start=start)
+    with pytest.raises(ValueError, match="start_sha256 was '"):
+        train(model, out=out, resume=True)
 
 
 def test_a_run_stopped_while_it_is_measured_trains_no_step_again(

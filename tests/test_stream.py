@@ -145,6 +145,22 @@ def test_the_pad_id_may_be_the_id_of_a_real_token(model):
     assert len(next(stream_of(model, rows, batch=8).batches())["blocks.0.attn.hook_q"]) == 8
 
 
+@pytest.mark.parametrize("left_out", [True, (1, 20)])
+def test_special_tokens_can_be_left_out(tiny_models, left_out):
+    rows = torch.tensor([[1, 20, 5, 7], [1, 9, 20, 11]])
+    kept = torch.isin(rows, torch.tensor([1] if left_out is True else [1, 20]), invert=True)
+    stream = stream_of(
+        tiny_models["bridge"],
+        rows,
+        batch=int(kept.sum()),
+        exclude_special_tokens=left_out,
+        buffer=2,
+    )
+    name = "blocks.2.attn.hook_q"
+    expected = read_activations(stream.model, rows, [name])[name][kept].flatten(1)
+    torch.testing.assert_close(next(stream.batches())[name].sum(0), expected.sum(0))
+
+
 def test_autocast_reads_in_sixteen_bits(tiny_models):
     rows = some_rows(6, 8, False)
     full = next(stream_of(tiny_models["bridge"], rows).batches())

@@ -3,6 +3,7 @@
 import json
 import signal
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -198,17 +199,25 @@ def test_packed_documents_are_joined_with_bos_and_cut_into_full_rows(model):
 
 
 def test_every_form_of_texts_is_accepted(bridge, texts, examples):
-    rows = token_rows(bridge, texts, context_size=16)
-    for given in ((text for text in texts), Dataset.from_dict({"text": texts}), rows):
+    rows, data = token_rows(bridge, texts, context_size=16), Dataset.from_dict({"text": texts})
+    for given in ((text for text in texts), data, data.to_iterable_dataset(), rows, iter(rows)):
         assert torch.equal(token_rows(bridge, given, context_size=16), rows)
     tokenized = sqs.tokenize_examples(bridge, examples)
     assert len(small(bridge, tokenized, training_tokens=512)) == 2
+
+
+def test_of_texts_without_an_end_as_many_are_read_as_are_needed(bridge, texts):
+    rows = token_rows(bridge, texts, context_size=16)
+    assert torch.equal(token_rows(bridge, cycle(texts), context_size=16, n_tokens=40), rows[:3])
+    saes = small(bridge, cycle(texts), training_tokens=300, metric_tokens=0, context_size=16)
+    assert saes.settings["n_rows"] * 16 == 384  # three steps
 
 
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
         ([], {}, "texts is empty"),
+        (torch.ones(2, 6).long(), {"exclude_special_tokens": True}, "must leave tokens"),
         (["w0", "  "], {}, "text 1 is '  ': every document must be a non-empty string"),
         (["w0 w1"], {}, "the texts have fewer than context_size=64 tokens"),
         (["w0 " * 20], {"context_size": 8, "concat_sequences": False}, "document 0 has 21 tokens"),

@@ -1,6 +1,7 @@
 """`train`: SAEs of all heads of some layers, in one process or in several."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Union
 
 import tyro
@@ -30,6 +31,7 @@ def train(
     output: Output,
     config: Annotated[TrainOptions, FLAT],
     layers: str,
+    start: Path | None = None,
     resume: bool = False,
     dry_run: bool = False,
     flops: float | None = None,
@@ -45,6 +47,7 @@ def train(
         output: the folder of SAEs.
         config: settings of the run.
         layers: Layers, such as 1,2 or 8-20 or all.
+        start: Folder of SAEs from whose weights training starts.
         resume: Continue a stopped run with the same settings.
         dry_run: Show what the run needs; reads the model's config only, and writes nothing.
         flops: With --dry-run: operations a second of a forward pass, for the time.
@@ -59,8 +62,9 @@ def train(
         return _show_needs(model, config, chosen, documents, flops)
     from sae_query_steer.training.distributed import local_device, train_on_ranks
 
+    begun = None if start is None else sqs.QuerySAEs.load(start)
     loaded = model.load(local_device())
-    again = {"resume": resume, "overwrite": output.overwrite}
+    again = {"resume": resume, "overwrite": output.overwrite, "start": begun}
     sites = sqs.query_sites(loaded, chosen)
     saes = train_on_ranks(loaded, documents, sites, config, out=output.out, **again)
     if saes.measured:

@@ -169,9 +169,10 @@ def top_tokens(
     reading.setdefault("concat_sequences", False)
     if not reading["concat_sequences"] and reading.get("context_size") is None:
         reading["context_size"] = int(model.cfg.n_ctx)
-    rows = token_rows(model, texts, **reading).long()
+    rows = token_rows(model, texts, n_tokens=n_tokens, **reading)
     if n_tokens is not None:
         rows = rows[: max(1, n_tokens // rows.shape[1])]
+    rows = rows.long()
     bos = -1 if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
     found = {name: _TopK((len(own), saes[name].d_latent), k) for name, own in picked.items()}
     for row, latents, _ in latents_by_row(

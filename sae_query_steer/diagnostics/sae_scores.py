@@ -110,8 +110,8 @@ def evaluate_saes(
     check_not_steered(model)
     check_number("n_tokens", n_tokens, whole=True, least=1)
     check_number("batch_size", batch_size, whole=True, least=1)
-    rows = token_rows(model, texts, **reading).long()
-    rows = rows[: max(1, n_tokens // rows.shape[1])]
+    rows = token_rows(model, texts, n_tokens=n_tokens, **reading)
+    rows = rows[: max(1, n_tokens // rows.shape[1])].long()
     kept = {name: ReconstructionMoments() for name in replaced}
     places = {name: _PositionMoments(rows.shape[1]) for name in replaced}
     for _, tokens, real in row_batches(rows, batch_size, "Reading queries"):

@@ -36,9 +36,11 @@ class LearningRows:
     wanted: Int[Tensor, " token"] | Float[Tensor, "token d_vocab"]
     """The next token, or log probabilities of it."""
 
-    def losses(self, fwd_hooks: Any = ()) -> Float[Tensor, " batch"]:
-        """Return the mean loss of each row in nats a token, in a pass with hooks."""
-        logits = self.prefixed.logits(fwd_hooks)
+    def losses(
+        self, fwd_hooks: Any = (), first_layer: int | None = None
+    ) -> Float[Tensor, " batch"]:
+        """Return the mean loss of each row in nats a token; Args as `PrefixedRows.logits`."""
+        logits = self.prefixed.logits(fwd_hooks, first_layer=first_layer)
         device = logits.device
         rows, wanted = self.row.to(device), self.wanted.to(device)
         log_probs = logits[rows, self.column.to(device)].float().log_softmax(-1)

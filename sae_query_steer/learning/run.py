@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from sae_query_steer.descent.goals import Goal
 from sae_query_steer.descent.strength import Queries
@@ -56,6 +57,7 @@ class LearningRun:
     def __post_init__(self) -> None:
         learner, steerer = self.learner, self.learner.steerer
         self._classes, self._chosen = steerer.targets.classes, steerer.where.chosen
+        self._first_layer = min(at.site.layer for at in self._chosen.values())
         self._edit = LearnedDescent(**steerer.settings)
         self._values: dict[str, Tensor] = {}
         self._scales: dict[str, Tensor] = {}
@@ -146,7 +148,13 @@ class LearningRun:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        """Measure the loss without steering and the size of queries, and set the start."""
+        """Measure the loss without steering and the size of queries, and set the start.
+
+        Each update runs the layers from the first steered one on, where the model can start there.
+        """
+        if isinstance(self.learner.model, HookedTransformer):
+            for batch in (*self.batches, *self.kept):
+                batch.prefixed.unchanged([self._first_layer])
         squares: dict[str, list[Tensor]] = {name: [] for name in self._chosen}
         losses = ByClass()
         for batch in self.kept:
@@ -181,7 +189,7 @@ class LearningRun:
             (name, AppliedEdit(edit, at, scope, checked=False).hook(lambda _: positions))
             for name, at in self._chosen.items()
         ]
-        return batch.losses(hooks), edit
+        return batch.losses(hooks, self._first_layer), edit
 
     @torch.no_grad()
     def _evaluated(

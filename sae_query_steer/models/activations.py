@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from sae_query_steer.data.batches import example_batches
 from sae_query_steer.data.tokenized import TokenizedExamples
@@ -66,7 +68,8 @@ def read_activations(
     stop = None
     if all(layers):
         stop = 1 + max(int(layer[1]) for layer in layers if layer)
-    with eval_mode(model, autocast=autocast), model.hooks(fwd_hooks=list(fwd_hooks)):
+    hooks = [*fwd_hooks, *_early_stops(model, names, stop)]
+    with eval_mode(model, autocast=autocast), model.hooks(fwd_hooks=hooks):
         logits, cache = model.run_with_cache(
             tokens.clamp(min=0).long().to(model.cfg.device),
             names_filter=[name for name in names if name != LOGITS],
@@ -75,6 +78,25 @@ def read_activations(
         )
     d_head = int(model.cfg.d_head)
     return {n: logits if n == LOGITS else _by_head(cache[n], n, d_head) for n in names}
+
+
+def _early_stops(model: Any, names: list[str], stop: int | None) -> list[tuple[str, Any]]:
+    """Return hooks that end a pass of a TransformerBridge where nothing further is read.
+
+    By itself it runs the last block whole, and of a pass through all blocks also the logits, a
+    quarter of the operations of a small model.
+    """
+    if stop is None or isinstance(model, HookedTransformer):
+        return []
+    last = [name for name in names if name.startswith(f"blocks.{stop - 1}.")]
+    before_z = all(re.search(r"\.attn\.hook_(rot_)?[qkv]$", name) for name in last)
+    ends = [f"blocks.{stop - 1}.attn.hook_z"] * before_z + ["unembed.hook_in"]
+    return [(name, _stop) for name in ends if name in model.hook_dict]
+
+
+def _stop(value: Tensor, hook: Any) -> Any:
+    del hook
+    raise StopAtLayerException(value)
 
 
 def _by_head(activation: Tensor, name: str, d_head: int) -> Tensor:

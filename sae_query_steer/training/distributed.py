@@ -36,6 +36,7 @@ def train_on_ranks(
     out: str | Path,
     resume: bool = False,
     overwrite: bool = False,
+    start: QuerySAEs | None = None,
 ) -> QuerySAEs:
     """Train the sites in all processes of a launch, or in this one if there is no launch.
 
@@ -50,6 +51,7 @@ def train_on_ranks(
         out: the folder of all SAEs, on a disk that all processes share.
         resume: as for `train_query_saes`.
         overwrite: as for `train_query_saes`.
+        start: as for `train_query_saes`.
 
     Returns:
         The SAEs of all sites, in every process.
@@ -63,12 +65,12 @@ def train_on_ranks(
     rank, n = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if n > max(1, len(sites)):
         raise ValueError(f"processes must be at most one per layer, {len(sites)}, got {n}")
-    again: Any = {"resume": resume, "overwrite": overwrite}
+    again: Any = {"resume": resume, "overwrite": overwrite, "start": start}
     if n == 1:
         return train_query_saes(model, texts, sites, config, out=out, **again)
     if resume and (out / INDEX).is_file():
         with suppress(ValueError) if overwrite else nullcontext():  # of another run
-            return train_query_saes(model, texts, sites, config, out=out, resume=True)
+            return train_query_saes(model, texts, sites, config, out=out, resume=True, start=start)
     with locked(out) if rank == 0 else nullcontext():
         check_replaceable(out, overwrite=overwrite, holding=INDEX)
         parts = [out.with_name(f"{out.name}.rank{r}of{n}") for r in range(n)]

@@ -8,18 +8,20 @@ lose the mixing buffer and the state of the generator.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_query_steer.arguments import check_device
 from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.batches import PAD
+from sae_query_steer.data.prompts import tokenizer_of
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.progress import progress_bar
 from sae_query_steer.sites import QuerySite
@@ -48,6 +50,11 @@ class QueryStream:
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        if not any(bool(self._kept(rows).any()) for rows in self.rows.split(2**16)):
+            raise ValueError(
+                "exclude_special_tokens must leave tokens to train on, got "
+                f"{self.config.exclude_special_tokens} of texts that have no others"
+            )
 
     @property
     def device(self) -> str:
@@ -57,10 +64,9 @@ class QueryStream:
 
     def batches(self, start: int = 0) -> Iterator[Queries]:
         """Yield batch `start` and all that follow, the same whatever `start` is."""
-        lengths = (self.rows != PAD).sum(1)
         size = self.config.train_batch_size_tokens
         first, skip = 0, start * size
-        while skip >= (n_tokens := int(lengths[self._rows_of(first)].sum())):
+        while skip >= (n_tokens := int(self._kept(self.rows[self._rows_of(first)]).sum())):
             first, skip = first + 1, skip - n_tokens
         parts, missing = [], size
         for chunk in map(self._read, count(first)):
@@ -75,16 +81,27 @@ class QueryStream:
             # Copies, so that no view keeps the whole chunk in memory.
             parts = [{name: value.clone() for name, value in part.items()} for part in parts]
             skip = 0
+            del chunk  # before the next one is read
 
     def take(self, n: int, description: str, *, start: int = 0) -> Iterator[Queries]:
         """Yield `n` batches from batch `start` on, with a progress bar."""
         return iter(progress_bar(islice(self.batches(start), n), description, n, unit="batch"))
 
+    @cached_property
+    def _left_out(self) -> Int[Tensor, " id"]:
+        given = self.config.exclude_special_tokens
+        ids = get_special_token_ids(tokenizer_of(self.model)) if given is True else given or ()
+        return torch.tensor([PAD, *ids], dtype=self.rows.dtype)
+
+    def _kept(self, rows: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
+        """Return which places hold a token to train on."""
+        return ~torch.isin(rows, self._left_out)
+
     @torch.no_grad()
     def _read(self, chunk: int) -> Queries:
         """Return the queries of a chunk's tokens, shuffled."""
         rows = self.rows[self._rows_of(chunk)]
-        n_tokens = int((rows != PAD).sum())
+        n_tokens = int(self._kept(rows).sum())
         # Where each token goes: written there at once, the chunk is never copied.
         order = _order(self.config.seed, _TOKENS, chunk, n_tokens)
         places = torch.from_numpy(order).to(self.device)
@@ -95,7 +112,7 @@ class QueryStream:
             # Padding stands to the right of a causal model's row: whatever it reads as, no real
             # token sees it.
             read = read_activations(self.model, tokens, names, autocast=self.config.autocast_lm)
-            real = tokens != PAD
+            real = self._kept(tokens)
             to = places[at : at + int(real.sum())]
             for name, value in read.items():
                 here = value[real.to(value.device)].flatten(1).to(self.device)

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.sae_trainer import SAETrainer
@@ -28,7 +28,7 @@ from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sae.configs import training_config
 from sae_query_steer.sae.core import to_inference
 from sae_query_steer.sites import QuerySite, check_sites
-from sae_query_steer.storage.folders import check_replaceable, locked
+from sae_query_steer.storage.folders import check_replaceable, locked, new_file
 from sae_query_steer.training.checkpoints import (
     Checkpoints,
     check_not_diverged,
@@ -37,7 +37,11 @@ from sae_query_steer.training.checkpoints import (
 from sae_query_steer.training.estimate import check_resources
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer, trainer_config
+from sae_query_steer.training.start import check_start, load_start
 from sae_query_steer.training.stream import QueryStream
+
+ROWS = "rows.npy"
+"""The token rows of a stream, in the folder of a stopped run."""
 
 
 def train_query_saes(
@@ -49,6 +53,7 @@ def train_query_saes(
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    start: QuerySAEs | None = None,
 ) -> QuerySAEs:
     """Train one query-head SAE for each site, all on the same tokens and one forward pass each.
 
@@ -62,8 +67,10 @@ def train_query_saes(
 
     Args:
         model: a HookedTransformer or a TransformerBridge; its weights do not change.
-        texts: a `datasets.Dataset`, strings, token rows [row pos], or tokenised examples; see
-            `token_rows`.
+        texts: a `datasets.Dataset` or `IterableDataset`, strings, token rows [row pos], or
+            tokenised examples; see `token_rows`. Of texts without a length, such as a generator or
+            a streaming dataset, as many are read as the run needs; a resumed run takes the rows
+            that were stored and does not read them again.
         sites: where to train, from `query_sites`.
         config: architecture and settings of the run.
         out: folder to write the SAEs to, atomically; until then the checkpoints of the run are in
@@ -71,6 +78,8 @@ def train_query_saes(
         resume: continue the run in `<out>.unfinished`, if there is one, or return the SAEs in
             `out`, if they were trained with these settings.
         overwrite: replace what is in `out`, and a stopped run.
+        start: SAEs from whose weights training starts, such as those of other texts; of all sites,
+            and of the config's architecture and sizes. None starts from random weights.
 
     Returns:
         The inference SAEs by hook name, with `metrics` per layer and head, measured on the next
@@ -81,29 +90,30 @@ def train_query_saes(
         BlockingIOError: another process writes to `out`.
         FileExistsError: `out` exists, or a stopped run, and neither `resume` nor `overwrite` is
             given.
-        ValueError: a site that the model does not have, settings that contradict a run to resume,
-            texts that can't be used, a damaged checkpoint, or too little memory or disk, all before
-            training starts; or training has diverged.
+        ValueError: a site that the model does not have, SAEs to start from that differ, settings
+            that contradict a run to resume, texts that can't be used, a damaged checkpoint, or too
+            little memory or disk, all before training starts; or training has diverged.
 
     Source: arXiv 2502.18644 (SAEs on queries); training is SAELens's.
     """
     check_sites(model, sites)
     if out is None and (resume or overwrite):
         raise ValueError("resume and overwrite need a folder: give out=")
+    if start is not None:
+        check_start(start, config.sae, sites)
     out = None if out is None else Path(out)
+    unfinished = None if out is None else out.with_name(f"{out.name}.unfinished")
     finished = out is not None and resume and (out / INDEX).is_file()
     with nullcontext() if out is None or (finished and not overwrite) else locked(out):
         if out is not None:
             check_replaceable(out, overwrite=overwrite or resume, holding=INDEX)
-        rows = token_rows(
-            model,
-            texts,
-            context_size=config.context_size,
-            concat_sequences=config.concat_sequences,
-            prepend_bos=config.prepend_bos,
-        )
+        stored = None if unfinished is None or isinstance(texts, Sized) else unfinished / ROWS
+        if resume and stored is not None and stored.is_file():
+            rows = torch.from_numpy(np.load(stored, mmap_mode="c", allow_pickle=False))
+        else:
+            rows = _read_rows(model, texts, config, out)
         stream = QueryStream(model=model, rows=rows, sites=sites, config=config)
-        settings = _settings(stream)
+        settings = _settings(stream, start)
         if out is not None and resume and (out / INDEX).is_file():
             finished = QuerySAEs.load(out, device=str(model.cfg.device))
             if not overwrite or finished.settings == settings:
@@ -111,27 +121,49 @@ def train_query_saes(
                 return finished
         check_resources(stream, out)
         checkpoints = None
-        if out is not None:
+        if unfinished is not None:
             tokens = fingerprint_tokens(int(model.cfg.d_vocab))
             with without_hooks(model):
                 queries = read_activations(model, tokens, [site.hook_name for site in sites])
             checkpoints = Checkpoints(
-                out.with_name(f"{out.name}.unfinished"),
+                unfinished,
                 settings,
                 queries,
                 every=config.checkpoint_every,
                 resume=resume,
                 overwrite=overwrite,
             )
-        result = _trained(stream, settings, checkpoints)
+        if stored is not None and not stored.is_file():
+            with new_file(stored) as new, new.open("wb") as file:
+                np.save(file, rows.numpy(), allow_pickle=False)
+        result = _trained(stream, settings, checkpoints, start)
         if out is not None and checkpoints is not None:
             result.save(out, overwrite=overwrite)
             checkpoints.remove()
         return result
 
 
+def _read_rows(
+    model: Any, texts: Texts, config: TrainingConfig, out: Path | None
+) -> Int[Tensor, "row pos"]:
+    size = config.train_batch_size_tokens
+    n_batches = -(-config.training_tokens // size) - (-config.metric_tokens // size)
+    return token_rows(
+        model,
+        texts,
+        context_size=config.context_size,
+        concat_sequences=config.concat_sequences,
+        prepend_bos=config.prepend_bos,
+        n_tokens=n_batches * size,
+        folder=None if out is None else out.absolute().parent,
+    )
+
+
 def _trained(
-    stream: QueryStream, settings: dict[str, Any], checkpoints: Checkpoints | None
+    stream: QueryStream,
+    settings: dict[str, Any],
+    checkpoints: Checkpoints | None,
+    start: QuerySAEs | None,
 ) -> QuerySAEs:
     config, device = stream.config, str(stream.model.cfg.device)
     saes = {site.hook_name: _new_sae(site, stream, settings["model"]) for site in stream.sites}
@@ -145,7 +177,10 @@ def _trained(
     if begins:
         first = next(batches)
         for name, one in trainer.trainers.items():
-            _start_at_mean(one, first[name])
+            if start is None:
+                _start_at_mean(one, first[name])
+            else:
+                load_start(one.sae, start[name], one.activation_scaler.scaling_factor)
         batches = chain([first], batches)
     trainer.data_provider = batches
     trainer.fit()
@@ -161,18 +196,27 @@ def _trained(
     return QuerySAEs(trained, metrics, settings)
 
 
-def _settings(stream: QueryStream) -> dict[str, Any]:
-    """Return all that decides the weights of a run, as JSON; the texts by their hash."""
+def _settings(stream: QueryStream, start: QuerySAEs | None) -> dict[str, Any]:
+    """Return all that decides the weights of a run, as JSON; texts and start by their hash."""
     rows = stream.rows
-    return {
+    tensors = [v.cpu() for sae in (start or {}).values() for v in sae.state_dict().values()]
+    found = {"start_sha256": _sha256(tensors)} if tensors else {}
+    return found | {
         **stream.config.to_json(),
         "model": model_name(stream.model),
         "model_dtype": dtype_name(stream.model),
         "hook_names": [site.hook_name for site in stream.sites],
         "context_size": rows.shape[1],
         "n_rows": len(rows),
-        "rows_sha256": hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest(),
+        "rows_sha256": _sha256(rows.split(2**16)),
     }
+
+
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy())
+    return found.hexdigest()
 
 
 def _new_sae(site: QuerySite, stream: QueryStream, name: str) -> Any:
@@ -188,6 +232,7 @@ def _new_sae(site: QuerySite, stream: QueryStream, name: str) -> Any:
         prepend_bos=has_bos,
         training_tokens=config.training_tokens,
         seed=config.seed,
+        exclude_special_tokens=config.exclude_special_tokens,
     )
     cfg = training_config(
         config.sae,
