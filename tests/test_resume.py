@@ -134,7 +134,7 @@ def test_training_starts_from_given_weights(tiny_models, kind):
     for name, sae in first.items():
         for key, value in sae.state_dict().items():
             # The threshold of BatchTopK moves by a share of its own.
-            near = 0.05 if kind == "batchtopk" and key == "threshold" else 1e-4
+            near = 0.2 if kind == "batchtopk" and key == "threshold" else 1e-4
             torch.testing.assert_close(again[name].state_dict()[key], value, rtol=near, atol=1e-5)
 
 

@@ -105,7 +105,8 @@ def _column(texts: Dataset | IterableDataset) -> Iterator[Any]:
             f"a dataset of texts must have a column 'text', got {names}: give "
             "read_texts(dataset, text=COLUMN)"
         )
-    return (row["text"] for row in texts.select_columns("text"))
+    rows: Iterable[Any] = texts.select_columns("text")
+    return (row["text"] for row in rows)
 
 
 def _given_rows(rows: Tensor, n_ctx: int, d_vocab: int) -> Tensor:
@@ -174,7 +175,7 @@ def _mapped(
                 )
             padded = np.full(width, PAD, dtype=np.int32)
             padded[: len(row)] = row
-            file.write(padded)
+            file.write(padded.tobytes())
             n_rows, n_written, longest = n_rows + 1, n_written + len(row), max(longest, len(row))
             bar.update(len(row))
             if n_tokens is not None and n_written >= n_tokens:

@@ -180,7 +180,8 @@ def _trained(
             if start is None:
                 _start_at_mean(one, first[name])
             else:
-                load_start(one.sae, start[name], one.activation_scaler.scaling_factor)
+                scale: Any = one.activation_scaler.scaling_factor  # HeadwiseScaler's
+                load_start(one.sae, start[name], scale)
         batches = chain([first], batches)
     trainer.data_provider = batches
     trainer.fit()
@@ -215,7 +216,7 @@ def _settings(stream: QueryStream, start: QuerySAEs | None) -> dict[str, Any]:
 def _sha256(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.contiguous().numpy())
+        found.update(tensor.contiguous().numpy().data)
     return found.hexdigest()
 
 
