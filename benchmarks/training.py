@@ -1,7 +1,7 @@
 """All heads at once against SAELens head by head: seconds for equal tokens, and peak memory.
 
-    python -m benchmarks.training [--quick] [--rows heads forward layers smollm2] [--json FILE]
-                                  [--rounds N] [--threads N] [--device D]
+    python -m benchmarks.training [--quick] [--rows heads forward layers smollm2 processes]
+                                  [--json FILE] [--rounds N] [--threads N] [--device D]
 
 Both sides run in this process, alternating, after one unmeasured round; "ratio" is other / ours,
 its median over rounds with its range. `equal` says that in this same run heads of ours were found
@@ -12,6 +12,10 @@ The row smollm2, which only `--rows` measures, is all 270 heads of SmolLM2 again
 pass through all layers without logits. Its floor is 1 / (1 + operations of the SAEs / operations of
 the pass), and its memory that of a process above the loaded model, the weights, gradients and
 moments.
+
+The rows of `--rows processes`, which must be named, compare two processes of a launch with one
+process, all forked here with one thread each, on the CPU. Their ceiling is what two unconnected
+copies of the run in one process reach together; `equal` says that the weights are bitwise the same.
 """
 
 import argparse
@@ -39,6 +43,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
+from benchmarks.processes import two_processes
 from benchmarks.rounds import faster, seconds_of
 from sae_query_steer.sae import QueryHeadTopKTrainingSAE
 from sae_query_steer.storage.folders import new_file
@@ -46,7 +51,7 @@ from sae_query_steer.training.saelens import HeadwiseTrainer
 
 SAMPLED = "(*)"
 ROWS = ("heads", "forward", "layers")
-SMOLLM2 = "smollm2"
+SMOLLM2, PROCESSES = "smollm2", "processes"
 N_LAYERS, N_HEADS, D_HEAD, LAYER = 6, 8, 64, 4
 D_SAE, K, CONTEXT, BATCH, LR = 512, 16, 128, 2048, 3e-4
 
@@ -56,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds")
     parser.add_argument(
-        "--rows", nargs="+", choices=[*ROWS, SMOLLM2], default=ROWS, help="some rows alone"
+        "--rows", nargs="+", choices=[*ROWS, SMOLLM2, PROCESSES], default=ROWS, help="some rows"
     )
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--rounds", type=int, help="measured rounds")
@@ -76,6 +81,9 @@ def main() -> None:
         train(model, rows, [LAYER], range(1))
         return print(mebibytes("VmHWM"))
 
+    if PROCESSES in args.rows:
+        work = partial(ours, model, rows, list(range(N_LAYERS)), range(N_HEADS))
+        return show(two_processes(work, args.rounds or (1 if args.quick else 5)), args)
     equal = follows_saelens(args.device)
     one, all_heads = range(1), range(N_HEADS)
     layer, model_layers = [LAYER], list(range(N_LAYERS))
@@ -99,11 +107,16 @@ def main() -> None:
     ]
     if SMOLLM2 in args.rows:
         table.append(on_smollm2(2048 if args.quick else 8192, rounds, equal))
-    print(pd.DataFrame(table).round(3).to_string(index=False))
+    show(table, args)
     print(f"{SAMPLED}: SAELens trained one head of each layer; its seconds are times 8")
     if not args.quick:
         for side in ("ours", "other", *({SMOLLM2} & {*args.rows})):
             print(f"peak memory, {side}: {peak_memory(side, args):.0f} MiB")
+
+
+def show(table: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print the rows, and write them if a file is given."""
+    print(pd.DataFrame(table).round(3).to_string(index=False))
     if args.json:
         with new_file(args.json) as new:
             new.write_text(json.dumps(table, indent=1), encoding="utf-8")
@@ -134,10 +147,11 @@ def ours(
     heads: range,
     d_sae: int = D_SAE,
     batch: int = BATCH,
+    train: Callable[..., Any] = sqs.train_query_saes,
 ) -> None:
     """Train all heads of the layers in one pass."""
     del heads
-    sqs.train_query_saes(
+    train(
         model,
         rows,
         sqs.query_sites(model, layers),

@@ -1,26 +1,38 @@
-"""Several processes: each its share of the layers, together what one process trains."""
+"""Several processes: each its share of the passes and layers, together what one trains."""
 
+import dataclasses
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from command_line import invoke
+from test_resume import TOPK, Stopped, assert_equal, stopped_after, train
 from wheel_check import make_texts
 
 import sae_query_steer as sqs
-from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.storage.folders import locked
-from sae_query_steer.training.distributed import join_ranks, local_device, train_on_ranks
+from sae_query_steer.training.distributed import local_device, train_on_ranks
+from sae_query_steer.training.ranks import join_ranks
+from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
 MAIN = "from sae_query_steer.cli.main import main; main()"
-CONFIG = TrainingConfig(sae=TopK(d_sae_per_head=16, k=3), training_tokens=1024)
+FORK = multiprocessing.get_context("fork")  # with the model in memory: imports take longest
+# A forward pass of 2 rows; padded rows; norms from a pass of their own.
+CONFIG = {
+    "texts": [" ".join(f"w{(7 * i + j * j) % 48}" for j in range(5 + i % 9)) for i in range(40)],
+    "concat_sequences": False,
+    "sae": dataclasses.replace(TOPK, normalize_activations="expected_average_only_in"),
+    "n_batches_for_norm_estimate": 5,
+    "store_batch_size_prompts": 2,
+}
 
 
 def arguments(folder: Path, texts: Path, out: Path) -> list[str]:
@@ -33,6 +45,104 @@ def arguments(folder: Path, texts: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def launch_of(n: int) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def on_ranks(n: int, model, **changes) -> list[str]:
+    """Train in the processes of a launch; return what each of them raised."""
+    raised, launch = FORK.SimpleQueue(), launch_of(n)
+
+    def work(rank: int) -> None:
+        os.environ.update(launch, RANK=str(rank))
+        error = None
+        try:
+            train(model, run=train_on_ranks, **CONFIG, **changes)
+        except Exception as found:
+            error = found
+        raised.put((rank, "" if error is None else repr(error)))
+
+    processes = [FORK.Process(target=work, args=[rank], daemon=True) for rank in range(n)]
+    with warnings.catch_warnings():  # of threads, which do nothing here
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0, "it hangs"
+    found = dict(raised.get() for _ in processes)
+    return [found[rank] for rank in range(n)]
+
+
+def crash_at_13(monkeypatch, rank: int) -> None:
+    """Let one rank fail after 13 steps; the last checkpoint is that of step 10."""
+    step = HeadwiseMultiTrainer._maybe_log_sparsity
+
+    def crash(self, final=False):
+        step(self, final=final)
+        if self.n_training_steps == 13 and os.environ["RANK"] == str(rank):
+            raise Stopped
+
+    monkeypatch.setattr(HeadwiseMultiTrainer, "_maybe_log_sparsity", crash)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_models):
+    """What one process trains, at two layers."""
+    return train(tiny_models["bridge"], **CONFIG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3], ids=["a layer each", "one without a layer"])
+def test_ranks_train_what_one_process_trains(tiny_models, whole, tmp_path, n):
+    assert on_ranks(n, tiny_models["bridge"], out=tmp_path / "saes") == [""] * n
+    found = sqs.QuerySAEs.load(tmp_path / "saes")
+    assert_equal(whole, found)
+    assert whole.settings == found.settings
+    assert [path.name for path in tmp_path.iterdir()] == ["saes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 1), (3, 2)])
+def test_another_number_of_ranks_continues_a_stopped_run(
+    tiny_models, whole, tmp_path, monkeypatch, before, after
+):
+    model, again = tiny_models["bridge"], {"out": tmp_path / "saes", "resume": True}
+    if before == 1:
+        stopped_after(monkeypatch, 13, model, out=tmp_path / "saes", **CONFIG)
+    else:
+        with monkeypatch.context() as patch:
+            crash_at_13(patch, rank=1)
+            errors = on_ranks(before, model, out=tmp_path / "saes")
+        assert errors.pop(1) == "Stopped()"
+        for rank, error in zip((0, 2), errors, strict=False):
+            assert f"rank {rank} of {before} stops because another rank has ended" in error
+    steps = sorted(path.name for path in (tmp_path / "saes.unfinished").glob("step-*"))
+    assert steps == ["step-10", "step-5"]
+    assert on_ranks(after, model, **again) == [""] * after
+    assert_equal(whole, sqs.QuerySAEs.load(tmp_path / "saes"))
+
+
+def test_a_folder_that_another_writes_is_refused_and_all_ranks_end(tiny_models, tmp_path):
+    lock = locked(tmp_path / "saes")
+    with ThreadPoolExecutor(1) as other:  # what this thread locks, its forks hold too
+        other.submit(lock.__enter__).result()
+        errors = on_ranks(2, tiny_models["bridge"], out=tmp_path / "saes")
+        other.submit(lock.__exit__, None, None, None).result()
+    assert "BlockingIOError" in errors[0] and "is being written by another" in errors[0]
+    assert "rank 1 of 2 stops because another rank has ended" in errors[1]
+
+
+def test_an_existing_folder_is_refused_by_all_ranks(tiny_models, tmp_path):
+    (tmp_path / "saes").mkdir()
+    (tmp_path / "saes" / "query_saes.json").touch()
+    for error in on_ranks(2, tiny_models["bridge"], out=tmp_path / "saes"):
+        assert "FileExistsError" in error and "saes exists" in error
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tiny_folder, tmp_path, monkeypatch):
     make_texts(tmp_path / "texts.csv")
@@ -40,10 +150,7 @@ def test_two_processes_write_what_one_writes(tiny_folder, tmp_path, monkeypatch)
         arguments(tiny_folder, tmp_path / "texts.csv", tmp_path / out) for out in ("one", "two")
     )
     assert invoke(in_one, catch=False).exit_code == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    launch = launch_of(2)
     environment = os.environ | launch | {"RANK": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", MAIN, *in_two]
     other = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -61,59 +168,6 @@ def test_two_processes_write_what_one_writes(tiny_folder, tmp_path, monkeypatch)
     pd.testing.assert_frame_equal(one.metrics, two.metrics)
     assert one.settings == two.settings
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "texts.csv", "two"]
-
-
-def test_more_processes_than_layers_are_refused(tiny_models, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    sites = sqs.query_sites(tiny_models["bridge"])
-    with pytest.raises(ValueError, match="at most one per layer, 3, got 4"):
-        train_on_ranks(tiny_models["bridge"], ["w0"], sites, CONFIG, out=tmp_path / "saes")
-
-
-def test_an_existing_folder_is_refused_before_a_rank_trains(tiny_models, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    (tmp_path / "saes").mkdir()
-    (tmp_path / "saes" / "query_saes.json").touch()
-    sites = sqs.query_sites(tiny_models["bridge"])
-    with pytest.raises(FileExistsError, match="saes exists"):
-        train_on_ranks(tiny_models["bridge"], ["w0"], sites, CONFIG, out=tmp_path / "saes")
-
-
-def test_the_first_rank_locks_the_folder_of_all_and_each_its_own(
-    tiny_models, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    sites = sqs.query_sites(tiny_models["bridge"])
-    train = partial(train_on_ranks, tiny_models["bridge"], ["w0"], sites, CONFIG)
-    for rank, folder in enumerate(("saes", "saes.rank1of2")):
-        monkeypatch.setenv("RANK", str(rank))
-        with ThreadPoolExecutor() as other, locked(tmp_path / folder):
-            with pytest.raises(BlockingIOError, match=f"{folder} is being written by another"):
-                other.submit(train, out=tmp_path / "saes").result()
-
-
-def test_ranks_that_replace_a_finished_run_train_each_in_its_own_folder(
-    tiny_models, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    (tmp_path / "saes").mkdir()
-    (tmp_path / "saes" / "query_saes.json").touch()
-    sites = sqs.query_sites(tiny_models["bridge"])
-
-    def train(*args, out, resume, overwrite=False):
-        if out.name == "saes":
-            assert not overwrite, "every rank would replace the folder"
-            raise ValueError("with other settings")
-        raise InterruptedError(out.name)
-
-    monkeypatch.setattr("sae_query_steer.training.distributed.train_query_saes", train)
-    with pytest.raises(InterruptedError, match="saes.rank0of2"):
-        train_on_ranks(
-            *(tiny_models["bridge"], ["w0"], sites, CONFIG),
-            out=tmp_path / "saes",
-            resume=True,
-            overwrite=True,
-        )
 
 
 def test_shares_are_joined_in_the_order_of_the_sites(tiny_models, saes):

@@ -397,6 +397,8 @@ def test_an_edit_that_sees_keys_is_warned_of_too(model):
         ({"device": "gpu"}, "device must be one of .*'cpu'.*got 'gpu'"),
         ({"backend": "nnsight"}, "backend must be 'bridge' or 'hooked', got 'nnsight'"),
         ({"dtype": "int8"}, "dtype must be one of .*'float16'.*got 'int8'"),
+        ({"device_map": "auto", "device": "cpu"}, "device_map must be given .* without device"),
+        ({"device_map": "auto", "backend": "hooked"}, "device_map must be given with backend='br"),
     ],
 )
 def test_a_model_is_not_loaded_on_a_device_or_in_a_format_that_there_is_not(
@@ -406,6 +408,13 @@ def test_a_model_is_not_loaded_on_a_device_or_in_a_format_that_there_is_not(
         sqs.load_model(str(tiny_folder), **settings)
     loaded = sqs.load_model(str(tiny_folder), device="cpu", dtype="bfloat16")
     assert next(loaded.parameters()).dtype == torch.bfloat16
+
+
+def test_a_device_map_places_the_modules_of_a_bridge(tiny_folder, tiny_models):
+    model = sqs.load_model(tiny_folder, device_map={"": "cpu"})
+    assert model.original_model.hf_device_map == {"": "cpu"}
+    tokens = tokens_of(model)
+    assert torch.equal(model(tokens), tiny_models["bridge"](tokens))
 
 
 def test_saes_and_targets_in_the_wrong_order_are_refused(saes, targets, untyped):

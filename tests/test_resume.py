@@ -41,7 +41,15 @@ class Stopped(Exception):
 
 
 def train(
-    model, texts=None, sites=None, out=None, resume=False, overwrite=False, start=None, **changes
+    model,
+    texts=None,
+    sites=None,
+    out=None,
+    resume=False,
+    overwrite=False,
+    start=None,
+    run=sqs.train_query_saes,
+    **changes,
 ):
     if texts is None:
         texts = torch.randint(4, 52, (40, 12), generator=torch.Generator().manual_seed(0))
@@ -60,7 +68,7 @@ def train(
     }
     config = TrainingConfig(**{**settings, **changes})
     again = {"resume": resume, "overwrite": overwrite, "start": start}
-    return sqs.train_query_saes(model, texts, sites, config, out=out, **again)
+    return run(model, texts, sites, config, out=out, **again)
 
 
 def stopped_after(monkeypatch, n_steps: int, model, **changes) -> None:
@@ -255,7 +263,8 @@ def open_checkpoints(folder: Path, run: Path) -> Checkpoints:
     return Checkpoints(folder, settings, {}, every=5, resume=True, overwrite=False)
 
 
-FILES = ("run.json", "step-10/checkpoint.json", "step-10/state.safetensors")
+STATE = f"{NAME}.safetensors"
+FILES = ("run.json", "step-10/checkpoint.json", f"step-10/{STATE}")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -289,7 +298,7 @@ def test_a_damaged_checkpoint_is_named_with_the_sound_one_before_it(
     tiny_models, unfinished, tmp_path
 ):
     model, out, last = tiny_models["bridge"], tmp_path / "saes", unfinished / "step-10"
-    state = last / "state.safetensors"
+    state = last / STATE
     state.write_bytes(state.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"or delete {last} to continue from step 5$"):
         train(model, out=out, resume=True)
@@ -302,12 +311,12 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(
     tiny_models, unfinished, tmp_path, kind
 ):
     last = unfinished / "step-10"
-    tensors = read_tensors(last, "state.safetensors")
+    tensors = read_tensors(last, STATE)
     tensors[f"{NAME}/{kind}/W_enc"][0, 0, 0] = torch.nan
-    write_tensors(last / "state.safetensors", tensors)
+    write_tensors(last / STATE, tensors)
     index = read_record(last, "checkpoint.json", CheckpointIndex)
-    state = listed(last / "state.safetensors")
-    write_record(last / "checkpoint.json", index.model_copy(update={"state": state}))
+    files = index.files | {STATE: listed(last / STATE)}
+    write_record(last / "checkpoint.json", index.model_copy(update={"files": files}))
     with pytest.raises(ValueError, match=f"damaged: {NAME}/{kind}/W_enc must be finite.*delete"):
         train(tiny_models["bridge"], out=tmp_path / "saes", resume=True)
 
@@ -361,7 +370,7 @@ def test_what_a_killed_process_was_writing_is_passed_over_and_cleared_away(
     stopped_after(monkeypatch, 13, model, out=out)
     unfinished = tmp_path / "saes.unfinished"
     (unfinished / ".step-15.new" / "new").mkdir(parents=True)
-    (unfinished / "step-5" / "state.safetensors").unlink()  # killed while it was removed
+    (unfinished / "step-5" / STATE).unlink()  # killed while it was removed
     assert_equal(train(model), train(model, out=out, resume=True))
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sized
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ def _column(texts: Dataset | IterableDataset) -> Iterator[Any]:
             f"a dataset of texts must have a column 'text', got {names}: give "
             "read_texts(dataset, text=COLUMN)"
         )
-    rows: Iterable[Any] = texts.select_columns("text")
+    rows = cast(Iterable[Any], texts.select_columns("text"))
     return (row["text"] for row in rows)
 
 

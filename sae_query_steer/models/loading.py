@@ -31,6 +31,7 @@ def load_model(
     device: str | None = ...,
     dtype: torch.dtype | str = ...,
     backend: Literal["bridge"] = ...,
+    device_map: str | dict[str, str | int] | None = ...,
 ) -> TransformerBridge: ...
 @overload
 def load_model(
@@ -46,6 +47,7 @@ def load_model(
     device: str | None = None,
     dtype: torch.dtype | str = torch.float32,
     backend: Literal["bridge", "hooked"] = "bridge",
+    device_map: str | dict[str, str | int] | None = None,
 ) -> TransformerBridge | HookedTransformer:
     """Return a model from a local folder or a hub name; no weights are folded or centred.
 
@@ -56,10 +58,13 @@ def load_model(
         device: where to put it; None lets TransformerLens choose.
         dtype: number format of the weights, such as torch.bfloat16 or "bfloat16".
         backend: "bridge" for a TransformerBridge, "hooked" for a HookedTransformer.
+        device_map: spread a bridge over several GPUs, such as "balanced", or a GPU for each module;
+            see TransformerBridge. Its layers run one after the other. Leave `device` out.
 
     Raises:
-        ValueError: a device that there is not here, another number format or backend, or a
-            HookedTransformer that does not compute what the Hugging Face model computes.
+        ValueError: a device that there is not here, another number format or backend, a
+            `device_map` for a HookedTransformer or beside `device`, or a HookedTransformer that
+            does not compute what the Hugging Face model computes.
         FileNotFoundError: there is no such model, neither as a folder nor on the hub.
 
     Source: `HookedTransformer.from_pretrained` does not take a folder.
@@ -71,6 +76,8 @@ def load_model(
         raise ValueError(f"dtype must be one of {[str(one)[6:] for one in DTYPES]}, got {dtype!r}")
     if backend not in ("bridge", "hooked"):
         raise ValueError(f"backend must be 'bridge' or 'hooked', got {backend!r}")
+    if device_map is not None and (backend == "hooked" or device is not None):
+        raise ValueError("device_map must be given with backend='bridge' and without device")
     if device is not None:
         check_device(device)
     name = converted(name)
@@ -82,7 +89,9 @@ def load_model(
         )
     if backend == "hooked":
         return _hooked_transformer(name, device, kind)
-    return TransformerBridge.boot_transformers(name, device=device, dtype=kind)
+    return TransformerBridge.boot_transformers(
+        name, device=device, dtype=kind, device_map=device_map
+    )
 
 
 def load_smollm2(

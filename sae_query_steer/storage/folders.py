@@ -85,8 +85,8 @@ def new_folder(path: str | Path, *, overwrite: bool = False, holding: str) -> It
     """
     path = Path(path)
     with locked(path):
-        aside = path.with_name(f".{path.name}.new")
-        written, old = aside / "new", aside / "old"
+        written = written_aside(path)
+        aside, old = written.parent, written.with_name("old")
         # What a process left that was killed here: the old folder, if it was between the renames.
         if old.exists() and not path.exists():
             old.rename(path)
@@ -103,6 +103,11 @@ def new_folder(path: str | Path, *, overwrite: bool = False, holding: str) -> It
             if old.exists() and not path.exists():
                 old.rename(path)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def written_aside(path: Path) -> Path:
+    """Return the temporary folder of `new_folder`, in which other processes can write as well."""
+    return path.with_name(f".{path.name}.new") / "new"
 
 
 def check_replaceable(path: Path, *, overwrite: bool, holding: str) -> None:

@@ -1,45 +1,48 @@
 """Checkpoints of a training run, from which a stopped run continues with the same numbers.
 
 `<out>.unfinished` holds `run.json`, the settings of the run, and `step-N/`, the last two
-checkpoints: weights, Adam's moments and firing statistics as safetensors, and an index with the
-size and hash of both files. Schedules are functions of the step, and the stream needs no state. A
-checkpoint is written aside and renamed, so one is complete at any moment a process is killed.
-SAELens's own trainer state is a pickle. No signal handler is installed.
+checkpoints: a safetensors file for each site with weights, Adam's moments and firing statistics,
+and an index with the size and hash of all files. Schedules are functions of the step, and the
+stream needs no state. A checkpoint is written aside and renamed, so one is complete at any moment a
+process is killed. Each rank writes and reads the files of its sites, so any number of ranks can
+continue. SAELens's own trainer state is a pickle. No signal handler is installed.
 """
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import JsonValue
+from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from sae_query_steer.models.fingerprint import default_tolerance, relative_difference
-from sae_query_steer.storage.checksums import ListedFile, check_files, listed
-from sae_query_steer.storage.folders import new_folder
+from sae_query_steer.storage.checksums import ListedFile, check_files, list_files, listed
+from sae_query_steer.storage.folders import new_folder, written_aside
 from sae_query_steer.storage.records import Record, read_record, write_record
 from sae_query_steer.storage.tensors import FLOATS, check_finite, read_tensors, write_tensors
+from sae_query_steer.training.ranks import ALONE, Ranks
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
-RUN, INDEX, STATE = "run.json", "checkpoint.json", "state.safetensors"
+RUN, INDEX = "run.json", "checkpoint.json"
 _STATISTICS = ("act_freq_scores", "n_forward_passes_since_fired")
 
 
 class CheckpointIndex(Record):
     """What `checkpoint.json` holds."""
 
-    format: Literal["sae_query_steer.checkpoint/1"]
+    format: Literal["sae_query_steer.checkpoint/2"]
     step: int
     """Steps that were done."""
 
     run: ListedFile
     """`run.json` beside the checkpoint."""
 
-    state: ListedFile
-    """`state.safetensors` in it."""
+    files: dict[str, ListedFile]
+    """The files of the sites in it."""
 
 
 class Checkpoints:
@@ -52,6 +55,7 @@ class Checkpoints:
         every: steps between two checkpoints.
         resume: continue the run in the folder, if there is one.
         overwrite: replace the run in the folder.
+        ranks: the processes of the run. The first one makes and removes folders.
 
     Raises:
         FileExistsError: the folder holds a run and neither `resume` nor `overwrite` is given, or it
@@ -68,13 +72,15 @@ class Checkpoints:
         every: int,
         resume: bool,
         overwrite: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.folder, self.every = folder, every
-        self._queries = {f"fingerprint/{name}": value for name, value in queries.items()}
+        self.folder, self.every, self.ranks = folder, every, ranks
+        self._queries = queries
         self._tolerance = default_tolerance(settings["model_dtype"])
         self._saved = 0
         steps = self._steps()
         exists = bool(steps) or (folder / RUN).is_file()
+        ranks.wait()  # all have looked before one writes
         if exists and resume:
             last = max(steps, default=0)
             with self._damage(last):
@@ -87,9 +93,10 @@ class Checkpoints:
                 f"{folder} holds a stopped run: continue it with resume=True, or replace it with "
                 "overwrite=True"
             )
-        else:
+        elif ranks.rank == 0:
             with new_folder(folder, overwrite=True, holding=RUN) as new:
                 write_record(new / RUN, settings)
+        ranks.wait()
 
     def __call__(self, trainer: HeadwiseMultiTrainer) -> None:
         """Write a checkpoint if one is due, or if training is at its end.
@@ -102,12 +109,20 @@ class Checkpoints:
         if step == self._saved or not due:
             return
         check_not_diverged(trainer)
-        self._remove_all_but(self._saved)
-        with new_folder(self._path(step), overwrite=True, holding=INDEX) as new:
-            write_tensors(new / STATE, self._queries | _tensors(trainer))
-            run, state = listed(self.folder / RUN), listed(new / STATE)
-            found = {"format": "sae_query_steer.checkpoint/1", "step": step}
-            write_record(new / INDEX, CheckpointIndex(**found, run=run, state=state))
+        first, path = self.ranks.rank == 0, self._path(step)
+        if first:
+            self._remove_all_but(self._saved)
+        folder = new_folder(path, overwrite=True, holding=INDEX) if first else nullcontext()
+        with folder:
+            self.ranks.wait()
+            new = written_aside(path)
+            for site, one in trainer.trainers.items():
+                write_tensors(new / f"{site}.safetensors", self._tensors(site, one))
+            self.ranks.wait()
+            if first:
+                run, files = listed(self.folder / RUN), list_files(new)
+                found = {"format": "sae_query_steer.checkpoint/2", "step": step}
+                write_record(new / INDEX, CheckpointIndex(**found, run=run, files=files))
         self._saved = step
 
     def restore(self, trainer: HeadwiseMultiTrainer) -> None:
@@ -120,22 +135,21 @@ class Checkpoints:
             return
         step = steps[-1]
         _set_step(trainer, step)
-        own = self._queries | _tensors(trainer)
-        expected = {name: (FLOATS, tuple(tensor.shape)) for name, tensor in own.items()}
-        stored = read_tensors(self._path(step), STATE, expected)
-        with self._damage(step):
-            check_finite(stored)
-        for name, queries in self._queries.items():
-            difference = relative_difference(queries, stored[name])
+        for site, one in trainer.trainers.items():
+            own, model = self._tensors(site, one), f"fingerprint/{site}"
+            expected = {name: (FLOATS, tuple(tensor.shape)) for name, tensor in own.items()}
+            stored = read_tensors(self._path(step), f"{site}.safetensors", expected)
+            with self._damage(step):
+                check_finite(stored)
+            difference = relative_difference(own.pop(model), stored[model])
             if not difference <= self._tolerance:  # NaN too
                 raise ValueError(
-                    f"{self.folder} holds a run on another model: {name} differs by "
+                    f"{self.folder} holds a run on another model: {model} differs by "
                     f"{difference:.3g} (relative); load that model, or remove the folder"
                 )
-        with torch.no_grad():
-            for name in own.keys() - self._queries.keys():
-                own[name].copy_(stored[name])
-        for site, one in trainer.trainers.items():
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(stored[name])
             one.n_frac_active_samples = int(stored[f"{site}/n_frac_active_samples"])
         self._saved = step
 
@@ -143,6 +157,9 @@ class Checkpoints:
         """Remove the folder, `run.json` last, by which what a killed process leaves is known."""
         self._remove_all_but(0)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _tensors(self, site: str, trainer: SAETrainer[Any, Any]) -> dict[str, Tensor]:
+        return {f"fingerprint/{site}": self._queries[site]} | _tensors(site, trainer)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
@@ -157,7 +174,8 @@ class Checkpoints:
         index = read_record(self._path(step), INDEX, CheckpointIndex)
         if index.step != step:
             raise ValueError(f"{self._path(step) / INDEX} must be of step {step}, got {index.step}")
-        check_files(self.folder, {RUN: index.run, f"step-{step}/{STATE}": index.state})
+        files = {f"step-{step}/{name}": file for name, file in index.files.items()}
+        check_files(self.folder, {RUN: index.run} | files)
 
     @contextmanager
     def _damage(self, step: int) -> Iterator[None]:
@@ -204,7 +222,8 @@ def check_not_diverged(trainer: HeadwiseMultiTrainer) -> None:
         ValueError: the message names the site and the tensor.
     """
     try:
-        check_finite(_tensors(trainer))
+        for site, one in trainer.trainers.items():
+            check_finite(_tensors(site, one))
     except ValueError as error:
         raise ValueError(
             f"training diverged before step {trainer.n_training_steps}: {error}; train with a "
@@ -212,19 +231,17 @@ def check_not_diverged(trainer: HeadwiseMultiTrainer) -> None:
         ) from error
 
 
-def _tensors(trainer: HeadwiseMultiTrainer) -> dict[str, Tensor]:
+def _tensors(site: str, trainer: SAETrainer[Any, Any]) -> dict[str, Tensor]:
     """Return the tensors of a trainer's state themselves, not copies, but for the counter."""
-    found: dict[str, Tensor] = {}
-    for site, one in trainer.trainers.items():
-        found |= {f"{site}/weight/{name}": value for name, value in one.sae.state_dict().items()}
-        for name, parameter in one.sae.named_parameters():
-            moments = one.optimizer.state[parameter]
-            found |= {f"{site}/{moment}/{name}": value for moment, value in moments.items()}
-        found |= {f"{site}/{name}": getattr(one, name) for name in _STATISTICS}
-        counter = torch.tensor(one.n_frac_active_samples, dtype=torch.float64)
-        found[f"{site}/n_frac_active_samples"] = counter
-        if isinstance(scale := one.activation_scaler.scaling_factor, Tensor):
-            found[f"{site}/scale"] = scale
+    sae, counter = trainer.sae, trainer.n_frac_active_samples
+    found = {f"{site}/weight/{name}": value for name, value in sae.state_dict().items()}
+    for name, parameter in sae.named_parameters():
+        moments = trainer.optimizer.state[parameter]
+        found |= {f"{site}/{moment}/{name}": value for moment, value in moments.items()}
+    found |= {f"{site}/{name}": getattr(trainer, name) for name in _STATISTICS}
+    found[f"{site}/n_frac_active_samples"] = torch.tensor(counter, dtype=torch.float64)
+    if isinstance(scale := trainer.activation_scaler.scaling_factor, Tensor):
+        found[f"{site}/scale"] = scale
     return found
 
 

@@ -1,29 +1,26 @@
-"""Training in several processes, each of which trains its share of the layers.
+"""Training in several processes, which share the forward pass and the layers.
 
     torchrun --nproc-per-node N --no-python sae-query-steer train ...
 
-Layers share the model only, of which every process holds a copy, so nothing is sent: each process
-writes its own folder, and the first joins them. A site's SAE does not depend on the sites trained
-with it, so the result equals that of one process.
+Each process holds the model, runs it over its share of the forward batches, and trains the SAEs of
+its share of the layers. Every SAE sees the same queries in the same order as in one process, so the
+result equals that of one process: bitwise, where device, number format and number of threads are
+equal.
 """
 
 import os
-import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import distributed
 
 from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.token_rows import Texts
-from sae_query_steer.sae.collection import INDEX, QuerySAEs
+from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.storage.folders import check_replaceable, locked
+from sae_query_steer.training.ranks import Ranks
 from sae_query_steer.training.train import train_query_saes
 
 
@@ -40,11 +37,11 @@ def train_on_ranks(
 ) -> QuerySAEs:
     """Train the sites in all processes of a launch, or in this one if there is no launch.
 
-    Rank r of n trains the sites r, r + n, ... in `<out>.rank<r>of<n>`, which can be stopped and
-    resumed as any run, with the same number of processes.
+    Rank r of n runs the model over forward batches r, r + n, ... and trains the sites r, r + n, ...
+    There may be more ranks than sites. A stopped run can be continued by another number of ranks.
 
     Args:
-        model: this process's copy.
+        model: this process's copy. On a GPU queries are sent by NCCL, else by gloo.
         texts: the same in every process.
         sites: all of them, the same in every process.
         config: as for `train_query_saes`.
@@ -59,47 +56,23 @@ def train_on_ranks(
     Raises:
         BlockingIOError: as `train_query_saes`.
         FileExistsError: as `train_query_saes`.
-        ValueError: as `train_query_saes`, or there are more processes than sites.
+        RuntimeError: another process has ended.
+        ValueError: as `train_query_saes`.
     """
-    out = Path(out)
-    rank, n = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if n > max(1, len(sites)):
-        raise ValueError(f"processes must be at most one per layer, {len(sites)}, got {n}")
-    again: Any = {"resume": resume, "overwrite": overwrite, "start": start}
+    again: Any = {"out": out, "resume": resume, "overwrite": overwrite, "start": start}
+    n = int(os.environ.get("WORLD_SIZE", "1"))
     if n == 1:
-        return train_query_saes(model, texts, sites, config, out=out, **again)
-    if resume and (out / INDEX).is_file():
-        with suppress(ValueError) if overwrite else nullcontext():  # of another run
-            return train_query_saes(model, texts, sites, config, out=out, resume=True, start=start)
-    with locked(out) if rank == 0 else nullcontext():
-        check_replaceable(out, overwrite=overwrite, holding=INDEX)
-        parts = [out.with_name(f"{out.name}.rank{r}of{n}") for r in range(n)]
-        train_query_saes(model, texts, sites[rank::n], config, out=parts[rank], **again)
-        # The first process to finish may wait long for the last.
-        distributed.init_process_group("gloo", timeout=timedelta(weeks=52))
-        try:
-            distributed.barrier()
-            if rank == 0:
-                joined = join_ranks([QuerySAEs.load(part) for part in parts], sites)
-                joined.save(out, overwrite=overwrite)
-                for part in parts:
-                    shutil.rmtree(part, ignore_errors=True)
-            distributed.barrier()
-        finally:
-            distributed.destroy_process_group()
-        return QuerySAEs.load(out, device=str(model.cfg.device))
-
-
-def join_ranks(parts: Sequence[QuerySAEs], sites: Sequence[QuerySite]) -> QuerySAEs:
-    """Return the SAEs of several processes as one process would have returned them."""
-    names = [site.hook_name for site in sites]
-    saes = {name: part[name] for name in names for part in parts if name in part}
-    metrics = None
-    if all(part.measured for part in parts):
-        table = pd.concat([part.metrics for part in parts])
-        layers = [table[table["layer"] == site.layer] for site in sites]
-        metrics = pd.concat(layers, ignore_index=True)
-    return QuerySAEs(saes, metrics, {**(parts[0].settings or {}), "hook_names": names})
+        return train_query_saes(model, texts, sites, config, **again)
+    device = torch.device(model.cfg.device)
+    on_gpu = device.type == "cuda"
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None
+    )
+    ranks = Ranks(distributed.get_rank(), n, str(device) if on_gpu else "cpu")
+    saes = train_query_saes(model, texts, sites, config, **again, ranks=ranks)
+    # Not after an error: this process must end, and NCCL would first wait for the others.
+    distributed.destroy_process_group()
+    return saes
 
 
 def local_device() -> str | None:

@@ -103,10 +103,9 @@ def check_resources(stream: QueryStream, out: Path | None) -> None:
         ValueError: the message names what is needed, what is free, and the remedy.
     """
     model, config = stream.model, stream.config
-    weights = _weight_bytes(config, stream.sites)
     item = next(model.parameters()).element_size()
-    activations = _buffer_bytes(config, stream.sites, stream.rows.shape[1], item)
-    needed = {str(model.cfg.device): 4 * weights}
+    activations = _buffer_bytes(config, stream.own, stream.rows.shape[1], item)
+    needed = {str(model.cfg.device): 4 * _weight_bytes(config, stream.own)}
     needed[stream.device] = needed.get(stream.device, 0) + activations
     for device, n_bytes in needed.items():
         remedy = (
@@ -119,7 +118,7 @@ def check_resources(stream: QueryStream, out: Path | None) -> None:
         remedy = "give another folder, or train fewer layers at a time"
         unfinished = out.with_name(f"{out.name}.unfinished").rglob("*")
         free = shutil.disk_usage(here).free + sum(file.stat().st_size for file in unfinished)
-        _check_free(7 * weights, free, f"disk at {out}", remedy)
+        _check_free(7 * _weight_bytes(config, stream.sites), free, f"disk at {out}", remedy)
 
 
 def _check_free(needed: int, free: int | None, what: str, remedy: str) -> None:

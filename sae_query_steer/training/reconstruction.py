@@ -84,7 +84,7 @@ def reconstruction_metrics(
 
     Returns:
         One row per layer and head with the columns layer, head, l0, explained_variance,
-        dead_share (latents that fired at none of these tokens) and n_tokens.
+        dead_share (latents that fired at none of these tokens) and n_tokens; empty without SAEs.
     """
     moments = {name: ReconstructionMoments() for name in saes}
     for batch in batches:
@@ -105,4 +105,4 @@ def reconstruction_metrics(
         )
         for name, moment in moments.items()
     ]
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

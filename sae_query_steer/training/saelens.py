@@ -115,6 +115,19 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
         }
 
     @override
+    def fit(self) -> dict[str, Any]:
+        if self.trainers:
+            return super().fit()
+        # A rank without a site runs the model for the others, and waits with them at checkpoints.
+        while self.n_training_samples < self.cfg.total_training_samples:
+            self._maybe_log_sparsity()
+            next(self.data_provider)
+            self.n_training_steps += 1
+            self.n_training_samples += self.cfg.train_batch_size_samples
+        self._maybe_log_sparsity(final=True)
+        return {}
+
+    @override
     def _maybe_log_sparsity(self, final: bool = False) -> None:
         super()._maybe_log_sparsity(final=final)
         if self._checkpoint is not None:

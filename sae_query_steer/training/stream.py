@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count, islice
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from sae_query_steer.data.prompts import tokenizer_of
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.progress import progress_bar
 from sae_query_steer.sites import QuerySite
+from sae_query_steer.training.ranks import ALONE, Ranks
 
 Queries = dict[str, Float[Tensor, "token d_in"]]
 """Flat queries of the same tokens, by hook name."""
@@ -43,10 +45,14 @@ class QueryStream:
     """Token rows, `PAD` where there is no token."""
 
     sites: Sequence[QuerySite]
-    """The sites, all served from one forward pass."""
+    """The sites, all read in one forward pass."""
 
     config: TrainingConfig
     """Sizes of batches, passes and chunks; a chunk of `n_batches_in_buffer` rows is shuffled."""
+
+    ranks: Ranks = ALONE
+    """The processes that share the forward pass. Each serves its own sites, and all must take the
+    same batches at the same time."""
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -62,15 +68,19 @@ class QueryStream:
         device = self.config.act_store_device
         return str(self.model.cfg.device) if device == "with_model" else device
 
-    def batches(self, start: int = 0) -> Iterator[Queries]:
-        """Yield batch `start` and all that follow, the same whatever `start` is."""
+    @property
+    def own(self) -> Sequence[QuerySite]:
+        """The sites that this process serves."""
+        return self.ranks.own(self.sites)
+
+    def batches(self, start: int = 0, n: int | float = inf) -> Iterator[Queries]:
+        """Yield batch `start` and all that follow, the same whatever `start` is; `n` or more."""
         size = self.config.train_batch_size_tokens
         first, skip = 0, start * size
         while skip >= (n_tokens := int(self._kept(self.rows[self._rows_of(first)]).sum())):
             first, skip = first + 1, skip - n_tokens
         parts, missing = [], size
-        for chunk in map(self._read, count(first)):
-            end = len(next(iter(chunk.values())))
+        for end, chunk in self._chunks(first, skip + n * size):
             while skip < end:
                 stop = min(skip + missing, end)
                 parts.append({name: queries[skip:stop] for name, queries in chunk.items()})
@@ -85,7 +95,25 @@ class QueryStream:
 
     def take(self, n: int, description: str, *, start: int = 0) -> Iterator[Queries]:
         """Yield `n` batches from batch `start` on, with a progress bar."""
-        return iter(progress_bar(islice(self.batches(start), n), description, n, unit="batch"))
+        batches = islice(self.batches(start, n), n)
+        return iter(progress_bar(batches, description, n, unit="batch"))
+
+    def _chunks(self, first: int, n_tokens: int | float) -> Iterator[tuple[int, Queries]]:
+        """Yield the size of a chunk and the queries of its tokens, shuffled, from `first` on."""
+        queries: Queries = {}
+        filled = 0
+        for batch, found in self._forward(first, n_tokens):
+            # Where each token goes: written there at once, the chunk is never copied.
+            places = torch.from_numpy(batch.places).to(self.device)
+            for name, value in found.items():
+                if name not in queries:
+                    shape = (batch.chunk_tokens, value.shape[1])
+                    queries[name] = value.new_empty(shape, device=self.device)
+                queries[name][places] = value.to(self.device)
+            filled += len(places)
+            if filled == batch.chunk_tokens:
+                yield filled, queries
+                queries, filled = {}, 0
 
     @cached_property
     def _left_out(self) -> Int[Tensor, " id"]:
@@ -98,29 +126,46 @@ class QueryStream:
         return ~torch.isin(rows, self._left_out)
 
     @torch.no_grad()
-    def _read(self, chunk: int) -> Queries:
-        """Return the queries of a chunk's tokens, shuffled."""
-        rows = self.rows[self._rows_of(chunk)]
-        n_tokens = int(self._kept(rows).sum())
-        # Where each token goes: written there at once, the chunk is never copied.
-        order = _order(self.config.seed, _TOKENS, chunk, n_tokens)
-        places = torch.from_numpy(order).to(self.device)
+    def _forward(
+        self, first: int, n_tokens: int | float
+    ) -> Iterator[tuple["_ForwardBatch", dict[str, Tensor]]]:
+        """Yield forward batches in their order, each with the queries of this process's sites.
+
+        The batches of a group, one for each rank, run at the same time. While a group is sent, the
+        next one runs, if it is needed for `n_tokens`.
+        """
         names = [site.hook_name for site in self.sites]
-        queries: dict[str, Tensor] = {}
-        at = 0
-        for tokens in rows.split(self.config.store_batch_size_prompts):
+        batches = self._forward_batches(first)
+        sent: list[Any] = []
+        while (group := list(islice(batches, self.ranks.n)))[0].begin < n_tokens:
+            own = group[self.ranks.rank].tokens
             # Padding stands to the right of a causal model's row: whatever it reads as, no real
             # token sees it.
-            read = read_activations(self.model, tokens, names, autocast=self.config.autocast_lm)
-            real = self._kept(tokens)
-            to = places[at : at + int(real.sum())]
-            for name, value in read.items():
-                here = value[real.to(value.device)].flatten(1).to(self.device)
-                if name not in queries:
-                    queries[name] = here.new_empty(n_tokens, here.shape[1])
-                queries[name][to] = here
-            at += len(to)
-        return queries
+            read = read_activations(self.model, own, names, autocast=self.config.autocast_lm)
+            real = self._kept(own)
+            found = {name: x[real.to(x.device)].flatten(1) for name, x in read.items()}
+            if self.ranks.n == 1:
+                yield group[0], found
+                continue
+            for before, wait in sent:
+                yield from zip(before, wait(), strict=True)
+            sizes = [len(batch.places) for batch in group]
+            sent = [(group, self.ranks.exchange(found, self.sites, sizes))]
+        for before, wait in sent:
+            yield from zip(before, wait(), strict=True)
+
+    def _forward_batches(self, first: int) -> Iterator["_ForwardBatch"]:
+        """Yield what one forward pass reads, from chunk `first` on."""
+        begin = 0
+        for chunk in count(first):
+            rows = self.rows[self._rows_of(chunk)]
+            n_tokens = int(self._kept(rows).sum())
+            order, at = _order(self.config.seed, _TOKENS, chunk, n_tokens), 0
+            for tokens in rows.split(self.config.store_batch_size_prompts):
+                end = at + int(self._kept(tokens).sum())
+                yield _ForwardBatch(begin, n_tokens, tokens, order[at:end])
+                at = end
+            begin += n_tokens
 
     def _rows_of(self, chunk: int) -> Int[Tensor, " place"]:
         """Return the rows of a chunk, in the order of their epochs."""
@@ -132,6 +177,13 @@ class QueryStream:
             for epoch in np.unique(epochs)
         ]
         return torch.from_numpy(np.concatenate(orders))
+
+
+class _ForwardBatch(NamedTuple):
+    begin: int  # tokens of the stream before its chunk
+    chunk_tokens: int
+    tokens: Int[Tensor, "row pos"]
+    places: np.ndarray  # of its tokens in the chunk
 
 
 @lru_cache(maxsize=4)

@@ -35,6 +35,7 @@ from sae_query_steer.training.checkpoints import (
     check_same_run,
 )
 from sae_query_steer.training.estimate import check_resources
+from sae_query_steer.training.ranks import ALONE, Ranks
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer, trainer_config
 from sae_query_steer.training.start import check_start, load_start
@@ -54,6 +55,7 @@ def train_query_saes(
     resume: bool = False,
     overwrite: bool = False,
     start: QuerySAEs | None = None,
+    ranks: Ranks = ALONE,
 ) -> QuerySAEs:
     """Train one query-head SAE for each site, all on the same tokens and one forward pass each.
 
@@ -80,6 +82,7 @@ def train_query_saes(
         overwrite: replace what is in `out`, and a stopped run.
         start: SAEs from whose weights training starts, such as those of other texts; of all sites,
             and of the config's architecture and sizes. None starts from random weights.
+        ranks: the processes that share the work, see `train_on_ranks`; by default this one alone.
 
     Returns:
         The inference SAEs by hook name, with `metrics` per layer and head, measured on the next
@@ -97,14 +100,15 @@ def train_query_saes(
     Source: arXiv 2502.18644 (SAEs on queries); training is SAELens's.
     """
     check_sites(model, sites)
-    if out is None and (resume or overwrite):
-        raise ValueError("resume and overwrite need a folder: give out=")
+    if out is None and (resume or overwrite or ranks.n > 1):
+        raise ValueError("resume, overwrite and several ranks need a folder: give out=")
     if start is not None:
         check_start(start, config.sae, sites)
     out = None if out is None else Path(out)
     unfinished = None if out is None else out.with_name(f"{out.name}.unfinished")
     finished = out is not None and resume and (out / INDEX).is_file()
-    with nullcontext() if out is None or (finished and not overwrite) else locked(out):
+    free = out is None or ranks.rank > 0 or (finished and not overwrite)
+    with nullcontext() if free else locked(out):
         if out is not None:
             check_replaceable(out, overwrite=overwrite or resume, holding=INDEX)
         stored = None if unfinished is None or isinstance(texts, Sized) else unfinished / ROWS
@@ -112,7 +116,7 @@ def train_query_saes(
             rows = torch.from_numpy(np.load(stored, mmap_mode="c", allow_pickle=False))
         else:
             rows = _read_rows(model, texts, config, out)
-        stream = QueryStream(model=model, rows=rows, sites=sites, config=config)
+        stream = QueryStream(model=model, rows=rows, sites=sites, config=config, ranks=ranks)
         settings = _settings(stream, start)
         if out is not None and resume and (out / INDEX).is_file():
             finished = QuerySAEs.load(out, device=str(model.cfg.device))
@@ -132,14 +136,19 @@ def train_query_saes(
                 every=config.checkpoint_every,
                 resume=resume,
                 overwrite=overwrite,
+                ranks=ranks,
             )
-        if stored is not None and not stored.is_file():
+        if stored is not None and ranks.rank == 0 and not stored.is_file():
             with new_file(stored) as new, new.open("wb") as file:
                 np.save(file, rows.numpy(), allow_pickle=False)
         result = _trained(stream, settings, checkpoints, start)
         if out is not None and checkpoints is not None:
-            result.save(out, overwrite=overwrite)
-            checkpoints.remove()
+            result = ranks.joined(result, sites, checkpoints.folder)
+            if ranks.rank == 0:
+                result.save(out, overwrite=overwrite)
+                checkpoints.remove()
+            ranks.wait()
+        assert result is not None, "a rank without a site has `out`"
         return result
 
 
@@ -164,16 +173,18 @@ def _trained(
     settings: dict[str, Any],
     checkpoints: Checkpoints | None,
     start: QuerySAEs | None,
-) -> QuerySAEs:
+) -> QuerySAEs | None:
+    """Return the SAEs of this rank's sites, None if it has none."""
     config, device = stream.config, str(stream.model.cfg.device)
-    saes = {site.hook_name: _new_sae(site, stream, settings["model"]) for site in stream.sites}
+    saes = {site.hook_name: _new_sae(site, stream, settings["model"]) for site in stream.own}
     trainer = HeadwiseMultiTrainer(trainer_config(config, device), saes, checkpoints)
     if checkpoints is not None:
         checkpoints.restore(trainer)
     begins = trainer.n_training_steps == 0
     if begins and config.sae.normalize_activations != "none":
         _estimate_norms(trainer, stream)
-    batches = stream.batches(trainer.n_training_steps)
+    n_steps = -(-config.training_tokens // config.train_batch_size_tokens)
+    batches = stream.batches(trainer.n_training_steps, n_steps - trainer.n_training_steps)
     if begins:
         first = next(batches)
         for name, one in trainer.trainers.items():
@@ -193,8 +204,9 @@ def _trained(
         after = stream.take(n_batches, "Measuring SAEs", start=trainer.n_training_steps)
         with torch.autocast(torch.device(device).type, enabled=False):
             metrics = reconstruction_metrics(trained, after)
-        _warn_of_poor_heads(metrics)
-    return QuerySAEs(trained, metrics, settings)
+        if trained:
+            _warn_of_poor_heads(metrics)
+    return QuerySAEs(trained, metrics, settings) if trained else None
 
 
 def _settings(stream: QueryStream, start: QuerySAEs | None) -> dict[str, Any]:
