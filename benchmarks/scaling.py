@@ -74,7 +74,9 @@ def needs(shape: Shape, gpus: int, args: argparse.Namespace) -> dict[str, float]
     batch = 16 * args.context_size  # tokens of a forward pass
     sae = 2 * args.d_sae * shape.width  # weights of the SAEs of a layer
     all_queries = 2 * shape.layers * shape.width  # bytes of a token in bfloat16
-    for a_rank in range(1, 65):
+    a_rank = 0
+    while True:
+        a_rank += 1
         ranks = max(1, gpus // a_rank)
         own = ceil(shape.layers / ranks)
         waiting = 4 * batch * 2 * own * shape.width  # queries of a chunk of 64 rows

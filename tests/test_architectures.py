@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from recipe_models import write_qwen2
-from test_prefix import largest_difference
+from test_prefix import largest_difference, later_layers
 from transformer_lens import HookedTransformer
 from transformers import (
     AutoModelForCausalLM,
@@ -138,6 +138,7 @@ def test_a_hooked_transformer_that_would_differ_is_refused(tmp_path):
 
 def test_rows_behind_a_prefix_equal_whole_passes(architecture):
     assert largest_difference(architecture[0], [7, 5, 13, 2]) < 1e-4
+    assert max(later_layers(architecture[0])) < 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -235,14 +235,10 @@ def test_a_logit_bias_acts_behind_a_cached_prefix_of_padded_rows(model):
     (batch,) = example_batches(sqs.tokenize_examples(model, examples), 3)
     rows = PrefixedRows(model, batch, batch.prompt_lengths - 1)  # the last prompt token alone
     targets = [bias_of(1.0).target[i] for i in batch.indices]
-    with torch.no_grad():
-        plain = rows.logits()
-        with bias_of(3.0, target=targets).apply(model, prompt_lengths=batch.prompt_lengths):
-            biased = rows.logits()
+    with bias_of(1e4, target=targets).apply(model, prompt_lengths=batch.prompt_lengths):
+        written = rows.generate(1, ())
     ids = bias_of(1.0).first_tokens(model)
-    for row, target in enumerate(targets):
-        plain[row, 0, ids[target]] += 3.0
-    assert torch.equal(biased, plain)
+    assert all(int(written[row, 0]) in ids[target] for row, target in enumerate(targets))
 
 
 def test_a_logit_bias_is_on_forms_that_are_one_token_where_there_are_such():

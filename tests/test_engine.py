@@ -411,8 +411,10 @@ def test_a_model_is_not_loaded_on_a_device_or_in_a_format_that_there_is_not(
 
 
 def test_a_device_map_places_the_modules_of_a_bridge(tiny_folder, tiny_models):
-    model = sqs.load_model(tiny_folder, device_map={"": "cpu"})
-    assert model.original_model.hf_device_map == {"": "cpu"}
+    names = ("embed_tokens", "layers", "norm", "rotary_emb")
+    places = {"lm_head": "cpu"} | {f"model.{name}": "cpu" for name in names}
+    model = sqs.load_model(tiny_folder, device_map=places)
+    assert model.original_model.hf_device_map == places
     tokens = tokens_of(model)
     assert torch.equal(model(tokens), tiny_models["bridge"](tokens))
 

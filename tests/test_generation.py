@@ -8,6 +8,7 @@ from wheel_check import WORDS
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.generation import (
+    _batch,
     _behind_cache,
     continuations,
     divergences,
@@ -185,6 +186,26 @@ def test_what_may_exceed_the_context_runs_as_a_whole(model):
     longest = len(ids_of(PROMPTS[2]))
     assert _behind_cache(model, PROMPTS, None, n_ctx - longest, None, caches) is not None
     assert _behind_cache(model, PROMPTS, None, n_ctx - longest + 1, None, caches) is None
+
+
+@pytest.mark.parametrize("scope", [sqs.LastPromptToken(), sqs.scopes.EveryPosition()])
+def test_a_sampled_text_behind_kept_prompts_is_that_of_its_seed(model, make, scope):
+    sampling = {"max_new_tokens": 6, "temperature": 1.3, "seeds": SEEDS}
+    caches = PromptCaches(model, 2**30)
+    for steerer in (None, make(scope=scope, step_size=2.0)):
+        whole = continuations(model, PROMPTS, steerer=steerer, **sampling)
+        for _ in range(2):  # made, then kept
+            kept = continuations(model, PROMPTS, steerer=steerer, caches=caches, **sampling)
+            assert [row.tolist() for row in kept.tokens] == [row.tolist() for row in whole.tokens]
+
+
+def test_kept_caches_stay_within_their_bytes(model):
+    size = PromptCaches(model, 2**30).rows(_batch(model, PROMPTS, [torch.tensor([5])] * 4, None))
+    caches = PromptCaches(model, 2 * size.n_bytes + 1)
+    for order in (PROMPTS, PROMPTS[::-1], PROMPTS[1:] + PROMPTS[:1], PROMPTS):
+        continuations(model, order, max_new_tokens=2, caches=caches)
+    assert len(caches._kept) == 2
+    assert sum(rows.n_bytes for rows in caches._kept.values()) <= 2 * size.n_bytes + 1
 
 
 def test_caches_that_do_not_fit_are_made_anew(model):

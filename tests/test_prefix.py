@@ -27,12 +27,19 @@ def largest_difference(model, starts, hooks=()) -> float:
     batch = batch_of()
     rows = PrefixedRows(model, batch, torch.tensor(starts))
     with torch.no_grad():
+        row, position = read_from(starts)
         whole = model.run_with_hooks(batch.tokens, fwd_hooks=list(hooks))
-        found = [rows.logits(hooks) for _ in range(2)][1]  # a second pass: the cache is unchanged
-    return max(
-        float((found[row, : end - start] - whole[row, start:end]).abs().max())
-        for row, (start, end) in enumerate(zip(starts, LENGTHS, strict=True))
-    )
+        whole = whole[row, position].log_softmax(-1)
+        # A second pass: the cache is unchanged.
+        found = [rows.log_probs(row, position, hooks) for _ in range(2)][1]
+    return float((found - whole).abs().max())
+
+
+def read_from(starts):
+    """Row and position of the tokens from some positions on."""
+    index = torch.arange(max(LENGTHS))
+    starts, ends = torch.tensor(starts)[:, None], torch.tensor(LENGTHS)[:, None]
+    return ((index >= starts) & (index < ends)).nonzero(as_tuple=True)
 
 
 @pytest.mark.parametrize("starts", [[7, 5, 13, 2], [7, 0, 1, 2], [0, 0, 0, 0]])
@@ -53,4 +60,62 @@ def test_a_hook_at_the_last_tokens_acts_as_in_a_whole_pass(model):
     with torch.no_grad():
         whole = model.run_with_hooks(batch.tokens, fwd_hooks=[(name, last)])[:, -1]
         assert not torch.allclose(whole, model(batch.tokens)[:, -1], atol=1e-3)
-        torch.testing.assert_close(rows.logits([(name, last)])[:, 0], whole, atol=1e-5, rtol=1e-4)
+        found = rows.log_probs(torch.arange(2), torch.tensor([8, 8]), [(name, last)])
+        torch.testing.assert_close(found, whole.log_softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def later_layers(model) -> list[float]:
+    """How far passes that begin at each layer differ from whole ones, of rows that come twice."""
+    starts = [7, 5, 13, 2]
+    rows, (row, position) = PrefixedRows(model, batch_of(), torch.tensor(starts)), read_from(starts)
+    n_layers, found = int(model.cfg.n_layers), []
+    rows.unchanged(row, position, range(n_layers))
+    many, twice = rows.repeated(2), (torch.cat([row, row + 4]), position.repeat(2))
+    for layer in range(n_layers):
+
+        def hook(q, hook):
+            del hook
+            return q * torch.linspace(-1, 2, q.shape[-1])
+
+        hooks = [(f"blocks.{layer}.attn.hook_q", hook)]
+        with torch.no_grad():
+            whole = rows.log_probs(row, position, hooks)
+            assert rows.first_layer == 0
+            later = many.log_probs(*twice, hooks, first_layer=layer)
+        assert many.first_layer == layer
+        assert not torch.allclose(whole, rows.log_probs(row, position), atol=1e-3)
+        found.append(float((later - whole.repeat(2, 1)).abs().max()))
+    return found
+
+
+def test_passes_that_begin_at_a_later_layer_equal_whole_ones(model):
+    forwards = [vars(block).get("forward") for block in model.blocks]
+    assert max(later_layers(model)) < 1e-4
+    assert [vars(block).get("forward") for block in model.blocks] == forwards
+
+
+def test_a_layer_that_would_begin_otherwise_runs_from_the_start(model):
+    batch, row = batch_of(), torch.arange(4)
+    position = torch.tensor(LENGTHS) - 1
+    rows, last = PrefixedRows(model, batch, position), model.blocks[-1]
+    plain = rows.unchanged(row, position, [])
+    ran, inside = [], model.hook_dict["blocks.0.attn.hook_q"]
+    handles = [
+        model.embed.register_forward_pre_hook(lambda *_: ran.clear()),
+        inside.register_forward_hook(lambda *_: ran.append(1)),
+        # As where a layer takes the keys of an earlier one: it differs when that did not run.
+        last.register_forward_hook(lambda _, __, x: x if ran else jumbled(x)),
+    ]
+    try:
+        rows.unchanged(row, position, [1, 2])
+        found = rows.log_probs(row, position, first_layer=2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert rows.first_layer == 0
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
+
+
+def jumbled(output):
+    """What a block returns, reversed."""
+    return (output[0].flip(-1), *output[1:]) if isinstance(output, tuple) else output.flip(-1)

@@ -5,7 +5,7 @@ import torch
 from test_prefix import batch_of
 
 import sae_query_steer as sqs
-from sae_query_steer.diagnostics.patches import Patch, draw_pairs, prefixed_rows
+from sae_query_steer.diagnostics.patches import Patch, draw_pairs, next_tokens, prefixed_rows
 from sae_query_steer.models.activations import read_activations
 
 
@@ -294,11 +294,13 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
 
     prefixed = prefixed_rows(model, batch, [patch])
     assert prefixed.tokens.shape[1] == 3
-    unpatched = patch.read(prefixed, prefixed.unchanged(site.layer for site in sites))
+    unpatched = prefixed.unchanged(rows, columns, [site.layer for site in sites])
     whole = log_probs()
     torch.testing.assert_close(unpatched, whole, atol=1e-4, rtol=0)
     for site in sites:
         expected = log_probs([(site.hook_name, by_hand)])
         assert not torch.allclose(expected, whole, atol=1e-3)
-        found = patch.next_tokens(prefixed, site, head)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        for many in (prefixed, prefixed.repeated(2)):
+            cases = [(patch, head)] * (len(many.tokens) // 4)
+            for found in next_tokens(many, site, cases):
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

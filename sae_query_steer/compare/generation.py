@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_query_steer.arguments import check_kind, check_number, check_texts
 from sae_query_steer.baselines.biases import LogitBias
-from sae_query_steer.compare.sampling import seeded_sampling
+from sae_query_steer.compare.sampling import sampled_passes, seeded_sampling
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.prompts import ChatTemplate, chat_prompt, tokenizer_of
@@ -66,8 +66,8 @@ def continuations(
         temperature: sample from softmax(logits / temperature); None decodes greedily.
         seeds: one for each prompt, with a temperature; see `seeded_sampling`.
         chat_template: as for `tokenize_examples`.
-        caches: prompts that are continued several times run once, up to their last token; only in
-            greedy decoding and with steerers whose scopes begin there.
+        caches: prompts that are continued several times run once, up to their last token; only with
+            steerers whose scopes begin there.
 
     Raises:
         ValueError: a size below 1, a temperature without one seed for each prompt or seeds without
@@ -95,13 +95,14 @@ def continuations(
         part = slice(start, start + batch_size)
         rows = prompts[part]
         prefixed = None
-        if caches is not None and temperature is None:
+        if caches is not None:
             prefixed = _behind_cache(model, rows, bos, max_new_tokens, steerer, caches)
         if steerer is not None:  # `generate` knows the lengths of its prompts
             lengths = None if prefixed is None else prefixed.positions.prompt_lengths
             steering = steerer.apply(model, record=True, prompt_lengths=lengths)
         if temperature is not None and seeds is not None:
-            sampling = seeded_sampling(model, seeds[part], temperature=temperature)
+            sample = seeded_sampling if prefixed is None else sampled_passes
+            sampling = sample(model, seeds[part], temperature=temperature)
         with steering as trace, sampling:
             if prefixed is not None:
                 written, width = prefixed.generate(max_new_tokens, ends), 0
@@ -142,11 +143,8 @@ def negative_log_likelihoods(
         some = tokens[start : start + batch_size]
         batch = _batch(model, rows[start : start + batch_size], some, bos)
         row, position = _written(batch)
-        # Behind a cached prefix, so that there are logits of the texts alone.
-        prefixed = caches.rows(batch)
         with torch.no_grad():
-            logits = prefixed.logits().cpu()
-        own = logits[row, prefixed.columns(row, position) - 1].float().log_softmax(-1)
+            own = caches.rows(batch).log_probs(row, position - 1).cpu()
         found = own.gather(1, batch.tokens[row, position][:, None])[:, 0].double()
         sums += [-float(one.sum()) for one in found.split(list(map(len, some)))]
     return sums

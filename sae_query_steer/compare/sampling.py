@@ -47,6 +47,17 @@ def seeded_sampling(
         yield
 
 
+def sampled_passes(
+    model: Any, seeds: Sequence[int], *, temperature: float
+) -> AbstractContextManager[None]:
+    """Return a context in which each forward pass is a step of one call as in `seeded_sampling`.
+
+    Args as there. The last column of a pass must be every row's last token.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return _Sampling(model, seeds, temperature).noise(generators)
+
+
 @dataclass(frozen=True, eq=False)
 class _Sampling:
     """Adds noise to the logits of every call of `generate`."""
@@ -67,10 +78,12 @@ class _Sampling:
                 "generate), which samples a second time, by the global random state"
             )
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        return lambda: self._noise(generators)
+        return lambda: self.noise(generators)
 
     @contextmanager
-    def _noise(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    def noise(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
+        """Let each forward pass draw from generators, one of each row, for a `with` block."""
+
         def add_noise(_unembed: Any, _args: Any, logits: Tensor) -> Tensor:
             if len(logits) != len(generators):
                 raise ValueError(

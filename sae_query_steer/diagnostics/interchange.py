@@ -11,7 +11,8 @@ from torch import Tensor
 from sae_query_steer.arguments import check_kind
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.tokenized import TokenizedExamples
-from sae_query_steer.diagnostics.patches import Pair, Patch, Trial
+from sae_query_steer.diagnostics.patches import Pair, Patch
+from sae_query_steer.diagnostics.trial import Trial
 from sae_query_steer.models.activations import read_activations, read_at_span
 from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.sites import QuerySite, check_sites

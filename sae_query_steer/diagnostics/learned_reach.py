@@ -117,6 +117,8 @@ def reach(
             held_out=held_out,
             **settings,
         )
+        for batch in (*batches, *kept):
+            batch.begin_at(site.layer for site in sites)
         with torch.no_grad():
             before = torch.cat([batch.losses() for batch in kept]).double().cpu()
         for site, head in progress_bar(cases, desc="Learning moves", unit="site"):

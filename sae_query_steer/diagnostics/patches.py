@@ -1,23 +1,18 @@
 """Patch queries over a span of other examples, and measure how the next token changes."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.arguments import check_number
-from sae_query_steer.data.batches import TokenBatch, example_batches
-from sae_query_steer.data.examples import check_classes
+from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
 from sae_query_steer.diagnostics.metrics import kl_divergence, total_variation
-from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.models.prefix import PrefixedRows
-from sae_query_steer.progress import progress_bar
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 
 
@@ -81,31 +76,6 @@ class Patch:
     queries: Mapping[str, Float[Tensor, "token head d_head"]]
     """By hook name."""
 
-    def read(
-        self, prefixed: PrefixedRows, logits: Float[Tensor, "batch pos d_vocab"]
-    ) -> Float[Tensor, "token d_vocab"]:
-        """Return log probabilities after each patched position, of logits of the last tokens."""
-        columns = prefixed.columns(self.rows, self.columns).to(logits.device)
-        return logits[self.rows.to(logits.device), columns].float().log_softmax(-1)
-
-    @torch.no_grad()
-    def next_tokens(
-        self, prefixed: PrefixedRows, site: QuerySite, head: int | str
-    ) -> Float[Tensor, "token d_vocab"]:
-        """Return log probabilities after each patched position, with the queries patched in."""
-        heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
-        given = self.queries[site.hook_name][:, heads]
-        columns = prefixed.columns(self.rows, self.columns)
-
-        def patch(queries: Tensor, hook: Any) -> Tensor:
-            del hook
-            patched = queries.clone().reshape(*queries.shape[:2], -1, site.d_head)
-            patched[self.rows, columns, heads] = given.to(patched)
-            return patched.reshape(queries.shape)
-
-        hooks = [(site.hook_name, patch)]
-        return self.read(prefixed, prefixed.logits(hooks, first_layer=site.layer))
-
     def mean_per_row(self, values: Float[Tensor, " token"]) -> Float[Tensor, " base"]:
         """Return the mean over the patched tokens of each base, in 64 bits on the CPU."""
         rows = self.rows.to(values.device)
@@ -114,115 +84,57 @@ class Patch:
         return (sums / counts).double().cpu()
 
 
-Patches: TypeAlias = Callable[[TokenBatch, Sequence[Pair]], tuple[Patch, Patch]]
-"""From a batch of bases and their pairs to two patches: towards the source's class, and the
-control."""
+@torch.no_grad()
+def next_tokens(
+    prefixed: PrefixedRows, site: QuerySite, cases: Sequence[tuple[Patch, int | str]]
+) -> tuple[Float[Tensor, "token d_vocab"], ...]:
+    """Return log probabilities after each patched position, in one pass for several cases.
+
+    Args:
+        prefixed: the rows of the patches, once for each case: `PrefixedRows.repeated`.
+        site: where the queries are patched.
+        cases: each a patch and its head, or all heads.
+    """
+    n_rows = len(prefixed.tokens) // len(cases)
+    rows = [patch.rows + n * n_rows for n, (patch, _) in enumerate(cases)]
+
+    def patched(queries: Tensor, hook: Any) -> Tensor:
+        del hook
+        result = queries.clone().reshape(*queries.shape[:2], -1, site.d_head)
+        for own, (patch, head) in zip(rows, cases, strict=True):
+            heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
+            given = patch.queries[site.hook_name][:, heads]
+            result[own, prefixed.columns(own, patch.columns), heads] = given.to(result)
+        return result.reshape(queries.shape)
+
+    positions = torch.cat([patch.columns for patch, _ in cases])
+    hooks = [(site.hook_name, patched)]
+    logs = prefixed.log_probs(torch.cat(rows), positions, hooks, first_layer=site.layer)
+    return logs.split(list(map(len, rows)))
 
 
-class Trial:
-    """Pairs of examples and the next tokens that patches should lead to."""
+@dataclass(frozen=True, eq=False)
+class Side:
+    """A patch and what its effect is measured against: log probabilities [token d_vocab]."""
 
-    def __init__(
-        self,
-        model: Any,
-        examples: TokenizedExamples,
-        counterparts: TokenizedExamples | None,
-        *,
-        n_pairs: int,
-        seed: int,
-    ) -> None:
-        """See `interchange_effect` for the arguments and errors."""
-        check_number("n_pairs", n_pairs, whole=True, least=1)
-        check_tokenized(examples)
-        check_not_steered(model)
-        check_classes(examples.labels)
-        paired = counterparts is not None
-        self.pairs = draw_pairs(examples.labels, n_pairs, seed, counterparts=paired)
-        self.model = model
-        self.examples = examples
-        if counterparts is not None:
-            check_other_class(examples, counterparts)
-            self.examples = replace(examples, examples=[*examples, *counterparts])
-        self._aims, self._gaps = _aims(model, self.examples, self.pairs, own=paired)
+    patch: Patch
+    clean: Float[Tensor, "token d_vocab"]
+    """Unpatched."""
 
-    def table(
-        self,
-        heads: Mapping[QuerySite, Sequence[int]],
-        patches: Patches,
-        *,
-        per_head: bool,
-        description: str,
-    ) -> pd.DataFrame:
-        """Return how far patches move the next token, with a row for each site and head."""
-        cases = [
-            (s, h) for s, own in heads.items() for h in [*(own if per_head else ()), ALL_HEADS]
-        ]
-        found: list[list[pd.DataFrame]] = [[] for _ in cases]
-        order: list[int] = []
-        bases = self.examples.subset(pair.base for pair in self.pairs)
-        with progress_bar(
-            total=len(self.pairs) * len(cases), desc=description, unit="patch"
-        ) as bar:
-            for batch in example_batches(bases, bases.batch_size):
-                order += batch.indices
-                pairs = [self.pairs[i] for i in batch.indices]
-                aims = torch.stack([self._aims[pair.source] for pair in pairs])
-                both = patches(batch, pairs)
-                prefixed = prefixed_rows(self.model, batch, both)
-                logits = prefixed.unchanged(site.layer for site in heads)
-                sides = [self._side(prefixed, logits, patch, aims) for patch in both]
-                for parts, case in zip(found, cases, strict=True):
-                    measured, control = (side(*case) for side in sides)
-                    parts.append(measured.join(control.add_suffix("_control")))
-                    bar.update(len(pairs))
-        pairs = [self.pairs[i] for i in order]
-        rows = [self._row(pd.concat(parts, ignore_index=True), pairs) for parts in found]
-        return pd.DataFrame(
-            [
-                {"layer": site.layer, "head": head, **row}
-                for (site, head), row in zip(cases, rows, strict=True)
-            ]
-        )
+    aim: Float[Tensor, "token d_vocab"]
+    """Towards which the patch should lead."""
 
-    def _side(
-        self,
-        prefixed: PrefixedRows,
-        logits: Float[Tensor, "batch pos d_vocab"],
-        patch: Patch,
-        aims: Float[Tensor, "base d_vocab"],
-    ) -> Callable[[QuerySite, int | str], pd.DataFrame]:
-        """Return a function that measures a patch at a site and head, with a row for each base."""
-        clean = patch.read(prefixed, logits)
-        aim = aims[patch.rows].to(clean)
-        before = kl_divergence(aim, clean)
-
-        def measure(site: QuerySite, head: int | str) -> pd.DataFrame:
-            after = patch.next_tokens(prefixed, site, head)
-            measured = {
-                "kl": kl_divergence(clean, after),
-                "moved": total_variation(clean, after),
-                "toward": before - kl_divergence(aim, after),
-                "before": before,
-            }
-            return pd.DataFrame({k: patch.mean_per_row(v).numpy() for k, v in measured.items()})
-
-        return measure
-
-    def _row(self, measured: pd.DataFrame, pairs: Sequence[Pair]) -> dict[str, float]:
-        mean = measured.mean()
-        gap, effect = float(self._gaps.mean()), measured["toward"] - measured["toward_control"]
-        return {
-            **{k: mean[k] for k in ("kl", "kl_control", "moved", "moved_control")},
-            "toward_class": mean["toward"],
-            "toward_control": mean["toward_control"],
-            "toward_share": mean["toward"] / mean["before"] if mean["before"] > 0 else torch.nan,
-            "class_effect": float(effect.mean()),
-            "class_effect_se": paired_error(effect, pairs),
-            "class_share": float(effect.mean()) / gap if gap > 0 else torch.nan,
-            "class_gap": gap,
-            "class_gap_se": paired_error(self._gaps, self.pairs),
-            "n_pairs": len(self.pairs),
+    def measured(self, after: Float[Tensor, "token d_vocab"]) -> pd.DataFrame:
+        """Return the effect of the patch, with a row for each base."""
+        before = kl_divergence(self.aim, self.clean)
+        measured = {
+            "kl": kl_divergence(self.clean, after),
+            "moved": total_variation(self.clean, after),
+            "toward": before - kl_divergence(self.aim, after),
+            "before": before,
         }
+        rows = {k: self.patch.mean_per_row(v).numpy() for k, v in measured.items()}
+        return pd.DataFrame(rows)
 
 
 def prefixed_rows(model: Any, batch: TokenBatch, patches: Sequence[Patch]) -> PrefixedRows:
@@ -232,49 +144,6 @@ def prefixed_rows(model: Any, batch: TokenBatch, patches: Sequence[Patch]) -> Pr
     start = batch.lengths.scatter_reduce(0, rows, columns, "amin")
     stop = torch.zeros_like(start).scatter_reduce(0, rows, columns + 1, "amax")
     return PrefixedRows(model, batch, start, stop)
-
-
-def _aims(
-    model: Any, examples: TokenizedExamples, pairs: Sequence[Pair], *, own: bool
-) -> tuple[dict[int, Float[Tensor, " d_vocab"]], pd.Series]:
-    """Return the aim of each source by its index, and the gap of each pair.
-
-    The aim is the log of the mean next-token distribution of the source's class at the span; with
-    `own`, of the source itself. For the gaps the source is left out of its class's mean, as the
-    base is: otherwise it would be near the mean because it is a part of it.
-    """
-    needed = {i for pair in pairs for i in (pair.base, pair.source)}
-    sums: dict[int, Tensor] = {}
-    mean_logs: dict[int, Tensor] = {}
-    totals: dict[str, Tensor] = {}
-    counts: Counter[int | str] = Counter()  # tokens of each example and class
-    for batch in example_batches(examples, examples.batch_size):
-        rows, columns = batch.mask(examples.span).nonzero(as_tuple=True)
-        span = Patch(rows, columns, {})
-        prefixed = prefixed_rows(model, batch, [span])
-        logs = span.read(prefixed, prefixed.unchanged(())).cpu().double()
-        for row, index in enumerate(batch.indices):
-            here, label = logs[rows == row], batch.labels[row]
-            total = here.exp().sum(0)
-            counts[index] = len(here)
-            counts[label] += len(here)
-            totals[label] = totals[label] + total if label in totals else total
-            if index in needed:
-                sums[index], mean_logs[index] = total.float(), here.mean(0).float()
-    aims, gaps = {}, []
-    for base, source, _ in pairs:
-        if own:
-            goal = sums[source].double() / counts[source]
-            aims[source] = goal.log().float()
-        else:
-            label = examples[source].label
-            rest = counts[label] - counts[source]
-            goal = (totals[label] - sums[source]).clamp(min=0) / rest
-            aims[source] = (totals[label] / counts[label]).log().float()
-        nearer = mean_logs[source].double() - mean_logs[base].double()
-        # Tokens of probability 0 in the class have no part in KL(c || .).
-        gaps.append(float((goal * nearer).where(goal > 0, 0.0).sum()))
-    return aims, pd.Series(gaps)
 
 
 def check_other_class(examples: TokenizedExamples, counterparts: TokenizedExamples) -> None:

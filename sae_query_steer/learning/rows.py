@@ -1,6 +1,6 @@
 """Examples as a learner reads them: prefixes in the cache, and what the model should write."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,20 +30,24 @@ class LearningRows:
     row: Int[Tensor, " token"]
     """Row of each token whose next token is read."""
 
-    column: Int[Tensor, " token"]
-    """Its column in `prefixed`."""
+    position: Int[Tensor, " token"]
+    """Its position."""
 
     wanted: Int[Tensor, " token"] | Float[Tensor, "token d_vocab"]
     """The next token, or log probabilities of it."""
 
-    def losses(
-        self, fwd_hooks: Any = (), first_layer: int | None = None
-    ) -> Float[Tensor, " batch"]:
-        """Return the mean loss of each row in nats a token; Args as `PrefixedRows.logits`."""
-        logits = self.prefixed.logits(fwd_hooks, first_layer=first_layer)
-        device = logits.device
-        rows, wanted = self.row.to(device), self.wanted.to(device)
-        log_probs = logits[rows, self.column.to(device)].float().log_softmax(-1)
+    def begin_at(self, layers: Iterable[int]) -> None:
+        """Let passes begin at the first layer with a hook, if it is one of these."""
+        layers = frozenset(layers)
+        if not layers <= self.prefixed.prepared:
+            self.prefixed.unchanged(self.row, self.position, layers)
+
+    def losses(self, fwd_hooks: Any = (), *, first_layer: int = 0) -> Float[Tensor, " batch"]:
+        """Return the mean loss of each row in nats a token; Args as `PrefixedRows.log_probs`."""
+        log_probs = self.prefixed.log_probs(
+            self.row, self.position, fwd_hooks, first_layer=first_layer
+        )
+        rows, wanted = (part.to(log_probs.device) for part in (self.row, self.wanted))
         if wanted.is_floating_point():
             found = (wanted.exp() * (wanted - log_probs)).sum(-1)
         else:
@@ -129,8 +133,7 @@ def learning_rows(
             wanted = batch.tokens[row, position + 1]
         else:
             wanted = _log_probs(model, batch, counterparts.subset(batch.indices))
-        column = prefixed.columns(row, position)
-        made.append(LearningRows(prefixed, batch.labels, row, column, wanted))
+        made.append(LearningRows(prefixed, batch.labels, row, position, wanted))
     return made
 
 
@@ -158,12 +161,13 @@ def _log_probs(
 ) -> Float[Tensor, "token d_vocab"]:
     """Return log probabilities of the next token at the same places of the counterparts."""
     (whole,) = example_batches(others, len(others))
-    order = [whole.indices.index(i) for i in range(len(others))]
+    order = torch.tensor(whole.indices).argsort()
     prefixed = PrefixedRows(model, whole, whole.prompt_lengths - 1)
-    logits = prefixed.logits()[order]
     lengths = (batch.lengths - batch.prompt_lengths + 1).tolist()
-    parts = [row[:n].float().log_softmax(-1) for row, n in zip(logits, lengths, strict=True)]
-    return torch.cat(parts)
+    starts = (whole.prompt_lengths[order] - 1).tolist()
+    parts = [start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)]
+    rows = order.repeat_interleave(torch.tensor(lengths))
+    return prefixed.log_probs(rows, torch.cat(parts))
 
 
 def _split(

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from sae_query_steer.descent.goals import Goal
 from sae_query_steer.descent.strength import Queries
@@ -152,9 +151,8 @@ class LearningRun:
 
         Each update runs the layers from the first steered one on, where the model can start there.
         """
-        if isinstance(self.learner.model, HookedTransformer):
-            for batch in (*self.batches, *self.kept):
-                batch.prefixed.unchanged([self._first_layer])
+        for batch in (*self.batches, *self.kept):
+            batch.begin_at([self._first_layer])
         squares: dict[str, list[Tensor]] = {name: [] for name in self._chosen}
         losses = ByClass()
         for batch in self.kept:
@@ -189,7 +187,7 @@ class LearningRun:
             (name, AppliedEdit(edit, at, scope, checked=False).hook(lambda _: positions))
             for name, at in self._chosen.items()
         ]
-        return batch.losses(hooks, self._first_layer), edit
+        return batch.losses(hooks, first_layer=self._first_layer), edit
 
     @torch.no_grad()
     def _evaluated(

@@ -1,8 +1,9 @@
 """Run the first tokens of some rows once, and the tokens after them as often as is asked."""
 
 import copy
-import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.models.activations import eval_mode
+from sae_query_steer.models.partial_passes import BlockOutput, reading, returning
 from sae_query_steer.models.tracking import BEGUN
 from sae_query_steer.scopes.positions import Positions, by_position
 
@@ -23,9 +25,10 @@ class PrefixedRows:
     """The last tokens of some rows, behind a KV cache of those before them.
 
     The cache is made once, without gradients, and is never written again: each pass extends a copy
-    that shares its tensors. So a pass costs the last tokens alone. It runs through all layers,
-    unless `unchanged` kept what a HookedTransformer needs to start later; TransformerBridge has no
-    `start_at_layer`.
+    that shares its tensors. So a pass costs the last tokens alone. It begins at the layer of its
+    first hook if `unchanged` kept the residual stream there: the blocks before it return what was
+    kept, on both backends (TransformerBridge has no `start_at_layer`). Logits are computed only for
+    the tokens that are read.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
@@ -44,6 +47,8 @@ class PrefixedRows:
         self.model = model
         self._is_bridge = not isinstance(model, HookedTransformer)
         self._start = start
+        self.first_layer = 0
+        """The first layer that ran in the last pass."""
         # Aligned at the border: the prefixes are padded on the left, the rest on the right.
         before = [row[:first] for row, first in zip(batch.tokens, start.tolist(), strict=True)]
         prefix = pad_sequence(before, batch_first=True, padding_side="left")
@@ -54,12 +59,24 @@ class PrefixedRows:
         if prefix.shape[1]:
             with torch.no_grad():
                 self._cache = self._new_cache(len(prefix))
-                self._run(prefix, self._cache, (), last=True)
+                # Logits of one token, because a large vocabulary is most of the memory.
+                self._run(prefix, self._cache, read=(torch.tensor([0]), torch.tensor([-1])))
 
     def followed_by(self, batch: TokenBatch) -> "PrefixedRows":
         """Return rows that share the cache, and so the tokens before `start`, with other rows."""
         other = copy.copy(self)
         other._follow(batch, None)
+        return other
+
+    def repeated(self, n: int) -> "PrefixedRows":
+        """Return the rows n times, one after another, with what `unchanged` kept."""
+        if n == 1:
+            return self
+        other = _repeated(self, n)
+        other.positions = _repeated(self.positions, n)
+        other._kept = {layer: _repeated(output, n) for layer, output in self._kept.items()}
+        if self._cache is not None:
+            other._cache = self._copied(partial(_repeated, n=n))
         return other
 
     def _follow(self, batch: TokenBatch, stop: Int[Tensor, " batch"] | None) -> None:
@@ -78,7 +95,9 @@ class PrefixedRows:
             lengths=batch.lengths,
             tokens=batch.positions.tokens,
         )
-        self._residuals: dict[int, Tensor] = {}
+        self._kept: dict[int, BlockOutput] = {}
+        self.prepared: frozenset[int] = frozenset()
+        """The layers that were given to `unchanged`."""
 
     @property
     def before(self) -> Positions:
@@ -95,7 +114,9 @@ class PrefixedRows:
         """Size of the cache."""
         parts: Any = [] if self._cache is None else self._layers(self._cache)
         tensors = [value for part in parts for value in vars(part).values()]
-        return sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+        # A sliding window's keys are the end of a longer tensor.
+        kept = [value.untyped_storage() for value in tensors if isinstance(value, Tensor)]
+        return sum(storage.nbytes() for storage in kept)
 
     @torch.no_grad()
     def generate(self, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "batch new"]:
@@ -108,7 +129,7 @@ class PrefixedRows:
         cache = self._new_cache(len(self.tokens)) if self._cache is None else self._copied()
         tokens, mask, written = self.tokens, self._mask, []
         for _ in range(max_new_tokens):
-            new = self._run(tokens, cache, (), mask=mask)[:, -1].argmax(-1, keepdim=True).cpu()
+            new = self._run(tokens, cache, mask=mask)[:, -1].argmax(-1, keepdim=True).cpu()
             if written and ends:
                 ended = torch.isin(written[-1], torch.tensor(ends))
                 new = torch.where(ended, written[-1], new)
@@ -119,65 +140,89 @@ class PrefixedRows:
         return torch.cat(written, dim=1)
 
     @torch.no_grad()
-    def unchanged(self, layers: Iterable[int]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Return the logits without hooks, and prepare passes that begin at some layers."""
+    def unchanged(
+        self, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"], layers: Iterable[int]
+    ) -> Float[Tensor, "token d_vocab"]:
+        """Return `log_probs` without hooks, and prepare passes that begin at some layers.
 
-        def keep(residual: Tensor, hook: Any) -> None:
-            self._residuals[hook.layer()] = residual.clone()
+        Where layers share keys and values, a pass that begins later differs: none does then.
+        """
+        self._kept, self.prepared = {}, frozenset(layers)
+        found = self._log_probs(rows, positions, keep=self.prepared - {0})
+        if self._kept:
+            again = self._log_probs(rows, positions, first_layer=max(self._kept))
+            self._kept = self._kept if torch.allclose(again, found, atol=1e-4) else {}
+        return found
 
-        if self._is_bridge or self.model.cfg.positional_embedding_type == "shortformer":
-            return self.logits()
-        return self.logits([(f"blocks.{layer}.hook_resid_pre", keep) for layer in {*layers}])
-
-    def logits(
-        self, fwd_hooks: Iterable[tuple[str, Any]] = (), *, first_layer: int | None = None
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Return the logits of these tokens in a pass with hooks; with gradients where enabled.
+    def log_probs(
+        self,
+        rows: Int[Tensor, " token"],
+        positions: Int[Tensor, " token"],
+        fwd_hooks: Iterable[tuple[str, Any]] = (),
+        *,
+        first_layer: int = 0,
+    ) -> Float[Tensor, "token d_vocab"]:
+        """Return log probabilities of the token after each of some; with gradients where enabled.
 
         Args:
-            fwd_hooks: as for `model.run_with_hooks`.
+            rows: row of each token.
+            positions: its absolute position, not before `start`.
+            fwd_hooks: as for `model.run_with_hooks`; they see the unembedding of these tokens only.
             first_layer: the first layer with a hook: those before it are left out where `unchanged`
-                was given it and the model can start there.
+                was given it; `self.first_layer` says whether they were.
         """
+        first_layer = first_layer if first_layer in self._kept else 0
+        return self._log_probs(rows, positions, fwd_hooks, first_layer=first_layer)
+
+    def _log_probs(
+        self, rows: Tensor, positions: Tensor, fwd_hooks: Iterable[Any] = (), **given: Any
+    ) -> Tensor:
         cache = None if self._cache is None else self._copied()
-        start = self._residuals.get(-1 if first_layer is None else first_layer)
-        if start is None:
-            return self._run(self.tokens, cache, fwd_hooks)
-        return self._run(start, cache, fwd_hooks, start_at_layer=first_layer)
+        read = (rows, self.columns(rows, positions))
+        (logits,) = self._run(self.tokens, cache, fwd_hooks, read=read, **given)
+        return logits.float().log_softmax(-1)
 
     def columns(
         self, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]
     ) -> Int[Tensor, " token"]:
         """Return the columns of tokens by their absolute positions."""
-        return positions - self.positions.index[rows, 0]
+        return positions - self._start[rows]
 
     def _run(
         self,
         tokens: Tensor,
         cache: Any,
-        hooks: Iterable[tuple[str, Any]],
+        hooks: Iterable[tuple[str, Any]] = (),
         *,
-        last: bool = False,
+        read: tuple[Tensor, Tensor] | None = None,
+        first_layer: int = 0,
+        keep: Iterable[int] = (),
         mask: Tensor | None = None,
-        **given: Any,
     ) -> Any:
-        """Return the logits of a pass that extends a cache; with `last` at most of the last."""
-        device = self.model.cfg.device
+        """Return the logits of a pass that extends a cache: [1 token d_vocab] of those read."""
+        device, blocks = self.model.cfg.device, self.model.blocks
         n_past = 0 if cache is None else self._past(cache)
         mask = (self._mask if mask is None else mask)[:, : n_past + tokens.shape[1]].to(device)
-        given["attention_mask"] = mask
+        given: dict[str, Any] = {"attention_mask": mask}
         if self._is_bridge and cache is not None:
             given |= {"past_key_values": cache, "use_cache": True}
-        elif cache is not None:
-            given["past_kv_cache"] = cache
-            if "start_at_layer" not in given:  # the embedding adds the mask of the past
-                given["attention_mask"] = mask[:, n_past:]
-        if last and self._is_bridge:  # a large vocabulary is most of the memory
-            accepted = inspect.signature(self.model.original_model.forward).parameters
-            given |= {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        kind = None if last and not self._is_bridge else "logits"
-        with eval_mode(self.model), self.model.hooks(fwd_hooks=list(hooks)):
-            return self.model(tokens.to(device), return_type=kind, **given)
+        elif cache is not None:  # the embedding adds the mask of the past
+            given = {"past_kv_cache": cache, "attention_mask": mask[:, n_past:]}
+        self.first_layer = first_layer
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(self.model))
+            stack.enter_context(self.model.hooks(fwd_hooks=list(hooks)))
+            if first_layer:
+                stack.enter_context(returning(blocks[:first_layer], self._kept[first_layer]))
+            for layer in keep:
+                handle = blocks[layer - 1].register_forward_hook(partial(self._keep, layer))
+                stack.callback(handle.remove)
+            if read is not None:
+                stack.enter_context(reading(self.model, *read))
+            return self.model(tokens.to(device), return_type="logits", **given)
+
+    def _keep(self, layer: int, _block: Any, _args: Any, output: Any) -> None:
+        self._kept[layer] = BlockOutput.of(output)
 
     def _past(self, cache: Any) -> int:
         return int(
@@ -191,10 +236,10 @@ class PrefixedRows:
             self.model.cfg, self.model.cfg.device, n_rows
         )
 
-    def _copied(self) -> Any:
+    def _copied(self, copied: Any = copy.copy) -> Any:
         """Return a copy of the cache; what extends it makes new tensors."""
-        other = copy.copy(self._cache)
-        layers = [copy.copy(layer) for layer in self._layers(self._cache)]
+        other = copied(self._cache)
+        layers = [copied(layer) for layer in self._layers(self._cache)]
         setattr(other, "layers" if self._is_bridge else "entries", layers)
         for part in (other, *layers):
             setattr(part, BEGUN, (self._prefix, self._seen))
@@ -202,6 +247,15 @@ class PrefixedRows:
 
     def _layers(self, cache: Any) -> list[Any]:
         return cache.layers if self._is_bridge else cache.entries
+
+
+def _repeated(part: Any, n: int) -> Any:
+    """Return a copy of an object whose tensors have their rows n times."""
+    other = copy.copy(part)
+    for name, value in vars(part).items():
+        if isinstance(value, Tensor) and value.ndim:
+            vars(other)[name] = value.repeat(n, *[1] * (value.ndim - 1))
+    return other
 
 
 class PromptCaches:

@@ -69,6 +69,7 @@ class Ranks:
         shares = [n_tokens[self.rank] * width for width in widths]
         with self._others():
             work = distributed.all_to_all_single(received, sent, sizes, shares, async_op=True)
+        assert work is not None, "async_op returns a handle"
 
         def wait() -> list[dict[str, Tensor]]:
             with self._others():
@@ -84,7 +85,7 @@ class Ranks:
 
     def joined(
         self, share: QuerySAEs | None, sites: Sequence[QuerySite], folder: Path
-    ) -> QuerySAEs | None:
+    ) -> QuerySAEs:
         """Return the SAEs of all ranks, through files in a folder that all can read.
 
         Args:
@@ -95,9 +96,9 @@ class Ranks:
         Raises:
             RuntimeError: see `exchange`.
         """
-        if self.n == 1:
-            return share
         if share is not None:
+            if self.n == 1:
+                return share
             share.save(folder / f"rank-{self.rank}", overwrite=True)
         self.wait()
         parts = [

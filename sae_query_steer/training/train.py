@@ -107,8 +107,8 @@ def train_query_saes(
     out = None if out is None else Path(out)
     unfinished = None if out is None else out.with_name(f"{out.name}.unfinished")
     finished = out is not None and resume and (out / INDEX).is_file()
-    free = out is None or ranks.rank > 0 or (finished and not overwrite)
-    with nullcontext() if free else locked(out):
+    free = ranks.rank > 0 or (finished and not overwrite)
+    with nullcontext() if out is None or free else locked(out):
         if out is not None:
             check_replaceable(out, overwrite=overwrite or resume, holding=INDEX)
         stored = None if unfinished is None or isinstance(texts, Sized) else unfinished / ROWS

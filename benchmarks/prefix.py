@@ -1,0 +1,180 @@
+"""What prompts that run once save: tables of patches, and sweeps over conditions.
+
+    python -m benchmarks.prefix [--quick] [--rows NAME ...] [--json FILE] [--rounds N] [--threads N]
+
+On SmolLM2, or with --quick on a random HookedTransformer (8 layers of width 256, 4,096 words). The
+tokens of the prompts are random. Rows, in seconds:
+
+- interchange: `interchange_effect` at all layers, prompts of 70 tokens, patches of the last one,
+  against whole passes over the prompts. Both sides have the same pairs, 16 prompts a batch and
+  logits of the patched tokens only; ours counts the pass over the prompts. `equal`: within 1e-4.
+- sweep: prompts of 200 tokens, 24 new ones under 8 changes of a layer's queries, from prompts that
+  are kept (made anew in each round) against `generate` for each change. `equal`: the same tokens.
+- layers, heads (by name only): the whole table of 48 pairs, at all layers and with all heads too;
+  "other" is the wanted time, 45 and 300 s.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+import sae_query_steer as sqs
+from benchmarks.rounds import faster, seconds_of
+from sae_query_steer.data.batches import TokenBatch
+from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples
+from sae_query_steer.diagnostics import trial
+from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
+from sae_query_steer.storage.folders import new_file
+
+PROMPT, LONG_PROMPT, NEW, N_CONDITIONS, BATCH = 70, 200, 24, 8, 16
+WANTED = {"layers": 45.0, "heads": 300.0}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="a random model")
+    names = ["interchange", "sweep", *WANTED]
+    parser.add_argument("--rows", nargs="+", choices=names, default=names[:2])
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--rounds", type=int, help="measured rounds")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = random_model() if args.quick else sqs.load_smollm2()
+    rounds = args.rounds or (3 if args.quick else 1)
+    rows = []
+    for name in args.rows:
+        if name in WANTED:
+            table = effects(model, 48, per_head=name == "heads")
+            seconds = [(ours, WANTED[name]) for ours, _ in seconds_of(table, int, 1, warm_up=False)]
+            rows.append(faster(f"table of {name}, 48 pairs", seconds, equal=True))
+        else:
+            rows.append((interchange if name == "interchange" else sweep)(model, rounds))
+        print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False), flush=True)
+    if args.json:
+        with new_file(args.json) as new:
+            new.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def random_model() -> HookedTransformer:
+    """Return the model of --quick."""
+    config = HookedTransformerConfig(
+        n_layers=8,
+        d_model=256,
+        n_heads=8,
+        d_head=32,
+        d_vocab=4096,
+        n_ctx=LONG_PROMPT + NEW,
+        act_fn="gelu",
+        positional_embedding_type="rotary",
+        rotary_dim=32,
+        device="cpu",
+    )
+    return HookedTransformer(config)
+
+
+def effects(model: Any, n_pairs: int, *, per_head: bool = False) -> Callable[[], pd.DataFrame]:
+    """Return what makes the table of all layers, of prompts with random tokens."""
+    tokens = torch.randint(4, 4096, (24, PROMPT))
+    made = [
+        TokenizedExample(tokens=row, prompt_length=PROMPT, label="ab"[i % 2])
+        for i, row in enumerate(tokens)
+    ]
+    examples = TokenizedExamples(examples=made, span=sqs.LastPromptToken(), batch_size=BATCH)
+    sites = sqs.query_sites(model)
+    return lambda: sqs.diagnostics.interchange_effect(
+        model, sites, examples, n_pairs=n_pairs, per_head=per_head
+    )
+
+
+class WholeRows(PrefixedRows):
+    """Rows of which every pass runs all tokens through all layers."""
+
+    def unchanged(self, rows: Any, positions: Any, layers: Any) -> Any:
+        """Return log probabilities, and keep nothing."""
+        del layers
+        return super().unchanged(rows, positions, ())
+
+
+def whole_rows(model: Any, batch: TokenBatch, patches: Any) -> WholeRows:
+    """Stand for `prefixed_rows`."""
+    del patches
+    return WholeRows(model, batch, torch.zeros_like(batch.lengths))
+
+
+def interchange(model: Any, rounds: int) -> dict[str, Any]:
+    """Return the row of the table of patches."""
+    ours, found = effects(model, BATCH), {}
+
+    def kept() -> None:
+        found["ours"] = ours()
+
+    def whole() -> None:
+        with patch.multiple(trial, prefixed_rows=whole_rows, PASS_TOKENS=0):
+            found["other"] = ours()
+
+    pairs = seconds_of(kept, whole, rounds, warm_up=rounds > 1)
+    both = [table.drop(columns="head").astype(float) for table in found.values()]
+    equal = bool((both[0] - both[1]).abs().max().max() < 1e-4)
+    return faster("interchange_effect, prompts of 70 tokens", pairs, equal=equal)
+
+
+def sweep(model: Any, rounds: int) -> dict[str, Any]:
+    """Return the row of the sweep."""
+    tokens = torch.randint(4, 4096, (8, LONG_PROMPT))
+    lengths = torch.full((8,), LONG_PROMPT)
+    batch = TokenBatch(
+        tokens=tokens,
+        lengths=lengths,
+        prompt_lengths=lengths,
+        labels=("",) * 8,
+        indices=tuple(range(8)),
+    )
+    change, found = torch.randn(int(model.cfg.d_head)), {}
+
+    def condition(strength: int) -> Any:
+        def add(queries: torch.Tensor, hook: Any) -> torch.Tensor:
+            del hook
+            queries = queries.clone()
+            queries.unflatten(-1, (-1, len(change)))[:, -1] += strength * change
+            return queries
+
+        return model.hooks(fwd_hooks=[("blocks.3.attn.hook_q", add)])
+
+    def kept() -> None:
+        caches, found["ours"] = PromptCaches(model, 2**31), []
+        for strength in range(N_CONDITIONS):
+            with condition(strength):
+                found["ours"].append(caches.rows(batch).generate(NEW, ()))
+
+    def anew() -> None:
+        found["other"] = []
+        for strength in range(N_CONDITIONS):
+            with condition(strength):
+                written = model.generate(
+                    tokens,
+                    max_new_tokens=NEW,
+                    do_sample=False,
+                    stop_at_eos=False,
+                    prepend_bos=False,
+                    return_type="tokens",
+                    verbose=False,
+                )
+            found["other"].append(written[:, LONG_PROMPT:])
+
+    pairs = seconds_of(kept, anew, rounds, warm_up=rounds > 1)
+    equal = all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
+    return faster("sweep of 8 conditions, 200 + 24 tokens", pairs, equal=equal)
+
+
+if __name__ == "__main__":
+    main()
