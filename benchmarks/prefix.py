@@ -2,12 +2,14 @@
 
     python -m benchmarks.prefix [--quick] [--rows NAME ...] [--json FILE] [--rounds N] [--threads N]
 
-On SmolLM2, or with --quick on a random HookedTransformer (8 layers of width 256, 4,096 words). The
+On SmolLM2, or with --quick on a random HookedTransformer (6 layers of width 256, 4,096 words). The
 tokens of the prompts are random. Rows, in seconds:
 
-- interchange: `interchange_effect` at all layers, prompts of 70 tokens, patches of the last one,
-  against whole passes over the prompts. Both sides have the same pairs, 16 prompts a batch and
-  logits of the patched tokens only; ours counts the pass over the prompts. `equal`: within 1e-4.
+- interchange: `interchange_effect` with every head at six layers, 16 pairs of 8 prompts of 70
+  tokens, patches of the last one, against whole passes over the prompts. Both sides have the same
+  pairs, 16 prompts a batch, logits of the patched tokens only, and read the queries of the sources
+  and the next tokens of all prompts in the same way; ours counts the pass over the prompts. These
+  passes bound the ratio: there must be many patches for a prompt. `equal`: within 1e-4.
 - sweep: prompts of 200 tokens, 24 new ones under 8 changes of a layer's queries, from prompts that
   are kept (made anew in each round) against `generate` for each change. `equal`: the same tokens.
 - layers, heads (by name only): the whole table of 48 pairs, at all layers and with all heads too;
@@ -50,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = random_model() if args.quick else sqs.load_smollm2()
-    rounds = args.rounds or (3 if args.quick else 1)
+    rounds = args.rounds or (2 if args.quick else 1)
     rows = []
     for name in args.rows:
         if name in WANTED:
@@ -68,7 +70,7 @@ def main() -> None:
 def random_model() -> HookedTransformer:
     """Return the model of --quick."""
     config = HookedTransformerConfig(
-        n_layers=8,
+        n_layers=6,
         d_model=256,
         n_heads=8,
         d_head=32,
@@ -82,15 +84,17 @@ def random_model() -> HookedTransformer:
     return HookedTransformer(config)
 
 
-def effects(model: Any, n_pairs: int, *, per_head: bool = False) -> Callable[[], pd.DataFrame]:
-    """Return what makes the table of all layers, of prompts with random tokens."""
-    tokens = torch.randint(4, 4096, (24, PROMPT))
+def effects(
+    model: Any, n_pairs: int, layers: range | None = None, *, n_prompts: int = 48, per_head: bool
+) -> Callable[[], pd.DataFrame]:
+    """Return what makes the table of some layers or all, of prompts with random tokens."""
+    tokens = torch.randint(4, 4096, (n_prompts, PROMPT))
     made = [
         TokenizedExample(tokens=row, prompt_length=PROMPT, label="ab"[i % 2])
         for i, row in enumerate(tokens)
     ]
     examples = TokenizedExamples(examples=made, span=sqs.LastPromptToken(), batch_size=BATCH)
-    sites = sqs.query_sites(model)
+    sites = sqs.query_sites(model, layers)
     return lambda: sqs.diagnostics.interchange_effect(
         model, sites, examples, n_pairs=n_pairs, per_head=per_head
     )
@@ -113,7 +117,9 @@ def whole_rows(model: Any, batch: TokenBatch, patches: Any) -> WholeRows:
 
 def interchange(model: Any, rounds: int) -> dict[str, Any]:
     """Return the row of the table of patches."""
-    ours, found = effects(model, BATCH), {}
+    layers = range(0, int(model.cfg.n_layers), int(model.cfg.n_layers) // 6)
+    ours = effects(model, BATCH, layers, n_prompts=8, per_head=True)
+    found = {}
 
     def kept() -> None:
         found["ours"] = ours()
@@ -122,7 +128,7 @@ def interchange(model: Any, rounds: int) -> dict[str, Any]:
         with patch.multiple(trial, prefixed_rows=whole_rows, PASS_TOKENS=0):
             found["other"] = ours()
 
-    pairs = seconds_of(kept, whole, rounds, warm_up=rounds > 1)
+    pairs = seconds_of(kept, whole, rounds, warm_up=False)
     both = [table.drop(columns="head").astype(float) for table in found.values()]
     equal = bool((both[0] - both[1]).abs().max().max() < 1e-4)
     return faster("interchange_effect, prompts of 70 tokens", pairs, equal=equal)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sae_lens import HookedSAETransformer
 from test_attach import hooked_sae_transformer  # noqa: F401  (a fixture)
+from transformer_lens.model_bridge import TransformerBridge
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.sampling import seeded_sampling
@@ -410,11 +411,15 @@ def test_a_model_is_not_loaded_on_a_device_or_in_a_format_that_there_is_not(
     assert next(loaded.parameters()).dtype == torch.bfloat16
 
 
-def test_a_device_map_places_the_modules_of_a_bridge(tiny_folder, tiny_models):
-    names = ("embed_tokens", "layers", "norm", "rotary_emb")
-    places = {"lm_head": "cpu"} | {f"model.{name}": "cpu" for name in names}
-    model = sqs.load_model(tiny_folder, device_map=places)
-    assert model.original_model.hf_device_map == places
+def test_a_device_map_is_given_to_the_bridge(tiny_folder, tiny_models, monkeypatch):
+    given, boot = {}, TransformerBridge.boot_transformers
+    monkeypatch.setattr(
+        TransformerBridge,
+        "boot_transformers",
+        lambda name, **settings: given.update(settings) or boot(name, **settings),
+    )
+    model = sqs.load_model(tiny_folder, device_map={"": "cpu"})
+    assert given["device_map"] == {"": "cpu"}
     tokens = tokens_of(model)
     assert torch.equal(model(tokens), tiny_models["bridge"](tokens))
 

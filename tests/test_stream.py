@@ -168,3 +168,15 @@ def test_autocast_reads_in_sixteen_bits(tiny_models):
     for name, value in half.items():
         assert value.dtype == torch.bfloat16
         torch.testing.assert_close(value.float(), full[name], rtol=0.1, atol=0.05)
+
+
+def test_a_forward_batch_without_a_token_to_train_on_changes_no_chunk(tiny_models):
+    rows = torch.tensor([[5, 6, 7], [9, 9, 9], [5, 9, 9]], dtype=torch.int)
+    settings = {"exclude_special_tokens": (9,), "store_batch_size_prompts": 1}
+    stream = stream_of(tiny_models["bridge"], rows, batch=1, buffer=2, **settings)
+    name = "blocks.0.attn.hook_q"  # before any attention: a query tells its token
+    found = torch.cat([one[name] for one in islice(stream.batches(), 40)])
+    known = read_activations(stream.model, rows[:1].long(), [name])[name][0].flatten(1)
+    nearest = torch.cdist(found, known).min(1)
+    assert nearest.values.max() < 1e-3
+    assert nearest.indices.bincount().tolist() == [20, 10, 10]

@@ -103,6 +103,8 @@ class QueryStream:
         queries: Queries = {}
         filled = 0
         for batch, found in self._forward(first, n_tokens):
+            if not len(batch.places):  # it may follow the last token of its chunk
+                continue
             # Where each token goes: written there at once, the chunk is never copied.
             places = torch.from_numpy(batch.places).to(self.device)
             for name, value in found.items():
