@@ -75,7 +75,7 @@ class Trial:
     ) -> pd.DataFrame:
         """Return how far patches move the next token, with a row for each site and head."""
         tried = {site: [*(own if per_head else ()), ALL_HEADS] for site, own in heads.items()}
-        found: dict[tuple[int, int | str], list[pd.DataFrame]] = defaultdict(list)
+        found: dict[tuple[QuerySite, int | str], list[pd.DataFrame]] = defaultdict(list)
         order: list[int] = []
         bases = self.examples.subset(pair.base for pair in self.pairs)
         total = len(self.pairs) * sum(map(len, tried.values()))
@@ -97,14 +97,14 @@ class Trial:
                         after = next_tokens(repeated(len(some)), site, pairs_of)
                         parts += [s.measured(a) for (s, _), a in zip(some, after, strict=True)]
                     for head, one, control in zip(own, parts[::2], parts[1::2], strict=True):
-                        found[site.layer, head].append(one.join(control.add_suffix("_control")))
+                        found[site, head].append(one.join(control.add_suffix("_control")))
                     bar.update(len(pairs) * len(own))
         pairs = [self.pairs[i] for i in order]
         return pd.DataFrame(
             [
-                {"layer": layer, "head": head}
+                {"layer": site.layer, "head": head}
                 | self._row(pd.concat(parts, ignore_index=True), pairs)
-                for (layer, head), parts in found.items()
+                for (site, head), parts in found.items()
             ]
         )
 
