@@ -143,6 +143,17 @@ def test_an_existing_folder_is_refused_by_all_ranks(tiny_models, tmp_path):
         assert "FileExistsError" in error and "saes exists" in error
 
 
+def test_a_rank_that_ends_before_all_are_connected_is_named(tiny_models, monkeypatch):
+    def reset(*_args, **_settings):
+        raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", reset)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="rank 1 of 2 stops because another rank has ended"):
+        train(tiny_models["bridge"], run=train_on_ranks, out="none", **CONFIG)
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tiny_folder, tmp_path, monkeypatch):
     make_texts(tmp_path / "texts.csv")

@@ -56,7 +56,7 @@ def train_on_ranks(
     Raises:
         BlockingIOError: as `train_query_saes`.
         FileExistsError: as `train_query_saes`.
-        RuntimeError: another process has ended.
+        RuntimeError: another process has ended, or can't be reached.
         ValueError: as `train_query_saes`.
     """
     again: Any = {"out": out, "resume": resume, "overwrite": overwrite, "start": start}
@@ -65,10 +65,11 @@ def train_on_ranks(
         return train_query_saes(model, texts, sites, config, **again)
     device = torch.device(model.cfg.device)
     on_gpu = device.type == "cuda"
-    distributed.init_process_group(
-        "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None
-    )
-    ranks = Ranks(distributed.get_rank(), n, str(device) if on_gpu else "cpu")
+    ranks = Ranks(int(os.environ["RANK"]), n, str(device) if on_gpu else "cpu")
+    with ranks.others():
+        distributed.init_process_group(
+            "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None
+        )
     saes = train_query_saes(model, texts, sites, config, **again, ranks=ranks)
     # Not after an error: this process must end, and NCCL would first wait for the others.
     distributed.destroy_process_group()

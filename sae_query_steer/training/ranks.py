@@ -40,7 +40,7 @@ class Ranks:
             RuntimeError: see `exchange`.
         """
         if self.n > 1:
-            with self._others():
+            with self.others():
                 distributed.barrier()
 
     def exchange(
@@ -58,7 +58,7 @@ class Ranks:
             the batch of each rank, in the order of ranks.
 
         Raises:
-            RuntimeError: another rank has ended.
+            RuntimeError: another rank has ended, or can't be reached.
         """
         everyone = range(self.n)
         ordered = [site.hook_name for rank in everyone for site in self.own(sites, rank)]
@@ -67,12 +67,12 @@ class Ranks:
         sizes = [n * widths[self.rank] for n in n_tokens]
         received = sent.new_empty(sum(sizes))
         shares = [n_tokens[self.rank] * width for width in widths]
-        with self._others():
+        with self.others():
             work = distributed.all_to_all_single(received, sent, sizes, shares, async_op=True)
         assert work is not None, "async_op returns a handle"
 
         def wait() -> list[dict[str, Tensor]]:
-            with self._others():
+            with self.others():
                 work.wait()
             found = []
             for n, batch in zip(n_tokens, received.split(sizes), strict=True):
@@ -109,13 +109,19 @@ class Ranks:
         return join_ranks(parts, sites)
 
     @contextmanager
-    def _others(self) -> Iterator[None]:
+    def others(self) -> Iterator[None]:
+        """Name the cause where a call that needs the other ranks fails.
+
+        Raises:
+            RuntimeError: another rank has ended, or can't be reached.
+        """
         try:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.rank} of {self.n} stops because another rank has ended: its own error "
-                "says why; start all again, with resume=True to continue from the last checkpoint"
+                f"rank {self.rank} of {self.n} stops because another rank has ended or can't be "
+                "reached: its own error says why; start all again, with resume=True to continue "
+                "from the last checkpoint"
             ) from error
 
 
