@@ -9,22 +9,19 @@ writing the examples is not. --quick learns from four topics, and a third of the
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pandas as pd
 import torch
 
 import sae_query_steer as sqs
-from benchmarks.rounds import faster, seconds_of
+from benchmarks.rounds import faster, seconds_of, show
 from sae_query_steer.compare.exercise_demo import MOVE, SCOPE
 from sae_query_steer.compare.exercise_task import exercise_examples
 from sae_query_steer.learning import no_moves
 from sae_query_steer.models.prefix import PrefixedRows
-from sae_query_steer.storage.folders import new_file
 
 CLASSES = ("analyze", "create")
 LAYERS = {"layer 20": [20], "layers 18 to 22": [18, 19, 20, 21, 22]}
@@ -73,10 +70,7 @@ def main() -> None:
         seconds = seconds_of(partial(learn, layers), partial(whole, layers), rounds, warm_up=False)
         equal = all(torch.equal(one[hook], other[hook]) for hook in one)
         table.append(faster(f"two classes, {n_topics} topics, {name}", seconds, equal=equal))
-    print(pd.DataFrame(table).round(3).to_string(index=False))
-    if args.json:
-        with new_file(args.json) as new:
-            new.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    show(table, args.json)
 
 
 if __name__ == "__main__":

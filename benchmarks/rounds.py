@@ -1,11 +1,16 @@
 """Two sides measured in one process, alternating, and the row of a table that compares them."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+
+from sae_query_steer.storage.folders import new_file
 
 
 def seconds_of(
@@ -57,3 +62,11 @@ def faster(name: str, seconds: Sequence[tuple[float, float]], *, equal: bool) ->
     """Return the row of seconds of both sides, whose ratio is how much faster ours is."""
     ours, other = zip(*seconds, strict=True)
     return row_of(name, ours, other, [b / a for a, b in seconds], equal=equal)
+
+
+def show(rows: Sequence[dict[str, Any]], file: Path | None) -> None:
+    """Print the rows, and write them to a file if one is given."""
+    print(pd.DataFrame(rows).round(3).to_string(index=False))
+    if file is not None:
+        with new_file(file) as new:
+            new.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -15,7 +15,6 @@ generation: of the autograd loop over ours, as "ratio".
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +27,7 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
-from benchmarks.rounds import row_of, seconds_of
+from benchmarks.rounds import row_of, seconds_of, show
 from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
 from sae_query_steer.storage.folders import new_file
 from sae_query_steer.targets.centroids import CentroidTargets
@@ -65,12 +64,9 @@ def main() -> None:
             rows += bench.compare([LAYER], 1, n_steps)
         for layers, batch in (([LAYER], 16), (everywhere, 1), (everywhere, 16)):
             rows += bench.compare(layers, batch, 50)
-    table = pd.DataFrame(rows)
-    print(table.round(3).to_string(index=False))
-    if args.json:
-        with new_file(args.json) as new:
-            new.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    show(rows, args.json)
     if args.plot:
+        table = pd.DataFrame(rows)
         found = table["name"].str.extract(r"(?P<way>.*), 1 layer, batch 1, (?P<steps>\d+) steps$")
         shown = table.join(found).dropna(subset=["steps"])
         shown["steps"] = shown["steps"].astype(int)

@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from datasets import Dataset
 from sae_lens import (
@@ -44,9 +43,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
 from benchmarks.processes import two_processes
-from benchmarks.rounds import faster, seconds_of
+from benchmarks.rounds import faster, seconds_of, show
 from sae_query_steer.sae import QueryHeadTopKTrainingSAE
-from sae_query_steer.storage.folders import new_file
 from sae_query_steer.training.saelens import HeadwiseTrainer
 
 SAMPLED = "(*)"
@@ -83,7 +81,7 @@ def main() -> None:
 
     if PROCESSES in args.rows:
         work = partial(ours, model, rows, list(range(N_LAYERS)), range(N_HEADS))
-        return show(two_processes(work, args.rounds or (1 if args.quick else 5)), args)
+        return show(two_processes(work, args.rounds or (1 if args.quick else 5)), args.json)
     equal = follows_saelens(args.device)
     one, all_heads = range(1), range(N_HEADS)
     layer, model_layers = [LAYER], list(range(N_LAYERS))
@@ -107,19 +105,11 @@ def main() -> None:
     ]
     if SMOLLM2 in args.rows:
         table.append(on_smollm2(2048 if args.quick else 8192, rounds, equal))
-    show(table, args)
+    show(table, args.json)
     print(f"{SAMPLED}: SAELens trained one head of each layer; its seconds are times 8")
     if not args.quick:
         for side in ("ours", "other", *({SMOLLM2} & {*args.rows})):
             print(f"peak memory, {side}: {peak_memory(side, args):.0f} MiB")
-
-
-def show(table: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print the rows, and write them if a file is given."""
-    print(pd.DataFrame(table).round(3).to_string(index=False))
-    if args.json:
-        with new_file(args.json) as new:
-            new.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 def make_model(device: str) -> HookedTransformer:
