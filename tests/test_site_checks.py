@@ -304,3 +304,16 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
             cases = [(patch, head)] * (len(many.tokens) // 4)
             for found in next_tokens(many, site, cases):
                 torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_two_sites_of_a_layer_have_a_row_each(tiny_models, examples):
+    model = tiny_models["hooked"]
+    sites = [*sqs.query_sites(model, [1]), *sqs.query_sites(model, [1], rotated=True)]
+    tokenized = tokens(model, examples, span=sqs.LastPromptToken())
+    both = sqs.diagnostics.interchange_effect(model, sites, tokenized, n_pairs=6, per_head=False)
+    assert list(both["layer"]) == [1, 1]
+    for row, site in zip(both["kl"], sites, strict=True):
+        alone = sqs.diagnostics.interchange_effect(
+            model, [site], tokenized, n_pairs=6, per_head=False
+        )
+        assert row == pytest.approx(alone["kl"].iloc[0], rel=1e-4)
