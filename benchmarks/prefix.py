@@ -10,8 +10,9 @@ tokens of the prompts are random. Rows, in seconds:
   pairs, 16 prompts a batch, logits of the patched tokens only, and read the queries of the sources
   and the next tokens of all prompts in the same way; ours counts the pass over the prompts. These
   passes bound the ratio: there must be many patches for a prompt. `equal`: within 1e-4.
-- sweep: prompts of 200 tokens, 24 new ones under 8 changes of a layer's queries, from prompts that
-  are kept (made anew in each round) against `generate` for each change. `equal`: the same tokens.
+- sweep: 48 prompts of 200 tokens, 24 new ones under 4 changes of a layer's queries, from prompts
+  that are kept (made anew in each round) against `generate` for each change. `equal`: the same
+  tokens.
 - layers, heads (by name only): seconds of the whole table of 48 pairs, at all layers and with all
   heads too, beside those that are wanted. Not a row: there is no other side.
 """
@@ -33,7 +34,7 @@ from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples
 from sae_query_steer.diagnostics import trial
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
 
-PROMPT, LONG_PROMPT, NEW, N_CONDITIONS, BATCH = 70, 200, 24, 8, 16
+PROMPT, LONG_PROMPT, NEW, N_CONDITIONS, N_PROMPTS, BATCH = 70, 200, 24, 4, 48, 16
 WANTED = {"layers": 45.0, "heads": 300.0}
 
 
@@ -105,9 +106,9 @@ class WholeRows(PrefixedRows):
         return super().unchanged(rows, positions, ())
 
 
-def whole_rows(model: Any, batch: TokenBatch, patches: Any) -> WholeRows:
+def whole_rows(model: Any, batch: TokenBatch, mask: Any) -> WholeRows:
     """Stand for `prefixed_rows`."""
-    del patches
+    del mask
     return WholeRows(model, batch, torch.zeros_like(batch.lengths))
 
 
@@ -132,14 +133,14 @@ def interchange(model: Any, rounds: int) -> dict[str, Any]:
 
 def sweep(model: Any, rounds: int) -> dict[str, Any]:
     """Return the row of the sweep."""
-    tokens = torch.randint(4, 4096, (8, LONG_PROMPT))
-    lengths = torch.full((8,), LONG_PROMPT)
+    tokens = torch.randint(4, 4096, (N_PROMPTS, LONG_PROMPT))
+    lengths = torch.full((N_PROMPTS,), LONG_PROMPT)
     batch = TokenBatch(
         tokens=tokens,
         lengths=lengths,
         prompt_lengths=lengths,
-        labels=("",) * 8,
-        indices=tuple(range(8)),
+        labels=("",) * N_PROMPTS,
+        indices=tuple(range(N_PROMPTS)),
     )
     change, found = torch.randn(int(model.cfg.d_head)), {}
 
@@ -175,7 +176,7 @@ def sweep(model: Any, rounds: int) -> dict[str, Any]:
 
     pairs = seconds_of(kept, anew, rounds, warm_up=rounds > 1)
     equal = all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
-    return faster("sweep of 8 conditions, 200 + 24 tokens", pairs, equal=equal)
+    return faster("sweep of 4 conditions, 48 x (200 + 24) tokens", pairs, equal=equal)
 
 
 if __name__ == "__main__":

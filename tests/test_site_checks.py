@@ -292,7 +292,9 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
         logits = read_activations(model, batch.tokens, ["logits"], fwd_hooks=hooks)["logits"]
         return logits[rows, columns].log_softmax(-1)
 
-    prefixed = prefixed_rows(model, batch, [patch])
+    mask = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+    mask[rows, columns] = True
+    prefixed = prefixed_rows(model, batch, mask)
     assert prefixed.tokens.shape[1] == 3
     unpatched = prefixed.unchanged(rows, columns, [site.layer for site in sites])
     whole = log_probs()

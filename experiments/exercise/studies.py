@@ -123,12 +123,14 @@ def sparsity(task: Task) -> Iterator[Job]:
             )
 
 
-def sparse(task: Task, name: str, kind: str, limit: str, n: int, seed: int = 0) -> Method:
+def sparse(
+    task: Task, name: str, kind: str, limit: str, n: int, *, seed: int = 0, **learning: Any
+) -> Method:
     """Return moves of at most n latents of a head or in all."""
     a_head = n if limit == "n_latents" else 1
     rate = 0.05 * (64 / a_head) ** 0.5  # so that few latents reach the budget as well
-    encoders = task.dictionary(kind, seed=seed)
-    return moves(task, name, encoders, l1=0.02, learning_rate=rate, **{limit: n})
+    learning = {"l1": 0.02, "learning_rate": rate, limit: n} | learning
+    return moves(task, name, task.dictionary(kind, seed=seed), **learning)
 
 
 def seeds(task: Task) -> Iterator[Job]:
@@ -138,7 +140,7 @@ def seeds(task: Task) -> Iterator[Job]:
             yield (
                 {"study": "seeds", "dictionary": kind, "seed": seed, "n": task.args.n_study},
                 lambda kind=kind, seed=seed: sparse(
-                    task, f"{kind}-4-seed{seed}", kind, "n_latents", 4, seed
+                    task, f"{kind}-4-seed{seed}", kind, "n_latents", 4, seed=seed
                 ),
                 1.0,
             )
@@ -160,18 +162,21 @@ def scopes(task: Task) -> Iterator[Job]:
         )
 
 
+def sparse_or_dense(task: Task, name: str, kind: str, **learning: Any) -> Method:
+    """Return dense moves, or moves of at most 4 latents a head without a penalty."""
+    if kind == "dense":
+        return moves(task, f"dense-{name}", task.dictionary(kind), **learning)
+    return sparse(task, f"{kind}-4-{name}", kind, "n_latents", 4, l1=0.0, **learning)
+
+
 def norms(task: Task) -> Iterator[Job]:
-    """Success against the norm of the change, sparse and dense."""
-    for budget in (0.25, 0.125, 1.0):
-        for kind in ("trained", "dense"):
+    """Success against the norm of the change; without a penalty all changes reach the limit."""
+    for budget in (0.4, 0.25, 0.8):
+        for kind in ("trained", "random", "permuted", "dense"):
             yield (
                 {"study": "norms", "dictionary": kind, "budget": budget, "n": task.args.n_study},
-                lambda kind=kind, budget=budget: moves(
-                    task,
-                    f"{kind}-budget{budget}",
-                    task.dictionary(kind),
-                    budget,
-                    l1=PENALTY if kind == "trained" else 0.0,
+                lambda kind=kind, budget=budget: sparse_or_dense(
+                    task, f"budget{budget}", kind, budget=budget
                 ),
                 1.0,
             )
@@ -180,16 +185,10 @@ def norms(task: Task) -> Iterator[Job]:
 def topics(task: Task) -> Iterator[Job]:
     """Success against the number of topics that targets are learned from."""
     for n in (2, 5, 10):
-        for kind in ("trained", "dense"):
+        for kind in ("trained", "random", "dense"):
             yield (
                 {"study": "topics", "dictionary": kind, "topics": n, "n": task.args.n_study},
-                lambda kind=kind, n=n: moves(
-                    task,
-                    f"{kind}-topics{n}",
-                    task.dictionary(kind),
-                    topics=n,
-                    l1=PENALTY if kind == "trained" else 0.0,
-                ),
+                lambda kind=kind, n=n: sparse_or_dense(task, f"topics{n}", kind, topics=n),
                 1.0,
             )
 
@@ -221,6 +220,16 @@ def wordings(task: Task) -> Iterator[Job]:
             ),
             1.0,
         )
+    for n in (4, 64, 8):
+        for kind in ("trained", "random", "permuted"):
+            yield (
+                {"study": "wordings", "dictionary": kind, "wordings": 3, "n_latents": n}
+                | {"n": task.args.n_study},
+                lambda kind=kind, n=n: sparse(
+                    task, f"{kind}-{n}-wordings3", kind, "n_latents", n, draws=3
+                ),
+                1.0,
+            )
 
 
 def layers(task: Task) -> Iterator[Job]:

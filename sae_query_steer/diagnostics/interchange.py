@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from sae_query_steer.arguments import check_kind
-from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.diagnostics.patches import Pair, Patch
 from sae_query_steer.diagnostics.trial import Trial
-from sae_query_steer.models.activations import read_activations, read_at_span
 from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.sites import QuerySite, check_sites
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
@@ -78,14 +76,12 @@ def interchange_effect(
     Source: interchange interventions as in causal abstraction.
     """
     check_sites(model, sites)
-    trial = Trial(model, examples, counterparts, n_pairs=n_pairs, seed=seed)
-    queries = _source_queries(trial, [site.hook_name for site in sites])
+    trial = Trial(model, sites, examples, counterparts, n_pairs=n_pairs, seed=seed)
 
-    def patches(batch: TokenBatch, pairs: Sequence[Pair]) -> tuple[Patch, Patch]:
-        mask = batch.mask(trial.examples.span)
+    def patches(mask: Tensor, pairs: Sequence[Pair]) -> tuple[Patch, Patch]:
         return (
-            _laid_over(mask, [queries[pair.source] for pair in pairs]),
-            _laid_over(mask, [queries[pair.control] for pair in pairs]),
+            _laid_over(mask, [trial.queries[pair.source] for pair in pairs]),
+            _laid_over(mask, [trial.queries[pair.control] for pair in pairs]),
         )
 
     heads = {site: range(site.n_heads) for site in sites}
@@ -128,43 +124,34 @@ def achieved_effect(
     """
     check_kind("steerer", steerer, LatentGradientSteerer, "other edits have no target to replace")
     steerer.check_model(model)
-    trial = Trial(model, examples, counterparts, n_pairs=n_pairs, seed=seed)
     chosen = steerer.where.chosen
+    heads = {at.site: at.heads for at in chosen.values() if isinstance(at.site, QuerySite)}
+    trial = Trial(model, [*heads], examples, counterparts, n_pairs=n_pairs, seed=seed)
 
-    def patches(batch: TokenBatch, pairs: Sequence[Pair]) -> tuple[Patch, Patch]:
-        rows, columns = batch.mask(trial.examples.span).nonzero(as_tuple=True)
+    def patches(mask: Tensor, pairs: Sequence[Pair]) -> tuple[Patch, Patch]:
+        rows, columns = mask.nonzero(as_tuple=True)
+        bases = [pair.base for pair in pairs]
+        lengths = [trial.examples[base].prompt_length for base in bases]
         tokens = TokenPositions(
             row=rows,
             position=columns,
             n_rows=len(pairs),
-            prompt_lengths=batch.prompt_lengths,
+            prompt_lengths=torch.tensor(lengths),
         )
-        read = read_activations(model, batch.tokens, list(chosen))
-        queries = {n: q[rows.to(q.device), columns.to(q.device)] for n, q in read.items()}
         made = []
-        for sources in ([p.source for p in pairs], [p.base for p in pairs]):
+        for sources in ([pair.source for pair in pairs], bases):
             towards = replace(steerer, target=[trial.examples[i].label for i in sources])
-            steered = {name: query.clone() for name, query in queries.items()}
-            for name, at in chosen.items():
-                own = queries[name][:, list(at.heads)]
-                change = towards.change(own, at, tokens)
-                steered[name][:, list(at.heads)] += change.delta.to(own)
+            steered = {}
+            for site in heads:
+                at = chosen[site.hook_name]
+                queries = torch.cat([trial.queries[base][site.hook_name] for base in bases])
+                own = queries[:, list(at.heads)]
+                queries[:, list(at.heads)] += towards.change(own, at, tokens).delta.to(own)
+                steered[site.hook_name] = queries
             made.append(Patch(rows, columns, steered))
         return made[0], made[1]
 
-    heads = {at.site: at.heads for at in chosen.values() if isinstance(at.site, QuerySite)}
     return trial.table(heads, patches, per_head=per_head, description="Steering queries")
-
-
-def _source_queries(trial: Trial, hook_names: list[str]) -> dict[int, dict[str, Tensor]]:
-    """Return the queries at the span of every source, [token head d_head] by hook name."""
-    chosen = sorted({i for pair in trial.pairs for i in (pair.source, pair.control)})
-    queries: dict[int, dict[str, Tensor]] = {}
-    for batch in read_at_span(trial.model, trial.examples.subset(chosen), hook_names):
-        for row in batch.row.unique().tolist():
-            own = batch.row == row
-            queries[chosen[row]] = {n: q[own.to(q.device)] for n, q in batch.activations.items()}
-    return queries
 
 
 def _laid_over(mask: Tensor, sources: Sequence[Mapping[str, Tensor]]) -> Patch:

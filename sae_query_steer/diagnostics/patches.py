@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
 from sae_query_steer.diagnostics.metrics import kl_divergence, total_variation
+from sae_query_steer.models.activations import check_finite
 from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 
@@ -113,6 +115,30 @@ def next_tokens(
     return logs.split(list(map(len, rows)))
 
 
+@torch.no_grad()
+def queries_of(
+    prefixed: PrefixedRows,
+    rows: Int[Tensor, " token"],
+    positions: Int[Tensor, " token"],
+    sites: Sequence[QuerySite],
+) -> tuple[Float[Tensor, "token d_vocab"], dict[str, Float[Tensor, "token head d_head"]]]:
+    """Return log probabilities after some tokens, and their queries by hook name.
+
+    Raises:
+        ValueError: a query is not finite.
+    """
+    columns, found = prefixed.columns(rows, positions), {}
+
+    def keep(queries: Tensor, hook: Any, site: QuerySite) -> None:
+        del hook
+        by_head = queries.reshape(*queries.shape[:2], -1, site.d_head)
+        found[site.hook_name] = by_head[rows.to(by_head.device), columns.to(by_head.device)]
+        check_finite(found[site.hook_name], site.hook_name)
+
+    hooks = [(site.hook_name, partial(keep, site=site)) for site in sites]
+    return prefixed.log_probs(rows, positions, hooks), found
+
+
 @dataclass(frozen=True, eq=False)
 class Side:
     """A patch and what its effect is measured against: log probabilities [token d_vocab]."""
@@ -124,26 +150,28 @@ class Side:
     aim: Float[Tensor, "token d_vocab"]
     """Towards which the patch should lead."""
 
+    @cached_property
+    def before(self) -> Float[Tensor, " token"]:
+        """KL(aim || clean)."""
+        return kl_divergence(self.aim, self.clean)
+
     def measured(self, after: Float[Tensor, "token d_vocab"]) -> pd.DataFrame:
         """Return the effect of the patch, with a row for each base."""
-        before = kl_divergence(self.aim, self.clean)
         measured = {
             "kl": kl_divergence(self.clean, after),
             "moved": total_variation(self.clean, after),
-            "toward": before - kl_divergence(self.aim, after),
-            "before": before,
+            "toward": self.before - kl_divergence(self.aim, after),
+            "before": self.before,
         }
         rows = {k: self.patch.mean_per_row(v).numpy() for k, v in measured.items()}
         return pd.DataFrame(rows)
 
 
-def prefixed_rows(model: Any, batch: TokenBatch, patches: Sequence[Patch]) -> PrefixedRows:
-    """Return the rows from their first patched token to their last, the rest in the cache."""
-    rows = torch.cat([patch.rows for patch in patches])
-    columns = torch.cat([patch.columns for patch in patches])
-    start = batch.lengths.scatter_reduce(0, rows, columns, "amin")
-    stop = torch.zeros_like(start).scatter_reduce(0, rows, columns + 1, "amax")
-    return PrefixedRows(model, batch, start, stop)
+def prefixed_rows(model: Any, batch: TokenBatch, mask: Bool[Tensor, "batch pos"]) -> PrefixedRows:
+    """Return the rows from the first token of their mask to its last, the rest in the cache."""
+    index = torch.arange(mask.shape[1])
+    start = index.where(mask, mask.shape[1]).amin(1)
+    return PrefixedRows(model, batch, start, (index + 1).where(mask, 0).amax(1))
 
 
 def check_other_class(examples: TokenizedExamples, counterparts: TokenizedExamples) -> None:

@@ -1,14 +1,14 @@
 """Pairs of examples, patched at each site and head: the table of how the next token changes."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_query_steer.arguments import check_number
@@ -24,6 +24,7 @@ from sae_query_steer.diagnostics.patches import (
     next_tokens,
     paired_error,
     prefixed_rows,
+    queries_of,
 )
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.models.prefix import PrefixedRows
@@ -34,17 +35,25 @@ PASS_TOKENS, PASS_BYTES = 256, 2**29
 """Tokens of a pass with several patches, and bytes of their caches, at most. Source: our choice; on
 a CPU more are no faster."""
 
-Patches: TypeAlias = Callable[[TokenBatch, Sequence[Pair]], tuple[Patch, Patch]]
-"""From a batch of bases and their pairs to two patches: towards the source's class, and the
+CACHE_BYTES = 2**30
+"""Size of all caches of prompts that are kept at most; those of other prompts are made twice."""
+
+Patches: TypeAlias = Callable[[Bool[Tensor, "pair pos"], Sequence[Pair]], tuple[Patch, Patch]]
+"""From the spans of the bases of some pairs to two patches: towards the source's class, and the
 control."""
 
 
 class Trial:
-    """Pairs of examples and the next tokens that patches should lead to."""
+    """Pairs of examples and the next tokens that patches should lead to.
+
+    Every example runs once: its next tokens, its queries and the cache of the tokens before its
+    span are kept.
+    """
 
     def __init__(
         self,
         model: Any,
+        sites: Sequence[QuerySite],
         examples: TokenizedExamples,
         counterparts: TokenizedExamples | None,
         *,
@@ -58,12 +67,15 @@ class Trial:
         check_classes(examples.labels)
         paired = counterparts is not None
         self.pairs = draw_pairs(examples.labels, n_pairs, seed, counterparts=paired)
-        self.model = model
         self.examples = examples
         if counterparts is not None:
             check_other_class(examples, counterparts)
             self.examples = replace(examples, examples=[*examples, *counterparts])
-        self._aims, self._gaps = _aims(model, self.examples, self.pairs, own=paired)
+        self._model, self._sites = model, sites
+        self.queries: dict[int, dict[str, Float[Tensor, "token head d_head"]]] = {}
+        """Queries at the span of the examples of pairs, by index and hook name."""
+        self._kept: dict[tuple[int, ...], PrefixedRows] = {}
+        self._aims, self._gaps = _aims(self._logs(), self.examples.labels, self.pairs, own=paired)
 
     def table(
         self,
@@ -76,15 +88,12 @@ class Trial:
         """Return how far patches move the next token, with a row for each site and head."""
         tried = {site: [*(own if per_head else ()), ALL_HEADS] for site, own in heads.items()}
         found: dict[tuple[QuerySite, int | str], list[pd.DataFrame]] = defaultdict(list)
-        order: list[int] = []
-        bases = self.examples.subset(pair.base for pair in self.pairs)
+        order: list[Pair] = []
         total = len(self.pairs) * sum(map(len, tried.values()))
         with progress_bar(total=total, desc=description, unit="patch") as bar:
-            for batch in example_batches(bases, bases.batch_size):
-                order += batch.indices
-                pairs = [self.pairs[i] for i in batch.indices]
-                both = patches(batch, pairs)
-                prefixed = prefixed_rows(self.model, batch, both)
+            for pairs, mask, prefixed in self._bases():
+                order += pairs
+                both = patches(mask, pairs)
                 sides = self._sides(prefixed, both, pairs, [site.layer for site in heads])
                 repeated = lru_cache(maxsize=2)(prefixed.repeated)
                 n_cases = _cases_in_a_pass(prefixed)
@@ -99,14 +108,48 @@ class Trial:
                     for head, one, control in zip(own, parts[::2], parts[1::2], strict=True):
                         found[site, head].append(one.join(control.add_suffix("_control")))
                     bar.update(len(pairs) * len(own))
-        pairs = [self.pairs[i] for i in order]
         return pd.DataFrame(
             [
                 {"layer": site.layer, "head": head}
-                | self._row(pd.concat(parts, ignore_index=True), pairs)
+                | self._row(pd.concat(parts, ignore_index=True), order)
                 for (site, head), parts in found.items()
             ]
         )
+
+    def _logs(self) -> Iterator[tuple[int, Float[Tensor, "token d_vocab"]]]:
+        """Yield the log probabilities at the span of each example; keep queries and caches."""
+        chosen, left = {i for pair in self.pairs for i in pair}, CACHE_BYTES
+        bases = {pair.base for pair in self.pairs}
+        for batch in self._batches():
+            mask = batch.mask(self.examples.span)
+            rows, columns = mask.nonzero(as_tuple=True)
+            prefixed = prefixed_rows(self._model, batch, mask)
+            if not bases.isdisjoint(batch.indices) and prefixed.n_bytes <= left:
+                left -= prefixed.n_bytes
+                self._kept[batch.indices] = prefixed
+            logs, queries = queries_of(prefixed, rows, columns, self._sites)
+            for row, index in enumerate(batch.indices):
+                own = rows == row
+                if index in chosen:
+                    self.queries[index] = {n: q[own.to(q.device)] for n, q in queries.items()}
+                yield index, logs[own.to(logs.device)]
+
+    def _batches(self) -> Iterator[TokenBatch]:
+        return example_batches(self.examples, self.examples.batch_size)
+
+    def _bases(self) -> Iterator[tuple[list[Pair], Bool[Tensor, "pair pos"], PrefixedRows]]:
+        """Yield pairs whose bases are in a batch, with spans of the bases and their rows."""
+        for batch in self._batches():
+            places = {index: row for row, index in enumerate(batch.indices)}
+            here = [pair for pair in self.pairs if pair.base in places]
+            if not here:
+                continue
+            mask = batch.mask(self.examples.span)
+            prefixed = self._kept.get(batch.indices) or prefixed_rows(self._model, batch, mask)
+            for start in range(0, len(here), self.examples.batch_size):
+                some = here[start : start + self.examples.batch_size]
+                rows = torch.tensor([places[pair.base] for pair in some])
+                yield some, mask[rows], prefixed.taken(rows)
 
     def _sides(
         self,
@@ -148,7 +191,11 @@ def _cases_in_a_pass(prefixed: PrefixedRows) -> int:
 
 
 def _aims(
-    model: Any, examples: TokenizedExamples, pairs: Sequence[Pair], *, own: bool
+    logs_of: Iterable[tuple[int, Tensor]],
+    labels: Sequence[str],
+    pairs: Sequence[Pair],
+    *,
+    own: bool,
 ) -> tuple[dict[int, Float[Tensor, " d_vocab"]], pd.Series]:
     """Return the aim of each source by its index, and the gap of each pair.
 
@@ -161,25 +208,21 @@ def _aims(
     mean_logs: dict[int, Tensor] = {}
     totals: dict[str, Tensor] = {}
     counts: Counter[int | str] = Counter()  # tokens of each example and class
-    for batch in example_batches(examples, examples.batch_size):
-        rows, columns = batch.mask(examples.span).nonzero(as_tuple=True)
-        prefixed = prefixed_rows(model, batch, [Patch(rows, columns, {})])
-        logs = prefixed.unchanged(rows, columns, ()).cpu().double()
-        for row, index in enumerate(batch.indices):
-            here, label = logs[rows == row], batch.labels[row]
-            total = here.exp().sum(0)
-            counts[index] = len(here)
-            counts[label] += len(here)
-            totals[label] = totals[label] + total if label in totals else total
-            if index in needed:
-                sums[index], mean_logs[index] = total.float(), here.mean(0).float()
+    for index, logs in logs_of:
+        here, label = logs.cpu().double(), labels[index]
+        total = here.exp().sum(0)
+        counts[index] = len(here)
+        counts[label] += len(here)
+        totals[label] = totals[label] + total if label in totals else total
+        if index in needed:
+            sums[index], mean_logs[index] = total.float(), here.mean(0).float()
     aims, gaps = {}, []
     for base, source, _ in pairs:
         if own:
             goal = sums[source].double() / counts[source]
             aims[source] = goal.log().float()
         else:
-            label = examples[source].label
+            label = labels[source]
             rest = counts[label] - counts[source]
             goal = (totals[label] - sums[source]).clamp(min=0) / rest
             aims[source] = (totals[label] / counts[label]).log().float()

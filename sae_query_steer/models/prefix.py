@@ -70,13 +70,17 @@ class PrefixedRows:
 
     def repeated(self, n: int) -> "PrefixedRows":
         """Return the rows n times, one after another, with what `unchanged` kept."""
-        if n == 1:
+        return self.taken(torch.arange(len(self.tokens)).repeat(n))
+
+    def taken(self, rows: Int[Tensor, " row"]) -> "PrefixedRows":
+        """Return some of the rows, which may repeat, with what `unchanged` kept."""
+        if torch.equal(rows, torch.arange(len(self.tokens))):
             return self
-        other = _repeated(self, n)
-        other.positions = _repeated(self.positions, n)
-        other._kept = {layer: _repeated(output, n) for layer, output in self._kept.items()}
+        other = _taken(self, rows)
+        other.positions = _taken(self.positions, rows)
+        other._kept = {layer: _taken(output, rows) for layer, output in self._kept.items()}
         if self._cache is not None:
-            other._cache = self._copied(partial(_repeated, n=n))
+            other._cache = self._copied(partial(_taken, rows=rows))
         return other
 
     def _follow(self, batch: TokenBatch, stop: Int[Tensor, " batch"] | None) -> None:
@@ -249,12 +253,12 @@ class PrefixedRows:
         return cache.layers if self._is_bridge else cache.entries
 
 
-def _repeated(part: Any, n: int) -> Any:
-    """Return a copy of an object whose tensors have their rows n times."""
+def _taken(part: Any, rows: Int[Tensor, " row"]) -> Any:
+    """Return a copy of an object whose tensors have some of their rows."""
     other = copy.copy(part)
     for name, value in vars(part).items():
         if isinstance(value, Tensor) and value.ndim:
-            vars(other)[name] = value.repeat(n, *[1] * (value.ndim - 1))
+            vars(other)[name] = value[rows.to(value.device)]
     return other
 
 
