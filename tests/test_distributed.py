@@ -1,8 +1,10 @@
 """Several processes: each its share of the passes and layers, together what one trains."""
 
+import csv
 import dataclasses
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -18,8 +20,9 @@ from test_resume import TOPK, Stopped, assert_equal, stopped_after, train
 from wheel_check import make_texts
 
 import sae_query_steer as sqs
+from sae_query_steer.models.launch import local_device
 from sae_query_steer.storage.folders import locked
-from sae_query_steer.training.distributed import local_device, train_on_ranks
+from sae_query_steer.training.distributed import train_on_ranks
 from sae_query_steer.training.ranks import join_ranks
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
@@ -75,6 +78,22 @@ def on_ranks(n: int, model, **changes) -> list[str]:
         assert process.exitcode == 0, "it hangs"
     found = dict(raised.get() for _ in processes)
     return [found[rank] for rank in range(n)]
+
+
+def in_two_processes(arguments: list[str], monkeypatch) -> None:
+    """Run a command as the two ranks of a launch: here, and in a new process."""
+    launch = launch_of(2)
+    environment = os.environ | launch | {"RANK": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", MAIN, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    other = subprocess.Popen(command, env=environment, **pipes)
+    with monkeypatch.context() as here:
+        for name, value in (launch | {"RANK": "0"}).items():
+            here.setenv(name, value)
+        assert invoke(arguments, catch=False).exit_code == 0
+    said, errors = other.communicate(timeout=240)
+    assert other.returncode == 0, errors[-2000:]
+    assert said == ""  # the first rank speaks for all
 
 
 def crash_at_13(monkeypatch, rank: int) -> None:
@@ -161,15 +180,7 @@ def test_two_processes_write_what_one_writes(tiny_folder, tmp_path, monkeypatch)
         arguments(tiny_folder, tmp_path / "texts.csv", tmp_path / out) for out in ("one", "two")
     )
     assert invoke(in_one, catch=False).exit_code == 0
-    launch = launch_of(2)
-    environment = os.environ | launch | {"RANK": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", MAIN, *in_two]
-    other = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    for name, value in (launch | {"RANK": "0"}).items():
-        monkeypatch.setenv(name, value)
-    assert invoke(in_two, catch=False).exit_code == 0
-    errors = other.communicate(timeout=240)[1]
-    assert other.returncode == 0, errors[-2000:]
+    in_two_processes(in_two, monkeypatch)
     one, two = (sqs.QuerySAEs.load(tmp_path / name) for name in ("one", "two"))
     assert list(one) == list(two) == [f"blocks.{layer}.attn.hook_q" for layer in range(3)]
     for name, sae in one.items():
@@ -179,6 +190,43 @@ def test_two_processes_write_what_one_writes(tiny_folder, tmp_path, monkeypatch)
     pd.testing.assert_frame_equal(one.metrics, two.metrics)
     assert one.settings == two.settings
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "texts.csv", "two"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_methods_of_a_sweep_and_the_layers_of_sites(
+    tiny_folder, saes, tmp_path, monkeypatch
+):
+    saes.save(tmp_path / "saes")
+    with (tmp_path / "texts.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["question", "answer", "level"])
+        for i in range(60):
+            words = [f"w{16 * (i % 3) + j}" for j in random.Random(i).choices(range(16), k=5)]
+            level = ("apply", "create", "remember")[i % 3]
+            rows.writerow([" ".join(words), " " + " ".join(words[::-1]), level])
+    given = [
+        *("--model", tiny_folder, "--csv", tmp_path / "texts.csv", "--prompt", "question"),
+        *("--label", "level", "--saes", tmp_path / "saes", "--device", "cpu"),
+    ]
+    sweep = [
+        *("--response", "answer", "--objectives", "squared distance", "--layers", "0,2"),
+        *("--n-cases", "6", "--max-new-tokens", "3"),
+    ]
+    for command, more in (("sweep", sweep), ("sites", ["--per-head"])):
+        in_one, in_two = (
+            [command, *map(str, (*given, *more, "--out", tmp_path / f"{command} in {n}"))]
+            for n in ("one", "two")
+        )
+        assert invoke(in_one, catch=False).exit_code == 0
+        in_two_processes(in_two, monkeypatch)
+    for name in ("table.csv", "curves.csv", "texts.csv"):
+        one, two = (tmp_path / f"sweep in {n}" / name for n in ("one", "two"))
+        assert one.read_text() == two.read_text()
+    one, two = (pd.read_csv(tmp_path / f"sites in {n}" / "sites.csv") for n in ("one", "two"))
+    assert len(one) == 10
+    pd.testing.assert_frame_equal(one, two, atol=1e-5)
+    left = {path.name for path in tmp_path.iterdir()} - {"saes", "texts.csv"}
+    assert left == {f"{command} in {n}" for command in ("sites", "sweep") for n in ("one", "two")}
 
 
 def test_shares_are_joined_in_the_order_of_the_sites(tiny_models, saes):

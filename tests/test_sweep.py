@@ -30,6 +30,7 @@ from sae_query_steer.compare.report import (
 )
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.compare.scores import distinct_n
+from sae_query_steer.models.launch import Ranks
 from sae_query_steer.storage.folders import locked
 
 CLASSES = ("apply", "create", "remember")
@@ -180,6 +181,27 @@ def test_the_log_of_another_sweep_is_refused_with_both_sides(scorers, methods, t
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="is no log of a comparison"):
         ComparisonLog(tmp_path / "other.jsonl", {})
+
+
+def test_ranks_write_a_log_each_and_read_those_of_all(tmp_path):
+    path, settings = tmp_path / "log.jsonl", {"seed": 0}
+    logs = [ComparisonLog(path, settings, rank=rank) for rank in (1, 0, 2)]
+    for n, log in enumerate(logs):
+        log.add({"n": n}, {"rate": n / 2})
+    assert [len(log) for log in logs] == [1, 1, 1]
+    with (tmp_path / "log-2.jsonl").open("ab") as file:
+        file.write(b'{"key": ')  # rank 2 writes at this moment
+    logs[1].read_others()
+    assert [logs[1].get({"n": n}) for n in range(3)] == [{"rate": n / 2} for n in range(3)]
+    assert (tmp_path / "log-2.jsonl").read_bytes().endswith(b'{"key": ')
+    (tmp_path / "log-old.jsonl").write_text("notes\n")
+    del log, logs
+    assert len(ComparisonLog(path, settings)) == 3  # one process continues the run of three
+
+
+def test_several_processes_need_a_log(scorers, methods):
+    with pytest.raises(ValueError, match="scorers must have a log for 2 processes, got None"):
+        compare_methods(**scorers(log=None), methods=methods[:1], ranks=Ranks(0, 2))
 
 
 def test_a_log_loses_no_outcome_to_a_line_that_is_cut_or_damaged(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`sweep` and `demo`: comparisons of ways to steer."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,9 @@ def sweep(
     The texts are split by class: 2/5 give the centroids, 1/5 trains the judge, 1/5 chooses each
     method's strength, and 1/5 gives the table. Generated texts are logged as they come.
 
+    Several processes share the methods:
+    torchrun --nproc-per-node N --no-python sae-query-steer sweep ...
+
     Args:
         model: the language model and its SAEs.
         examples: the examples; a response is required.
@@ -59,7 +63,9 @@ def sweep(
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--objectives must be all, or some of {list(known)}, got {unknown}")
 
-    def compare(log: Path) -> "sqs.compare.Comparison":
+    from sae_query_steer.models.launch import Ranks, launched
+
+    def compare(log: Path, ranks: Ranks) -> "sqs.compare.Comparison":
         labelled = examples.read()
         loaded, saes = model.load_both()
         labelled = examples.fitting(loaded, labelled)
@@ -79,9 +85,13 @@ def sweep(
             seed=seed,
             settings=stored | {"model": model.model, "dtype": model.dtype},
             log=log,
+            ranks=ranks,
         )
 
-    _show(sqs.compare.compare_into(output.out, compare, resume=resume, overwrite=output.overwrite))
+    again = {"resume": resume, "overwrite": output.overwrite}
+    with launched() as ranks:
+        run = partial(compare, ranks=ranks)
+        _show(sqs.compare.compare_into(output.out, run, **again, ranks=ranks))
     say(f"wrote {output.out}")
 
 

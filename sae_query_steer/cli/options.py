@@ -5,6 +5,7 @@ its options and the columns of its files.
 """
 
 import operator
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -57,12 +58,14 @@ class ModelOptions:
         elif "/" in self.model or Path(self.model).exists():  # the others may be aliases
             check_model_folder(self.model)
 
-    def load(self, device: str | None = None) -> Any:
-        """Return the model; `device` is used where none was given."""
+    def load(self) -> Any:
+        """Return the model; in a launch without a device on the GPU of the process."""
         import torch
 
+        from sae_query_steer.models.launch import local_device
+
         dtype = getattr(torch, self.dtype)
-        return sqs.load_model(self.model, device=self.device or device, dtype=dtype)
+        return sqs.load_model(self.model, device=self.device or local_device(), dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,9 +285,10 @@ def index_list(text: str) -> list[int] | None:
 
 
 def say(text: str) -> None:
-    """Write a line to standard output."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """Write a line to standard output; in a launch only the first process does."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 def show(table: Any) -> None:

@@ -71,6 +71,9 @@ def sites(
 ) -> None:
     """Measure which sites can be steered: interchange effect, separability, reach, and a verdict.
 
+    Several processes share the layers:
+    torchrun --nproc-per-node N --no-python sae-query-steer sites ...
+
     Args:
         model: the language model and its SAEs.
         examples: the examples.
@@ -84,7 +87,10 @@ def sites(
         seed: Random seed.
     """
     output.check("sites.csv")
+    import pandas as pd
+
     from sae_query_steer.diagnostics.verdicts import closing_sentence
+    from sae_query_steer.models.launch import launched
     from sae_query_steer.storage.csv_files import csv_text
 
     files = [examples]
@@ -102,37 +108,55 @@ def sites(
             f"same place of the file, got {len(labelled[1])}"
         )
     centroids = None if targets is None else sqs.CentroidTargets.load(targets)
-    loaded, saes = model.load_both()
-    read = zip(files, labelled, strict=True)
-    tokenized, *others = [file.tokenized(loaded, rows) for file, rows in read]
-    settings: dict[str, Any] = {"n_pairs": n_pairs, "per_head": per_head, "seed": seed}
-    if others:
-        settings["counterparts"] = others[0]
-    apart = sqs.diagnostics.separability(loaded, saes, tokenized, seed=seed)
-    chosen = sqs.query_sites(loaded, [int(layer) for layer in apart["layer"].unique()])
-    moved = sqs.diagnostics.interchange_effect(loaded, chosen, tokenized, **settings)
-    table = moved.merge(apart, on=["layer", "head"], how="left")
-    if centroids is not None:
-        one_step = {"objective": sqs.SquaredDistance(), "n_steps": 1, "step_size": 1.0}
-        steerer = sqs.LatentGradientSteerer(
-            saes, centroids, target=centroids.classes[0], **one_step
-        )
-        achieved = sqs.diagnostics.achieved_effect(loaded, steerer, tokenized, **settings)
-        names = {name: f"achieved_{name.removeprefix('class_')}" for name in _ACHIEVED}
-        achieved = achieved[["layer", "head", *_ACHIEVED]].rename(columns=names)
-        table = table.merge(achieved, on=["layer", "head"])
-    if others:
-        del settings["n_pairs"]
-        reached = sqs.diagnostics.reach(loaded, chosen, tokenized, **settings, control=True)
-        table = table.merge(reached, on=["layer", "head"])
-    table = sqs.diagnostics.site_verdicts(table)
+    with launched() as ranks:
+        loaded, saes = model.load_both()
+        read = zip(files, labelled, strict=True)
+        tokenized, *others = [file.tokenized(loaded, rows) for file, rows in read]
+        settings: dict[str, Any] = {"n_pairs": n_pairs, "per_head": per_head, "seed": seed}
+        if others:
+            settings["counterparts"] = others[0]
+        share = None
+        if own := {name: saes[name] for name in ranks.own(list(saes))}:
+            share = _sites_table(loaded, own, tokenized, centroids, settings)
+        shares = [one for one in ranks.gathered(share) if one is not None]
+        table = pd.concat(shares).sort_values("layer", kind="stable", ignore_index=True)
+        table = sqs.diagnostics.site_verdicts(table)
     say(f"\n{closing_sentence(table)}\n")
     of_layer = table["head"] == ALL_HEADS
     show(table[of_layer].filter(_SHOWN).drop(columns="head"))
     if per_head:
         say("")
         show(table[~of_layer].filter(_SHOWN))
-    output.write({"sites.csv": csv_text(table)})
+    if ranks.rank == 0:
+        output.write({"sites.csv": csv_text(table)})
+
+
+def _sites_table(
+    model: Any,
+    saes: "dict[str, sqs.QueryHeadSAE]",
+    tokenized: Any,
+    centroids: "sqs.CentroidTargets | None",
+    settings: dict[str, Any],
+) -> Any:
+    """Return all measures of the sites of some SAEs, with a row for each site and head."""
+    apart = sqs.diagnostics.separability(model, saes, tokenized, seed=settings["seed"])
+    chosen = sqs.query_sites(model, [int(layer) for layer in apart["layer"].unique()])
+    moved = sqs.diagnostics.interchange_effect(model, chosen, tokenized, **settings)
+    table = moved.merge(apart, on=["layer", "head"], how="left")
+    if centroids is not None:
+        one_step = {"objective": sqs.SquaredDistance(), "n_steps": 1, "step_size": 1.0}
+        steerer = sqs.LatentGradientSteerer(
+            saes, centroids, target=centroids.classes[0], **one_step
+        )
+        achieved = sqs.diagnostics.achieved_effect(model, steerer, tokenized, **settings)
+        names = {name: f"achieved_{name.removeprefix('class_')}" for name in _ACHIEVED}
+        achieved = achieved[["layer", "head", *_ACHIEVED]].rename(columns=names)
+        table = table.merge(achieved, on=["layer", "head"])
+    if "counterparts" in settings:
+        learning = {name: value for name, value in settings.items() if name != "n_pairs"}
+        reached = sqs.diagnostics.reach(model, chosen, tokenized, **learning, control=True)
+        table = table.merge(reached, on=["layer", "head"])
+    return table
 
 
 def steer(

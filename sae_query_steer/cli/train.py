@@ -60,10 +60,10 @@ def train(
     documents = texts.read()
     if dry_run:
         return _show_needs(model, config, chosen, documents, flops)
-    from sae_query_steer.training.distributed import local_device, train_on_ranks
+    from sae_query_steer.training.distributed import train_on_ranks
 
     begun = None if start is None else sqs.QuerySAEs.load(start)
-    loaded = model.load(local_device())
+    loaded = model.load()
     again = {"resume": resume, "overwrite": output.overwrite, "start": begun}
     sites = sqs.query_sites(loaded, chosen)
     saes = train_on_ranks(loaded, documents, sites, config, out=output.out, **again)

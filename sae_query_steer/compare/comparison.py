@@ -1,6 +1,6 @@
 """The comparison: every method on the same cases, each at its own best strength."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from sae_query_steer.compare.methods import Method, random_methods
 from sae_query_steer.compare.scorer import Outcome, TextScorer
 from sae_query_steer.compare.scores import distinct_n
 from sae_query_steer.diagnostics.metrics import wilson_interval
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.progress import progress_bar
 
 MAX_PERPLEXITY_RATIO = 1.5
@@ -49,6 +50,7 @@ def compare_methods(
     methods: Sequence[Method],
     *,
     control_seeds: Sequence[int] = (0, 1, 2),
+    ranks: Ranks = ALONE,
 ) -> Comparison:
     """Return the result of each method at its best strength.
 
@@ -62,9 +64,15 @@ def compare_methods(
         test: scores the cases of the table, which should be others.
         methods: what is compared.
         control_seeds: of the random directions.
+        ranks: the processes of a launch; each scores its share of the methods, and reads the
+            outcomes of the others from the log, which both scorers must have.
+
+    Returns:
+        The same in every process.
 
     Raises:
-        ValueError: no methods, or tasks that differ.
+        RuntimeError: another process has ended, or can't be reached.
+        ValueError: no methods, tasks that differ, or several processes without a log.
     """
     if not methods:
         raise ValueError("methods must hold at least one, got []")
@@ -73,13 +81,33 @@ def compare_methods(
         raise ValueError(
             f"validation and test must have the same tasks, got {tasks} and {list(test.cases)}"
         )
+    logs = [scorer.log for scorer in (validation, test) if scorer.log is not None]
+    if ranks.n > 1 and not logs:
+        raise ValueError(f"scorers must have a log for {ranks.n} processes, got None")
+
+    def each(work: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
+        own = [
+            work(item) for item in progress_bar(ranks.own(items), desc=description, unit="method")
+        ]
+        if ranks.n == 1:
+            return own
+        ranks.wait()
+        for log in logs:
+            log.read_others()
+        return [work(item) for item in items]  # all are in the log
+
+    def curve_of(method: Method) -> dict[str, list[Outcome]] | None:
+        if len(method.strengths) == 1 and method.objective is None:
+            return None
+        return strength_curves(validation, method)
+
     chosen: list[tuple[Method, dict[str, float]]] = []
     curves = []
     best: tuple[float, int] | None = None
-    for method in progress_bar(methods, desc="Choosing strengths", unit="method"):
+    tried = each(curve_of, methods, "Choosing strengths")
+    for method, found in zip(methods, tried, strict=True):
         strengths = dict.fromkeys(tasks, float(method.strengths[0]))
-        if len(method.strengths) > 1 or method.objective is not None:
-            found = strength_curves(validation, method)
+        if found is not None:
             curves += [outcome_row(t, method, o) for t, curve in found.items() for o in curve]
             points = {task: operating_point(curve) for task, curve in found.items()}
             strengths = {task: point.strength for task, point in points.items()}
@@ -90,14 +118,22 @@ def compare_methods(
     if best is not None:
         model_of, strengths = chosen[best[1]]
         chosen += [(control, strengths) for control in random_methods(model_of, control_seeds)]
-    rows: list[dict[str, Any]] = []
-    texts: list[dict[str, Any]] = []
-    for method, strengths in progress_bar(chosen, desc="Comparing methods", unit="method"):
+
+    def tested(one: tuple[Method, dict[str, float]]) -> dict[str, Outcome]:
+        method, strengths = one
+        outcomes = {}
         for strength in sorted(set(strengths.values())):
             same = [task for task in tasks if strengths[task] == strength]
-            for task, outcome in test.score(method, strength, same).items():
-                rows.append(outcome_row(task, method, outcome))
-                texts += _text_rows(task, method, outcome)
+            outcomes |= test.score(method, strength, same)
+        return outcomes
+
+    rows: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    measured = each(tested, chosen, "Comparing methods")
+    for (method, _), outcomes in zip(chosen, measured, strict=True):
+        for task, outcome in outcomes.items():
+            rows.append(outcome_row(task, method, outcome))
+            texts += _text_rows(task, method, outcome)
 
     def table(some: list[dict[str, Any]]) -> pd.DataFrame:
         ordered = sorted(some, key=lambda row: tasks.index(row["task"]))

@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,23 @@ class ComparisonLog:
     Args:
         path: the file; made with its folder.
         settings: what outcomes depend on: model, data, seeds, sizes.
+        rank: in a launch of several processes each writes a file of its own, and reads those of
+            all: `log.jsonl` of rank 0 and `log-1.jsonl` of rank 1.
 
     Raises:
         BlockingIOError: another process writes to the file.
         ValueError: the file is the log of another comparison, or no log.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, settings: dict[str, Any], *, rank: int = 0) -> None:
+        self._first = first = Path(path)
+        self.path = first.with_stem(f"{first.stem}-{rank}") if rank else first
         self._known: dict[str, dict[str, Any]] = {}
-        head = {"format": HEAD, "settings": json.loads(json.dumps(settings))}
+        self._head = {"format": HEAD, "settings": json.loads(json.dumps(settings))}
         lock_for(self, self.path)
-        if not (self.path.exists() and self._read(head)):
-            self._write(head)
+        if not (self.path.exists() and self._read(self.path)):
+            self._write(self._head)
+        self.read_others()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -52,35 +57,47 @@ class ComparisonLog:
         self._write({"key": key, "outcome": outcome})
         self._known[_name(key)] = json.loads(json.dumps(outcome))
 
-    def _read(self, head: dict[str, Any]) -> bool:
-        """Read the whole lines and cut off what follows them; return whether there are some."""
-        size_of(self.path)  # a pipe would block
-        data = self.path.read_bytes()
+    def read_others(self) -> None:
+        """Read what other processes of this comparison have measured, now or in an earlier run."""
+        first = self._first
+        others = first.parent.glob(f"{escape(first.stem)}-[0-9]*{first.suffix}")
+        for path in {first, *others} - {self.path}:
+            if path.exists():
+                self._read(path)
+
+    def _read(self, path: Path) -> bool:
+        """Read the whole lines, and of the own file cut off what follows; return whether any."""
+        size_of(path)  # a pipe would block
+        data = path.read_bytes()
         whole, end, cut = data.rpartition(b"\n")
-        if not end and _line(head).startswith(cut):  # not even the head was written whole
-            os.truncate(self.path, 0)
+        if not end and _line(self._head).startswith(cut):  # not even the head was written whole
+            self._cut(path, 0)
             return False
         first, *lines = map(_parsed, whole.split(b"\n"))
         if first.get("format") != HEAD:
-            raise ValueError(f"{self.path} is no log of a comparison")
-        if first != head:
-            then, now = dict(first.get("settings") or {}), head["settings"]
+            raise ValueError(f"{path} is no log of a comparison")
+        if first != self._head:
+            then, now = dict(first.get("settings") or {}), self._head["settings"]
             names = sorted(n for n in {*then, *now} if then.get(n) != now.get(n))
             differing = ", ".join(f"{n}={then.get(n)!r} there, {now.get(n)!r} here" for n in names)
             raise ValueError(
-                f"{self.path} is the log of another comparison ({differing}): give another folder, "
-                "or the settings of that one"
+                f"{path} is the log of another comparison ({differing}): give another folder, or "
+                "the settings of that one"
             )
-        os.truncate(self.path, len(whole + end))
+        self._cut(path, len(whole + end))
         parts = ("key", "outcome")
         good = [line for line in lines if all(isinstance(line.get(part), dict) for part in parts)]
-        self._known = {_name(line["key"]): line["outcome"] for line in good}
+        self._known |= {_name(line["key"]): line["outcome"] for line in good}
         if damaged := len(lines) - len(good):
             warnings.warn(
-                f"{self.path} has {damaged} damaged line(s): these outcomes are measured again",
+                f"{path} has {damaged} damaged line(s): these outcomes are measured again",
                 stacklevel=3,
             )
         return True
+
+    def _cut(self, path: Path, size: int) -> None:
+        if path == self.path:  # a file of another process may grow meanwhile
+            os.truncate(path, size)
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("ab+") as file:

@@ -28,6 +28,7 @@ from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
 from sae_query_steer.diagnostics.class_separability import separability
 from sae_query_steer.diagnostics.interchange import interchange_effect
 from sae_query_steer.diagnostics.verdicts import site_verdicts
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken
@@ -52,6 +53,7 @@ def compare_on_texts(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     log: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Comparison:
     """Return how well each method makes a model continue prompts in another class than their own.
 
@@ -75,6 +77,7 @@ def compare_on_texts(
         seed: of splits, pairs, shown examples and sampling.
         settings: what else the log and the report should hold, such as names of files.
         log: a file for what the methods wrote, from which a stopped run continues; None keeps none.
+        ranks: the processes of a launch; see `compare_methods`.
 
     Raises:
         ValueError: too few examples of a class or too many cases, a layer without SAEs, a length or
@@ -129,9 +132,11 @@ def compare_on_texts(
     methods += decoder_rows_methods(chosen, made[1], **added)
     methods += residual_methods(residual_means(model, tokenized, told["layers"]), **added)
     if log is not None:
-        kept = ComparisonLog(log, told | {"contents": digest_of(made, examples)})
+        contents = told | {"contents": digest_of(made, examples)}
+        kept = ComparisonLog(log, contents, rank=ranks.rank)
         scorers = [replace(scorer, log=kept) for scorer in scorers]
-    return replace(compare_methods(scorers[0], scorers[1], methods), sites=table, settings=told)
+    found = compare_methods(scorers[0], scorers[1], methods, ranks=ranks)
+    return replace(found, sites=table, settings=told)
 
 
 def layer_verdicts(

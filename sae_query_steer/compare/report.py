@@ -3,6 +3,7 @@
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from sae_query_steer.compare.comparison import MAX_PERPLEXITY_RATIO, Comparison
 from sae_query_steer.compare.held_out import judge_sentence, may_guess
 from sae_query_steer.diagnostics.verdicts import closing_sentence
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.storage.csv_files import csv_text
 from sae_query_steer.storage.folders import check_replaceable, locked, new_folder
 from sae_query_steer.storage.records import write_json
@@ -266,6 +268,7 @@ def compare_into(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Comparison:
     """Run a comparison and write it to a folder; until then its log is in `<out>.unfinished`.
 
@@ -274,6 +277,7 @@ def compare_into(
         compare: the comparison, from the path of its log.
         resume: continue a run of the same settings that was stopped.
         overwrite: replace a comparison that is there.
+        ranks: the processes of a launch, all of which run `compare`; the first one writes.
 
     Raises:
         BlockingIOError: another process writes to the folder.
@@ -281,14 +285,19 @@ def compare_into(
             stopped run is there and `resume` is False. Both before anything runs.
     """
     out = Path(out)
-    with locked(out):
-        check_replaceable(out, overwrite=overwrite, holding=RESULTS)
-        unfinished = out.with_name(f"{out.name}.unfinished")
-        if unfinished.exists() and not resume:
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    writes = ranks.rank == 0
+    with locked(out) if writes else nullcontext():
+        if writes:
+            check_replaceable(out, overwrite=overwrite, holding=RESULTS)
+        if writes and unfinished.exists() and not resume:
             raise FileExistsError(
                 f"{unfinished} holds a stopped run: continue it with --resume, or delete it"
             )
+        ranks.wait()
         found = compare(unfinished / "log.jsonl")
-        write_comparison(found, out, overwrite=overwrite)
-        shutil.rmtree(unfinished)
+        if writes:
+            write_comparison(found, out, overwrite=overwrite)
+            shutil.rmtree(unfinished)
+        ranks.wait()
         return found

@@ -20,11 +20,11 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from sae_query_steer.models.fingerprint import default_tolerance, relative_difference
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.storage.checksums import ListedFile, check_files, list_files, listed
 from sae_query_steer.storage.folders import new_folder, written_aside
 from sae_query_steer.storage.records import Record, read_record, write_record
 from sae_query_steer.storage.tensors import FLOATS, check_finite, read_tensors, write_tensors
-from sae_query_steer.training.ranks import ALONE, Ranks
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer
 
 RUN, INDEX = "run.json", "checkpoint.json"

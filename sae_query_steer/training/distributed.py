@@ -8,19 +8,17 @@ result equals that of one process: bitwise, where device, number format and numb
 equal.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
 from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.token_rows import Texts
+from sae_query_steer.models.launch import launched
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.training.ranks import Ranks
 from sae_query_steer.training.train import train_query_saes
 
 
@@ -60,24 +58,5 @@ def train_on_ranks(
         ValueError: as `train_query_saes`.
     """
     again: Any = {"out": out, "resume": resume, "overwrite": overwrite, "start": start}
-    n = int(os.environ.get("WORLD_SIZE", "1"))
-    if n == 1:
-        return train_query_saes(model, texts, sites, config, **again)
-    device = torch.device(model.cfg.device)
-    on_gpu = device.type == "cuda"
-    ranks = Ranks(int(os.environ["RANK"]), n, str(device) if on_gpu else "cpu")
-    with ranks.others():
-        distributed.init_process_group(
-            "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None
-        )
-    saes = train_query_saes(model, texts, sites, config, **again, ranks=ranks)
-    # Not after an error: this process must end, and NCCL would first wait for the others.
-    distributed.destroy_process_group()
-    return saes
-
-
-def local_device() -> str | None:
-    """Return the GPU of this process of a launch; None leaves the choice to TransformerLens."""
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return None
+    with launched(torch.device(model.cfg.device)) as ranks:
+        return train_query_saes(model, texts, sites, config, **again, ranks=ranks)

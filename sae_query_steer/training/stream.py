@@ -24,9 +24,10 @@ from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.batches import PAD
 from sae_query_steer.data.prompts import tokenizer_of
 from sae_query_steer.models.activations import read_activations
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.progress import progress_bar
 from sae_query_steer.sites import QuerySite
-from sae_query_steer.training.ranks import ALONE, Ranks
+from sae_query_steer.training.ranks import exchange
 
 Queries = dict[str, Float[Tensor, "token d_in"]]
 """Flat queries of the same tokens, by hook name."""
@@ -152,7 +153,7 @@ class QueryStream:
             for before, wait in sent:
                 yield from zip(before, wait(), strict=True)
             sizes = [len(batch.places) for batch in group]
-            sent = [(group, self.ranks.exchange(found, self.sites, sizes))]
+            sent = [(group, exchange(self.ranks, found, self.sites, sizes))]
         for before, wait in sent:
             yield from zip(before, wait(), strict=True)
 

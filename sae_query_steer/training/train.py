@@ -23,6 +23,7 @@ from sae_query_steer.data.prompts import bos_id
 from sae_query_steer.data.token_rows import Texts, token_rows
 from sae_query_steer.models.activations import read_activations, without_hooks
 from sae_query_steer.models.fingerprint import dtype_name, fingerprint_tokens
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.models.loading import model_name
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sae.configs import training_config
@@ -35,7 +36,7 @@ from sae_query_steer.training.checkpoints import (
     check_same_run,
 )
 from sae_query_steer.training.estimate import check_resources
-from sae_query_steer.training.ranks import ALONE, Ranks
+from sae_query_steer.training.ranks import joined
 from sae_query_steer.training.reconstruction import reconstruction_metrics
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer, trainer_config
 from sae_query_steer.training.start import check_start, load_start
@@ -143,7 +144,7 @@ def train_query_saes(
                 np.save(file, rows.numpy(), allow_pickle=False)
         result = _trained(stream, settings, checkpoints, start)
         if out is not None and checkpoints is not None:
-            result = ranks.joined(result, sites, checkpoints.folder)
+            result = joined(ranks, result, sites, checkpoints.folder)
             if ranks.rank == 0:
                 result.save(out, overwrite=overwrite)
                 checkpoints.remove()
