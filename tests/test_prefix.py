@@ -1,5 +1,7 @@
 """Rows behind a cached prefix: equal to whole passes, on both hosts."""
 
+import functools
+
 import pytest
 import torch
 
@@ -114,6 +116,32 @@ def test_a_layer_that_would_begin_otherwise_runs_from_the_start(model):
             handle.remove()
     assert rows.first_layer == 0
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["refused", "ignored"])
+def test_copies_of_rows_have_caches_of_their_own_where_a_mask_does_not_part_them(
+    tiny_models, monkeypatch, how
+):
+    model, starts = tiny_models["bridge"], [7, 5, 13, 2]
+    rows, (row, position) = PrefixedRows(model, batch_of(), torch.tensor(starts)), read_from(starts)
+    forward = model.original_model.model.forward
+
+    @functools.wraps(forward)
+    def other(*args, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            if how == "refused":
+                raise ValueError("masks have two dimensions")
+            attention_mask = None
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    plain = rows.unchanged(row, position, [])
+    assert rows.shares_cache
+    monkeypatch.setattr(model.original_model.model, "forward", other)
+    rows.unchanged(row, position, [])
+    assert not rows.shares_cache
+    many = rows.repeated(3)
+    found = many.log_probs(torch.cat([row, row + 4, row + 8]), position.repeat(3))
+    torch.testing.assert_close(found, plain.repeat(3, 1), atol=1e-4, rtol=0)
 
 
 def jumbled(output):

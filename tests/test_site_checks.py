@@ -1,8 +1,11 @@
 """Separability and interchange effect: what they measure, on models where the answer is known."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_prefix import batch_of
+from transformer_lens.model_bridge import TransformerBridge
 
 import sae_query_steer as sqs
 from sae_query_steer.diagnostics.patches import Patch, draw_pairs, next_tokens, prefixed_rows
@@ -279,13 +282,16 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
     rows, columns = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([6, 8, 0, 13, 2, 3])
     sites = sqs.query_sites(model)
     queries = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0))
-    patch = Patch(rows, columns, dict.fromkeys((site.hook_name for site in sites), queries))
+    patch, twice = (
+        Patch(rows, columns, dict.fromkeys((site.hook_name for site in sites), given))
+        for given in (queries, 2 * queries)
+    )
     heads = slice(None) if head == "all" else slice(2, 3)
 
-    def by_hand(q, hook):
+    def by_hand(q, hook, given=queries):
         del hook
         q = q.clone()
-        q[rows, columns, heads] = queries[:, heads]
+        q[rows, columns, heads] = given[:, heads]
         return q
 
     def log_probs(hooks=()):
@@ -302,10 +308,16 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
     for site in sites:
         expected = log_probs([(site.hook_name, by_hand)])
         assert not torch.allclose(expected, whole, atol=1e-3)
-        for many in (prefixed, prefixed.repeated(2)):
-            cases = [(patch, head)] * (len(many.tokens) // 4)
-            for found in next_tokens(many, site, cases):
-                torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        other = log_probs([(site.hook_name, partial(by_hand, given=2 * queries))])
+        (alone,) = next_tokens(prefixed, site, [(patch, head)])
+        three = next_tokens(
+            prefixed.repeated(3), site, [(patch, head), (twice, head), (patch, head)]
+        )
+        for found, wanted in zip(
+            (alone, *three), (expected, expected, other, expected), strict=True
+        ):
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert prefixed.shares_cache == isinstance(model, TransformerBridge)
 
 
 def test_two_sites_of_a_layer_have_a_row_each(tiny_models, examples):

@@ -247,18 +247,32 @@ def layers(task: Task) -> Iterator[Job]:
 
 
 def runs(task: Task) -> Iterator[Job]:
-    """Success of five layers in a row, dense, at half of the norm, on both kinds of topics."""
-    for first in range(3, int(task.model.cfg.n_layers) - 4, 5):
-        layers = range(first, first + 5)
+    """Success of five layers in a row, and of more, dense, at half of the norm."""
+    last = int(task.model.cfg.n_layers) - 1
+    fives = [(first, first + 4) for first in range(3, last - 3, 5)]
+    for first, end in (*fives, (8, 17), (13, 22), (8, 22)):
+        layers = range(first, end + 1)
         for split in ("validation", "test"):
             yield (
-                {"study": "runs", "layers": f"{first}-{first + 4}", "split": split}
+                {"study": "runs", "layers": f"{first}-{end}", "split": split}
                 | {"n": task.args.n_study},
-                lambda first=first, layers=layers: moves(
-                    task, f"dense-{first}-{first + 4}", task.dictionary("dense", layers)
+                lambda name=f"dense-{first}-{end}", layers=layers: moves(
+                    task, name, task.dictionary("dense", layers)
                 ),
                 1.0,
             )
+    layers = range(8, 18)
+    yield (
+        {"study": "runs", "layers": "8-17", "scope": "all", "split": "test"}
+        | {"n": task.args.n_study},
+        lambda: moves(
+            task,
+            "dense-8-17-all-tokens",
+            task.dictionary("dense", layers),
+            scope=sqs.scopes.EveryPosition(),
+        ),
+        1.0,
+    )
 
 
 def weak(task: Task) -> Iterator[Job]:

@@ -97,16 +97,17 @@ def next_tokens(
         site: where the queries are patched.
         cases: each a patch and its head, or all heads.
     """
-    n_rows = len(prefixed.tokens) // len(cases)
+    n_rows = prefixed.n_rows // len(cases)
     rows = [patch.rows + n * n_rows for n, (patch, _) in enumerate(cases)]
+    places = [prefixed.places(r, p.columns) for r, (p, _) in zip(rows, cases, strict=True)]
 
     def patched(queries: Tensor, hook: Any) -> Tensor:
         del hook
         result = queries.clone().reshape(*queries.shape[:2], -1, site.d_head)
-        for own, (patch, head) in zip(rows, cases, strict=True):
+        for (row, column), (patch, head) in zip(places, cases, strict=True):
             heads = slice(None) if head == ALL_HEADS else slice(int(head), int(head) + 1)
             given = patch.queries[site.hook_name][:, heads]
-            result[own, prefixed.columns(own, patch.columns), heads] = given.to(result)
+            result[row, column, heads] = given.to(result)
         return result.reshape(queries.shape)
 
     positions = torch.cat([patch.columns for patch, _ in cases])
@@ -127,12 +128,12 @@ def queries_of(
     Raises:
         ValueError: a query is not finite.
     """
-    columns, found = prefixed.columns(rows, positions), {}
+    (row, column), found = prefixed.places(rows, positions), {}
 
     def keep(queries: Tensor, hook: Any, site: QuerySite) -> None:
         del hook
         by_head = queries.reshape(*queries.shape[:2], -1, site.d_head)
-        found[site.hook_name] = by_head[rows.to(by_head.device), columns.to(by_head.device)]
+        found[site.hook_name] = by_head[row.to(by_head.device), column.to(by_head.device)]
         check_finite(found[site.hook_name], site.hook_name)
 
     hooks = [(site.hook_name, partial(keep, site=site)) for site in sites]

@@ -32,8 +32,8 @@ from sae_query_steer.progress import progress_bar
 from sae_query_steer.sites import ALL_HEADS, QuerySite
 
 PASS_TOKENS, PASS_BYTES = 256, 2**29
-"""Tokens of a pass with several patches, and bytes of their caches, at most. Source: our choice; on
-a CPU more are no faster."""
+"""Tokens of a pass with several patches, and bytes of copied caches, at most. Source: our choice;
+on a CPU more are no faster."""
 
 CACHE_BYTES = 2**30
 """Size of all caches of prompts that are kept at most; those of other prompts are made twice."""
@@ -186,7 +186,9 @@ class Trial:
 
 def _cases_in_a_pass(prefixed: PrefixedRows) -> int:
     """Return how many patches run as one batch, within `PASS_TOKENS` and `PASS_BYTES`."""
-    fitting = min(PASS_TOKENS // prefixed.tokens.numel(), PASS_BYTES // max(1, prefixed.n_bytes))
+    fitting = PASS_TOKENS // prefixed.tokens.numel()
+    if not prefixed.shares_cache:
+        fitting = min(fitting, PASS_BYTES // max(1, prefixed.n_bytes))
     return max(1, fitting)
 
 

@@ -1,8 +1,10 @@
 """Run the first tokens of some rows once, and the tokens after them as often as is asked."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +49,9 @@ class PrefixedRows:
         self.model = model
         self._is_bridge = not isinstance(model, HookedTransformer)
         self._start = start
+        self._times = 1
+        self.shares_cache = False
+        """Whether `repeated` rows share the cache; `unchanged` sets it."""
         self.first_layer = 0
         """The first layer that ran in the last pass."""
         # Aligned at the border: the prefixes are padded on the left, the rest on the right.
@@ -69,8 +74,26 @@ class PrefixedRows:
         return other
 
     def repeated(self, n: int) -> "PrefixedRows":
-        """Return the rows n times, one after another, with what `unchanged` kept."""
-        return self.taken(torch.arange(len(self.tokens)).repeat(n))
+        """Return the rows n times, one after another, with what `unchanged` kept.
+
+        On TransformerBridge a row and its copies stand side by side behind one cache, where
+        `unchanged` saw that the model takes a mask by which they don't see each other: the cache is
+        then not copied. `places` says where a token of a copy is.
+        """
+        if n == 1 or not self.shares_cache:
+            return self.taken(torch.arange(len(self.tokens)).repeat(n))
+        other = copy.copy(self)
+        other._times, other.tokens = n, self.tokens.repeat(1, n)
+        other.positions = replace(
+            self.positions,
+            index=self.positions.index.repeat(1, n),
+            valid=self.positions.valid.repeat(1, n),
+        )
+        other._kept = {
+            layer: replace(output, residual=output.residual.repeat(1, n, 1))
+            for layer, output in self._kept.items()
+        }
+        return other
 
     def taken(self, rows: Int[Tensor, " row"]) -> "PrefixedRows":
         """Return some of the rows, which may repeat, with what `unchanged` kept."""
@@ -114,6 +137,11 @@ class PrefixedRows:
         )
 
     @property
+    def n_rows(self) -> int:
+        """Number of rows, copies of `repeated` counted."""
+        return len(self.tokens) * self._times
+
+    @property
     def n_bytes(self) -> int:
         """Size of the cache."""
         parts: Any = [] if self._cache is None else self._layers(self._cache)
@@ -151,12 +179,28 @@ class PrefixedRows:
 
         Where layers share keys and values, a pass that begins later differs: none does then.
         """
-        self._kept, self.prepared = {}, frozenset(layers)
+        self._kept, self.prepared, self.shares_cache = {}, frozenset(layers), False
         found = self._log_probs(rows, positions, keep=self.prepared - {0})
         if self._kept:
             again = self._log_probs(rows, positions, first_layer=max(self._kept))
             self._kept = self._kept if torch.allclose(again, found, atol=1e-4) else {}
+        self.shares_cache = self._takes_blocks(rows, positions, found)
         return found
+
+    def _takes_blocks(self, rows: Tensor, positions: Tensor, expected: Tensor) -> bool:
+        """Return whether copies of rows side by side give what the rows give."""
+        if self._cache is None or not self._is_bridge:
+            return False
+        forward = inspect.signature(self.model.original_model.forward)
+        if "position_ids" not in forward.parameters:
+            return False
+        self.shares_cache = True
+        both = torch.cat([rows, rows + len(self.tokens)])
+        try:
+            found = self.repeated(2)._log_probs(both, positions.repeat(2))
+        except (RuntimeError, TypeError, ValueError):  # masks of four dimensions are refused
+            return False
+        return torch.allclose(found, expected.repeat(2, 1), atol=1e-4)
 
     def log_probs(
         self,
@@ -182,15 +226,17 @@ class PrefixedRows:
         self, rows: Tensor, positions: Tensor, fwd_hooks: Iterable[Any] = (), **given: Any
     ) -> Tensor:
         cache = None if self._cache is None else self._copied()
-        read = (rows, self.columns(rows, positions))
+        read = self.places(rows, positions)
         (logits,) = self._run(self.tokens, cache, fwd_hooks, read=read, **given)
         return logits.float().log_softmax(-1)
 
-    def columns(
+    def places(
         self, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"]
-    ) -> Int[Tensor, " token"]:
-        """Return the columns of tokens by their absolute positions."""
-        return positions - self._start[rows]
+    ) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
+        """Return row and column of tokens in a pass, by their rows and absolute positions."""
+        n_rows, width = len(self.tokens), self.tokens.shape[1] // self._times
+        row = rows % n_rows
+        return row, rows // n_rows * width + positions - self._start[row]
 
     def _run(
         self,
@@ -208,6 +254,10 @@ class PrefixedRows:
         n_past = 0 if cache is None else self._past(cache)
         mask = (self._mask if mask is None else mask)[:, : n_past + tokens.shape[1]].to(device)
         given: dict[str, Any] = {"attention_mask": mask}
+        if self._times > 1:
+            given = {"attention_mask": self._blocks(mask, n_past)}
+            last = int(self.model.cfg.n_ctx) - 1  # of padding
+            given["position_ids"] = self.positions.index.clamp(max=last).to(device)
         if self._is_bridge and cache is not None:
             given |= {"past_key_values": cache, "use_cache": True}
         elif cache is not None:  # the embedding adds the mask of the past
@@ -224,6 +274,21 @@ class PrefixedRows:
             if read is not None:
                 stack.enter_context(reading(self.model, *read))
             return self.model(tokens.to(device), return_type="logits", **given)
+
+    def _blocks(self, mask: Tensor, n_past: int) -> Float[Tensor, "batch 1 pos key"]:
+        """Return what is added to scores, so that a copy sees the cache and its own tokens."""
+        n, new = self._times, mask[:, n_past:]
+        own = torch.eye(n, dtype=torch.bool, device=mask.device)[:, None, :, None]
+        width = new.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
+        within = new[:, None, :].bool() & causal  # [batch pos key] of one copy
+        blocks = (own & within[:, None, :, None]).flatten(1, 2).flatten(2)
+        before = mask[:, None, :n_past].bool().expand(-1, n * width, -1)
+        seen = torch.cat([before, blocks], dim=2)[:, None]
+        dtype = self.model.cfg.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~seen, torch.finfo(dtype).min
+        )
 
     def _keep(self, layer: int, _block: Any, _args: Any, output: Any) -> None:
         self._kept[layer] = BlockOutput.of(output)
