@@ -45,7 +45,7 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
             if key in row:
                 line[key] = f"{row[key]:.2f}" if key == "kl_removed" else f"{row[key]:.0f}"
         found.append(line)
-    return pd.DataFrame(found).fillna("")
+    return pd.DataFrame(found).astype(object).fillna("")
 
 
 def differences(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def differences(rows: list[dict[str, Any]]) -> pd.DataFrame:
                 told = paired_difference(a, b)
                 line[task] = f"{told.mean:+.2f} [{told.low:+.2f}, {told.high:+.2f}]"
         found.append(line)
-    return pd.DataFrame(found).fillna("")
+    return pd.DataFrame(found).astype(object).fillna("")
 
 
 def part(row: dict[str, Any], every: int, of: Sequence[int]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ if __name__ == "__main__":
         own = [row for row in results if row["setting"]["study"] == study]
         print(f"\n## {study}\n")
         print(markdown_table(table(own)))
-        if study in ("methods", "seeds"):
+        if study in ("methods", "seeds", "norms", "topics"):
             print()
             print(markdown_table(differences(own)))
         for limit in ("n_latents", "n_latents_total"):
