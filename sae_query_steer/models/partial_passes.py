@@ -1,4 +1,4 @@
-"""Forward passes without the first blocks, and with logits of some tokens only."""
+"""Forward passes without the first blocks, with hooks, and with logits of some tokens only."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +24,25 @@ class BlockOutput:
         if isinstance(output, tuple):
             return cls(output[0].clone(), output[1:])
         return cls(output.clone(), None)
+
+
+@contextmanager
+def hooks_of_a_pass(model: Any, hooks: Iterable[tuple[str, Any]]) -> Iterator[None]:
+    """Place hooks for a `with` block, as `model.hooks` does.
+
+    TransformerBridge reads all its hook points, 10 ms of a CPU, for each hook that is placed there.
+    """
+    hooks = list(hooks)
+    points, placed = model.hook_dict if hooks else {}, []
+    try:
+        for name, hook in hooks:
+            points[name].add_hook(hook)
+            placed.append((points[name], points[name].fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in placed:
+            handle.hook.remove()
+            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
 
 @contextmanager

@@ -18,7 +18,12 @@ from transformers import DynamicCache
 
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.models.activations import eval_mode
-from sae_query_steer.models.partial_passes import BlockOutput, reading, returning
+from sae_query_steer.models.partial_passes import (
+    BlockOutput,
+    hooks_of_a_pass,
+    reading,
+    returning,
+)
 from sae_query_steer.models.tracking import BEGUN
 from sae_query_steer.scopes.positions import Positions, by_position
 
@@ -265,7 +270,7 @@ class PrefixedRows:
         self.first_layer = first_layer
         with ExitStack() as stack:
             stack.enter_context(eval_mode(self.model))
-            stack.enter_context(self.model.hooks(fwd_hooks=list(hooks)))
+            stack.enter_context(hooks_of_a_pass(self.model, hooks))
             if first_layer:
                 stack.enter_context(returning(blocks[:first_layer], self._kept[first_layer]))
             for layer in keep:
