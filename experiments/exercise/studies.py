@@ -250,7 +250,7 @@ def runs(task: Task) -> Iterator[Job]:
     """Success of five layers in a row, and of more, dense, at half of the norm."""
     last = int(task.model.cfg.n_layers) - 1
     fives = [(first, first + 4) for first in range(3, last - 3, 5)]
-    for first, end in (*fives, (8, 17), (13, 22), (8, 22)):
+    for first, end in (*fives, (8, 17), (13, 22), (8, 22), (3, 27)):
         layers = range(first, end + 1)
         for split in ("validation", "test"):
             yield (
