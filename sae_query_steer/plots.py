@@ -5,7 +5,6 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import qualitative
 
 from sae_query_steer.sites import ALL_HEADS
 
@@ -62,61 +61,22 @@ def plot_trace(table: pd.DataFrame, value: str = "relative_change") -> go.Figure
 
     Args:
         table: the result of `SteeringTrace.to_dataframe`.
-        value: the column to show, such as "relative_change" or "distance_after.analyze".
+        value: the column to show, such as "relative_change", "distance_after.analyze" or
+            "posterior_after.analyze".
 
     Raises:
         ValueError: the table has no such column, or no rows.
     """
-    _check_columns(table, value in table.columns)
+    if len(table) == 0 or value not in table.columns:
+        raise ValueError(
+            f"nothing to draw: the trace has {len(table)} rows and the columns "
+            f"{list(table.columns)}"
+        )
     return go.Figure(_lines(table, value)).update_layout(
         title=f"{value} of the steered tokens, mean over heads",
         xaxis_title="position",
         yaxis_title=value,
     )
-
-
-def plot_posterior(table: pd.DataFrame, target: str | None = None) -> go.Figure:
-    """Return the posterior of a class over the positions: dashed before steering, solid after.
-
-    The posterior is computed from the distances to the centroids; mean over heads. There is a pair
-    of lines for each run, row and layer.
-
-    Args:
-        table: the result of `SteeringTrace.to_dataframe`.
-        target: the class; None means the target of each row.
-
-    Raises:
-        ValueError: the table has no rows or no posteriors, or the target is not one of its classes.
-    """
-    prefix = "posterior_after."
-    classes = [name.removeprefix(prefix) for name in table.columns if name.startswith(prefix)]
-    _check_columns(table, bool(classes), "; only methods with centroids record posteriors")
-    by_target = {str(target): table}
-    if target is None:
-        by_target = {str(name): rows for name, rows in table.groupby("target", sort=False)}
-    lines: list[go.Scatter] = []
-    for name, rows in by_target.items():
-        if name not in classes:
-            raise ValueError(f"no posterior of {name!r}: target must be one of {classes}")
-        pairs = (_lines(rows, f"posterior_{when}.{name}") for when in ("before", "after"))
-        for pair in zip(*pairs, strict=True):
-            color = qualitative.Plotly[len(lines) // 2 % len(qualitative.Plotly)]
-            for line, when, dash in zip(pair, ("before", "after"), ("dash", "solid"), strict=True):
-                line.update(name=f"{line.name}, {name} {when}", line={"color": color, "dash": dash})
-            lines += pair
-    return go.Figure(lines).update_layout(
-        title=f"posterior of {' / '.join(by_target)} before and after steering, mean over heads",
-        xaxis_title="position",
-        yaxis={"title": "posterior", "range": [-0.02, 1.02]},
-    )
-
-
-def _check_columns(table: pd.DataFrame, present: bool, hint: str = "") -> None:
-    if len(table) == 0 or not present:
-        raise ValueError(
-            f"nothing to draw: the trace has {len(table)} rows and the columns "
-            f"{list(table.columns)}{hint}"
-        )
 
 
 def _lines(table: pd.DataFrame, value: str) -> list[go.Scatter]:

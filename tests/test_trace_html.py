@@ -183,7 +183,7 @@ def test_the_trace_of_a_generation_shows_its_steered_tokens(model, saes, targets
     first = table.drop_duplicates(["run", "row", "position"])["text"].tolist()
     assert page.steered == first
     assert trace.to_html("posterior_after.create") != trace.to_html()
-    assert len(sqs.plots.plot_posterior(table).data) == 2 * 2 * 2
+    assert len(sqs.plots.plot_trace(table, "posterior_after.create").data) == 2 * 2
 
 
 def test_the_end_of_the_prompt_and_what_was_written_stand_around_the_steered_token(
