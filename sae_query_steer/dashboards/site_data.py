@@ -96,18 +96,14 @@ def site_data(
 def class_shares(targets: CentroidTargets, hook_name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the share of each latent's variance that the class explains, and its class means.
 
-    Between classes over total: sum_k n_k (m_k - m)^2 / (that + sum_k n_k var_k), the same as
-    `CentroidTargets.class_share_of_variance`, latent by latent.
+    As `CentroidTargets.class_share_of_variance`, latent by latent.
 
     Returns:
         The share [head d_latent], 0 where the latent never varies; the class with the largest mean
         [head d_latent], -1 where it never varies; the means [head d_latent class].
     """
     means = targets.means[hook_name].double().cpu()
-    counts = targets.counts.double().cpu()[:, None, None]
-    centre = (counts * means).sum(0) / counts.sum()
-    between = (counts * (means - centre).square()).sum(0)
-    total = between + (counts * targets.variances[hook_name].double().cpu()).sum(0)
+    between, total = targets.variance_by_latent(hook_name)
     share = torch.where(total > 0, between / total, 0.0)
     return share, torch.where(total > 0, means.argmax(0), -1), means.permute(1, 2, 0)
 

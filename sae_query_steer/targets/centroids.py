@@ -133,13 +133,18 @@ class CentroidTargets:
             KeyError: there are no centroids at this site.
         """
         heads = slice(None) if head is None else slice(head, head + 1)
-        means = self.means[hook_name][:, heads].double()
-        variances = self.variances[hook_name][:, heads].double()
-        counts = self.counts.double().to(means.device)[:, None, None]
-        centre = (counts * means).sum(0) / counts.sum()
-        between = (counts * (means - centre).square()).sum()
-        total = between + (counts * variances).sum()
+        between, total = (parts[heads].sum() for parts in self.variance_by_latent(hook_name))
         return float(between / total) if total > 0 else 0.0
+
+    def variance_by_latent(
+        self, hook_name: str
+    ) -> tuple[Float[Tensor, "head d_latent"], Float[Tensor, "head d_latent"]]:
+        """Return sum_k n_k (m_k - m)^2 of each latent, and that + sum_k n_k var_k, on the CPU."""
+        means = self.means[hook_name].double().cpu()
+        counts = self.counts.double().cpu()[:, None, None]
+        centre = (counts * means).sum(0) / counts.sum()
+        between = (counts * (means - centre).square()).sum(0)
+        return between, between + (counts * self.variances[hook_name].double().cpu()).sum(0)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the centroids to a folder (safetensors and JSON), whole or not at all.
