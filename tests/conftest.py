@@ -83,6 +83,7 @@ def saes(tiny_models) -> sqs.QuerySAEs:
         sqs.TrainingConfig(
             sae=sqs.sae.TopK(d_sae_per_head=16, k=3),
             training_tokens=8192,
+            metric_tokens=2048,
             train_batch_size_tokens=128,
             lr=3e-3,
         ),

@@ -172,6 +172,7 @@ def test_qwen2_learns_targets_that_steer_its_chats(qwen2, sparse):
             sae=sqs.sae.TopK(d_sae_per_head=16, k=4),
             training_tokens=1024,
             train_batch_size_tokens=128,
+            metric_tokens=0,
         )
         saes = sqs.train_query_saes(model, rows, sites, config)
     scope = sqs.LastPromptToken() | sqs.scopes.ResponseTokens()

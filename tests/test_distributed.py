@@ -43,7 +43,7 @@ def arguments(folder: Path, texts: Path, out: Path) -> list[str]:
         "train", "topk", "--model", str(folder), "--device", "cpu",
         "--layers", "all", "--texts", str(texts), "--text", "question",
         "--sae.d-sae-per-head", "16", "--sae.k", "3", "--training-tokens", "2000",
-        "--train-batch-size-tokens", "128", "--context-size", "16",
+        "--train-batch-size-tokens", "128", "--context-size", "16", "--metric-tokens", "512",
         "--checkpoint-every", "4", "--out", str(out),
     ]  # fmt: skip
 

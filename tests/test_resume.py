@@ -65,6 +65,7 @@ def train(
         "lr_decay_steps": 6,
         "dead_feature_window": 4,
         "metric_tokens": 100,
+        "n_batches_for_norm_estimate": 8,
     }
     config = TrainingConfig(**{**settings, **changes})
     again = {"resume": resume, "overwrite": overwrite, "start": start}

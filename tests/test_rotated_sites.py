@@ -32,6 +32,7 @@ def saes(tiny_models) -> sqs.QuerySAEs:
             sae=sqs.sae.TopK(d_sae_per_head=16, k=3),
             training_tokens=1024,
             train_batch_size_tokens=128,
+            metric_tokens=0,
             lr=3e-3,
         ),
     )

@@ -78,7 +78,7 @@ def chain(folder: Path) -> list[list[str]]:
             "train", "topk", *model, "--layers", "0-1", "--texts", str(folder / "texts.csv"),
             "--text", "question", "--sae.d-sae-per-head", "16", "--sae.k", "3",
             "--training-tokens", "4096", "--train-batch-size-tokens", "128",
-            "--context-size", "16", "--out", str(folder / "saes"),
+            "--metric-tokens", "1024", "--context-size", "16", "--out", str(folder / "saes"),
         ],
         ["targets", *model, *saes, *texts, "--bloom", "--out", str(folder / "targets")],
         [
