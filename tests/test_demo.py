@@ -20,6 +20,7 @@ from sae_query_steer.compare import (
     write_comparison,
 )
 from sae_query_steer.compare.demo import chosen_layers
+from sae_query_steer.compare.methods import STRENGTHS
 from sae_query_steer.compare.report import (
     comparison_html,
     display_rows,
@@ -58,8 +59,11 @@ def make_tutor(folder, *, notes=True):
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """Four tokens of each text, which random models never end; one judge for all runs."""
+    """Four tokens of each text, which random models never end; few strengths, one judge."""
+    few = [replace(descent, step_sizes=descent.step_sizes[:2]) for descent in compare.DESCENTS]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_query_steer.compare.demo.DESCENTS", few)
+        patch.setattr("sae_query_steer.compare.methods.STRENGTHS", STRENGTHS[:2])
         patch.setattr(tutor_task, "MAX_NEW_TOKENS", 4)
         patch.setattr(tutor_task, "level_judge", cache(tutor_task.level_judge))
         yield

@@ -4,14 +4,16 @@ import csv
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from command_line import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_query_steer.compare import own_texts
+from sae_query_steer.compare import DESCENTS, own_texts
 from sae_query_steer.compare.log import ComparisonLog
+from sae_query_steer.compare.methods import STRENGTHS
 
 pytestmark = pytest.mark.slow
 
@@ -50,35 +52,44 @@ def command(tiny_folder, saes, tmp_path_factory):
         return invoke(["sweep", *flags])
 
     run.texts = folder / "texts.csv"
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        # Fewer strengths: which is best is not asked here.
+        few = [replace(d, step_sizes=d.step_sizes[:3]) for d in DESCENTS]
+        patch.setattr("sae_query_steer.compare.DESCENTS", few)
+        patch.setattr("sae_query_steer.compare.methods.STRENGTHS", STRENGTHS[:3])
+        yield run
 
 
-def test_a_sweep_writes_its_table_its_texts_and_a_page_that_opens_offline(command, tmp_path):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The folder of a sweep that ran to its end."""
+    out = tmp_path_factory.mktemp("whole") / "out"
     done = command(out)
     assert done.exit_code == 0, done.output
-    assert sorted(path.name for path in out.iterdir()) == FILES
-    assert not out.with_name("out.unfinished").exists()
-    table = pd.read_csv(out / "table.csv")
+    return out
+
+
+def test_a_sweep_writes_its_table_its_texts_and_a_page_that_opens_offline(whole):
+    assert sorted(path.name for path in whole.iterdir()) == FILES
+    assert not whole.with_name("out.unfinished").exists()
+    table = pd.read_csv(whole / "table.csv")
     assert set(table["method"]) == {
         *("unsteered", "few-shot (k=1)", "few-shot (k=2)", "few-shot (k=4)"),
         *("dense descent", "SAE descent", "decoder rows (m=4)", "residual mean difference"),
         *(f"random direction (seed {seed})" for seed in range(3)),
     }
     assert (table["n"] == 6).all()
-    assert sorted(pd.read_csv(out / "sites.csv")["layer"]) == [0, 2]
-    page = (out / "report.html").read_text(encoding="utf-8")
+    assert sorted(pd.read_csv(whole / "sites.csv")["layer"]) == [0, 2]
+    page = (whole / "report.html").read_text(encoding="utf-8")
     for name in table["method"]:
         assert name in page
     assert 'src="http' not in page
-    found = json.loads((out / "comparison.json").read_text())
+    found = json.loads((whole / "comparison.json").read_text())
     assert 0 <= found["judge"]["accuracy"] <= 1
     assert found["settings"]["layers"] == [0, 2]
 
 
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(command, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    assert command(whole).exit_code == 0
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_table(command, whole, tmp_path, monkeypatch):
     add = ComparisonLog.add
 
     def stop_after_four(self, key, outcome):
