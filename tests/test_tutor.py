@@ -104,6 +104,7 @@ def test_it_writes_two_or_three_sentences_that_the_judges_know(tutors, notes):
 def steered(tutors):
     """What each tutor writes on 48 open prompts, steered to each level in turn: three ways."""
     found = {}
+    classifier = level_judge(n_per_level=100)
     for notes, model in tutors.items():
         examples = TutorCorpus("train", seed=0, notes=notes).examples(120)
         sites = sqs.query_sites(model, layers=[1])
@@ -113,7 +114,8 @@ def steered(tutors):
             sites,
             sqs.TrainingConfig(
                 sae=sqs.sae.TopK(d_sae_per_head=64, k=8),
-                training_tokens=100_000,
+                training_tokens=40_000,
+                metric_tokens=0,
             ),
         )
         targets = sqs.CentroidTargetBuilder(model, saes).fit(sqs.tokenize_examples(model, examples))
@@ -124,7 +126,6 @@ def steered(tutors):
         )  # fmt: skip
         random = sqs.baselines.random_direction(own, seed=1)
         rows = {"unsteered": None, "SAE": own, "random": random}
-        classifier = level_judge(n_per_level=100)
         for name, steerer in rows.items():
             prompts = [case.prompt for case in cases]
             written = continuations(model, prompts, max_new_tokens=32, steerer=steerer)

@@ -82,7 +82,7 @@ def test_01_steer_the_tutor(kernel):
     printed = run(
         kernel,
         "01_steer_the_tutor.ipynb",
-        "N_EXAMPLES, TOKENS = 240, 100_000\nN_PAIRS, N_CASES = 48, 12",
+        "N_EXAMPLES, TOKENS = 120, 40_000\nN_PAIRS, N_CASES = 48, 12",
     )
     assert "create: harbors and develop them." in printed
     assert "Teacher: Thanks Kim, first take metals and compare them." in printed
@@ -90,7 +90,7 @@ def test_01_steer_the_tutor(kernel):
 
 @pytest.mark.slow
 def test_02_train_query_saes(kernel):
-    run(kernel, "02_train_query_saes.ipynb", "TOKENS, SHORT = 12_000, 8_000\nHELD_OUT = 512")
+    run(kernel, "02_train_query_saes.ipynb", "TOKENS, SHORT = 10_000, 6_000\nHELD_OUT = 512")
 
 
 @pytest.mark.slow
@@ -164,12 +164,17 @@ def test_08_compare_ways_to_steer(kernel):
     run(
         kernel,
         "08_compare_ways_to_steer.ipynb",
-        "TOKENS, N_EXAMPLES = 12_000, 120\nN_VALIDATION, N_TEST, N_STRENGTHS = 12, 12, 2",
+        "TOKENS, N_EXAMPLES = 12_000, 120\nN_VALIDATION, N_TEST, N_STRENGTHS = 6, 12, 2",
     )
 
 
+@pytest.mark.slow
 def test_09_scopes_objectives_controls(kernel):
-    run(kernel, "09_scopes_objectives_controls.ipynb", "TOKENS, N_EXAMPLES = 12_000, 120")
+    run(
+        kernel,
+        "09_scopes_objectives_controls.ipynb",
+        "TOKENS, N_EXAMPLES, NEW_TOKENS = 12_000, 120, 6",
+    )
 
 
 @pytest.mark.slow
