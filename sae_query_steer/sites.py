@@ -1,7 +1,7 @@
 """Sites: the hook point of a layer's queries, or other activations, and its heads."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,13 @@ class QuerySite:
         """Size of all heads' queries together."""
         return self.n_heads * self.d_head
 
-    def check(self, model: Any) -> None:
-        """Raise unless a model has this site.
+    def check(self, model: Any, points: Container[str] | None = None) -> None:
+        """Raise unless a model has this site; its `hook_dict` is read once if `points` is that.
 
         Raises:
             ValueError: the model has no such layer or hook point, or other heads there.
         """
-        _check(self, model)
+        _check(self, model, points)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -103,13 +103,13 @@ class Site:
         """Index of the layer, from 0."""
         return int(self.hook_name.split(".")[1])
 
-    def check(self, model: Any) -> None:
-        """Raise unless a model has this site.
+    def check(self, model: Any, points: Container[str] | None = None) -> None:
+        """Raise unless a model has this site; its `hook_dict` is read once if `points` is that.
 
         Raises:
             ValueError: the model has no such layer or hook point, or other sizes there.
         """
-        _check(self, model)
+        _check(self, model, points)
 
 
 def is_other_site(hook_name: str) -> bool:
@@ -174,8 +174,8 @@ def _sizes(model: Any, hook_name: str) -> tuple[int, int]:
     return int(grouped or model.cfg.n_heads), int(model.cfg.d_head)
 
 
-def check_hook_point(model: Any, name: str) -> None:
-    """Raise unless a model has a hook point.
+def check_hook_point(model: Any, name: str, points: Container[str] | None = None) -> None:
+    """Raise unless a model has a hook point; `points` are its own, if they were read already.
 
     Raises:
         ValueError: the message lists the hook points of the same module, or says that SAELens's
@@ -187,16 +187,16 @@ def check_hook_point(model: Any, name: str) -> None:
             f"an SAE is attached at {name} by add_sae, in the place of the hook point: take it "
             f"off with model.reset_saes({name!r}) first"
         )
-    if name not in model.hook_dict:
+    if name not in (model.hook_dict if points is None else points):
         prefix = name.rpartition(".")[0] + "."
         near = sorted(n.removeprefix(prefix) for n in model.hook_dict if n.startswith(prefix))
         raise ValueError(f"no hook point {name}: this architecture has {near} at {prefix[:-1]}")
 
 
-def _check(site: QuerySite | Site, model: Any) -> None:
+def _check(site: QuerySite | Site, model: Any, points: Container[str] | None) -> None:
     check_model(model)
     check_layer(site.layer, int(model.cfg.n_layers))
-    check_hook_point(model, site.hook_name)
+    check_hook_point(model, site.hook_name, points)
     n_heads, d_head = _sizes(model, site.hook_name)
     if (site.n_heads, site.d_head) != (n_heads, d_head):
         raise ValueError(

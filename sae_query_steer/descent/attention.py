@@ -1,6 +1,7 @@
 """Attention of a head on some keys as a goal: loss and closed-form gradient of its scores."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,14 +26,15 @@ class AttentionGoal:
 
     def masses(self, scores: Scores) -> Float[Tensor, "token head source"]:
         """Return the attention on each source, 0 to 1; NaN where its weight is 0."""
-        log = self._log(_visible(scores))
-        weight = self.weight[..., None]
-        masses = torch.where(weight < 0, -torch.expm1(log), log.exp())
-        return masses.masked_fill(weight == 0, torch.nan).movedim(0, -1)
+        own = self.inside ^ (self.weight < 0)[..., None]
+        attention = visible(scores).softmax(-1)
+        masses = torch.bmm(attention, own.movedim(0, -1).to(attention.dtype))
+        return masses.masked_fill((self.weight == 0).T[:, None], torch.nan)
 
     def loss(self, scores: Scores) -> Float[Tensor, "token head"]:
         """Return the loss of each token and head, 0 or more."""
-        log = self._log(_visible(scores))
+        scores = visible(scores)
+        log = (_only(scores, self.inside).logsumexp(-1) - scores.logsumexp(-1)).clamp(max=0)
         return -(self.weight.abs()[..., None] * log.where(log.isfinite(), 0)).sum(0)
 
     def gradient(self, scores: Scores) -> Scores:
@@ -41,16 +43,24 @@ class AttentionGoal:
         a_i is the attention among the keys of m_i alone, and b_i that among all others. So it is a
         - a_i, with the attention a, without the difference of two nearly equal numbers.
         """
-        scores = _visible(scores)
-        within, others = (_only(scores, keys) for keys in (self.inside, ~self.inside))
-        rest = (others.logsumexp(-1) - scores.logsumexp(-1)).exp() * self.weight.abs()[..., None]
-        # NaN where no key of one of the two is visible
-        pull = rest[..., None] * (others.softmax(-1) - within.softmax(-1))
-        return pull.nan_to_num(0).sum(0)
+        return self.visible_gradient(visible(scores))
 
-    def _log(self, scores: Tensor) -> Tensor:
-        log = _only(scores, self.inside).logsumexp(-1) - scores.logsumexp(-1)
-        return log.clamp(max=0)
+    def visible_gradient(self, scores: Scores) -> Scores:
+        """Return the same of scores that are minus infinity where a mask hides the key."""
+        apart, others = (part.to(scores.dtype) for part in self._parts)
+        rest = torch.bmm(scores.softmax(-1), others)
+        outside, within = (scores + apart).softmax(-1)
+        # NaN where no key of one of the two is visible
+        pull = (rest.movedim(-1, 0)[..., None] * (outside - within)).nan_to_num(0)
+        return pull[0] if len(pull) == 1 else pull.sum(0)
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """What leaves only the other keys, or those of m_i, and the weight of each other key."""
+        keys = torch.stack([~self.inside, self.inside])[:, :, :, None]
+        apart = torch.zeros(keys.shape, device=keys.device).masked_fill(~keys, -torch.inf)
+        others = ~self.inside * self.weight.abs()[..., None]
+        return apart, others.movedim(0, -1)
 
 
 def _only(scores: Tensor, keys: Tensor) -> Tensor:
@@ -58,7 +68,7 @@ def _only(scores: Tensor, keys: Tensor) -> Tensor:
     return scores.masked_fill(~keys[:, :, None], -torch.inf)
 
 
-def _visible(scores: Scores) -> Scores:
+def visible(scores: Scores) -> Scores:
     """Return scores in 32 bits at least, minus infinity where a mask hides the key."""
     hidden = scores <= torch.finfo(scores.dtype).min / 2
     dtype = torch.promote_types(scores.dtype, torch.float32)

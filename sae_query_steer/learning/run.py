@@ -18,7 +18,7 @@ from sae_query_steer.learning.checkpoints import Progress, load_checkpoint, save
 from sae_query_steer.learning.rows import LearningRows
 from sae_query_steer.progress import progress_bar
 from sae_query_steer.scopes.positions import TokenPositions, select
-from sae_query_steer.steering.engine import AppliedEdit, by_head
+from sae_query_steer.steering.engine import AppliedEdit, by_head, tokens_once
 from sae_query_steer.steering.latent_descent import LatentDescent
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import SiteHeads
@@ -184,7 +184,10 @@ class LearningRun:
         )
         positions, scope = batch.prefixed.positions, self.learner.steerer.scope
         hooks = [
-            (name, AppliedEdit(edit, at, scope, checked=False).hook(lambda _: positions))
+            (
+                name,
+                AppliedEdit(edit, at, tokens_once(scope), checked=False).hook(lambda _: positions),
+            )
             for name, at in self._chosen.items()
         ]
         return batch.losses(hooks, first_layer=self._first_layer), edit

@@ -7,16 +7,19 @@ steps on a TransformerBridge.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.utilities.tensors import get_offset_position_ids
 
 from sae_query_steer.models.calls import hooked
+from sae_query_steer.models.linear_scores import LinearScores, Turn, picked
 from sae_query_steer.models.placed_hooks import Hook
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.sites import QuerySite
 
 Scores = Float[Tensor, "batch head query key"]
@@ -39,16 +42,23 @@ class ScoresReader:
         self._model, self._site = model, site
         self._attention = model.blocks[site.layer].attn
         self._is_bridge = hasattr(self._attention, "original_component")
+        inner = getattr(self._attention, "original_component", self._attention)
+        self._argument_names = list(inspect.signature(inner.forward).parameters)
+        self._points: list[Any] = []
         self._kept: dict[str, Any] = {}
 
     def hooks(self) -> list[tuple[str, Hook]]:
         """Return the hooks that keep queries and keys."""
-        names = (self._site.hook_name, f"blocks.{self._site.layer}.attn.hook_k")
-        return [(name, self._keep(key)) for name, key in zip(names, ("q", "k"), strict=True)]
+        names = {"q": self._site.hook_name, "k": f"blocks.{self._site.layer}.attn.hook_k"}
+        if not self._is_bridge and self._attention.cfg.positional_embedding_type == "rotary":
+            names["rotated k"] = f"blocks.{self._site.layer}.attn.hook_rot_k"  # of all tokens
+        return [(name, self._keep(key)) for key, name in names.items()]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listen to the arguments of the attention, for a `with` block."""
+        points = self._model.hook_dict  # on the bridge 20 ms
+        self._points = [points[name] for name, _ in self.hooks()]
         handle = self._attention.register_forward_pre_hook(self._before, with_kwargs=True)
         with hooked(self._model, self._attention, handle):
             yield
@@ -102,6 +112,31 @@ class ScoresReader:
         bias = bias[rows][:, :, columns]
         return lambda queries: scores(queries) + bias
 
+    def linear(
+        self, scores: Scores, tokens: TokenPositions, heads: Sequence[int]
+    ) -> LinearScores | None:
+        """Return the scores of some tokens and heads as a linear map of their queries.
+
+        Args:
+            scores: those of the running pass.
+            tokens: which tokens.
+            heads: which heads.
+
+        Returns:
+            None if they are not linear, because of a soft cap or a norm of the queries after the
+            site, or differ from what queries and keys give, because of anything else.
+        """
+        made = _bridge_linear if self._is_bridge else _hooked_linear
+        parts = made(self._attention, self._kept, rotated=self._site.rotated)
+        if parts is None or self._kept["added"]:
+            return None
+        found = LinearScores.of(scores, *parts, tokens, heads)
+        with torch.no_grad():
+            mine = found.change(picked(self.queries, tokens, heads).to(found.now.dtype))
+            mine = mine.masked_fill(found.now == -torch.inf, -torch.inf)
+            difference = (mine.softmax(-1) - found.now.softmax(-1)).abs().max()
+        return found if float(difference) <= _tolerance(scores) else None
+
     def check(self, scores: Scores) -> None:
         """Raise unless the scores computed here are those of the model.
 
@@ -112,8 +147,7 @@ class ScoresReader:
         with torch.no_grad():
             mine = self.scores(self.queries.detach()).softmax(-1)
             difference = float((mine.nan_to_num() - scores.softmax(-1).nan_to_num()).abs().max())
-        exact = scores.dtype in (torch.float32, torch.float64)
-        if not difference <= (1e-4 if exact else 5e-2):
+        if not difference <= _tolerance(scores):
             raise ValueError(
                 f"the attention at layer {self._site.layer} differs by {difference:.2g} from what "
                 "its queries and keys give: the architecture is not supported for edits that see "
@@ -131,12 +165,9 @@ class ScoresReader:
         return keep
 
     def _before(self, _attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inner = getattr(self._attention, "original_component", self._attention)
-        names = list(inspect.signature(inner.forward).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(self._argument_names, args, strict=False)) | kwargs
         self._kept = {"arguments": given, "past": self._past(given), "added": []}
-        for name, _ in self.hooks():
-            point = self._model.hook_dict[name]
+        for point in self._points:
             for handle in point.fwd_hooks:  # hooks that were placed later come before ours too
                 if getattr(handle.user_hook, "reads_last", None) is self:
                     point._forward_hooks.move_to_end(handle.hook.id)
@@ -212,6 +243,48 @@ def _bridge_scores(
     return scores
 
 
+Linear = tuple[Tensor, Turn | None]
+"""Keys [batch group key d_head], rotated and times the scale, and what rotates the queries."""
+
+
+def _hooked_linear(attention: Any, kept: dict[str, Any], *, rotated: bool) -> Linear | None:
+    config, given, past = attention.cfg, kept["arguments"], kept["past"]
+    if (config.use_qk_norm and not rotated) or (config.attn_scores_soft_cap or 0) > 0:
+        return None
+    k, turn = kept.get("rotated k"), None
+    if k is None:
+        k = kept["k"] if past is None else torch.cat([past, kept["k"]], dim=1)
+    elif not rotated:
+        offset, mask = 0 if past is None else past.shape[1], given.get("attention_mask")
+        place = slice(offset, offset + kept["q"].shape[1])
+        if mask is not None:
+            place = get_offset_position_ids(offset, mask)
+        cos, sin = (wave[place] for wave in (attention.rotary_cos, attention.rotary_sin))
+        cos, sin = (wave if wave.ndim == 3 else wave[None] for wave in (cos, sin))
+        turn = cos, sin, attention.rotate_every_two
+    return k.transpose(1, 2) / attention.attn_scale, turn
+
+
+def _bridge_linear(attention: Any, kept: dict[str, Any], *, rotated: bool) -> Linear | None:
+    inner, given, past = attention.original_component, kept["arguments"], kept["past"]
+    norms = getattr(attention, "_qk_norm_phase", None) == "post_reshape"
+    if (norms and not rotated) or getattr(inner, "attn_logit_softcapping", None) is not None:
+        return None
+    k, turn = kept["k"].transpose(1, 2), None
+    if norms:
+        k = attention.k_norm.original_component(k)
+    if given.get("position_embeddings") is not None:
+        cos, sin = given["position_embeddings"]
+        k, turn = _rotated(k, cos, sin), None if rotated else (cos, sin, _flipped)
+    k = k if past is None else torch.cat([past, k], dim=2)
+    return k * getattr(inner, "scaling", k.shape[-1] ** -0.5), turn
+
+
+def _tolerance(scores: Scores) -> float:
+    """Return by how much attention computed here may differ from that of the model."""
+    return 1e-4 if scores.dtype in (torch.float32, torch.float64) else 5e-2
+
+
 def _rows_of(values: Tensor | None, rows: Tensor) -> Any:
     """Return some rows of a tensor as a copy; one row stands for all."""
     if values is None:
@@ -223,5 +296,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return queries or keys [batch head pos d_head] after rotary embedding, partial or whole."""
     cos, sin = cos[:, None], sin[:, None]
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    one, two = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos + torch.cat([-two, one], dim=-1) * sin, rest], dim=-1)
+    return torch.cat([turned * cos + _flipped(turned) * sin, rest], dim=-1)
+
+
+def _flipped(x: Tensor) -> Tensor:
+    one, two = x.chunk(2, dim=-1)
+    return torch.cat([-two, one], dim=-1)

@@ -36,8 +36,9 @@ class PlacedHooks:
             RuntimeError: at the end of the block: a hook was removed, and no pass has told.
         """
         with ExitStack() as stack:
+            points = self._model.hook_dict  # on the bridge 20 ms
             for number, (name, hook) in enumerate(self._hooks):
-                point = self._model.hook_dict[name]
+                point = points[name]
                 # Of no level: where another context of hooks ends, these stay.
                 point.add_hook(self._noted(number, hook))
                 handle = point.fwd_hooks[-1]
@@ -45,7 +46,12 @@ class PlacedHooks:
                 stack.enter_context(hooked(self._model, point, handle.hook))
                 self._placed.append((name, point, handle))
             yield
-            removed = [self._cause(*one) for one in self._placed if not self._is_there(*one)]
+            points = self._model.hook_dict
+            removed = [
+                self._cause(name, point, handle)
+                for name, point, handle in self._placed
+                if points.get(name) is not point or handle.hook.id not in point._forward_hooks
+            ]
             if removed and not self._failed:
                 raise RuntimeError(_message(removed, "the rest of this block"))
 
@@ -71,9 +77,6 @@ class PlacedHooks:
 
         vars(noted).update(vars(hook))
         return noted
-
-    def _is_there(self, name: str, point: Any, handle: Any) -> bool:
-        return self._model.hook_dict.get(name) is point and handle.hook.id in point._forward_hooks
 
     def _cause(self, name: str, point: Any, handle: Any) -> str:
         if name in getattr(self._model, "acts_to_saes", {}):

@@ -64,6 +64,8 @@ class _State:
     run_begun: bool = False
     embedded: Int[Tensor, "batch new"] | None = None
     positions: Positions | None = None
+    located: tuple[Any, ...] = ()
+    """The mask and sizes that the last block of this forward pass got, and its positions."""
     layers: set[int] = field(default_factory=set)
     """The followed layers whose blocks ran to their end in the forward pass."""
     ran: set[int] = field(default_factory=set)
@@ -191,6 +193,7 @@ class PositionTracker:
             self._check_pass(now.layers, now.ran)
         finally:
             now.in_forward, now.positions, now.embedded = False, None, None
+            now.located = ()
 
     def generation(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Enter:
         """Follow a call of `generate`: its prompts are the rows of the first forward pass.
@@ -238,7 +241,11 @@ class PositionTracker:
                     now.run = self._run_of_loop(cache, past)
                 self._follow_tokens(len(hidden), past + hidden.shape[1])
             now.run_begun = now.in_forward
-            now.positions = self._locate(hidden, arguments, past)
+            given = arguments.get("attention_mask"), past, hidden.shape[:2], hidden.device
+            known = now.in_forward and now.located and now.located[0][0] is given[0]
+            if not known or now.located[0][1:] != given[1:]:
+                now.located = given, self._locate(hidden, arguments, past)
+            now.positions = now.located[1]
 
         return listen
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_device, check_kind, check_number
 from sae_query_steer.descent.goals import Latents
-from sae_query_steer.sae.core import QueryHeadSAE, with_weights
+from sae_query_steer.sae.core import QueryHeadSAE, by_head, with_weights
+from sae_query_steer.sae.topk import QueryHeadTopKSAE
 from sae_query_steer.sites import QuerySite, Site, is_other_site
 
 
@@ -112,6 +114,29 @@ def decoded_difference(
     if isinstance(encoder, QueryHeadSAE):
         return encoder.linear_decode(after - before)
     return encoder.decode(after) - encoder.decode(before)
+
+
+Product = Callable[[Tensor], Tensor]
+"""With a matrix for each head, from [token head d_from] to [token head d_to]."""
+
+
+def linear_decoder(encoder: QueryEncoder) -> tuple[Product, Product] | None:
+    """Return the product of `decoded_difference`, and that with the transposed matrices.
+
+    None where it is not known to be one: a class may override `decode` or `linear_decode`.
+    """
+    if type(encoder) is IdentityEncoder:
+        return lambda z: z, lambda q: q
+    if not isinstance(encoder, QueryHeadSAE):
+        return None
+    decode = getattr(encoder.linear_decode, "__func__", None)
+    scaled = decode is QueryHeadTopKSAE.linear_decode
+    if not scaled and decode is not QueryHeadSAE.linear_decode:
+        return None
+    weight = encoder.W_dec
+    if scaled and encoder.cfg.rescale_acts_by_decoder_norm:
+        weight = weight / weight.norm(dim=-1, keepdim=True)
+    return partial(by_head, weight=weight), partial(by_head, weight=weight.mT)
 
 
 def on_device(encoder: QueryEncoder, device: str | torch.device) -> QueryEncoder:

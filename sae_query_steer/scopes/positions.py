@@ -7,7 +7,8 @@ scope means the same with the cache on and off, in a batch and row by row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,9 +59,25 @@ class Positions:
         return replace(self, index=index, valid=index < columns.sum(1, keepdim=True))
 
 
+class ByRow(NamedTuple):
+    """Some tokens as a table of the rows that have any."""
+
+    rows: Int[Tensor, " some"]
+    """These rows."""
+
+    row: Int[Tensor, " token"]
+    """Place of each token's row among them."""
+
+    place: Int[Tensor, " token"]
+    """Place of each token among those of its row."""
+
+    most: int
+    """Most tokens of a row."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenPositions:
-    """Some tokens of a forward pass, such as those in a scope: a selection of its `Positions`."""
+    """Some tokens of a forward pass, row by row: a selection of its `Positions`."""
 
     row: Int[Tensor, " token"]
     """Row of the batch."""
@@ -81,6 +98,14 @@ class TokenPositions:
         """Return where they and some heads are in activations [batch pos head d_head]."""
         assert self.column is not None, "tokens of a forward pass have columns"
         return self.row[:, None], self.column[:, None], torch.tensor(heads, device=self.row.device)
+
+    @cached_property
+    def by_row(self) -> ByRow:
+        """The tokens as a table of their rows."""
+        rows, row, counts = self.row.unique_consecutive(return_inverse=True, return_counts=True)
+        first = counts.cumsum(0) - counts
+        place = torch.arange(len(row), device=row.device) - first[row]
+        return ByRow(rows, row, place, int(counts.max()))
 
     def age(self) -> Float[Tensor, " token"]:
         """Return how many tokens lie between a token and the end of its prompt, 0 within it.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,14 @@ from torch import Tensor
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.attention import AttentionGoal
 from sae_query_steer.descent.strength import Queries, limited
-from sae_query_steer.sae.encoders import QueryEncoder, decoded_difference, encoder_sites
+from sae_query_steer.models.linear_scores import LinearScores
+from sae_query_steer.sae.encoders import (
+    Product,
+    QueryEncoder,
+    decoded_difference,
+    encoder_sites,
+    linear_decoder,
+)
 from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.edit import LatentsEdit, most_moved
 from sae_query_steer.steering.keys import AttentionKeys
@@ -81,80 +88,152 @@ class AttentionDescent(LooksEdit, LatentsEdit):
     ) -> QueryChange:
         """Return what the descent adds to queries, as a constant; Args as `Edit.change`."""
         del tokens  # those of the keys
+        goal, encoder = self._goal(keys), self._encoder(at, activations.device)
+        decoder = linear_decoder(encoder)
+        if keys.linear is not None and decoder is not None:
+            with torch.no_grad():
+                z0 = encoder.encode(activations)
+                surface = _linear_surface(keys.linear, decoder, goal)
+                return self._change(activations, encoder, z0, surface, goal, record=record)
         # `generate` is in inference mode, whose tensors autograd refuses: all that it needs is
         # copied or computed here.
         with torch.inference_mode(False), torch.no_grad():
-            goal = self._goal(keys)
-            queries, encoder = activations.clone(), self._encoder(at, activations.device)
+            queries = activations.clone()
             z0 = encoder.encode(queries)
-            scores_of = keys.scores_of()
+            surface = _surface(keys.scores_of(), queries, encoder, z0, goal)
+            return self._change(queries, encoder, z0, surface, goal, record=record)
 
-            def scores(z: Tensor) -> Tensor:
-                return scores_of(queries + decoded_difference(encoder, z, z0))
-
-            z, losses = self._descended(queries, encoder, z0, scores, goal, record=record)
-            delta = decoded_difference(encoder, z, z0)
-            delta = limited(queries, delta, max_relative_change=self.max_relative_change)
-            if not record:
-                return QueryChange(delta=delta)
-            after = scores(z)
-            return QueryChange(
-                delta=delta,
-                loss=torch.stack([*losses, goal.loss(after)]),
-                mass_before=goal.masses(scores(z0)),
-                mass_after=goal.masses(after),
-                **most_moved(z0, z),
-            )
+    def _change(
+        self,
+        queries: Tensor,
+        encoder: QueryEncoder,
+        z0: Tensor,
+        surface: "_Surface",
+        goal: AttentionGoal,
+        *,
+        record: bool,
+    ) -> QueryChange:
+        moved, losses = self._descended(queries, encoder, z0, surface, goal, record=record)
+        whole = surface.added(0.0, moved)
+        delta = limited(queries, whole, max_relative_change=self.max_relative_change)
+        if not record:
+            return QueryChange(delta=delta)
+        after = surface.scores(whole)
+        return QueryChange(
+            delta=delta,
+            loss=torch.stack([*losses, goal.loss(after)]),
+            mass_before=goal.masses(surface.scores(torch.zeros_like(whole))),
+            mass_after=goal.masses(after),
+            **most_moved(z0, z0 + moved),
+        )
 
     def _descended(
         self,
         queries: Tensor,
         encoder: QueryEncoder,
         z0: Tensor,
-        scores: Callable[[Tensor], Tensor],
+        surface: "_Surface",
         goal: AttentionGoal,
         *,
         record: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the latents after all steps, and if recorded the loss before each."""
-        z, movable, losses = z0, None, []
+        """Return by how much latents move in all steps, and if recorded the loss before each."""
+        moved, delta, losses = torch.zeros_like(z0), torch.zeros_like(queries), []
+        lower = None if encoder.latent_min is None else encoder.latent_min - z0
+        norm, movable = queries.norm(dim=-1, keepdim=True), None
         for _ in range(self.n_steps):
-            with torch.enable_grad():
-                leaf = z.detach().requires_grad_()
-                found = scores(leaf)
-                pull = goal.gradient(found.detach()).to(found.dtype)
-                (gradient,) = torch.autograd.grad(found, leaf, pull)
+            scores, gradient = surface.slope(moved, delta)
             if record:
-                losses.append(goal.loss(found.detach()))
+                losses.append(goal.loss(scores))
             way = -gradient
-            if encoder.latent_min is not None:  # what the bound stops has no part in the step
-                way = way.masked_fill((z <= encoder.latent_min) & (way < 0), 0)
+            if lower is not None:  # what the bound stops has no part in the step
+                way = torch.where(moved > lower, way, way.clamp(min=0))
             if movable is None and self.n_latents is not None:
                 most = way.abs().topk(min(self.n_latents, way.shape[-1]), dim=-1).indices
                 movable = torch.zeros_like(way, dtype=torch.bool).scatter(-1, most, True)
             if movable is not None:
                 way = way.where(movable, 0)
             if self.until is not None:
-                way = way.where(goal.masses(found.detach()) < self.until, 0)
-            z = self._stepped(queries, encoder, z0, z, way)
-        return z, losses
+                way = way.where(goal.masses(scores) < self.until, 0)
+            moved, delta = self._stepped(norm, lower, surface, moved, way)
+        return moved, losses
 
     def _stepped(
-        self, queries: Tensor, encoder: QueryEncoder, z0: Tensor, z: Tensor, way: Tensor
-    ) -> Tensor:
-        """Return the latents after a step on a way, exactly as they were where it is 0."""
-        tiny, norm = torch.finfo(z.dtype).tiny, queries.norm(dim=-1, keepdim=True)
+        self, norm: Tensor, lower: Tensor | None, surface: "_Surface", moved: Tensor, way: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return by how much latents have moved after a step, and what this adds to the queries."""
+        tiny = torch.finfo(way.dtype).tiny
         way = way / way.abs().amax(-1, keepdim=True).clamp(min=tiny)
-        size = decoded_difference(encoder, z + way, z).norm(dim=-1, keepdim=True)
-        moves = (size > 0) & (norm > 0)
-        moved = z + way * (self.step_size * norm / size.clamp(min=tiny))
-        if encoder.latent_min is not None:
-            moved = moved.clamp(min=encoder.latent_min)
-        if self.max_relative_change is not None:
-            reached = decoded_difference(encoder, moved, z0).norm(dim=-1, keepdim=True)
-            share = self.max_relative_change * norm / reached.clamp(min=tiny)
-            moved = torch.where(share < 1, z0 + (moved - z0) * share, moved)
-        return torch.where(moves, moved, z)
+        size = torch.linalg.vector_norm(surface.added(moved, way), dim=-1, keepdim=True)
+        step = (self.step_size * norm / size).masked_fill(size == 0, 0)
+        moved = torch.addcmul(moved, way, step)
+        if lower is not None:
+            moved = torch.maximum(moved, lower)
+        delta = surface.added(0.0, moved)
+        if self.max_relative_change is None:
+            return moved, delta
+        reached = torch.linalg.vector_norm(delta, dim=-1, keepdim=True).clamp(min=tiny)
+        share = (self.max_relative_change * norm / reached).clamp(max=1)
+        share = share.where(step > 0, 1)  # what does not move stays exactly
+        return moved * share, delta * share
+
+
+class _Surface(NamedTuple):
+    """The loss of one call of `change` and its slope, over the ways of latents from their start."""
+
+    scores: Callable[[Tensor], Tensor]
+    """From a change of the queries to the scores."""
+
+    added: Callable[[Tensor | float, Tensor], Tensor]
+    """From where latents have moved and a further way to what this adds to the queries."""
+
+    slope: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """From where latents have moved, and what this adds if decoding is linear, to the scores and
+    the gradient in the latents."""
+
+
+def _linear_surface(
+    linear: LinearScores, decoder: tuple[Product, Product], goal: AttentionGoal
+) -> _Surface:
+    """Return the surface where scores and decoding are linear, without autograd."""
+    decode, transposed = decoder
+
+    def scores(delta: Tensor) -> Tensor:
+        return linear.now + linear.change(delta)
+
+    def slope(moved: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        found = scores(delta)
+        pull = goal.visible_gradient(found)
+        return found, transposed(linear.slope(pull).to(moved.dtype))
+
+    return _Surface(scores, lambda _moved, way: decode(way), slope)
+
+
+def _surface(
+    scores_of: Callable[[Tensor], Tensor],
+    queries: Tensor,
+    encoder: QueryEncoder,
+    z0: Tensor,
+    goal: AttentionGoal,
+) -> _Surface:
+    """Return the surface of any encoder and attention, with one product of autograd a step."""
+
+    def scores(delta: Tensor) -> Tensor:
+        return scores_of(queries + delta)
+
+    def added(moved: Tensor | float, way: Tensor) -> Tensor:
+        return decoded_difference(encoder, z0 + moved + way, z0 + moved)
+
+    def slope(moved: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        del delta  # of latents that autograd has not seen
+        with torch.enable_grad():
+            leaf = moved.detach().requires_grad_()
+            found = scores(added(0.0, leaf))
+            pull = goal.gradient(found.detach()).to(found.dtype)
+            (gradient,) = torch.autograd.grad(found, leaf, pull)
+        return found.detach(), gradient
+
+    return _Surface(scores, added, slope)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

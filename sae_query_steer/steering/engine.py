@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_query_steer.models.activations import check_finite, pattern_hook
 from sae_query_steer.models.attention_scores import ScoresReader
+from sae_query_steer.models.linear_scores import picked, put
 from sae_query_steer.models.loading import check_eager
 from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.models.tracking import PositionTracker
@@ -97,8 +98,9 @@ def apply_edits(
     readers: dict[str, ScoresReader] = {}
     for (edit, where), trace in zip(edits, traces, strict=True):
         recorder = Recorder(trace, tracker) if record else None
+        scope = tokens_once(where.scope)
         for name, at in where.chosen.items():
-            applied = AppliedEdit(edit, at, where.scope, recorder)
+            applied = AppliedEdit(edit, at, scope, recorder)
             if not edit.needs_keys:
                 hooks.append((name, applied.hook(lambda _: tracker.positions)))
             elif not isinstance(at.site, QuerySite):
@@ -146,8 +148,8 @@ class AppliedEdit:
     at: SiteHeads
     """The site and the heads that change."""
 
-    scope: Scope
-    """The tokens that change."""
+    find: Callable[[Positions], TokenPositions]
+    """Finds the tokens that change; made by `tokens_once`."""
 
     recorder: Recorder | None = None
     """What keeps a trace."""
@@ -194,26 +196,31 @@ class AppliedEdit:
             if positions is None or tokens is None:
                 return None
             with torch.autocast(scores.device.type, enabled=False):
-                reader.check(scores)
                 keys = AttentionKeys(
                     reader=reader,
                     at=self.at,
                     tokens=tokens,
-                    position=tracker.key_positions(scores.shape[-1]),
-                    rows=positions.of_rows(tracker.columns),
+                    now=scores,
+                    positions=positions,
+                    tracker=tracker,
                 )
-                index = tokens.index(self.at.heads)
-                before = reader.queries[index]
+                chosen = tokens, self.at.heads
+                linear, before = keys.linear, picked(reader.queries, *chosen)
                 after, made = self._made(before, tokens, keys=keys)
-                new = keys.scores(after).to(scores.dtype)
-                if not made.delta.requires_grad:  # where nothing changes, not up to rounding either
-                    still = (after == before).all(-1, keepdim=True)
-                    new = torch.where(still, scores[keys.index], new)
+                by_token = scores.transpose(1, 2)
+                was = picked(by_token, *chosen)
+                if linear is not None:
+                    new = was + linear.change(made.delta).to(scores.dtype)
+                else:
+                    new = keys.scores(after).to(scores.dtype)
+                    if not made.delta.requires_grad:  # unchanged ones not up to rounding either
+                        still = (after == before).all(-1, keepdim=True)
+                        new = torch.where(still, was, new)
                 if made.score_bias is not None:
                     new = new + made.score_bias.to(new.dtype)
                     reader.add(keys.index, made.score_bias)
-                reader.queries = reader.queries.index_put(index, after)
-                return scores.index_put(keys.index, new)
+                reader.queries = put(reader.queries, *chosen, after)
+                return put(by_token, *chosen, new).transpose(1, 2)
 
         vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
         return change
@@ -224,7 +231,7 @@ class AppliedEdit:
             return None
         if self.recorder is not None:
             self.recorder.read(positions)
-        tokens = positions.tokens_at(select(self.scope, positions))
+        tokens = self.find(positions)
         return tokens if len(tokens.row) else None
 
     def _made(
@@ -261,6 +268,18 @@ class AppliedEdit:
                 SteeringWarning,
                 stacklevel=2,
             )
+
+
+def tokens_once(scope: Scope) -> Callable[[Positions], TokenPositions]:
+    """Return what finds the tokens of a scope, once for all sites of a forward pass."""
+    last: list[tuple[Positions, TokenPositions]] = []
+
+    def find(positions: Positions) -> TokenPositions:
+        if not last or last[0][0] is not positions:
+            last[:] = [(positions, positions.tokens_at(select(scope, positions)))]
+        return last[0][1]
+
+    return find
 
 
 def by_head(activation: Tensor, at: SiteHeads) -> Tensor:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.models.attention_scores import Index, ScoresReader
+from sae_query_steer.models.attention_scores import Index, Scores, ScoresReader
+from sae_query_steer.models.linear_scores import LinearScores
+from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.scopes.positions import Positions, TokenPositions
 from sae_query_steer.steering.where import SiteHeads
 
@@ -28,11 +31,29 @@ class AttentionKeys:
     tokens: TokenPositions
     """The tokens of the queries."""
 
-    position: Int[Tensor, "batch key"]
-    """Absolute position of each key in its row; -1 where it is padding."""
+    now: Scores
+    """The masked scores of the queries as they are, of all tokens."""
 
-    rows: Positions
-    """All tokens of the rows so far, by absolute position; ids, if they are known."""
+    positions: Positions
+    """Where the tokens of the pass stand."""
+
+    tracker: PositionTracker
+    """Follows the pass."""
+
+    @cached_property
+    def position(self) -> Int[Tensor, "batch key"]:
+        """Absolute position of each key in its row; -1 where it is padding."""
+        return self.tracker.key_positions(self.now.shape[-1])
+
+    @cached_property
+    def rows(self) -> Positions:
+        """All tokens of the rows so far, by absolute position; ids, if they are known."""
+        return self.positions.of_rows(self.tracker.columns)
+
+    @cached_property
+    def linear(self) -> LinearScores | None:
+        """Scores as a linear map of the queries; None if they are not. Compared with the model."""
+        return self.reader.linear(self.now, self.tokens, self.at.heads)
 
     def scores(
         self, queries: Float[Tensor, "token head d_head"]
@@ -48,6 +69,7 @@ class AttentionKeys:
 
         Made outside inference mode, it can be differentiated there.
         """
+        _ = self._checked
         row, column, heads = self.tokens.index(self.at.heads)
         rows, row = row.unique(return_inverse=True)
         columns, place = column.unique(return_inverse=True)
@@ -60,6 +82,12 @@ class AttentionKeys:
             return compute(changed)[row, heads, place]
 
         return scores
+
+    @cached_property
+    def _checked(self) -> bool:
+        """True, after a comparison with the model."""
+        self.reader.check(self.now)
+        return True
 
     @property
     def index(self) -> Index:

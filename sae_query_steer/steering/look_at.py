@@ -132,6 +132,7 @@ class LooksEdit(Edit):
     needs_keys: ClassVar[bool] = True
 
     _find: Any = field(init=False, repr=False, default_factory=lambda: lru_cache(1024)(token_span))
+    _last: list[Any] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         looks_of_rows(self.look_at)
@@ -142,7 +143,14 @@ class LooksEdit(Edit):
         return target_labels([", ".join(look.name for look in row) for row in rows])
 
     def _goal(self, keys: AttentionKeys) -> AttentionGoal:
-        return attention_goal(looks_of_rows(self.look_at), keys, self._find)
+        """Return the goal of some tokens, made once for all sites of a forward pass."""
+        tokens, n_keys = keys.tokens, keys.now.shape[-1]
+        for known, n_known, goal in tuple(self._last):
+            if known is tokens and n_known == n_keys:
+                return goal
+        goal = attention_goal(looks_of_rows(self.look_at), keys, self._find)
+        self._last[:] = [(tokens, n_keys, goal)]
+        return goal
 
 
 def attention_goal(

@@ -17,7 +17,7 @@ from sae_query_steer.scopes.positions import Positions, PromptLengths, Scope, fi
 from sae_query_steer.sites import QuerySite, Site
 from sae_query_steer.steering.block import block
 from sae_query_steer.steering.edit import Edit, encoders_on
-from sae_query_steer.steering.engine import AppliedEdit, apply_edits
+from sae_query_steer.steering.engine import AppliedEdit, apply_edits, tokens_once
 from sae_query_steer.steering.trace import SteeringTrace
 from sae_query_steer.steering.where import Heads, Where
 from sae_query_steer.targets.centroids import CentroidTargets
@@ -185,7 +185,7 @@ class Steerer:
             return fixed_positions(activation, prompt_lengths, attention_mask, tokens)
 
         return [
-            (name, AppliedEdit(self.edit, at, self.where.scope).hook(positions))
+            (name, AppliedEdit(self.edit, at, tokens_once(self.where.scope)).hook(positions))
             for name, at in self.where.chosen.items()
         ]
 

@@ -8,7 +8,7 @@ from sae_query_steer.arguments import whole_numbers
 from sae_query_steer.scopes.joins import check_scope
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope
-from sae_query_steer.sites import QuerySite, Site
+from sae_query_steer.sites import QuerySite, Site, check_model
 
 Heads = Sequence[int] | Mapping[int, Sequence[int]]
 """The same heads in each layer, or heads by layer."""
@@ -78,8 +78,10 @@ class Where:
         Raises:
             ValueError: the message names the site.
         """
+        check_model(model)
+        points = model.hook_dict  # on the bridge 20 ms
         for at in self.chosen.values():
-            at.site.check(model)
+            at.site.check(model, points)
 
 
 def chosen_heads(

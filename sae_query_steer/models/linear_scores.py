@@ -1,0 +1,130 @@
+"""Attention scores as a linear map of the queries, where nothing between them is nonlinear."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_query_steer.descent.attention import visible
+from sae_query_steer.scopes.positions import TokenPositions
+
+Turn = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+"""Rotary embedding: cosines and sines [batch or 1, pos, d_rotary], and what swaps the halves."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearScores:
+    """Scores of some tokens and heads in a forward pass, as a linear map of their queries."""
+
+    now: Float[Tensor, "token head key"]
+    """The scores of the queries as they are; minus infinity where a mask hides the key."""
+
+    _tokens: TokenPositions
+    _n_rows: int
+    _keys: Float[Tensor, "row_group key d_head"]
+    _keys_by_column: Float[Tensor, "row_group d_head key"]
+    """The same in the layout in which the other product is fast."""
+
+    _turns: Float[Tensor, "token d_head d_head"] | None
+    """The rotary embedding of each token; None without."""
+
+    @classmethod
+    def of(
+        cls,
+        scores: Float[Tensor, "batch head pos key"],
+        keys: Float[Tensor, "batch group key d_head"],
+        turn: Turn | None,
+        tokens: TokenPositions,
+        heads: Sequence[int],
+    ) -> "LinearScores":
+        """Return the map of some tokens and heads.
+
+        Args:
+            scores: masked, of the queries as they are.
+            keys: rotated and times the scale; heads in groups share them.
+            turn: rotary embedding of the queries; None if there is none after the site.
+            tokens: which tokens.
+            heads: which heads.
+        """
+        dtype, n_heads = torch.promote_types(scores.dtype, torch.float32), scores.shape[1]
+        if (n_rows := len(tokens.by_row.rows)) != len(keys):
+            keys = keys[tokens.by_row.rows]
+        if tuple(heads) != tuple(range(n_heads)):
+            group = n_heads // keys.shape[1]
+            keys = keys[:, [head // group for head in heads]]
+        keys = keys.to(dtype).flatten(0, 1).contiguous()
+        turns = None
+        if turn is not None:
+            cos, sin, flip = turn
+            row = tokens.row if len(cos) > 1 else 0
+            turns = _matrices(
+                cos[row, tokens.column].to(dtype),
+                sin[row, tokens.column].to(dtype),
+                flip,
+                keys.shape[-1],
+            )
+        now = visible(picked(scores.transpose(1, 2), tokens, heads))
+        return cls(now, tokens, n_rows, keys, keys.mT.contiguous(), turns)
+
+    def change(self, delta: Float[Tensor, "token head d_head"]) -> Float[Tensor, "token head key"]:
+        """Return what a change of the queries adds to the scores."""
+        delta = delta.to(self._keys.dtype)
+        turned = delta if self._turns is None else torch.bmm(delta, self._turns)
+        return self._times(turned, self._keys_by_column)
+
+    def slope(self, pull: Float[Tensor, "token head key"]) -> Float[Tensor, "token head d_head"]:
+        """Return the gradient in the queries from that in the scores."""
+        turned = self._times(pull, self._keys)
+        return turned if self._turns is None else torch.bmm(turned, self._turns.mT)
+
+    def _times(self, x: Tensor, keys: Tensor) -> Tensor:
+        n_tokens, n_heads, size = x.shape
+        if n_tokens == self._n_rows:
+            return torch.bmm(x.reshape(len(keys), -1, size), keys).view(n_tokens, n_heads, -1)
+        row, place, most = self._tokens.by_row[1:]
+        grid = x.new_zeros(self._n_rows, most, n_heads, size)
+        grid[row, place] = x
+        groups = grid.view(self._n_rows, most, -1, n_heads * self._n_rows // len(keys), size)
+        found = torch.bmm(groups.transpose(1, 2).reshape(len(keys), -1, size), keys)
+        found = found.view(self._n_rows, -1, most, groups.shape[3], keys.shape[-1])
+        return found.transpose(1, 2).flatten(2, 3)[row, place]
+
+
+def _matrices(cos: Tensor, sin: Tensor, flip: Callable[[Tensor], Tensor], d_head: int) -> Tensor:
+    """Return rotary embeddings [token d_rotary] as matrices [token d_head d_head]."""
+    n, eye = cos.shape[-1], torch.eye(d_head, dtype=cos.dtype, device=cos.device)
+    turned = eye[:n, :n] * cos[:, None] + flip(eye[:n, :n]) * sin[:, None]
+    if n == d_head:
+        return turned
+    matrices = eye.repeat(len(cos), 1, 1)
+    matrices[:, :n, :n] = turned
+    return matrices
+
+
+def picked(
+    values: Float[Tensor, "batch pos head size"], tokens: TokenPositions, heads: Sequence[int]
+) -> Float[Tensor, "token head size"]:
+    """Return the values of some tokens and heads."""
+    if is_all(values, tokens, heads):
+        return values.flatten(0, 1)
+    return values[tokens.index(heads)]
+
+
+def put(
+    values: Float[Tensor, "batch pos head size"],
+    tokens: TokenPositions,
+    heads: Sequence[int],
+    new: Float[Tensor, "token head size"],
+) -> Float[Tensor, "batch pos head size"]:
+    """Return values with new ones of some tokens and heads."""
+    if is_all(values, tokens, heads):
+        return new.view(values.shape)
+    return values.index_put(tokens.index(heads), new)
+
+
+def is_all(values: Tensor, tokens: TokenPositions, heads: Sequence[int]) -> bool:
+    """Return whether these are all tokens and heads, as in most decode steps."""
+    n_rows, n_pos, n_heads = values.shape[:3]
+    return len(tokens.row) == n_rows * n_pos and tuple(heads) == tuple(range(n_heads))
