@@ -7,7 +7,7 @@ steps on a TransformerBridge.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,9 +55,12 @@ class ScoresReader:
         return [(name, self._keep(key)) for key, name in names.items()]
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen to the arguments of the attention, for a `with` block."""
-        points = self._model.hook_dict  # on the bridge 20 ms
+    def listening(self, points: Mapping[str, Any]) -> Iterator[None]:
+        """Listen to the arguments of the attention, for a `with` block.
+
+        Args:
+            points: the model's `hook_dict`, which the bridge makes in 20 ms.
+        """
         self._points = [points[name] for name, _ in self.hooks()]
         handle = self._attention.register_forward_pre_hook(self._before, with_kwargs=True)
         with hooked(self._model, self._attention, handle):

@@ -28,7 +28,7 @@ class LinearScores:
     """The same in the layout in which the other product is fast."""
 
     _turns: Float[Tensor, "token d_head d_head"] | None
-    """The rotary embedding of each token; None without."""
+    """The rotary embedding of each token; None without, and where the keys have it."""
 
     @classmethod
     def of(
@@ -65,8 +65,12 @@ class LinearScores:
                 flip,
                 keys.shape[-1],
             )
+        by_column = keys.mT.contiguous()
+        if turns is not None and len(turns) == n_rows:  # once, and not at each change
+            by_column = torch.bmm(turns.repeat_interleave(len(keys) // n_rows, 0), by_column)
+            keys, turns = by_column.mT.contiguous(), None
         now = visible(picked(scores.transpose(1, 2), tokens, heads))
-        return cls(now, tokens, n_rows, keys, keys.mT.contiguous(), turns)
+        return cls(now, tokens, n_rows, keys, by_column, turns)
 
     def change(self, delta: Float[Tensor, "token head d_head"]) -> Float[Tensor, "token head key"]:
         """Return what a change of the queries adds to the scores."""

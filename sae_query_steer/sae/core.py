@@ -115,11 +115,11 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
         self, x: HeadedIn, weight: Float[Tensor, "head d_head d_sae_per_head"], bias: PerLatent
     ) -> HeadedLatents:
         """Return headed queries, minus `b_dec` if the config says so, times weights plus a bias."""
-        return by_head(x - self.b_dec if self.cfg.apply_b_dec_to_input else x, weight) + bias
+        return _by_head(x - self.b_dec if self.cfg.apply_b_dec_to_input else x, weight) + bias
 
     def linear_decode(self, latents: HeadedLatents) -> HeadedIn:
         """Return the decoding of headed latents without the decoder bias."""
-        return by_head(latents, self.W_dec)
+        return _by_head(latents, self.W_dec)
 
     @override
     def encode(self, x: FlatOrHeaded) -> FlatOrHeaded:
@@ -190,7 +190,7 @@ class QueryHeadSAE(SAE[T_CONFIG], ABC):
         )
 
 
-def by_head(
+def _by_head(
     x: Float[Tensor, "*batch head d_from"], weight: Float[Tensor, "head d_from d_to"]
 ) -> Float[Tensor, "*batch head d_to"]:
     """Return x times the matrix of each head; 25 microseconds faster than einsum."""

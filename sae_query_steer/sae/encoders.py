@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_device, check_kind, check_number
 from sae_query_steer.descent.goals import Latents
-from sae_query_steer.sae.core import QueryHeadSAE, by_head, with_weights
+from sae_query_steer.sae.core import QueryHeadSAE, with_weights
 from sae_query_steer.sae.topk import QueryHeadTopKSAE
 from sae_query_steer.sites import QuerySite, Site, is_other_site
 
@@ -136,7 +136,11 @@ def linear_decoder(encoder: QueryEncoder) -> tuple[Product, Product] | None:
     weight = encoder.W_dec
     if scaled and encoder.cfg.rescale_acts_by_decoder_norm:
         weight = weight / weight.norm(dim=-1, keepdim=True)
-    return partial(by_head, weight=weight), partial(by_head, weight=weight.mT)
+    return partial(_product, weight), partial(_product, weight.mT)
+
+
+def _product(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 
 
 def on_device(encoder: QueryEncoder, device: str | torch.device) -> QueryEncoder:

@@ -141,41 +141,23 @@ class AttentionDescent(LooksEdit, LatentsEdit):
         moved, delta, losses = torch.zeros_like(z0), torch.zeros_like(queries), []
         lower = None if encoder.latent_min is None else encoder.latent_min - z0
         norm, movable = queries.norm(dim=-1, keepdim=True), None
+        length = self.step_size * norm
+        most = None if self.max_relative_change is None else self.max_relative_change * norm
         for _ in range(self.n_steps):
-            scores, gradient = surface.slope(moved, delta)
+            scores, slope = surface.slope(moved, delta)
             if record:
                 losses.append(goal.loss(scores))
-            way = -gradient
             if lower is not None:  # what the bound stops has no part in the step
-                way = torch.where(moved > lower, way, way.clamp(min=0))
+                slope = torch.where(moved > lower, slope, slope.clamp(max=0))
             if movable is None and self.n_latents is not None:
-                most = way.abs().topk(min(self.n_latents, way.shape[-1]), dim=-1).indices
-                movable = torch.zeros_like(way, dtype=torch.bool).scatter(-1, most, True)
+                steep = slope.abs().topk(min(self.n_latents, slope.shape[-1]), dim=-1).indices
+                movable = torch.zeros_like(slope, dtype=torch.bool).scatter(-1, steep, True)
             if movable is not None:
-                way = way.where(movable, 0)
+                slope = slope.where(movable, 0)
             if self.until is not None:
-                way = way.where(goal.masses(scores) < self.until, 0)
-            moved, delta = self._stepped(norm, lower, surface, moved, way)
+                slope = slope.where(goal.masses(scores) < self.until, 0)
+            moved, delta = _stepped(length, most, lower, surface, moved, slope)
         return moved, losses
-
-    def _stepped(
-        self, norm: Tensor, lower: Tensor | None, surface: "_Surface", moved: Tensor, way: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return by how much latents have moved after a step, and what this adds to the queries."""
-        tiny = torch.finfo(way.dtype).tiny
-        way = way / way.abs().amax(-1, keepdim=True).clamp(min=tiny)
-        size = torch.linalg.vector_norm(surface.added(moved, way), dim=-1, keepdim=True)
-        step = (self.step_size * norm / size).masked_fill(size == 0, 0)
-        moved = torch.addcmul(moved, way, step)
-        if lower is not None:
-            moved = torch.maximum(moved, lower)
-        delta = surface.added(0.0, moved)
-        if self.max_relative_change is None:
-            return moved, delta
-        reached = torch.linalg.vector_norm(delta, dim=-1, keepdim=True).clamp(min=tiny)
-        share = (self.max_relative_change * norm / reached).clamp(max=1)
-        share = share.where(step > 0, 1)  # what does not move stays exactly
-        return moved * share, delta * share
 
 
 class _Surface(NamedTuple):
@@ -190,6 +172,39 @@ class _Surface(NamedTuple):
     slope: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     """From where latents have moved, and what this adds if decoding is linear, to the scores and
     the gradient in the latents."""
+
+
+def _stepped(
+    length: Tensor,
+    most: Tensor | None,
+    lower: Tensor | None,
+    surface: _Surface,
+    moved: Tensor,
+    slope: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return by how much latents have moved after a step, and what this adds to the queries.
+
+    Args:
+        length: of the step, once decoded; of each token and head.
+        most: of all steps together; None for any.
+        lower: bound of the latents; None without.
+        surface: what decodes.
+        moved: by how much they moved before.
+        slope: the step is against this.
+    """
+    tiny = torch.finfo(slope.dtype).tiny
+    slope = slope / slope.abs().amax(-1, keepdim=True).clamp(min=tiny)
+    size = torch.linalg.vector_norm(surface.added(moved, slope), dim=-1, keepdim=True)
+    step = (length / size).masked_fill(size == 0, 0)
+    moved = torch.addcmul(moved, slope, step, value=-1)
+    if lower is not None:
+        moved = torch.maximum(moved, lower)
+    delta = surface.added(0.0, moved)
+    if most is None:
+        return moved, delta
+    reached = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
+    share = torch.where(reached > most, most / reached, 1)
+    return moved * share, delta * share
 
 
 def _linear_surface(

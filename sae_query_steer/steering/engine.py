@@ -116,9 +116,10 @@ def apply_edits(
             if record_attention and recorder is not None:
                 keep = partial(recorder.keep_attention, at.site.layer)
                 hooks.append((pattern_hook(at.site.layer), keep))
+    points = model.hook_dict if readers else {}
     with ExitStack() as stack:
         for reader in readers.values():
-            stack.enter_context(reader.listening())
+            stack.enter_context(reader.listening(points))
         stack.enter_context(tracker.attached(hooks))
         yield traces
     warn_unless_heard(tracker)
