@@ -162,8 +162,10 @@ def check_sites(model: Any, sites: Sequence[QuerySite]) -> None:
             "sites must have at least one site, and sites alone, from query_sites(model, "
             f"layers=[...]), got {sites!r:.80}"
         )
+    check_model(model)
+    points = model.hook_dict  # on the bridge 10 ms
     for site in sites:
-        site.check(model)
+        site.check(model, points)
 
 
 def _sizes(model: Any, hook_name: str) -> tuple[int, int]:

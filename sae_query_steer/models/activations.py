@@ -16,7 +16,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from sae_query_steer.data.batches import example_batches
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.models.loading import check_not_steered
-from sae_query_steer.sites import QuerySite, check_hook_point
+from sae_query_steer.sites import QuerySite, check_hook_point, check_model
 
 LOGITS = "logits"
 """Stands among hook names for the model's output."""
@@ -61,9 +61,11 @@ def read_activations(
         ValueError: the model has no such hook point.
     """
     names = list(dict.fromkeys(hook_names))
+    check_model(model)
+    points = model.hook_dict  # on the bridge 10 ms
     for name in names:
         if name != LOGITS:
-            check_hook_point(model, name)
+            check_hook_point(model, name, points)
     layers = [re.match(r"blocks\.(\d+)\.", name) for name in names]
     stop = None
     if all(layers):

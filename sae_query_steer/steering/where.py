@@ -79,7 +79,7 @@ class Where:
             ValueError: the message names the site.
         """
         check_model(model)
-        points = model.hook_dict  # on the bridge 20 ms
+        points = model.hook_dict  # on the bridge 10 ms
         for at in self.chosen.values():
             at.site.check(model, points)
 

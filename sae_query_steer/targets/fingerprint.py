@@ -92,13 +92,14 @@ def check_encoders(model: Any, encoders: Mapping[str, QueryEncoder]) -> None:
     """
     check_model(model)
     check_kind("saes", encoders, Mapping, "give SAEs by hook name, as train_query_saes returns")
+    points = model.hook_dict
     others = {name for name in encoders if not re.search(r"\.attn\.hook_(rot_)?q$", name)}
     for name in others:
-        check_hook_point(model, name)
+        check_hook_point(model, name, points)
     queries = {name: encoder for name, encoder in encoders.items() if name not in others}
     if queries or not others:
         for site in encoder_sites(queries).values():
-            site.check(model)
+            site.check(model, points)
 
 
 def check_devices(model: Any, encoders: Mapping[str, QueryEncoder]) -> None:
