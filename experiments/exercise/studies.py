@@ -261,18 +261,18 @@ def runs(task: Task) -> Iterator[Job]:
                 ),
                 1.0,
             )
-    layers = range(8, 18)
-    yield (
-        {"study": "runs", "layers": "8-17", "scope": "all", "split": "test"}
-        | {"n": task.args.n_study},
-        lambda: moves(
-            task,
-            "dense-8-17-all-tokens",
-            task.dictionary("dense", layers),
-            scope=sqs.scopes.EveryPosition(),
-        ),
-        1.0,
-    )
+    for end in (17, 22):
+        yield (
+            {"study": "runs", "layers": f"8-{end}", "scope": "all", "split": "test"}
+            | {"n": task.args.n_study},
+            lambda end=end: moves(
+                task,
+                f"dense-8-{end}-all-tokens",
+                task.dictionary("dense", range(8, end + 1)),
+                scope=sqs.scopes.EveryPosition(),
+            ),
+            1.0,
+        )
 
 
 def weak(task: Task) -> Iterator[Job]:
