@@ -12,8 +12,8 @@ objective whose gradient comes from autograd, step by step.
 
 Rows "attention target" steer two of six layers of a random model as wide as SmolLM2-135M (9 heads
 of 64 over 3, a fifth of its layers and words) with SAEs of 256 latents a head: 10 steps towards
-eight tokens of prompts of 100, 32 new tokens, at the last prompt token alone, and at every token
-after it too. Both sides read the prompt.
+eight tokens of prompts of 100, 32 new tokens (12 with --quick), at the last prompt token alone, and
+at every token after it too. Both sides read the prompt.
 
 Rows "added time" compare how much longer a token takes than unsteered, in shares of plain
 generation: of the autograd loop over ours, as "ratio".
@@ -46,7 +46,7 @@ CLASSES = ("remember", "understand", "apply", "analyze", "evaluate", "create")
 SCOPE = sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
 
 
-LOOK_PROMPT, LOOK_NEW, LOOK_LAYERS = 100, 32, (3, 4)
+LOOK_PROMPT, LOOK_NEW, QUICK_LOOK_NEW, LOOK_LAYERS = 100, 32, 12, (3, 4)
 
 
 class ByAutograd(QueryHeadTopKSAE):
@@ -77,7 +77,7 @@ def main() -> None:
     rows = bench.compare([LAYER], 1, 50, with_autograd=True)
     rows.append(bench.sweep())
     for batch in (1,) if args.quick else (1, 8):
-        rows += attention_rows(batch, bench.rounds)
+        rows += attention_rows(batch, bench.rounds, quick=args.quick)
     if not args.quick:
         everywhere = list(range(N_LAYERS))
         for n_steps in (1, 10, 200):
@@ -103,8 +103,9 @@ def main() -> None:
             figure.write_html(new)
 
 
-def attention_rows(batch: int, rounds: int) -> list[dict[str, Any]]:
-    """Return the rows of attention targets."""
+def attention_rows(batch: int, rounds: int, *, quick: bool) -> list[dict[str, Any]]:
+    """Return the rows of attention targets; with `quick` of few tokens, and none by autograd."""
+    new = QUICK_LOOK_NEW if quick else LOOK_NEW
     torch.manual_seed(0)
     model = HookedTransformer(
         HookedTransformerConfig(
@@ -134,7 +135,7 @@ def attention_rows(batch: int, rounds: int) -> list[dict[str, Any]]:
     prompts = torch.randint(0, 9830, (batch, LOOK_PROMPT))
     look = LookAt(sqs.scopes.AtPositions([list(range(40, 48))] * batch))
 
-    def generate(n_new: int = LOOK_NEW, **changes: Any) -> Any:
+    def generate(n_new: int = new, **changes: Any) -> Any:
         return model.generate(
             prompts,
             max_new_tokens=n_new,
@@ -156,13 +157,13 @@ def attention_rows(batch: int, rounds: int) -> list[dict[str, Any]]:
             for saes in (fast, slow)
         ]
         equal = bool((logits[0] - logits[1]).abs().max() < 1e-3)
-        for way, saes in (("closed form", fast), ("autograd", slow)):
+        for way, saes in (("closed form", fast), ("autograd", slow))[: 1 if quick else 2]:
             times = seconds_of(partial(steered, saes, scope), generate, rounds)
             rows.append(
                 speeds(
                     f"attention target, {way}, {name}, batch {batch}",
-                    [batch * LOOK_NEW / ours for ours, _ in times],
-                    [batch * LOOK_NEW / bare for _, bare in times],
+                    [batch * new / ours for ours, _ in times],
+                    [batch * new / bare for _, bare in times],
                     equal,
                 )
             )
