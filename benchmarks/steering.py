@@ -73,9 +73,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    bench = Bench(args.rounds or (3 if args.quick else 5), QUICK_NEW if args.quick else NEW)
+    bench = Bench(args.rounds or (2 if args.quick else 5), QUICK_NEW if args.quick else NEW)
     rows = bench.compare([LAYER], 1, 50, with_autograd=True)
-    rows.append(bench.sweep())
+    rows.append(bench.sweep(1 if args.quick else bench.rounds))
     for batch in (1,) if args.quick else (1, 8):
         rows += attention_rows(batch, bench.rounds, quick=args.quick)
     if not args.quick:
@@ -342,7 +342,7 @@ class Bench:
                 rows.append(row | {"ratio_median": ratio, "ratio_min": None, "ratio_max": None})
         return rows
 
-    def sweep(self) -> dict[str, Any]:
+    def sweep(self, rounds: int) -> dict[str, Any]:
         """Return the row of 6 targets x 4 strengths as one batch against one by one."""
         cases = [(target, size) for target in CLASSES for size in (0.01, 0.02, 0.05, 0.1)]
         prompt = self.prompts[:1]
@@ -370,7 +370,7 @@ class Bench:
                 return self._of(prompt.repeat(len(cases), 1))
 
         equal = all(torch.equal(a[0], b) for a, b in zip(apart(0), joined(0), strict=True))
-        pairs = seconds_of(partial(joined, 0), partial(apart, 0), self.rounds)
+        pairs = seconds_of(partial(joined, 0), partial(apart, 0), rounds, warm_up=rounds > 1)
         return speeds(
             "6 targets x 4 strengths, one batch against one by one",
             [len(cases) * SWEEP_NEW / ours for ours, _ in pairs],
