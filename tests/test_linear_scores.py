@@ -141,7 +141,7 @@ def test_a_new_prompt_of_equal_length_takes_nothing_from_the_one_before(model, e
     steerer = AttentionSteerer(encoders, PHRASE, n_steps=3, scope=END)
     one, two = ["w1 w20 w33 w5 w9"], ["w4 w5 w20 w33 w8"]
     with steerer.apply(model):
-        model.generate(one, **GREEDY)
+        model.generate(one, **{**GREEDY, "max_new_tokens": 1})  # ends with as many keys
         after = logits(model, two)
     fresh = AttentionSteerer(encoders, PHRASE, n_steps=3, scope=END)
     with fresh.apply(model):
