@@ -103,7 +103,7 @@ def effects(
 class WholeRows(PrefixedRows):
     """Rows of which every pass runs all tokens through all layers."""
 
-    def unchanged(self, rows: Any, positions: Any, layers: Any) -> Any:
+    def unchanged(self, rows: Any, positions: Any, layers: Any, **_: Any) -> Any:
         """Return log probabilities, and keep nothing."""
         del layers
         return super().unchanged(rows, positions, ())

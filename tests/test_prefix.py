@@ -71,7 +71,7 @@ def later_layers(model) -> list[float]:
     starts = [7, 5, 13, 2]
     rows, (row, position) = PrefixedRows(model, batch_of(), torch.tensor(starts)), read_from(starts)
     n_layers, found = int(model.cfg.n_layers), []
-    rows.unchanged(row, position, range(n_layers))
+    rows.unchanged(row, position, range(n_layers), copies=True)
     many, twice = rows.repeated(2), (torch.cat([row, row + 4]), position.repeat(2))
     for layer in range(n_layers):
 
@@ -134,10 +134,10 @@ def test_copies_of_rows_have_caches_of_their_own_where_a_mask_does_not_part_them
             attention_mask = None
         return forward(*args, attention_mask=attention_mask, **kwargs)
 
-    plain = rows.unchanged(row, position, [])
+    plain = rows.unchanged(row, position, [], copies=True)
     assert rows.shares_cache
     monkeypatch.setattr(model.original_model.model, "forward", other)
-    rows.unchanged(row, position, [])
+    rows.unchanged(row, position, [], copies=True)
     assert not rows.shares_cache
     many = rows.repeated(3)
     found = many.log_probs(torch.cat([row, row + 4, row + 8]), position.repeat(3))

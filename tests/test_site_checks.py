@@ -302,7 +302,7 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
     mask[rows, columns] = True
     prefixed = prefixed_rows(model, batch, mask)
     assert prefixed.tokens.shape[1] == 3
-    unpatched = prefixed.unchanged(rows, columns, [site.layer for site in sites])
+    unpatched = prefixed.unchanged(rows, columns, [site.layer for site in sites], copies=True)
     whole = log_probs()
     torch.testing.assert_close(unpatched, whole, atol=1e-4, rtol=0)
     for site in sites:

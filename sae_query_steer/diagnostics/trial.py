@@ -161,7 +161,7 @@ class Trial:
         """Return both patches with what their effects are measured against."""
         rows = torch.cat([patch.rows for patch in both])
         positions = torch.cat([patch.columns for patch in both])
-        clean = prefixed.unchanged(rows, positions, layers)
+        clean = prefixed.unchanged(rows, positions, layers, copies=True)
         aims = torch.stack([self._aims[pair.source] for pair in pairs])[rows].to(clean)
         sizes = [len(patch.rows) for patch in both]
         parts = zip(both, clean.split(sizes), aims.split(sizes), strict=True)

@@ -178,18 +178,24 @@ class PrefixedRows:
 
     @torch.no_grad()
     def unchanged(
-        self, rows: Int[Tensor, " token"], positions: Int[Tensor, " token"], layers: Iterable[int]
+        self,
+        rows: Int[Tensor, " token"],
+        positions: Int[Tensor, " token"],
+        layers: Iterable[int],
+        *,
+        copies: bool = False,
     ) -> Float[Tensor, "token d_vocab"]:
         """Return `log_probs` without hooks, and prepare passes that begin at some layers.
 
-        Where layers share keys and values, a pass that begins later differs: none does then.
+        Where layers share keys and values, a pass that begins later differs: none does then. With
+        `copies`, see whether rows of `repeated` can share the cache, in one more pass.
         """
         self._kept, self.prepared, self.shares_cache = {}, frozenset(layers), False
         found = self._log_probs(rows, positions, keep=self.prepared - {0})
         if self._kept:
             again = self._log_probs(rows, positions, first_layer=max(self._kept))
             self._kept = self._kept if torch.allclose(again, found, atol=1e-4) else {}
-        self.shares_cache = self._takes_blocks(rows, positions, found)
+        self.shares_cache = copies and self._takes_blocks(rows, positions, found)
         return found
 
     def _takes_blocks(self, rows: Tensor, positions: Tensor, expected: Tensor) -> bool:
