@@ -3,7 +3,7 @@
     python -m benchmarks.steering [--quick] [--json FILE] [--plot FILE] [--rounds N] [--threads N]
 
 A random model (6 layers of width 256, 8 heads of 32, rotary), SAEs of 512 latents a head of which
-16 fire, six random centroids; 128 tokens (48 with --quick) after a prompt of 16, every one of them
+16 fire, six random centroids; 128 tokens (32 with --quick) after a prompt of 16, every one of them
 steered. All sides run in this process, each right after a run of plain generation, with which it is
 compared: shared machines change their speed within seconds. "ours" and "other" are tokens per
 second, the ratio is ours / other, its median over rounds with its range; a first round does not
@@ -41,7 +41,7 @@ from sae_query_steer.targets.centroids import CentroidTargets
 from sae_query_steer.targets.fingerprint import take_fingerprint
 
 N_LAYERS, N_HEADS, D_HEAD, D_SAE, K = 6, 8, 32, 512, 16
-PROMPT, NEW, QUICK_NEW, SWEEP_NEW, LAYER = 16, 128, 48, 16, 3
+PROMPT, NEW, QUICK_NEW, SWEEP_NEW, LAYER = 16, 128, 32, 16, 3
 CLASSES = ("remember", "understand", "apply", "analyze", "evaluate", "create")
 SCOPE = sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
 
