@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from test_prefix import batch_of
 from transformer_lens.model_bridge import TransformerBridge
 
 import sae_query_steer as sqs
+from sae_query_steer.diagnostics import trial
 from sae_query_steer.diagnostics.patches import Patch, draw_pairs, next_tokens, prefixed_rows
 from sae_query_steer.models.activations import read_activations
 
@@ -318,6 +320,25 @@ def test_a_patch_behind_a_prefix_equals_a_patch_in_a_whole_pass(model, head):
         ):
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     assert prefixed.shares_cache == isinstance(model, TransformerBridge)
+
+
+def test_prompts_whose_caches_are_too_large_to_keep_run_again(model, examples, monkeypatch):
+    tokenized, runs = tokens(model, examples, span=sqs.LastPromptToken()), []
+    made = trial.prefixed_rows
+    monkeypatch.setattr(trial, "prefixed_rows", lambda *given: runs.append(1) or made(*given))
+
+    def table():
+        runs.clear()
+        found = sqs.diagnostics.interchange_effect(
+            model, sqs.query_sites(model, [1]), tokenized, n_pairs=len(examples) + 3, per_head=False
+        )
+        return found, len(runs)
+
+    kept, once = table()
+    monkeypatch.setattr(trial, "CACHE_BYTES", 0)
+    again, twice = table()
+    assert twice == 2 * once
+    pd.testing.assert_frame_equal(kept, again, atol=1e-5)
 
 
 def test_two_sites_of_a_layer_have_a_row_each(tiny_models, examples):

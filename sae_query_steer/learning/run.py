@@ -182,12 +182,9 @@ class LearningRun:
         edit = replace(
             self._edit, target=list(batch.labels), values=self._targets(), moved=[], changes=[]
         )
-        positions, scope = batch.prefixed.positions, self.learner.steerer.scope
+        positions, find = batch.prefixed.positions, tokens_once(self.learner.steerer.scope)
         hooks = [
-            (
-                name,
-                AppliedEdit(edit, at, tokens_once(scope), checked=False).hook(lambda _: positions),
-            )
+            (name, AppliedEdit(edit, at, find, checked=False).hook(lambda _: positions))
             for name, at in self._chosen.items()
         ]
         return batch.losses(hooks, first_layer=self._first_layer), edit

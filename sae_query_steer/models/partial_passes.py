@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_query_steer.models.placed_hooks import drop
+
 
 @dataclass(frozen=True, eq=False)
 class BlockOutput:
@@ -42,7 +44,7 @@ def hooks_of_a_pass(model: Any, hooks: Iterable[tuple[str, Any]]) -> Iterator[No
     finally:
         for point, handle in placed:
             handle.hook.remove()
-            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+            drop(point, handle)
 
 
 @contextmanager

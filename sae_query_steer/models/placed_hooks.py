@@ -42,7 +42,7 @@ class PlacedHooks:
                 # Of no level: where another context of hooks ends, these stay.
                 point.add_hook(self._noted(number, hook))
                 handle = point.fwd_hooks[-1]
-                stack.callback(_drop, point, handle)
+                stack.callback(drop, point, handle)
                 stack.enter_context(hooked(self._model, point, handle.hook))
                 self._placed.append((name, point, handle))
             yield
@@ -88,7 +88,8 @@ class PlacedHooks:
         return f"{name} did not run"
 
 
-def _drop(point: Any, handle: Any) -> None:
+def drop(point: Any, handle: Any) -> None:
+    """Take a hook off the list of a hook point."""
     point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
 
