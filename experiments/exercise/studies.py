@@ -1,6 +1,7 @@
 """The studies of the exercise task: which methods are measured, with which settings."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import sae_query_steer as sqs
@@ -124,13 +125,21 @@ def sparsity(task: Task) -> Iterator[Job]:
 
 
 def sparse(
-    task: Task, name: str, kind: str, limit: str, n: int, *, seed: int = 0, **learning: Any
+    task: Task,
+    name: str,
+    kind: str,
+    limit: str,
+    n: int,
+    *,
+    seed: int = 0,
+    layers: Sequence[int] = RUN,
+    **learning: Any,
 ) -> Method:
     """Return moves of at most n latents of a head or in all."""
     a_head = n if limit == "n_latents" else 1
     rate = 0.05 * (64 / a_head) ** 0.5  # so that few latents reach the budget as well
     learning = {"l1": 0.02, "learning_rate": rate, limit: n} | learning
-    return moves(task, name, task.dictionary(kind, seed=seed), **learning)
+    return moves(task, name, task.dictionary(kind, layers, seed), **learning)
 
 
 def seeds(task: Task) -> Iterator[Job]:
@@ -275,6 +284,37 @@ def runs(task: Task) -> Iterator[Job]:
         )
 
 
+WIDE = tuple(range(8, 23))
+
+
+def wide(task: Task) -> Iterator[Job]:
+    """Dictionaries at equal sparsity and norm at fifteen layers and every token, and controls."""
+    n = task.args.n_study
+
+    def job(name: str, kind: str, **learning: Any) -> Job:
+        setting = {"study": "wide", "method": name, "n": n}
+        learning = {"scope": sqs.scopes.EveryPosition()} | learning
+        folder = "wide-" + name.replace(", ", "-").replace(" ", "-")
+        if "n_latents" in learning:
+            make = partial(sparse, task, folder, kind, "n_latents", l1=0.0)
+            return setting, partial(make, n=learning.pop("n_latents"), layers=WIDE, **learning), 1.0
+        return setting, lambda: moves(task, folder, task.dictionary(kind, WIDE), **learning), 1.0
+
+    plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
+    for kind in ("trained", "random", "permuted"):
+        yield job(f"{kind}, 8 a head", kind, n_latents=8)
+    yield job("dense", "dense")
+    yield job("dense, classes shuffled", "dense", shuffled=True)
+    for kind in ("trained", "random"):
+        yield job(f"{kind}, l1", kind, l1=PENALTY)
+    for budget in (0.25, 0.15):
+        yield job(f"dense, budget {budget}", "dense", budget=budget)
+        yield job(f"trained, 8 a head, budget {budget}", "trained", n_latents=8, budget=budget)
+    for name in ("unsteered", "instruction"):
+        setting = {"study": "wide", "method": name, "n": n}
+        yield setting, lambda name=name: plain[name], 1.0
+
+
 def weak(task: Task) -> Iterator[Job]:
     """Methods that take targets from queries as they are, and controls."""
     n = task.args.n_study
@@ -374,6 +414,7 @@ STUDIES = {
         wordings,
         layers,
         runs,
+        wide,
         weak,
         attention,
     )

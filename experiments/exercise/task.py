@@ -99,14 +99,14 @@ class Task:
         wording = "train" if wording else None
         return exercise_cases(self.model, name, split, n, seed=1, wording=wording)
 
-    def _saes(self, seed: int = 0) -> Encoders:
-        """Return the trained SAEs of the run of layers, made once for each seed."""
-        folder = self.out / f"saes-{seed}"
+    def _saes(self, seed: int = 0, layers: Sequence[int] = RUN) -> Encoders:
+        """Return the trained SAEs of a run of layers, made once for each seed."""
+        folder = self.out / f"saes-{layers[0]}-{layers[-1]}-seed{seed}"
         if not folder.exists():
             found = sqs.train_query_saes(
                 self.model,
                 self.texts,
-                sqs.query_sites(self.model, RUN),
+                sqs.query_sites(self.model, layers),
                 sqs.TrainingConfig(
                     sae=sqs.sae.TopK(d_sae_per_head=256, k=16),
                     training_tokens=self.args.training_tokens,
@@ -122,7 +122,7 @@ class Task:
         """Return trained SAEs, a control of them, or dense encoders, of some layers."""
         if kind == "dense":
             return dict(sqs.sae.identity_encoders(sqs.query_sites(self.model, layers)))
-        found = self.saes(seed)
+        found = self.saes(seed, RUN if set(layers) <= set(RUN) else tuple(layers))
         if kind != "trained":
             found = sqs.baselines.control_dictionaries(found, kind, seed=seed)
         return {name: sae for name, sae in found.items() if layer_of(name) in layers}
