@@ -12,15 +12,17 @@ prompts are random. Rows, in seconds:
   pairs, 16 prompts a batch, logits of the patched tokens only, and read the queries of the sources
   and the next tokens of all prompts in the same way; ours counts the pass over the prompts. These
   passes bound the ratio: there must be many patches for a prompt. `equal`: within 1e-4.
-- sweep: 48 prompts of 200 tokens, 24 new ones under 4 changes of a layer's queries, from prompts
-  that are kept (made anew in each round) against `generate` for each change. `equal`: the same
-  tokens.
+- sweep: 12 prompts of 200 tokens, 24 new ones under 8 changes of a layer's queries: from prompts
+  that run once in each round, on TransformerBridge with copies side by side, against `generate`
+  for each change. `equal`: the same tokens.
 - layers, heads (by name only): seconds of the whole table of 48 pairs, at all layers and with all
   heads too, beside those that are wanted. Not a row: there is no other side.
 """
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,9 +36,12 @@ from benchmarks.rounds import faster, seconds_of, show
 from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples
 from sae_query_steer.diagnostics import trial
+from sae_query_steer.learning import no_moves
+from sae_query_steer.models.partial_passes import hooks_of_a_pass
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
+from sae_query_steer.steering.side_by_side import SideBySide
 
-PROMPT, LONG_PROMPT, NEW, N_CONDITIONS, N_PROMPTS, BATCH = 70, 200, 24, 4, 48, 16
+PROMPT, LONG_PROMPT, NEW, N_CONDITIONS, N_PROMPTS, BATCH = 70, 200, 24, 8, 12, 16
 WANTED = {"layers": 45.0, "heads": 300.0}
 
 
@@ -147,27 +152,25 @@ def sweep(model: Any, rounds: int, share: int) -> dict[str, Any]:
         labels=("",) * n_prompts,
         indices=tuple(range(n_prompts)),
     )
-    change, found = torch.randn(int(model.cfg.d_head)), {}
-
-    def condition(strength: int) -> Any:
-        def add(queries: torch.Tensor, hook: Any) -> torch.Tensor:
-            del hook
-            queries = queries.clone()
-            queries.unflatten(-1, (-1, len(change)))[:, -1] += strength * change
-            return queries
-
-        return model.hooks(fwd_hooks=[("blocks.3.attn.hook_q", add)])
+    steerers, found = list(map(partial(offset, model), range(N_CONDITIONS))), {}
 
     def kept() -> None:
-        caches, found["ours"] = PromptCaches(model, 2**31), []
-        for strength in range(N_CONDITIONS):
-            with condition(strength):
+        caches = PromptCaches(model, 2**31)
+        some = caches.rows(batch)
+        if caches.shared(some):
+            copies = some.repeated(N_CONDITIONS)
+            with hooks_of_a_pass(model, SideBySide(steerers, copies).hooks()):
+                found["ours"] = copies.generate(NEW, ()).split(n_prompts)
+            return
+        found["ours"] = []
+        for steerer in steerers:
+            with steerer.apply(model, prompt_lengths=lengths.tolist()):
                 found["ours"].append(caches.rows(batch).generate(NEW, ()))
 
     def anew() -> None:
         found["other"] = []
-        for strength in range(N_CONDITIONS):
-            with condition(strength):
+        for steerer in steerers:
+            with steerer.apply(model):
                 written = model.generate(
                     tokens,
                     max_new_tokens=NEW,
@@ -181,7 +184,25 @@ def sweep(model: Any, rounds: int, share: int) -> dict[str, Any]:
 
     pairs = seconds_of(kept, anew, rounds, warm_up=rounds > 1)
     equal = all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
-    return faster(f"sweep of 4 conditions, {n_prompts} x (200 + 24) tokens", pairs, equal=equal)
+    name = f"sweep of {N_CONDITIONS} conditions, {n_prompts} x (200 + 24) tokens"
+    return faster(name, pairs, equal=equal)
+
+
+def offset(model: Any, strength: int) -> sqs.LatentGradientSteerer:
+    """Return a steerer that adds a constant to the queries of a layer at every new token."""
+    encoders = sqs.sae.identity_encoders(sqs.query_sites(model, [3]))
+    moves = no_moves(model, encoders, ["a", "b"])
+    ((name, mean),) = moves.means.items()
+    generator = torch.Generator().manual_seed(0)
+    return sqs.LatentGradientSteerer(
+        encoders,
+        replace(moves, means={name: torch.randn(mean.shape, generator=generator)}),
+        target="a",
+        objective=sqs.objectives.FixedMove(),
+        n_steps=1,
+        step_size=float(strength),
+        scope=sqs.LastPromptToken() | sqs.scopes.ResponseTokens(),
+    )
 
 
 if __name__ == "__main__":

@@ -42,16 +42,20 @@ class FakeScorer(TextScorer):
         self.cases = dict.fromkeys(TASKS, ())
         self.table, self.asked = table, []
 
-    def score(self, method, strength, tasks=TASKS):
-        self.asked.append(strength)
-        return {task: outcome(strength, *self.table[strength]) for task in tasks}
+    def score_all(self, conditions, *, description):
+        del description
+        self.asked.append([strength for _, strength, _ in conditions])
+        return [
+            {task: outcome(strength, *self.table[strength]) for task in tasks}
+            for _, strength, tasks in conditions
+        ]
 
 
 def curve(table):
     scorer = FakeScorer(table)
-    found = strength_curves(scorer, Method(name="m", strengths=tuple(map(float, table))))
-    assert [o.strength for o in found["redirect"]] == scorer.asked
-    return scorer.asked
+    (found,) = strength_curves(scorer, [Method(name="m", strengths=tuple(map(float, table)))])
+    assert [[o.strength] for o in found["redirect"]] == scorer.asked
+    return [o.strength for o in found["redirect"]]
 
 
 def test_a_grid_ends_where_the_target_rate_has_fallen():
@@ -65,6 +69,15 @@ def test_a_small_fall_does_not_end_a_grid():
 def test_a_grid_ends_where_the_text_breaks():
     assert curve({1: (0.1, 1.0), 2: (0.2, 3.1), 4: (1.0, 1.0)}) == [1, 2]
     assert curve({1: (0.1, 1.0), 2: (0.2, 3.0), 4: (1.0, 1.0)}) == [1, 2, 4]
+
+
+def test_the_next_strengths_of_all_methods_are_measured_together():
+    table = {1.0: (0.5, 1.0), 2.0: (0.9, 1.1), 3.0: (0.1, 1.0), 4.0: (0.1, 1.0)}
+    scorer, grids = FakeScorer(table), ((1.0, 2.0, 4.0), (2.0, 3.0, 4.0), (1.0,))
+    found = strength_curves(scorer, [Method(name=str(g), strengths=g) for g in grids])
+    assert scorer.asked == [[1.0, 2.0, 1.0], [2.0, 3.0], [4.0]]
+    strengths = [[o.strength for o in curves["open"]] for curves in found]
+    assert strengths == [[1.0, 2.0, 4.0], [2.0, 3.0], [1.0]]
 
 
 def test_the_operating_point_is_the_most_successful_of_the_fluent():

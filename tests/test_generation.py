@@ -1,5 +1,7 @@
 """Continuations and how likely they are, against a loop over plain transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import HOSTS, on_both_hosts
@@ -10,11 +12,14 @@ import sae_query_steer as sqs
 from sae_query_steer.compare.generation import (
     _batch,
     _behind_cache,
+    _most_copies,
     continuations,
+    continuations_side_by_side,
     divergences,
     negative_log_likelihoods,
 )
-from sae_query_steer.models.prefix import PromptCaches
+from sae_query_steer.learning import no_moves
+from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
 
 PROMPTS = ["w1 w20 w33", "w5", "w40 w41 w2 w17 w9", "w13 w30"]
 BOS, EOS, N_SPECIAL = 1, 2, 4
@@ -352,3 +357,79 @@ def test_a_divergence_without_a_text_is_refused(model, make):
 def test_one_string_is_not_taken_for_prompts(model, untyped):
     with pytest.raises(TypeError, match="prompts must be a list of texts, .* got 'w1 w2'"):
         continuations(model, "w1 w2", max_new_tokens=2)
+
+
+def steerers_for(model, make):
+    """Steerers of every kind that can share passes, and one of each that can't."""
+    width = model.cfg.d_model
+    residual = {"blocks.1.hook_resid_post": sqs.sae.IdentityEncoder(n_heads=1, d_head=width)}
+    moves = no_moves(model, residual, ["create", "apply"])
+    direction = torch.linspace(-1, 1, width) * torch.tensor([1.0, -1.0])[:, None, None]
+    offset = sqs.LatentGradientSteerer(
+        residual,
+        replace(moves, means={name: mean + direction for name, mean in moves.means.items()}),
+        target=["create", "apply", "apply", "create"],
+        objective=sqs.objectives.FixedMove(),
+        n_steps=1,
+        step_size=2.0,
+    )
+    both = sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
+    return [
+        None,
+        make(step_size=2.0),
+        make(step_size=2.0, scope=both, target=["create", "apply", "create", "remember"]),
+        make(step_size=1.0, scope=sqs.scopes.AfterToken(9), layers=[2], heads=[0, 3]),
+        offset,
+        sqs.steering.JoinedSteerers(make(step_size=2.0, layers=[0], scope=both), offset),
+        make(step_size=2.0, scope=sqs.scopes.EveryPosition()),  # acts on the prompt
+        sqs.baselines.LogitBias({"a": ["w7"]}, target="a", bias=50.0),
+    ]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "seeds": [5, 6, 7, 8]}])
+def test_steerers_side_by_side_write_what_each_writes_alone(model, make, sampling, monkeypatch):
+    steerers, caches = steerers_for(model, make), PromptCaches(model, 2**30)
+    given = {"max_new_tokens": 6, **sampling}
+    passes = []
+    run = PrefixedRows._run
+
+    def counted(self, tokens, *args, **kwargs):
+        passes.append(tuple(tokens.shape))
+        return run(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(PrefixedRows, "_run", counted)
+    made = continuations_side_by_side(model, PROMPTS, steerers, caches=caches, **given)
+    shared = type(model).__name__ == "TransformerBridge"
+    assert ((4, 6) in passes) == shared, "6 copies of 4 prompts, one token each"
+    texts = set()
+    for steerer, found in zip(steerers, made, strict=True):
+        alone = continuations(model, PROMPTS, steerer=steerer, **given)
+        assert [row.tolist() for row in found.tokens] == [row.tolist() for row in alone.tokens]
+        assert found.relative_changes == pytest.approx(alone.relative_changes, rel=1e-3)
+        texts.add(tuple(alone.texts))
+    assert len(texts) > 5, "the steerers differ"
+
+
+def test_rows_that_end_are_cut_in_each_copy(ending):
+    model, steerers = ending["bridge"], [None, None, None]
+    alone = continuations(model, PROMPTS, max_new_tokens=7)
+    found = continuations_side_by_side(
+        model, PROMPTS, steerers, max_new_tokens=7, caches=PromptCaches(model, 2**30)
+    )
+    for one in found:
+        assert [row.tolist() for row in one.tokens] == [row.tolist() for row in alone.tokens]
+
+
+def test_copies_fit_into_the_memory_the_context_and_the_window(tiny_models, monkeypatch):
+    model = tiny_models["bridge"]
+    rows = _behind_cache(model, PROMPTS, None, 5, None, PromptCaches(model, 2**30))
+    width = len(ids_of(PROMPTS[2])) - 1
+    assert _most_copies(rows, 5, 2**40) == 8
+    one = 5 * rows.n_bytes // width + 8 * 4 * model.cfg.d_vocab
+    assert _most_copies(rows, 5, 3 * one + 1) == 3
+    assert _most_copies(rows, 5, one - 1) == 0
+    monkeypatch.setattr(model.original_model.config, "sliding_window", width + 13, raising=False)
+    assert _most_copies(rows, 5, 2**40) == 2
+    monkeypatch.setattr(model.original_model.config, "sliding_window", None)
+    monkeypatch.setattr(model.cfg, "n_ctx", width + 6)
+    assert _most_copies(rows, 5, 2**40) == 1

@@ -126,7 +126,7 @@ class Ablations:
         """Return a method's success on both tasks, each at its own strength."""
         points = {
             task: operating_point(curve).strength
-            for task, curve in strength_curves(self.scorers["validation"], method).items()
+            for task, curve in strength_curves(self.scorers["validation"], [method])[0].items()
         }
         row: dict[str, object] = {}
         for task, strength in points.items():
@@ -141,7 +141,7 @@ class Ablations:
 
     def validation_success(self, method: Method) -> float:
         """Return the success on the validation cases at the best strength, mean over the tasks."""
-        curves = strength_curves(self.scorers["validation"], method)
+        (curves,) = strength_curves(self.scorers["validation"], [method])
         return sum(operating_point(c).success_rate for c in curves.values()) / len(curves)
 
     def sparsity(self) -> Iterator[dict[str, object]]:

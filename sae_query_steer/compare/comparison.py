@@ -11,7 +11,6 @@ from sae_query_steer.compare.scorer import Outcome, TextScorer
 from sae_query_steer.compare.scores import distinct_n
 from sae_query_steer.diagnostics.metrics import wilson_interval
 from sae_query_steer.models.launch import ALONE, Ranks
-from sae_query_steer.progress import progress_bar
 
 MAX_PERPLEXITY_RATIO = 1.5
 """Highest perplexity ratio of a strength that is chosen. Source: our choice."""
@@ -85,27 +84,24 @@ def compare_methods(
     if ranks.n > 1 and not logs:
         raise ValueError(f"scorers must have a log for {ranks.n} processes, got None")
 
-    def each(work: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
-        own = [
-            work(item) for item in progress_bar(ranks.own(items), desc=description, unit="method")
-        ]
+    def each(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
+        own = work(ranks.own(items))
         if ranks.n == 1:
             return own
         ranks.wait()
         for log in logs:
             log.read_others()
-        return [work(item) for item in items]  # all are in the log
+        return work(items)  # all are in the log
 
-    def curve_of(method: Method) -> dict[str, list[Outcome]] | None:
-        if len(method.strengths) == 1 and method.objective is None:
-            return None
-        return strength_curves(validation, method)
+    def curves_of(some: Sequence[Method]) -> list[dict[str, list[Outcome]] | None]:
+        several = [m for m in some if len(m.strengths) > 1 or m.objective is not None]
+        found = dict(zip(map(id, several), strength_curves(validation, several), strict=True))
+        return [found.get(id(method)) for method in some]
 
     chosen: list[tuple[Method, dict[str, float]]] = []
     curves = []
     best: tuple[float, int] | None = None
-    tried = each(curve_of, methods, "Choosing strengths")
-    for method, found in zip(methods, tried, strict=True):
+    for method, found in zip(methods, each(curves_of, methods), strict=True):
         strengths = dict.fromkeys(tasks, float(method.strengths[0]))
         if found is not None:
             curves += [outcome_row(t, method, o) for t, curve in found.items() for o in curve]
@@ -119,18 +115,22 @@ def compare_methods(
         model_of, strengths = chosen[best[1]]
         chosen += [(control, strengths) for control in random_methods(model_of, control_seeds)]
 
-    def tested(one: tuple[Method, dict[str, float]]) -> dict[str, Outcome]:
-        method, strengths = one
-        outcomes = {}
-        for strength in sorted(set(strengths.values())):
-            same = [task for task in tasks if strengths[task] == strength]
-            outcomes |= test.score(method, strength, same)
-        return outcomes
+    def tested(some: Sequence[tuple[Method, dict[str, float]]]) -> list[dict[str, Outcome]]:
+        conditions = [
+            (method, strength, [task for task in tasks if strengths[task] == strength])
+            for method, strengths in some
+            for strength in sorted(set(strengths.values()))
+        ]
+        scored = iter(test.score_all(conditions, description="Comparing methods"))
+        found = []
+        for _, strengths in some:
+            parts = [next(scored) for _ in set(strengths.values())]
+            found.append({task: outcome for part in parts for task, outcome in part.items()})
+        return found
 
     rows: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
-    measured = each(tested, chosen, "Comparing methods")
-    for (method, _), outcomes in zip(chosen, measured, strict=True):
+    for (method, _), outcomes in zip(chosen, each(tested, chosen), strict=True):
         for task, outcome in outcomes.items():
             rows.append(outcome_row(task, method, outcome))
             texts += _text_rows(task, method, outcome)
@@ -144,22 +144,30 @@ def compare_methods(
     )
 
 
-def strength_curves(scorer: TextScorer, method: Method) -> dict[str, list[Outcome]]:
-    """Return a method's outcomes at growing strengths, by task.
+def strength_curves(
+    scorer: TextScorer, methods: Sequence[Method]
+) -> list[dict[str, list[Outcome]]]:
+    """Return the outcomes of methods at growing strengths, by task.
 
     A curve ends where the target rate has fallen by more than 0.05 from its best, or the perplexity
-    ratio passes 3, or the method's strengths are used up.
+    ratio passes 3, or the method's strengths are used up. The next strengths of all methods are
+    measured together.
     """
-    curves: dict[str, list[Outcome]] = {task: [] for task in scorer.cases}
-    going = list(curves)
-    for strength in method.strengths:
+    curves: list[dict[str, list[Outcome]]] = [{task: [] for task in scorer.cases} for _ in methods]
+    going = {i: list(scorer.cases) for i in range(len(methods))}
+    for step in range(max((len(method.strengths) for method in methods), default=0)):
+        going = {i: some for i, some in going.items() if some and step < len(methods[i].strengths)}
         if not going:
             break
-        for task, outcome in scorer.score(method, strength, going).items():
-            curves[task].append(outcome)
-            best = max(other.target_rate for other in curves[task])
-            if outcome.target_rate < best - 0.05 or outcome.perplexity_ratio > 3:
-                going = [other for other in going if other != task]
+        conditions = [(methods[i], methods[i].strengths[step], some) for i, some in going.items()]
+        description = f"Choosing strengths, round {step + 1}"
+        scored = scorer.score_all(conditions, description=description)
+        for i, outcomes in zip(going, scored, strict=True):
+            for task, outcome in outcomes.items():
+                curves[i][task].append(outcome)
+                best = max(other.target_rate for other in curves[i][task])
+                if outcome.target_rate < best - 0.05 or outcome.perplexity_ratio > 3:
+                    going[i] = [other for other in going[i] if other != task]
     return curves
 
 

@@ -19,9 +19,11 @@ from sae_query_steer.data.prompts import ChatTemplate, chat_prompt, tokenizer_of
 from sae_query_steer.data.tokenized import tokenize_example
 from sae_query_steer.models.activations import LOGITS, read_activations
 from sae_query_steer.models.loading import end_tokens
+from sae_query_steer.models.partial_passes import hooks_of_a_pass
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
 from sae_query_steer.scopes.named import ResponseTokens
 from sae_query_steer.scopes.positions import select
+from sae_query_steer.steering.side_by_side import AnySteerer, SideBySide, parts_of
 from sae_query_steer.steering.steerer import JoinedSteerers, Steerer
 from sae_query_steer.steering.trace import SteeringTrace
 
@@ -46,7 +48,7 @@ def continuations(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    steerer: Steerer | JoinedSteerers | None = None,
+    steerer: AnySteerer = None,
     batch_size: int = 256,
     temperature: float | None = None,
     seeds: Sequence[int] | None = None,
@@ -85,10 +87,9 @@ def continuations(
             "temperature and seeds must be given together, one seed for each prompt, got "
             f"temperature={temperature} and {len(seeds or ())} seeds for {len(prompts)} prompts"
         )
-    tokenizer, ends = tokenizer_of(model), end_tokens(model)
+    ends = end_tokens(model)
     prompts, bos = _as_read(model, prompts, chat_template)
-    tokens: list[Tensor] = []
-    changes: list[float] = []
+    found: list[Continuations] = []
     steering: AbstractContextManager[Any] = nullcontext()
     sampling: AbstractContextManager[Any] = nullcontext()
     for start in range(0, len(prompts), batch_size):
@@ -117,13 +118,119 @@ def continuations(
                     return_type="tokens",
                     verbose=False,
                 )
-        tokens += [_until_end(row, ends) for row in written[:, width:].cpu()]
-        changes += _mean_changes(trace, len(rows))
+        changes = _mean_changes(trace, len(rows))
+        found.append(_continuations(model, written[:, width:], changes))
+    return Continuations(
+        texts=[text for one in found for text in one.texts],
+        tokens=[row for one in found for row in one.tokens],
+        relative_changes=[change for one in found for change in one.relative_changes],
+    )
+
+
+COPIES = 8
+"""Steerers whose texts are written in the same passes, at most. Source: our choice."""
+
+
+def continuations_side_by_side(
+    model: Any,
+    prompts: Sequence[str],
+    steerers: Sequence[AnySteerer],
+    *,
+    max_new_tokens: int,
+    caches: PromptCaches,
+    temperature: float | None = None,
+    seeds: Sequence[int] | None = None,
+    chat_template: ChatTemplate = False,
+) -> list[Continuations]:
+    """Return what `continuations` returns of the same prompts under each of several steerers.
+
+    The prompts, which are one batch, run once, and up to 8 copies of each are continued in the same
+    passes behind one cache, on TransformerBridge where the model takes a mask that parts the
+    copies. Steerers of attention or logits, and of tokens before the last of the prompt, run by
+    themselves. Keys and logits of the copies are as large as `caches` may be, at most.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        prompts: as for `continuations`.
+        steerers: one for each copy; None steers nothing.
+        max_new_tokens: most tokens of a continuation.
+        caches: keeps the prompts.
+        temperature: as for `continuations`.
+        seeds: as for `continuations`.
+        chat_template: as for `tokenize_examples`.
+
+    Raises:
+        ValueError: as `continuations`.
+    """
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "caches": caches,
+        "temperature": temperature,
+        "seeds": seeds,
+        "chat_template": chat_template,
+        "batch_size": len(prompts),
+    }
+    rows, bos = _as_read(model, prompts, chat_template)
+    together = [i for i, s in enumerate(steerers) if _changes_activations(s)]
+    prefixed = None
+    if len(together) > 1:
+        prefixed = _behind_cache(model, rows, bos, max_new_tokens, None, caches)
+    found: dict[int, Continuations] = {}
+    if prefixed is not None and caches.shared(prefixed):
+        together = [i for i in together if not _acts_before(steerers[i], prefixed)]
+        most = _most_copies(prefixed, max_new_tokens, caches.max_bytes)
+        for first in range(0, len(together) if most > 1 else 0, most):
+            some = together[first : first + most]
+            for steerer in (part for i in some for part in parts_of(steerers[i])):
+                steerer.check_model(model)
+            copies = prefixed.repeated(len(some))
+            beside = SideBySide([steerers[i] for i in some], copies)
+            sampling: AbstractContextManager[Any] = nullcontext()
+            if temperature is not None and seeds is not None:
+                sampling = sampled_passes(model, seeds, temperature=temperature, copies=len(some))
+            with hooks_of_a_pass(model, beside.hooks()), sampling:
+                written = copies.generate(max_new_tokens, end_tokens(model))
+            by_copy = zip(written.split(len(prompts)), beside.relative_changes, strict=True)
+            found |= {
+                i: _continuations(model, own, changes)
+                for i, (own, changes) in zip(some, by_copy, strict=True)
+            }
+    return [
+        found.get(i) or continuations(model, prompts, steerer=steerer, **given)
+        for i, steerer in enumerate(steerers)
+    ]
+
+
+def _continuations(model: Any, written: Tensor, changes: Sequence[float]) -> Continuations:
+    tokenizer, ends = tokenizer_of(model), end_tokens(model)
+    tokens = [_until_end(row, ends) for row in written.cpu()]
     return Continuations(
         texts=[str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens],
         tokens=tokens,
-        relative_changes=changes,
+        relative_changes=list(changes),
     )
+
+
+def _changes_activations(steerer: AnySteerer) -> bool:
+    """Return whether a steerer needs the hook points of its sites alone."""
+    parts = parts_of(steerer)
+    return not any(isinstance(part, LogitBias) or part.edit.needs_keys for part in parts)
+
+
+def _acts_before(steerer: AnySteerer, prefixed: PrefixedRows) -> bool:
+    """Return whether a steerer acts on tokens that the cache holds."""
+    scopes = [s.scope if isinstance(s, LogitBias) else s.where.scope for s in parts_of(steerer)]
+    return any(bool(select(scope, prefixed.before).any()) for scope in scopes)
+
+
+def _most_copies(prefixed: PrefixedRows, n_new: int, max_bytes: int) -> int:
+    """Return how many copies of rows fit into the memory and the context."""
+    model, (n_rows, width) = prefixed.model, prefixed.before.index.shape
+    config = getattr(vars(model).get("original_model"), "config", None)
+    reach = min(int(model.cfg.n_ctx), getattr(config, "sliding_window", None) or 2**62)
+    keys = n_new * prefixed.n_bytes // width
+    logits = 8 * n_rows * int(model.cfg.d_vocab)  # with what they are compared to
+    return min(COPIES, (reach - width) // (n_new + 1), max_bytes // (keys + logits))
 
 
 def negative_log_likelihoods(
@@ -211,7 +318,7 @@ def _behind_cache(
     rows: Sequence[str],
     bos: bool | None,
     max_new_tokens: int,
-    steerer: Steerer | JoinedSteerers | None,
+    steerer: AnySteerer,
     caches: PromptCaches,
 ) -> PrefixedRows | None:
     """Return rows behind the cache of their prompts; None if they must run as a whole.
@@ -222,10 +329,7 @@ def _behind_cache(
     if int(batch.prompt_lengths.max()) + max_new_tokens > int(model.cfg.n_ctx):
         return None
     prefixed = caches.rows(batch)
-    one = (steerer,) if isinstance(steerer, Steerer) else getattr(steerer, "steerers", ())
-    scopes = [s.scope if isinstance(s, LogitBias) else s.where.scope for s in one]
-    earlier = any(bool(select(scope, prefixed.before).any()) for scope in scopes)
-    return None if earlier else prefixed
+    return None if _acts_before(steerer, prefixed) else prefixed
 
 
 def _as_read(

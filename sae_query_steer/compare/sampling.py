@@ -48,14 +48,15 @@ def seeded_sampling(
 
 
 def sampled_passes(
-    model: Any, seeds: Sequence[int], *, temperature: float
+    model: Any, seeds: Sequence[int], *, temperature: float, copies: int = 1
 ) -> AbstractContextManager[None]:
     """Return a context in which each forward pass is a step of one call as in `seeded_sampling`.
 
-    Args as there. The last column of a pass must be every row's last token.
+    Args as there. The last column of a pass must be every row's last token; with copies of the rows
+    side by side, which draw alike, the last column of each copy.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return _Sampling(model, seeds, temperature).noise(generators)
+    return _Sampling(model, seeds, temperature).noise(generators, copies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class _Sampling:
         return lambda: self.noise(generators)
 
     @contextmanager
-    def noise(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    def noise(self, generators: Sequence[torch.Generator], copies: int = 1) -> Iterator[None]:
         """Let each forward pass draw from generators, one of each row, for a `with` block."""
 
         def add_noise(_unembed: Any, _args: Any, logits: Tensor) -> Tensor:
@@ -90,14 +91,15 @@ class _Sampling:
                     f"the batch has {len(logits)} rows, there are {len(generators)} seeds: give "
                     "one for each prompt, and all prompts in one call of generate()"
                 )
-            last = self._final(logits[:, -1])
+            width = logits.shape[1] // copies
+            last = self._final(logits[:, width - 1 :: width])  # [row copy vocab]
             last = last.to(torch.promote_types(last.dtype, torch.float32))
-            noise = torch.stack([_gumbel(last.shape[-1], each) for each in generators])
+            noise = torch.stack([_gumbel(last.shape[-1], each) for each in generators])[:, None]
             # Shifted before the division, so that a low temperature overflows nothing; and after
             # it, because half precision or a soft cap would make ties of large, close values.
             scores = (last - last.amax(-1, keepdim=True)) / self.temperature + noise.to(last)
             noisy = logits.clone()
-            noisy[:, -1] = (scores - scores.amax(-1, keepdim=True)).to(logits)
+            noisy[:, width - 1 :: width] = (scores - scores.amax(-1, keepdim=True)).to(logits)
             return noisy
 
         handle = self.model.unembed.register_forward_hook(add_noise)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from sae_query_steer.arguments import check_number
 from sae_query_steer.compare.generation import (
+    COPIES,
     Continuations,
     continuations,
+    continuations_side_by_side,
     divergences,
     negative_log_likelihoods,
 )
@@ -21,6 +23,7 @@ from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import Method, SteeringCase
 from sae_query_steer.data.prompts import ChatTemplate
 from sae_query_steer.models.prefix import PromptCaches
+from sae_query_steer.progress import progress_bar
 from sae_query_steer.steering.engine import SteeringWarning
 
 
@@ -160,46 +163,114 @@ class TextScorer:
 
     def score(self, method: Method, strength: float, tasks: Sequence[str]) -> dict[str, Outcome]:
         """Return a method's outcome at a strength, by task."""
-        known: dict[str, dict[str, Any]] = {}
-        keys: dict[str, dict[str, Any]] = {}
-        for task in tasks:
-            keys[task] = {
-                "split": self.split,
-                "task": task,
-                **method.columns(),
-                "n_steps": method.n_steps,
-                "strength": float(strength),
-                "cases": len(self.cases[task]),
+        return self.score_all([(method, strength, tasks)])[0]
+
+    def score_all(
+        self, conditions: Sequence[tuple[Method, float, Sequence[str]]], *, description: str = ""
+    ) -> list[dict[str, Outcome]]:
+        """Return the outcome of each method at its strength, by task.
+
+        Those that steer the same prompts share their forward passes, see
+        `continuations_side_by_side`; the log gets their outcomes together.
+
+        Args:
+            conditions: method, strength and tasks.
+            description: of a progress bar; none without.
+        """
+        keys, known, missing = [], [], {}
+        for i, (method, strength, tasks) in enumerate(conditions):
+            keys.append({task: self._key(method, strength, task) for task in tasks})
+            log = {task: self.log and self.log.get(key) for task, key in keys[i].items()}
+            known.append({task: found for task, found in log.items() if found})
+            if left := tuple(task for task in tasks if task not in known[i]):
+                missing.setdefault(left, []).append(i)
+        parts = [
+            (tasks, some[first : first + COPIES])
+            for tasks, some in missing.items()
+            for first in range(0, len(some), COPIES)
+        ]
+        bar = progress_bar(parts, desc=description, unit="batch", disable=not description)
+        for tasks, some in bar:
+            with warnings.catch_warnings():  # the largest strengths are meant to be too large
+                warnings.simplefilter("ignore", SteeringWarning)
+                measured = self._measured([conditions[i][:2] for i in some], tasks)
+            for i, found in zip(some, measured, strict=True):
+                known[i] |= found
+                if self.log is not None:
+                    for task in tasks:
+                        self.log.add(keys[i][task], found[task])
+        return [
+            {
+                task: Outcome(cases=self.cases[task], strength=float(strength), **found[task])
+                for task in tasks
             }
-            if self.log is not None and (found := self.log.get(keys[task])) is not None:
-                known[task] = found
-        with warnings.catch_warnings():  # the largest strengths of a grid are meant to be too large
-            warnings.simplefilter("ignore", SteeringWarning)
-            measured = self._measured(
-                method, strength, [task for task in tasks if task not in known]
-            )
-        if self.log is not None:
-            for task, found in measured.items():
-                self.log.add(keys[task], found)
+            for (_, strength, tasks), found in zip(conditions, known, strict=True)
+        ]
+
+    def _key(self, method: Method, strength: float, task: str) -> dict[str, Any]:
+        """Return what identifies an outcome in the log."""
         return {
-            task: Outcome(
-                cases=self.cases[task], strength=float(strength), **(known | measured)[task]
-            )
-            for task in tasks
+            "split": self.split,
+            "task": task,
+            **method.columns(),
+            "n_steps": method.n_steps,
+            "strength": float(strength),
+            "cases": len(self.cases[task]),
         }
 
     def _measured(
-        self, method: Method, strength: float, tasks: Sequence[str]
-    ) -> dict[str, dict[str, Any]]:
-        """Return what a method does on some tasks, whose cases share the batches."""
+        self, conditions: Sequence[tuple[Method, float]], tasks: Sequence[str]
+    ) -> list[dict[str, dict[str, Any]]]:
+        """Return what each method does on some tasks, whose cases share the batches."""
         rows = [(case, i) for task in tasks for i, case in enumerate(self.cases[task])]
-        written: list[tuple[str, Tensor, float]] = []
+        written: list[list[tuple[str, Tensor, float]]] = [[] for _ in conditions]
         for part in self._batches(rows):
-            cases = [case for case, _ in part]
-            prompts = [c.prompt for c in cases] if method.prompts is None else method.prompts(cases)
-            steerer = None if method.steerer is None else method.steerer(cases, strength)
-            made = self._continued(prompts, [self._seed(i) for _, i in part], steerer)
-            written += zip(made.texts, made.tokens, made.relative_changes, strict=True)
+            cases, seeds = [case for case, _ in part], [self._seed(i) for _, i in part]
+            for own, made in zip(written, self._written(conditions, cases, seeds), strict=True):
+                own += zip(made.texts, made.tokens, made.relative_changes, strict=True)
+        return [
+            self._judged(method, strength, tasks, own)
+            for (method, strength), own in zip(conditions, written, strict=True)
+        ]
+
+    def _written(
+        self,
+        conditions: Sequence[tuple[Method, float]],
+        cases: Sequence[SteeringCase],
+        seeds: Sequence[int],
+    ) -> list[Continuations]:
+        """Return what each method writes on one batch of cases."""
+        steerers = [None if m.steerer is None else m.steerer(cases, s) for m, s in conditions]
+        together = [i for i, (method, _) in enumerate(conditions) if method.prompts is None]
+        found = {}
+        if len(together) > 1:
+            found = dict(
+                zip(
+                    together,
+                    continuations_side_by_side(
+                        self.model,
+                        [case.prompt for case in cases],
+                        [steerers[i] for i in together],
+                        **self._generation(seeds),
+                    ),
+                    strict=True,
+                )
+            )
+        for i, (method, _) in enumerate(conditions):
+            if i not in found:
+                prompts = [c.prompt for c in cases]
+                prompts = prompts if method.prompts is None else method.prompts(cases)
+                found[i] = self._continued(prompts, seeds, steerers[i])
+        return [found[i] for i in range(len(conditions))]
+
+    def _judged(
+        self,
+        method: Method,
+        strength: float,
+        tasks: Sequence[str],
+        written: Sequence[tuple[str, Tensor, float]],
+    ) -> dict[str, dict[str, Any]]:
+        """Return the scores of what a method wrote, by task."""
         found = {}
         for task in tasks:
             cases = self.cases[task]
@@ -246,14 +317,20 @@ class TextScorer:
         return continuations(
             self.model,
             prompts,
-            max_new_tokens=self.max_new_tokens,
             steerer=steerer,
             batch_size=self.batch_size,
-            temperature=self.temperature,
-            seeds=None if self.temperature is None else seeds,
-            chat_template=self.chat_template,
-            caches=self._caches,
+            **self._generation(seeds),
         )
+
+    def _generation(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Return settings of `continuations`."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seeds": None if self.temperature is None else seeds,
+            "chat_template": self.chat_template,
+            "caches": self._caches,
+        }
 
     def _ratio(self, prompts: Sequence[str], tokens: Sequence[Tensor]) -> float:
         """Return the perplexity of tokens after prompts, divided by that of the model's own."""

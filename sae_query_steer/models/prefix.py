@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
@@ -59,6 +59,8 @@ class PrefixedRows:
         """Whether `repeated` rows share the cache; `unchanged` sets it."""
         self.first_layer = 0
         """The first layer that ran in the last pass."""
+        self.running: list[Positions] = []
+        """Where the tokens of each copy stand in the running pass of `generate`."""
         # Aligned at the border: the prefixes are padded on the left, the rest on the right.
         before = [row[:first] for row, first in zip(batch.tokens, start.tolist(), strict=True)]
         prefix = pad_sequence(before, batch_first=True, padding_side="left")
@@ -159,22 +161,50 @@ class PrefixedRows:
     def generate(self, max_new_tokens: int, ends: Sequence[int]) -> Int[Tensor, "batch new"]:
         """Return greedy continuations, as `model.generate` would write them; hooks see each pass.
 
+        Those of `repeated` rows come one copy after another. Where copies share the cache,
+        `running` says where their tokens stand in each pass.
+
         Args:
             max_new_tokens: most tokens of a continuation.
             ends: ids that end a continuation; a row that has ended repeats its end.
         """
         cache = self._new_cache(len(self.tokens)) if self._cache is None else self._copied()
-        tokens, mask, written = self.tokens, self._mask, []
+        n, tokens, index = self._times, self.tokens, self.positions.index
+        mask = self._mask if n == 1 else self._blocks(self._mask)
+        written: list[Tensor] = []  # [batch copy]
         for _ in range(max_new_tokens):
-            new = self._run(tokens, cache, mask=mask)[:, -1].argmax(-1, keepdim=True).cpu()
+            self._stand(index, written)
+            logits = self._run(tokens, cache, mask=mask, index=index)
+            new = logits.unflatten(1, (n, -1))[:, :, -1].argmax(-1).cpu()
             if written and ends:
                 ended = torch.isin(written[-1], torch.tensor(ends))
                 new = torch.where(ended, written[-1], new)
             written.append(new)
             if ends and bool(torch.isin(new, torch.tensor(ends)).all()):
                 break
-            tokens, mask = new, torch.cat([mask, torch.ones_like(new)], dim=1)
-        return torch.cat(written, dim=1)
+            tokens, index = new, index.unflatten(1, (n, -1))[:, :, -1] + 1
+            if n > 1:  # a copy sees what its last token saw, and its new one
+                mask = mask.unflatten(1, (n, -1))[:, :, -1]
+                new = torch.eye(n, dtype=torch.bool).expand(len(new), -1, -1)
+            mask = torch.cat([mask, torch.ones_like(new) if n == 1 else new], dim=-1)
+        return torch.stack(written, dim=2).transpose(0, 1).flatten(0, 1)
+
+    def _stand(self, index: Int[Tensor, "batch pos"], written: Sequence[Tensor]) -> None:
+        """Set `running` for the next pass of `generate`."""
+        first = self.tokens.chunk(self._times, dim=1)[0]
+        new = torch.ones(len(first), first.shape[1] + len(written), dtype=torch.bool)
+        columns = torch.cat([self._seen, new], dim=1)
+        self.running = [
+            Positions(
+                index=own,
+                valid=torch.ones_like(own, dtype=torch.bool),
+                prompt_lengths=self.positions.prompt_lengths,
+                tokens=by_position(
+                    torch.cat([self._prefix, first, *(w[:, [copy]] for w in written)], 1), columns
+                ),
+            )
+            for copy, own in enumerate(index.chunk(self._times, dim=1))
+        ]
 
     @torch.no_grad()
     def unchanged(
@@ -259,16 +289,25 @@ class PrefixedRows:
         first_layer: int = 0,
         keep: Iterable[int] = (),
         mask: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> Any:
         """Return the logits of a pass that extends a cache: [1 token d_vocab] of those read."""
         device, blocks = self.model.cfg.device, self.model.blocks
         n_past = 0 if cache is None else self._past(cache)
-        mask = (self._mask if mask is None else mask)[:, : n_past + tokens.shape[1]].to(device)
-        given: dict[str, Any] = {"attention_mask": mask}
+        mask = self._mask if mask is None else mask
         if self._times > 1:
-            given = {"attention_mask": self._blocks(mask, n_past)}
-            last = int(self.model.cfg.n_ctx) - 1  # of padding
-            given["position_ids"] = self.positions.index.clamp(max=last).to(device)
+            mask = self._blocks(mask) if mask.ndim == 2 else mask
+            dtype, last = self.model.cfg.dtype, int(self.model.cfg.n_ctx) - 1  # of padding
+            index = self.positions.index if index is None else index
+            given: dict[str, Any] = {
+                "attention_mask": torch.zeros(mask.shape, dtype=dtype)
+                .masked_fill(~mask, torch.finfo(dtype).min)[:, None]
+                .to(device),
+                "position_ids": index.clamp(max=last).to(device),
+            }
+        else:
+            mask = mask[:, : n_past + tokens.shape[1]].to(device)
+            given = {"attention_mask": mask}
         if self._is_bridge and cache is not None:
             given |= {"past_key_values": cache, "use_cache": True}
         elif cache is not None:  # the embedding adds the mask of the past
@@ -286,20 +325,16 @@ class PrefixedRows:
                 stack.enter_context(reading(self.model, *read))
             return self.model(tokens.to(device), return_type="logits", **given)
 
-    def _blocks(self, mask: Tensor, n_past: int) -> Float[Tensor, "batch 1 pos key"]:
-        """Return what is added to scores, so that a copy sees the cache and its own tokens."""
-        n, new = self._times, mask[:, n_past:]
-        own = torch.eye(n, dtype=torch.bool, device=mask.device)[:, None, :, None]
+    def _blocks(self, mask: Int[Tensor, "batch key"]) -> Bool[Tensor, "batch pos key"]:
+        """Return what each token sees: the cache, and the tokens of its own copy up to itself."""
+        n, n_past = self._times, self._prefix.shape[1]
+        new = mask[:, n_past:].bool()
+        own = torch.eye(n, dtype=torch.bool)[:, None, :, None]
         width = new.shape[1]
-        causal = torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
-        within = new[:, None, :].bool() & causal  # [batch pos key] of one copy
+        within = new[:, None, :] & torch.ones(width, width, dtype=torch.bool).tril()
         blocks = (own & within[:, None, :, None]).flatten(1, 2).flatten(2)
         before = mask[:, None, :n_past].bool().expand(-1, n * width, -1)
-        seen = torch.cat([before, blocks], dim=2)[:, None]
-        dtype = self.model.cfg.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(
-            ~seen, torch.finfo(dtype).min
-        )
+        return torch.cat([before, blocks], dim=2)
 
     def _keep(self, layer: int, _block: Any, _args: Any, output: Any) -> None:
         self._kept[layer] = BlockOutput.of(output)
@@ -347,8 +382,10 @@ class PromptCaches:
     """
 
     def __init__(self, model: Any, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self._model, self._left = model, max_bytes
         self._kept: dict[tuple[tuple[int, ...], ...], PrefixedRows] = {}
+        self._shared: dict[tuple[int, ...], bool] = {}
 
     def rows(self, batch: TokenBatch) -> PrefixedRows:
         """Return rows behind the cache of their prompts without the last token."""
@@ -362,3 +399,13 @@ class PromptCaches:
             self._left -= found.n_bytes
             self._kept[key] = found
         return found
+
+    def shared(self, rows: PrefixedRows) -> bool:
+        """Return whether `repeated` rows share their cache; asked of the model once for a shape."""
+        shape = tuple(rows.before.index.shape)
+        if shape not in self._shared:
+            row = torch.arange(len(rows.tokens))
+            rows.unchanged(row, rows.positions.index[:, 0], (), copies=True)
+            self._shared[shape] = rows.shares_cache
+        rows.shares_cache = self._shared[shape]
+        return rows.shares_cache

@@ -1,0 +1,85 @@
+"""Several steerers in the same forward passes, each on its own copy of the rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_query_steer.models.placed_hooks import Hook
+from sae_query_steer.models.prefix import PrefixedRows
+from sae_query_steer.steering.engine import AppliedEdit, by_head, tokens_once
+from sae_query_steer.steering.steerer import JoinedSteerers, Steerer
+
+AnySteerer = Steerer | JoinedSteerers | None
+"""None steers nothing."""
+
+
+def parts_of(steerer: AnySteerer) -> tuple[Steerer, ...]:
+    """Return the steerers that a steerer consists of."""
+    if steerer is None:
+        return ()
+    return steerer.steerers if isinstance(steerer, JoinedSteerers) else (steerer,)
+
+
+@dataclass(eq=False)
+class SideBySide:
+    """Hooks of several steerers for `PrefixedRows.generate` of rows that are repeated.
+
+    Copy i of the rows is changed by steerer i alone. Only for edits of activations that see no
+    keys, at tokens that are not in the cache.
+    """
+
+    steerers: Sequence[AnySteerer]
+    """One for each copy."""
+
+    rows: PrefixedRows
+    """The copies, which share their cache."""
+
+    def __post_init__(self) -> None:
+        n = len(self.steerers), len(self.rows.tokens)
+        self._changed, self._count = torch.zeros(n), torch.zeros(n)
+
+    @property
+    def relative_changes(self) -> list[list[float]]:
+        """Mean of |change| / |activation| over the changed tokens, sites and heads of each row."""
+        return (self._changed / self._count.clamp(min=1)).tolist()
+
+    def hooks(self) -> list[tuple[str, Hook]]:
+        """Return pairs of a hook name and a hook."""
+        at: dict[str, list[tuple[int, AppliedEdit]]] = {}
+        for copy, steerer in enumerate(self.steerers):
+            for part in parts_of(steerer):
+                find = tokens_once(part.where.scope)
+                for name, site in part.where.chosen.items():
+                    at.setdefault(name, []).append((copy, AppliedEdit(part.edit, site, find)))
+        return [(name, self._hook(edits)) for name, edits in at.items()]
+
+    def _hook(self, edits: Sequence[tuple[int, AppliedEdit]]) -> Hook:
+        hooks = [
+            (copy, edit, edit.hook(lambda _, copy=copy: self.rows.running[copy]))
+            for copy, edit in edits
+        ]
+
+        def change(activation: Tensor, hook: Any) -> Tensor:
+            parts = list(activation.chunk(len(self.steerers), dim=1))
+            for copy, edit, make in hooks:
+                before = parts[copy]
+                after = make(before, hook=hook)
+                if after is not None:
+                    parts[copy] = after
+                    self._note(copy, edit, by_head(before, edit.at), by_head(after, edit.at))
+            return torch.cat(parts, dim=1)
+
+        vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
+        return change
+
+    def _note(self, copy: int, edit: AppliedEdit, before: Tensor, after: Tensor) -> None:
+        tokens = edit.find(self.rows.running[copy])
+        index = tokens.index(edit.at.heads)
+        moved = (after[index] - before[index]).float().norm(dim=-1)
+        ratio = moved / before[index].float().norm(dim=-1).clamp(min=1e-30)
+        self._changed[copy].index_add_(0, tokens.row, ratio.sum(-1).cpu())
+        count = torch.full((len(ratio),), float(ratio.shape[-1]))
+        self._count[copy].index_add_(0, tokens.row, count)
