@@ -96,7 +96,7 @@ def test_positions_are_exact_with_cache_without_and_in_a_padded_batch(
     architecture, scope, positions
 ):
     model, sites, targets = architecture
-    steerer = sqs.baselines.mean_difference(sites, targets, target="a", strength=2.0, scope=scope)
+    steerer = sqs.baselines.mean_difference(targets, target="a", strength=2.0, scope=scope)
     with steerer.apply(model, record=True) as trace:
         on = generate(model, PROMPTS)
     with steerer.apply(model):

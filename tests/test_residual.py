@@ -8,7 +8,7 @@ from conftest import HOSTS
 from wheel_check import make_model
 
 import sae_query_steer as sqs
-from sae_query_steer.baselines.directions import residual_mean_difference, residual_means
+from sae_query_steer.baselines.directions import class_means, mean_difference
 from sae_query_steer.models.activations import read_activations
 from sae_query_steer.steering.steerer import Steerer
 
@@ -26,7 +26,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "stop_at_eo
 
 @pytest.fixture(scope="module")
 def means(tiny_models, examples) -> sqs.CentroidTargets:
-    return residual_means(
+    return class_means(
         tiny_models["bridge"], sqs.tokenize_examples(tiny_models["bridge"], examples), [0, 2]
     )
 
@@ -37,7 +37,7 @@ def make(means):
 
     def make(**changes) -> Steerer:
         settings = {"target": "create", "strength": 2.0, "scope": sqs.scopes.EveryPosition()}
-        return residual_mean_difference(changes.pop("means", means), **{**settings, **changes})
+        return mean_difference(changes.pop("means", means), **{**settings, **changes})
 
     return make
 
@@ -191,7 +191,7 @@ def test_a_residual_stream_that_is_not_finite_names_its_hook(model, make, means,
     message = r"at blocks\.2\.hook_resid_post (is|are) not finite: look for"
     with model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", broken)]):
         with pytest.raises(ValueError, match=message):
-            residual_means(model, sqs.tokenize_examples(model, examples), [2])
+            class_means(model, sqs.tokenize_examples(model, examples), [2])
         with make().apply(model), pytest.raises(ValueError, match=message):
             generate(model, PROMPTS)
     with make(strength=1e38).apply(model), pytest.raises(ValueError, match="less strength"):
@@ -228,7 +228,7 @@ def test_settings_that_cannot_work_are_refused_at_construction(make, changes, er
 @pytest.mark.parametrize("layers", [[3], [-1], []])
 def test_layers_that_there_are_not_are_refused(model, examples, layers):
     with pytest.raises(ValueError, match=r"layer 3|blocks\.-1|at least one"):
-        residual_means(model, sqs.tokenize_examples(model, examples), layers)
+        class_means(model, sqs.tokenize_examples(model, examples), layers)
 
 
 def test_attention_that_no_edit_can_change_is_not_recorded(model, make):

@@ -76,6 +76,11 @@ def test_a_sweep_writes_its_table_its_texts_and_a_page_that_opens_offline(whole)
     assert set(table["method"]) == {
         *("unsteered", "few-shot (k=1)", "few-shot (k=2)", "few-shot (k=4)"),
         *("dense descent", "SAE descent", "decoder rows (m=4)", "residual mean difference"),
+        *(
+            "value mean difference",
+            "query and value mean difference",
+            "inference-time intervention",
+        ),
         *(f"random direction (seed {seed})" for seed in range(3)),
     }
     assert (table["n"] == 6).all()

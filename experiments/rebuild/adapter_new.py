@@ -8,9 +8,9 @@ from sae_lens import SAE
 import sae_query_steer as sqs
 import sae_query_steer.config as config_module
 from sae_query_steer.baselines import decoder_rows as DecoderRowsSteerer
-from sae_query_steer.baselines import few_shot_prompt, mean_difference
+from sae_query_steer.baselines import few_shot_prompt
+from sae_query_steer.baselines import mean_difference as ResidualMeanDifference
 from sae_query_steer.baselines import random_direction as RandomDirectionSteerer
-from sae_query_steer.baselines import residual_mean_difference as ResidualMeanDifference
 from sae_query_steer.compare import (
     Descent,
     RuleJudge,
@@ -18,8 +18,8 @@ from sae_query_steer.compare import (
     cases_of,
     compare_methods,
     descent_methods,
+    mean_difference_methods,
     prompt_methods,
-    residual_methods,
 )
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.token_rows import token_rows
@@ -101,9 +101,16 @@ def centroid_targets(model: Any, saes: Any, examples: Any, span: Any) -> Any:
     return sqs.CentroidTargetBuilder(model, saes).fit(tokenized(model, examples, span))
 
 
+def mean_difference(_sites: Any, targets: Any, *, strength: float, **changes: Any) -> Any:
+    """Return what adds a multiple of the class's mean query minus the mean over the classes."""
+    n = len(targets.classes)
+    own = strength * (n - 1) / n  # of the difference to the mean of the others
+    return sqs.baselines.mean_difference(targets, strength=own, **changes)
+
+
 def residual_means(model: Any, examples: Any, layers: Any) -> Any:
     """Return mean residual streams of labelled examples."""
-    return sqs.baselines.residual_means(model, tokenized(model, examples), layers)
+    return sqs.baselines.class_means(model, tokenized(model, examples), layers)
 
 
 def residual_values(means: Any) -> dict[str, Any]:
@@ -176,7 +183,7 @@ def sweep_tables(names: Any) -> dict[str, Any]:
             descents,
             layers=[[1], [1, 2]],
         ),
-        *residual_methods(names.residual, span="last prompt token", layers=[[1]]),
+        *mean_difference_methods(names.residual, span="last prompt token", layers=[[1]]),
     ]
     found = compare_methods(*scorers, methods, control_seeds=(0,))
     return {"rows": found.rows, "curves": found.curves, "texts": found.texts}

@@ -20,7 +20,7 @@ from sae_query_steer.compare import (
     cases_of,
     compare_methods,
     descent_methods,
-    residual_methods,
+    mean_difference_methods,
 )
 from sae_query_steer.compare.comparison import outcome_row
 from sae_query_steer.models.activations import read_at_span
@@ -184,8 +184,8 @@ def steered(
     for name, encoders in (("SAE descent", saes), ("dense", sqs.sae.identity_encoders(sites))):
         targets = {name_of_span: sqs.CentroidTargetBuilder(model, encoders).fit(tokenized)}
         methods += descent_methods(name, encoders, targets, DESCENTS, layers=layers, scopes=[scope])
-    means = sqs.baselines.residual_means(model, tokenized, [2])
-    methods += residual_methods(means, span=name_of_span, scope=scope, layers=[[2]])
+    means = sqs.baselines.class_means(model, tokenized, [2])
+    methods += mean_difference_methods(means, span=name_of_span, scope=scope, layers=[[2]])
     found = compare_methods(
         scorers["validation"], scorers["test"], methods, control_seeds=(0, 1, 2)
     )

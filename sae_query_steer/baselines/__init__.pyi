@@ -1,9 +1,10 @@
 from .biases import LogitBias as LogitBias
 from .biases import attention_bias as attention_bias
+from .directions import class_means as class_means
 from .directions import decoder_rows as decoder_rows
-from .directions import residual_mean_difference as residual_mean_difference
-from .directions import residual_means as residual_means
+from .directions import mean_difference as mean_difference
+from .probes import inference_time_intervention as inference_time_intervention
+from .probes import probe_heads as probe_heads
 from .simple import control_dictionaries as control_dictionaries
 from .simple import few_shot_prompt as few_shot_prompt
-from .simple import mean_difference as mean_difference
 from .simple import random_direction as random_direction

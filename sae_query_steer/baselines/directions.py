@@ -1,7 +1,7 @@
 """Steering without a descent: one direction for each class, added whatever the activation is.
 
-The directions are the difference of class means in the residual stream, or the decoder rows of the
-latents that mark a class.
+The directions are differences of class means in any activations, or the decoder rows of the latents
+that mark a class.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,14 @@ from sae_query_steer.descent.strength import Queries, by_row, each, target_label
 from sae_query_steer.sae.encoders import (
     IdentityEncoder,
     QueryEncoder,
+    any_sites,
     device_of,
     encoder_sites,
+    identity_encoders,
 )
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope, TokenPositions
-from sae_query_steer.sites import Site
+from sae_query_steer.sites import Site, query_sites
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_descent import LatentDescent
 from sae_query_steer.steering.steerer import FromCentroids, Steerer
@@ -97,75 +99,108 @@ def above_others(means: Float[Tensor, "class *shape"]) -> Float[Tensor, "class *
     return (means - means.mean(0)) * (len(means) / (len(means) - 1))
 
 
-def residual_means(
-    model: Any, examples: TokenizedExamples, layers: Sequence[int]
-) -> CentroidTargets:
-    """Return the mean residual stream of each class of labelled texts, after some layers.
+KINDS = {"q": "query", "k": "key", "v": "value", "z": "head output"}
+"""What a trace calls the activations of a hook point; others are the residual stream."""
 
-    Centroids of `blocks.L.hook_resid_post` as a site of one head, without an SAE.
+
+def kind_of(means: CentroidTargets) -> str:
+    """Return what the activations of some means are called."""
+    return KINDS.get(next(iter(means.means)).rpartition("_")[-1], "residual")
+
+
+def class_means(
+    model: Any, examples: TokenizedExamples, layers: Sequence[int], at: str = "hook_resid_post"
+) -> CentroidTargets:
+    """Return the mean activation of each class of labelled texts at a hook point of some layers.
+
+    They are centroids without an SAE; the residual stream is a site of one head.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         examples: tokenised labelled texts.
-        layers: after which layers.
+        layers: which layers.
+        at: the hook point in its block, such as "attn.hook_q", "attn.hook_v", "attn.hook_z" or
+            "hook_resid_post". Keys and values have the key heads of grouped-query attention.
 
     Raises:
-        ValueError: no such layer, or what `CentroidTargetBuilder.fit` refuses.
+        ValueError: no such layer or hook point, or what `CentroidTargetBuilder.fit` refuses.
     """
-    sites = [
-        Site.of(model, f"blocks.{layer}.hook_resid_post")
-        for layer in whole_numbers("layers", layers)
-    ]
-    encoders = {s.hook_name: IdentityEncoder(n_heads=1, d_head=s.d_head) for s in sites}
-    return CentroidTargetBuilder(model, encoders).fit(examples)
+    if at in ("attn.hook_q", "attn.hook_rot_q"):
+        sites: Sequence[Any] = query_sites(model, layers, rotated=at == "attn.hook_rot_q")
+    else:
+        sites = [Site.of(model, f"blocks.{n}.{at}") for n in whole_numbers("layers", layers)]
+    return CentroidTargetBuilder(model, identity_encoders(sites)).fit(examples)
 
 
-def residual_mean_difference(
+def mean_difference(
     means: CentroidTargets,
     *,
     target: str | Sequence[str],
     strength: float | Sequence[float],
     scope: Scope | None = None,
     layers: Sequence[int] | None = None,
+    heads: Heads | None = None,
 ) -> Steerer:
     """Return a steerer that adds strength * (mean of the target class - mean of the others' means).
 
-    To `blocks.L.hook_resid_post`, at scoped tokens, after every layer named. The original steers
-    one layer at a time; over several, each adds its own difference to what came before. In a trace
-    the head is -1, and query_norm and relative_change are of the residual stream.
+    At scoped tokens, in every layer and head named. With several layers each adds its own
+    difference to what came before. Means of queries and of values make a steerer each; both
+    together are `JoinedSteerers(mean_difference(queries, ...), mean_difference(values, ...))`.
+    In a trace query_norm and relative_change are of the activation that changes; of the residual
+    stream the head is -1.
 
     Args:
-        means: from `residual_means`.
+        means: from `class_means`, or centroids made with `identity_encoders`.
         target: the class to steer towards; a list has one for each row of the batch.
         strength: 1 adds the whole difference; 0 or more; a list likewise.
         scope: which tokens; None means the last prompt token.
-        layers: after which layers; None means all that have means.
+        layers: which layers; None means all that have means.
+        heads: which heads, of keys and values key heads: the same in every layer, or by layer; None
+            means all.
 
     Raises:
-        ValueError: a class, strength or layer that is not allowed.
+        ValueError: a class, strength, layer or head that is not allowed.
 
-    Source: contrastive activation addition (arXiv 2312.06681). There the difference is the mean
-    over contrastive pairs of a positive and a negative example, and it is added at every position
-    after the prompt, with a coefficient of either sign; ours is the difference of the means of
-    classes, whose texts need no partners, and is added in the scope.
+    Source: in the residual stream contrastive activation addition (arXiv 2312.06681). There the
+    difference is the mean over contrastive pairs of a positive and a negative example, and it is
+    added at every position after the prompt, with a coefficient of either sign; ours is the
+    difference of the means of classes, whose texts need no partners, and is added in the scope.
+    At queries and values DISCO (arXiv 2509.16820), of which the abstract was read: how it chooses
+    heads, tokens and the two strengths is not known here.
     """
-    check_kind("means", means, CentroidTargets, "give what residual_means returns")
+    check_kind("means", means, CentroidTargets, "give what class_means returns")
+    directions = {name: above_others(mean) for name, mean in means.means.items()}
+    method = f"{kind_of(means)} mean difference"
+    chosen: dict[str, Any] = {"target": target, "strength": strength, "method": method}
+    return added(means, directions, **chosen, scope=scope, layers=layers, heads=heads)
+
+
+def added(
+    means: CentroidTargets,
+    directions: Mapping[str, Float[Tensor, "class head d_head"]],
+    *,
+    scope: Scope | None,
+    layers: Sequence[int] | None,
+    heads: Heads | None,
+    **edit: Any,
+) -> Steerer:
+    """Return a steerer that adds directions of the classes of some means, where these were taken.
+
+    Args:
+        means: of activations.
+        directions: by hook name.
+        scope: which tokens; None means the last prompt token.
+        layers: which layers; None means all that have means.
+        heads: which heads; None means all.
+        edit: target, strength and method of `AddedDirection`.
+    """
+    sizes = {name: mean.shape[1:] for name, mean in means.means.items()}
+    encoders = {n: IdentityEncoder(n_heads=h, d_head=d) for n, (h, d) in sizes.items()}
     scope = LastPromptToken() if scope is None else scope
-    sites = [
-        Site(hook_name=name, n_heads=1, d_head=mean.shape[-1]) for name, mean in means.means.items()
-    ]
-    where = Where(sites, scope=scope, layers=layers)
-    encoders = {
-        name: IdentityEncoder(n_heads=1, d_head=at.site.d_head) for name, at in where.chosen.items()
-    }
-    edit = AddedDirection(
-        directions={name: above_others(means.means[name]) for name in encoders},
-        classes=means.classes,
-        target=target,
-        strength=strength,
-        method="residual mean difference",
-    )
-    return Steerer(edit, where, origin=FromCentroids(encoders, means))
+    where = Where(any_sites(encoders).values(), scope=scope, layers=layers, heads=heads)
+    origin = FromCentroids({name: encoders[name] for name in where.chosen}, means)
+    edits = AddedDirection(directions=directions, classes=means.classes, **edit)
+    return Steerer(edits, where, origin=origin)
 
 
 def decoder_rows(

@@ -1,4 +1,4 @@
-"""Mean difference, few-shot prompting, and controls: random directions and dictionaries."""
+"""Few-shot prompting, and controls: random directions and dictionaries."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -9,65 +9,17 @@ import torch
 from einops import rearrange
 
 from sae_query_steer.arguments import check_kind, check_number
+from sae_query_steer.baselines.directions import AddedDirection
 from sae_query_steer.data.examples import LabelledExample
-from sae_query_steer.descent.objectives import CentroidContrast
-from sae_query_steer.descent.strength import Queries, each
+from sae_query_steer.descent.strength import Queries
 from sae_query_steer.sae.core import QueryHeadSAE, with_weights
-from sae_query_steer.sae.encoders import identity_encoders
-from sae_query_steer.scopes.named import LastPromptToken
-from sae_query_steer.scopes.positions import Scope, TokenPositions
-from sae_query_steer.sites import QuerySite
-from sae_query_steer.steering.attention_descent import AttentionDescent, AttentionSteerer
+from sae_query_steer.scopes.positions import TokenPositions
+from sae_query_steer.steering.attention_descent import AttentionDescent
 from sae_query_steer.steering.edit import Edit
-from sae_query_steer.steering.latent_descent import LatentDescent, LatentGradientSteerer
+from sae_query_steer.steering.latent_descent import LatentDescent
 from sae_query_steer.steering.steerer import Steerer
 from sae_query_steer.steering.trace import QueryChange
 from sae_query_steer.steering.where import SiteHeads
-from sae_query_steer.targets.centroids import CentroidTargets
-
-
-def mean_difference(
-    sites: Sequence[QuerySite],
-    dense_targets: CentroidTargets,
-    *,
-    target: str,
-    strength: float | Sequence[float],
-    scope: Scope | None = None,
-    layers: Sequence[int] | None = None,
-    heads: Any = None,
-) -> LatentGradientSteerer:
-    """Return a steerer that adds `strength` times the mean difference to the query.
-
-    The difference is the target class's mean query minus the mean over the classes: one step of
-    `CentroidContrast` over identity encoders, so everything but the SAE is the same mechanism.
-
-    Args:
-        sites: where, from `query_sites`.
-        dense_targets: centroids made with `identity_encoders(sites)`.
-        target: the class to steer towards.
-        strength: 1 adds the whole difference.
-        scope: where to steer; None means the last prompt token.
-        layers: which layers; None means all.
-        heads: which heads; None means all.
-
-    Raises:
-        ValueError: a strength that is negative or not finite, or centroids of other sites.
-
-    Source: contrastive activation addition, at the query.
-    """
-    for one in each(strength, "strength"):
-        check_number("strength", one, least=0)
-    return LatentGradientSteerer(
-        identity_encoders(sites),
-        dense_targets,
-        target=target,
-        objective=CentroidContrast(),
-        n_steps=1,
-        step_size=strength,
-        scope=LastPromptToken() if scope is None else scope,
-        layers=layers,
-        heads=heads,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +29,7 @@ class RandomDirection(Edit):
     The direction is one for each site and head, drawn once from the seed.
     """
 
-    other: LatentDescent | AttentionDescent
+    other: LatentDescent | AttentionDescent | AddedDirection
     """The edit whose change sets the length."""
 
     seed: int = 0
@@ -119,9 +71,7 @@ class RandomDirection(Edit):
         return QueryChange(delta=delta)
 
 
-def random_direction(
-    steerer: LatentGradientSteerer | AttentionSteerer, *, seed: int = 0
-) -> Steerer:
+def random_direction(steerer: Steerer, *, seed: int = 0) -> Steerer:
     """Return the negative control: a random direction, as long as the steerer's change.
 
     Args:
@@ -129,13 +79,15 @@ def random_direction(
         seed: of the directions, one for each site and head.
 
     Raises:
-        TypeError: another kind of steerer.
+        TypeError: a steerer that changes scores or named latents, or is a control itself.
 
     Source: our choice.
     """
-    kinds = (LatentGradientSteerer, AttentionSteerer)
-    check_kind("steerer", steerer, kinds, "other steerers have no random control")
-    return Steerer(RandomDirection(steerer, seed), steerer.where, origin=steerer)
+    check_kind("steerer", steerer, Steerer, "give the steerer that the control is for")
+    kinds = (LatentDescent, AttentionDescent, AddedDirection)
+    edit: Any = steerer.edit
+    check_kind("the steerer's edit", edit, kinds, "other edits have no random control")
+    return Steerer(RandomDirection(edit, seed), steerer.where, origin=steerer)
 
 
 def few_shot_prompt(

@@ -24,9 +24,10 @@ from .methods import SteeringCase as SteeringCase
 from .methods import cases_of as cases_of
 from .methods import decoder_rows_methods as decoder_rows_methods
 from .methods import descent_methods as descent_methods
+from .methods import intervention_methods as intervention_methods
+from .methods import mean_difference_methods as mean_difference_methods
 from .methods import prompt_methods as prompt_methods
 from .methods import random_methods as random_methods
-from .methods import residual_methods as residual_methods
 from .own_texts import compare_on_texts as compare_on_texts
 from .report import compare_into as compare_into
 from .report import write_comparison as write_comparison

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from sae_query_steer.arguments import check_number
-from sae_query_steer.baselines.directions import residual_means
+from sae_query_steer.baselines.directions import class_means
 from sae_query_steer.compare import tutor_task
 from sae_query_steer.compare.comparison import Comparison, compare_methods
 from sae_query_steer.compare.interchange import interchange_methods
@@ -23,8 +23,8 @@ from sae_query_steer.compare.methods import (
     Method,
     decoder_rows_methods,
     descent_methods,
+    mean_difference_methods,
     prompt_methods,
-    residual_methods,
 )
 from sae_query_steer.compare.own_texts import layer_verdicts
 from sae_query_steer.compare.scorer import TextScorer
@@ -260,7 +260,7 @@ def _methods(
         named: dict[str, Any] = {"centroids": prompts, "span": span}
         targets = centroids["SAE", prompts, span]
         methods += decoder_rows_methods(encoders["SAE"], targets, layers=[layers], **named)
-        means = residual_means(model, tokenized[prompts, span], [layer for (layer,) in alone])
-        methods += residual_methods(means, layers=alone, **named)
+        means = class_means(model, tokenized[prompts, span], [layer for (layer,) in alone])
+        methods += mean_difference_methods(means, layers=alone, **named)
     others = [at for at in alone if tuple(at) != layers]
     return methods + interchange_methods(model, others) + descents(DESCENTS_BY_LAYER, others)

@@ -40,7 +40,7 @@ class Continuations:
 
     relative_changes: list[float]
     """Mean of |delta q| / |q| over a prompt's steered tokens, layers and heads; of
-    `residual_mean_difference` the same of the residual stream."""
+    `mean_difference` the same of the activations that it changes."""
 
 
 def continuations(

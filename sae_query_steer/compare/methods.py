@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 from sae_query_steer.arguments import check_number
-from sae_query_steer.baselines.directions import decoder_rows, residual_mean_difference
+from sae_query_steer.baselines.directions import decoder_rows, kind_of, mean_difference
+from sae_query_steer.baselines.probes import ProbedHeads, inference_time_intervention
 from sae_query_steer.baselines.simple import few_shot_prompt, random_direction
 from sae_query_steer.data.examples import LabelledExample, check_classes
 from sae_query_steer.descent.objectives import (
@@ -22,6 +23,7 @@ from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
+from sae_query_steer.steering.steerer import JoinedSteerers, Steerer
 from sae_query_steer.targets.centroids import CentroidTargets
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -230,23 +232,47 @@ def decoder_rows_methods(
     Args:
         encoders: SAEs by hook name.
         targets: their centroids.
-        choices: span, layers, scope and centroids; see `residual_methods`.
+        choices: span, layers, scope and centroids; see `mean_difference_methods`.
     """
     return _added("decoder rows (m=4)", partial(decoder_rows, encoders, targets, m=4), **choices)
 
 
-def residual_methods(means: CentroidTargets, **choices: Any) -> list[Method]:
-    """Return contrastive activation addition after each set of layers, a method for each.
+def mean_difference_methods(*means: CentroidTargets, **choices: Any) -> list[Method]:
+    """Return the mean difference of classes, a method for each set of layers.
 
-    The relative change of these methods is that of the residual stream.
+    Of the residual stream it is contrastive activation addition. Means of several kinds, such as
+    queries and values, are added together at one strength. The relative change of these methods is
+    that of the activations that change.
 
     Args:
-        means: of the classes, from `residual_means`.
-        choices: span, the name of the span of the means; layers, sets of layers after which the
+        means: of the classes, from `class_means`; one or more kinds of activations.
+        choices: span, the name of the span of the means; layers, sets of layers in which the
             difference is added; scope, which tokens are steered (default: the last prompt token);
             centroids, label of the prompts that gave the means.
     """
-    return _added("residual mean difference", partial(residual_mean_difference, means), **choices)
+
+    def make(**settings: Any) -> Steerer | JoinedSteerers:
+        made = [mean_difference(one, **settings) for one in means]
+        return made[0] if len(made) == 1 else JoinedSteerers(*made)
+
+    return _added(f"{' and '.join(map(kind_of, means))} mean difference", make, **choices)
+
+
+def intervention_methods(probed: ProbedHeads, **choices: Any) -> list[Method]:
+    """Return inference-time intervention in one of 20 probed heads, over all layers.
+
+    Args:
+        probed: from `probe_heads`.
+        choices: span, scope and centroids; see `mean_difference_methods`.
+    """
+    layers = [int(name.split(".")[1]) for name in probed.accuracies]
+    n_heads = max(1, sum(map(len, probed.accuracies.values())) // 20)  # ITI's code: 48 of 1,024
+
+    def make(*, layers: Any, **settings: Any) -> Steerer:
+        del layers  # the heads tell
+        return inference_time_intervention(probed, n_heads=n_heads, **settings)
+
+    return _added("inference-time intervention", make, layers=[layers], **choices)
 
 
 def _added(

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from sae_query_steer.baselines.directions import residual_means
+from sae_query_steer.baselines.directions import class_means
+from sae_query_steer.baselines.probes import probe_heads
 from sae_query_steer.compare.comparison import Comparison, compare_methods
 from sae_query_steer.compare.judges import ClassifierJudge
 from sae_query_steer.compare.log import ComparisonLog, digest_of
@@ -18,8 +19,9 @@ from sae_query_steer.compare.methods import (
     cases_of,
     decoder_rows_methods,
     descent_methods,
+    intervention_methods,
+    mean_difference_methods,
     prompt_methods,
-    residual_methods,
 )
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.examples import LabelledExample, check_classes
@@ -59,8 +61,8 @@ def compare_on_texts(
 
     The examples are split by class: 2/5 make the centroids, 1/5 trains the judge, 1/5 chooses each
     method's strength, and 1/5 is for the table. Compared are few-shot prompts, dense and SAE
-    descent, decoder rows and the residual stream's mean difference, each layer alone, and random
-    directions.
+    descent, decoder rows and mean differences (of the residual stream, of values, of queries and
+    values), each layer alone, inference-time intervention over all of them, and random directions.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
@@ -130,7 +132,12 @@ def compare_on_texts(
         targets = {scope_name(span): made[-1]}
         methods += descent_methods(kind, own, targets, descents, layers=alone, scopes=[scope])
     methods += decoder_rows_methods(chosen, made[1], **added)
-    methods += residual_methods(residual_means(model, tokenized, told["layers"]), **added)
+    values = class_means(model, tokenized, told["layers"], at="attn.hook_v")
+    residual = class_means(model, tokenized, told["layers"])
+    for means in ([residual], [values], [made[0], values]):
+        methods += mean_difference_methods(*means, **added)
+    probed = probe_heads(model, tokenized, told["layers"], seed=seed)
+    methods += intervention_methods(probed, span=scope_name(span), scope=scope)
     if log is not None:
         contents = told | {"contents": digest_of(made, examples)}
         kept = ComparisonLog(log, contents, rank=ranks.rank)
