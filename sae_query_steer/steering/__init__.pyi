@@ -4,6 +4,7 @@ from .edit import Edit as Edit
 from .engine import apply_edits as apply_edits
 from .files import load_steerer as load_steerer
 from .files import save_steerer as save_steerer
+from .freeze import freeze_attention as freeze_attention
 from .latent_descent import LatentGradientSteerer as LatentGradientSteerer
 from .latent_edit import edit_latents as edit_latents
 from .latent_edit import partial_steerer as partial_steerer
