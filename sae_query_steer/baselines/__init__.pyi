@@ -3,6 +3,7 @@ from .biases import attention_bias as attention_bias
 from .directions import class_means as class_means
 from .directions import decoder_rows as decoder_rows
 from .directions import mean_difference as mean_difference
+from .kept import keep_attention as keep_attention
 from .probes import inference_time_intervention as inference_time_intervention
 from .probes import probe_heads as probe_heads
 from .simple import control_dictionaries as control_dictionaries

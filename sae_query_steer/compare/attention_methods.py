@@ -1,9 +1,11 @@
 """Methods that turn heads to the target's phrase, in prompts that list all actions."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sae_query_steer.baselines.biases import attention_bias
+from sae_query_steer.baselines.kept import keep_attention
 from sae_query_steer.compare.methods import Method
 from sae_query_steer.sae.encoders import QueryEncoder
 from sae_query_steer.scopes.joins import scope_name
@@ -11,7 +13,7 @@ from sae_query_steer.scopes.named import FirstResponseTokens, LastPromptToken, R
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.steering.attention_descent import AttentionSteerer
 from sae_query_steer.steering.look_at import LookAt
-from sae_query_steer.steering.steerer import JoinedSteerers
+from sae_query_steer.steering.steerer import JoinedSteerers, Steerer
 
 _SCOPE = scope_name(LastPromptToken() | ResponseTokens())
 
@@ -66,6 +68,16 @@ def attention_bias_method(name: str, sites: Sequence[QuerySite]) -> Method:
     return Method(
         name=name, scope=_SCOPE, layers=layers, steerer=steerer, strengths=(4.0, 6.0, 8.0)
     )
+
+
+def keeping_attention(method: Method) -> Method:
+    """Return a method of queries without what takes attention from the phrase of each case."""
+
+    def steerer(cases: Sequence[Any], strength: float) -> Steerer:
+        assert method.steerer is not None, "a method that steers"
+        return keep_attention(method.steerer(cases, strength), _looks(cases)[0])
+
+    return replace(method, name=f"{method.name}, attention kept", steerer=steerer)
 
 
 def _looks(cases: Sequence[Any]) -> tuple[list[Any], list[Any]]:
