@@ -1,3 +1,5 @@
+from .amplified import amplify_keys as amplify_keys
+from .amplified import key_projections as key_projections
 from .biases import LogitBias as LogitBias
 from .biases import attention_bias as attention_bias
 from .directions import class_means as class_means

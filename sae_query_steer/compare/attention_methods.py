@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sae_query_steer.baselines.amplified import Projections, amplify_keys
 from sae_query_steer.baselines.biases import attention_bias
 from sae_query_steer.baselines.kept import keep_attention
 from sae_query_steer.compare.methods import Method
@@ -68,6 +69,16 @@ def attention_bias_method(name: str, sites: Sequence[QuerySite]) -> Method:
     return Method(
         name=name, scope=_SCOPE, layers=layers, steerer=steerer, strengths=(4.0, 6.0, 8.0)
     )
+
+
+def amplified_keys_method(name: str, model: Any, projections: Projections) -> Method:
+    """Return SEKA's amplified keys of the phrase of each case's target."""
+
+    def steerer(cases: Sequence[Any], strength: float) -> Steerer:
+        return amplify_keys(model, projections, _looks(cases)[0], strength=strength)
+
+    layers = tuple(int(key.split(".")[1]) for key in projections)
+    return Method(name=name, layers=layers, steerer=steerer, strengths=(0.25, 0.5, 1.0, 2.0))
 
 
 def keeping_attention(method: Method) -> Method:

@@ -135,12 +135,12 @@ class PrefixedRows:
 
     @property
     def before(self) -> Positions:
-        """Positions of the tokens in the cache."""
+        """Positions of the tokens in the cache; their scopes may read the whole prompts."""
         return Positions(
             index=self._seen.cumsum(1) - 1,
             valid=self._seen,
             prompt_lengths=self.positions.prompt_lengths,
-            tokens=by_position(self._prefix, self._seen),
+            tokens=self.positions.tokens,
         )
 
     @property

@@ -173,6 +173,26 @@ def attention_goal(
     return AttentionGoal(inside[:, token], weight[:, token])
 
 
+def looked_at(look_at: Looks | list[Looks], tokenizer: Any) -> Scope:
+    """Return a scope of the tokens that sources name; Args and Raises as `LookAt.mask`."""
+    looks, find = looks_of_rows(look_at), lru_cache(1024)(token_span)
+
+    def marked(positions: Positions) -> Tensor:
+        n_rows = len(positions.index)
+        own = looks * n_rows if len(looks) == 1 else looks
+        check_rows("look_at", len(own), n_rows)
+        if positions.tokens is None:
+            _prompt(positions, 0, look_at)  # says what is missing
+        rows = positions.of_rows(positions.tokens >= 0)  # pyright: ignore[reportOptionalOperand]
+        masks = [
+            torch.stack([look.mask(rows, row, tokenizer, find) for look in some]).any(0)
+            for row, some in enumerate(own)
+        ]
+        return torch.stack(masks).gather(1, positions.index.clamp(min=0))
+
+    return marked
+
+
 def _prompt(rows: Positions, row: int, source: object) -> tuple[int, ...]:
     """Return the token ids of a row's prompt; of the whole row if its end is unknown."""
     if rows.tokens is None:
