@@ -26,7 +26,7 @@ from sae_query_steer.sae.encoders import (
 )
 from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.scopes.positions import Scope, TokenPositions
-from sae_query_steer.sites import Site, query_sites
+from sae_query_steer.sites import QuerySite, Site, query_sites
 from sae_query_steer.steering.edit import Edit
 from sae_query_steer.steering.latent_descent import LatentDescent
 from sae_query_steer.steering.steerer import FromCentroids, Steerer
@@ -125,8 +125,9 @@ def class_means(
     Raises:
         ValueError: no such layer or hook point, or what `CentroidTargetBuilder.fit` refuses.
     """
+    sites: Sequence[QuerySite | Site]
     if at in ("attn.hook_q", "attn.hook_rot_q"):
-        sites: Sequence[Any] = query_sites(model, layers, rotated=at == "attn.hook_rot_q")
+        sites = query_sites(model, layers, rotated=at == "attn.hook_rot_q")
     else:
         sites = [Site.of(model, f"blocks.{n}.{at}") for n in whole_numbers("layers", layers)]
     return CentroidTargetBuilder(model, identity_encoders(sites)).fit(examples)

@@ -78,7 +78,7 @@ class IdentityEncoder:
         return feature_acts
 
 
-def identity_encoders(sites: Iterable[QuerySite]) -> dict[str, IdentityEncoder]:
+def identity_encoders(sites: Iterable[QuerySite | Site]) -> dict[str, IdentityEncoder]:
     """Return an identity encoder for every site, by hook name.
 
     A steerer over these is dense query steering with the same objective, steps and scope. Source:
