@@ -52,7 +52,8 @@ class KeptAttention(LooksEdit):
         if linear is None:
             raise ValueError(f"{at.hook_name} must have scores linear in its queries to keep them")
         given: dict[str, Any] = {"keys": keys} if other.needs_keys else {}
-        delta = other.change(activations, at, tokens, **given).delta
+        made = other.change(activations, at, tokens, **given)
+        delta = made.delta
         most, scores = goal.loss(linear.now), linear.now + linear.change(delta)
         for _ in range(N_STEPS):
             slope = linear.slope(goal.visible_gradient(scores))
@@ -63,7 +64,7 @@ class KeptAttention(LooksEdit):
         delta = torch.where((goal.loss(scores) <= most + TOLERANCE)[..., None], delta, 0.0)
         if record and isinstance(other, LatentDescent):
             return other.described(activations, at, tokens, delta)
-        return QueryChange(delta=delta)
+        return replace(made, delta=delta)
 
 
 def keep_attention(steerer: Steerer, look_at: Looks | list[Looks]) -> Steerer:
