@@ -147,9 +147,7 @@ class QueryStream:
         batches = self._forward_batches(first)
         sent: list[Any] = []
 
-        def read(
-            batch: _ForwardBatch, kept: Int[Tensor, " token"], name: str, x: Tensor
-        ) -> Tensor:
+        def read(batch: _ForwardBatch, kept: Int[Tensor, " token"], name: str, x: Tensor) -> Tensor:
             found = x.flatten(0, 1).flatten(1).index_select(0, kept.to(x.device))
             return keep(batch, name, found) if self.ranks.n == 1 else found
 
