@@ -91,7 +91,8 @@ def read_activations(
         # Not `run_with_cache`, which keeps the attention and the keys and values of all layers.
         square = any(re.search(r"hook_(pattern|attn_scores)$", name) for name in names)
         options = {"output_attentions": True} if square else {}
-        if getattr(model.original_model.config, "use_cache", False):
+        meta = torch.device(model.cfg.device).type == "meta"  # where masks need a cache
+        if getattr(model.original_model.config, "use_cache", False) and not meta:
             options["use_cache"] = False
     hooks = [*fwd_hooks, *reads, *_early_stops(model, names, stop, points)]
     with eval_mode(model, autocast=autocast), hooks_of_a_pass(model, hooks):
