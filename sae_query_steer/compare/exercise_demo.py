@@ -255,13 +255,8 @@ class _Learning:
         checkpoint = None if self.folder is None else self.folder / f"{name}.learning"
 
         def fitted() -> LearnedTargets:
-            learner = TargetLearner(
-                *(self.model, recipe),
-                l1=l1,
-                n_updates=sizes.n_updates,
-                seed=sizes.seed,
-                ranks=self.ranks,
-            )
+            own: Any = {"l1": l1, "n_updates": sizes.n_updates, "seed": sizes.seed}
+            learner = TargetLearner(self.model, recipe, **own, ranks=self.ranks)
             if not self.rows:
                 self.rows.append(learner.rows(self.examples, **given))
             return learner.fit(self.examples, **given, checkpoint=checkpoint, rows=self.rows[0])

@@ -229,10 +229,9 @@ def _straight(
         n_steps = _steps_until(path, like, goal, n_steps, bounds.until)
     end = after(n_steps)
     if lower is not None:
-        if length is not None:
-            cut = (end < lower).any(-1, keepdim=True)
-            if bool((cut & (share(n_steps) * length > radius)).any()):
-                return None
+        reached = False if length is None else share(n_steps) * length > radius
+        if length is not None and bool((reached & (end < lower)).any()):
+            return None
         end = end.clamp(min=lower)
     return end if movable is None else torch.where(movable, end, z)
 

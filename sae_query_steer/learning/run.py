@@ -163,13 +163,10 @@ class LearningRun:
         scope, ranks = self.learner.steerer.scope, self.learner.ranks
         for batch in filter(None, (*self.batches, *self.kept)):
             batch.begin_at([self._first_layer])
-        own = [
-            (0, 0)
-            if one is None
-            else (len(one.labels), int(select(scope, one.prefixed.positions).sum()))
-            for one in self.batches
-        ]
-        sizes = torch.tensor(own, dtype=torch.float64)
+        sizes = torch.zeros(len(self.batches), 2, dtype=torch.float64)
+        for size, batch in zip(sizes, self.batches, strict=True):
+            if batch is not None:
+                size[0], size[1] = len(batch.labels), select(scope, batch.prefixed.positions).sum()
         self._shares = (sizes / ranks.summed([sizes])[0]).tolist()
         squares: dict[str, list[Tensor]] = {name: [] for name in self._chosen}
         losses = ByClass()
@@ -186,15 +183,14 @@ class LearningRun:
         self.unsteered = losses.of_all(ranks).means(self._classes)
         for name, at in self._chosen.items():
             start = self.learner.steerer.targets.means[name][:, list(at.heads)]
-            parts = squares[name] or [start.new_zeros(0, len(at.heads), dtype=torch.float)]
-            rows = torch.cat(parts)
+            rows = torch.cat(squares[name] or [start.new_zeros(0, len(at.heads)).float()])
             total, n = ranks.summed([rows.sum(0), torch.tensor([float(len(rows))])])
             size = (total / n.to(total)).sqrt()
             self._scales[name] = size[:, None].clamp(min=1e-6)
             self.best[name] = start.clone()
             scaled = start.to(self._scales[name]) / self._scales[name]
-            self._values[name] = scaled.clone().requires_grad_()
-            self._values[name].grad = torch.zeros_like(scaled)
+            self._values[name] = value = scaled.clone().requires_grad_()
+            value.grad = torch.zeros_like(value)
 
     def _targets(self) -> dict[str, Tensor]:
         return {name: value * self._scales[name] for name, value in self._values.items()}
