@@ -15,6 +15,9 @@ of 64 over 3, a fifth of its layers and words) with SAEs of 256 latents a head: 
 eight tokens of prompts of 100, 32 new tokens (12 with --quick), at the last prompt token alone, and
 at every token after it too. Both sides read the prompt.
 
+Rows "until" and "radius" compare descents of 50 steps at one token and layer, in seconds, with the
+loop that takes the same steps one by one; `equal` then says that latents are within 1e-5.
+
 Rows "added time" compare how much longer a token takes than unsteered, in shares of plain
 generation: of the autograd loop over ours, as "ratio".
 """
@@ -23,6 +26,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +36,10 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sae_query_steer as sqs
-from benchmarks.rounds import row_of, seconds_of, show
+from benchmarks.rounds import faster, row_of, seconds_of, show
+from sae_query_steer.descent.control import Bounds
+from sae_query_steer.descent.goals import Goal
+from sae_query_steer.descent.loop import fast_descent, plain_descent
 from sae_query_steer.sae import QueryHeadTopKSAE, QueryHeadTopKSAEConfig
 from sae_query_steer.scopes.positions import Scope
 from sae_query_steer.steering import AttentionSteerer, LookAt
@@ -76,6 +83,7 @@ def main() -> None:
     bench = Bench(args.rounds or (2 if args.quick else 5), QUICK_NEW if args.quick else NEW)
     rows = bench.compare([LAYER], 1, 50, with_autograd=True)
     rows.append(bench.sweep(1 if args.quick else bench.rounds))
+    rows += bench.controls()
     for batch in (1,) if args.quick else (1, 8):
         rows += attention_rows(batch, bench.rounds, quick=args.quick)
     if not args.quick:
@@ -377,6 +385,24 @@ class Bench:
             [len(cases) * SWEEP_NEW / other for _, other in pairs],
             equal,
         )
+
+    def controls(self) -> list[dict[str, Any]]:
+        """Return the rows of descents that end at a posterior or a trust radius."""
+        sae_like = (30 * (torch.rand(1, N_HEADS, D_SAE) - 0.97)).relu()
+        goal = Goal.towards(self.targets.means[f"blocks.{LAYER}.attn.hook_q"], 5).prepared()
+        rows = []
+        objectives = (sqs.SquaredDistance(), sqs.objectives.CentroidContrast())
+        controls = (Bounds(until=0.9), Bounds(radius=0.5, lower=None))
+        for objective, bounds in product((*objectives, sqs.PrototypeLogLikelihood()), controls):
+            size = 0.012 if objective not in objectives else 0.006
+            given = (sae_like, goal, objective, 50, size, bounds)
+            fast, loop = partial(fast_descent, *given), partial(plain_descent, *given)
+            found = fast()
+            equal = found is not None and bool((found - loop().z).abs().max() < 1e-5)
+            name = "until" if bounds.radius is None else "radius"
+            pairs = seconds_of(fast, loop, 20 * self.rounds)
+            rows.append(faster(f"{name}, {objective!r}, 50 steps", pairs, equal=equal))
+        return rows
 
     def _of(self, tokens: torch.Tensor) -> Any:
         return self.model.generate(

@@ -64,6 +64,26 @@ def test_a_bridge_runs_nothing_that_no_read_needs(tiny_models):
     assert len(seen) == 1
 
 
+def test_what_keep_returns_takes_the_place_of_an_activation(model):
+    names = ["blocks.1.attn.hook_q", "blocks.2.attn.hook_k"]
+    plain = read_activations(model, TOKENS, names)
+    found = read_activations(model, TOKENS, names, keep=lambda name, value: value[:, -1] + 1)
+    assert list(found) == names
+    assert all(torch.equal(found[name], plain[name][:, -1] + 1) for name in names)
+
+
+def test_a_bridge_keeps_attention_only_where_it_is_read_and_no_cache(tiny_models, monkeypatch):
+    model, seen = tiny_models["bridge"], []
+    inner, forward = type(model.original_model), type(model.original_model).forward
+    monkeypatch.setattr(
+        inner, "forward", lambda *args, **given: seen.append(given) or forward(*args, **given)
+    )
+    read_activations(model, TOKENS, ["blocks.1.attn.hook_q"])
+    read_activations(model, TOKENS, [pattern_hook(1)])
+    assert [given.get("output_attentions", False) for given in seen] == [False, True]
+    assert [given["use_cache"] for given in seen] == [False, False]
+
+
 def test_hooks_change_what_is_read_and_the_users_own_stay_in_place(model):
     name = "blocks.1.attn.hook_q"
     later = "blocks.2.attn.hook_q"
@@ -194,7 +214,7 @@ def test_every_token_of_the_span_is_read_once(model, examples):
 def test_an_example_outside_the_span_is_refused_before_the_model_runs(model, examples, monkeypatch):
     bare = sqs.LabelledExample(prompt="w1 w2", label="apply")
     tokenized = sqs.tokenize_examples(model, [*examples, bare], span=sqs.scopes.ResponseTokens())
-    monkeypatch.setattr(model, "run_with_cache", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=r"example 48 \('apply'\).*ResponseTokens"):
         next(read_at_span(model, tokenized, ["blocks.0.attn.hook_q"]))
 

@@ -16,6 +16,7 @@ from sae_query_steer.descent.objectives import (
     LinearProbe,
     PrototypeLogLikelihood,
     SquaredDistance,
+    posterior_of_target,
 )
 
 KINDS = ("distance", "prototype", "contrast", "probe", "cosine", "gaussian")
@@ -40,7 +41,7 @@ def objective_of(kind: str, n_heads: int, d_latent: int, generator, dtype):
 
 
 @st.composite
-def descents(draw, dtype=torch.float64):
+def descents(draw, dtype=torch.float64, controlled=True):
     """A descent with drawn weights, steps and sizes over latents as a sparse encoder gives them."""
     n_classes, *batch, n_heads, d_latent = draw(st.permutations((2, 3, 4, 5, 9)))
     batch = batch[: draw(st.integers(0, 2))]
@@ -57,7 +58,7 @@ def descents(draw, dtype=torch.float64):
     rows = batch if by_row else []
     signed = draw(st.booleans())
     weights = randn(*rows, n_classes) if signed else randn(*rows, n_classes).abs()
-    n_steps, step_size = draw(st.integers(0, 20)), draw(st.sampled_from([0.01, 0.1, 0.4, 1.0]))
+    n_steps, step_size = draw(st.integers(0, 20)), draw(st.sampled_from([0.0, 0.01, 0.1, 0.4, 1.0]))
     if by_row:
         n_steps = torch.randint(0, 20, batch, generator=generator)
         step_size = torch.rand(batch, generator=generator, dtype=dtype) / 2
@@ -68,13 +69,15 @@ def descents(draw, dtype=torch.float64):
     if kind in ("prototype", "cosine", "gaussian"):
         # Steps far beyond 1 / curvature are chaotic and amplify rounding.
         step_size = step_size / 50
+    radius = draw(st.sampled_from([None, 0.1, 1.0])) if controlled else None
+    until = draw(st.sampled_from([None, 0.3, 0.6, 0.9])) if controlled else None
     return {
         "z": z,
         "goal": Goal(centroids=centroids, weights=weights, variances=randn(*centroids.shape) ** 2),
         "objective": objective_of(kind, n_heads, d_latent, generator, dtype),
         "n_steps": n_steps,
         "step_size": step_size,
-        "bounds": Bounds(lower=lower, movable=mask),
+        "bounds": Bounds(lower=lower, movable=mask, radius=radius, until=until, temperature=0.8),
     }
 
 
@@ -112,12 +115,12 @@ def by_autograd(z, goal, objective, n_steps, step_size, bounds):
 
 
 @settings(deadline=None, max_examples=60)
-@given(case=descents())
+@given(case=descents(controlled=False))
 def test_the_plain_loop_equals_a_loop_over_autograd(case):
     assert_close(plain_descent(**case).z, by_autograd(**case), 1e-10)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(case=descents())
 def test_a_descent_equals_the_plain_loop(case):
     assert_close(descend(**case).z, plain_descent(**case).z, 1e-10)
@@ -145,8 +148,34 @@ def test_a_descent_in_32_bits_equals_the_plain_loop(case):
 def test_which_objectives_have_a_faster_method(kind, lower, fast):
     given = case(kind, lower)
     assert (fast_descent(**given) is not None) == fast
-    given["bounds"] = Bounds(lower=lower, radius=1.0)
-    assert fast_descent(**given) is None
+    bent = lower is not None and kind in ("contrast", "probe")
+    for bounds in ({"radius": 0.5}, {"until": 0.6}, {"radius": 0.5, "until": 0.6}):
+        given["bounds"] = Bounds(lower=lower, temperature=0.8, **bounds)
+        still_fast = fast and not (bent and "radius" in bounds)
+        assert (fast_descent(**given) is not None) == still_fast
+
+
+@pytest.mark.parametrize("lower", [0.0, None])
+@pytest.mark.parametrize("kind", ["distance", "contrast", "probe", "prototype"])
+def test_a_row_stops_at_the_first_step_that_reaches_the_posterior(kind, lower):
+    given = case(kind) | {"n_steps": 70, "step_size": 0.04, "bounds": Bounds(lower=lower)}
+    given["goal"] = Goal(
+        centroids=3 * given["goal"].centroids,
+        weights=torch.eye(3, dtype=torch.float64)[[0, 1, 2, 1]],  # a target for each row
+    )
+    path = torch.stack([plain_descent(**given | {"n_steps": n}).z for n in range(71)])
+    assert lower is None or kind == "distance" or (path == 0).any(), "the range must matter"
+    posterior = posterior_of_target(path, given["goal"], temperature=0.8)
+    seen = set()
+    for until in posterior[[0, 1, 30]].flatten().tolist():
+        bounds = Bounds(lower=lower, until=until - 1e-9, temperature=0.8)
+        met = posterior >= bounds.until
+        stop = torch.where(met.any(0), met.long().argmax(0), 70)
+        expected = path.take_along_dim(stop[None, ..., None], 0)[0]
+        assert_close(fast_descent(**given | {"bounds": bounds}), expected, 1e-10)
+        seen |= {*stop.flatten().tolist()}
+    assert {0, 1, 30, 70} <= seen
+    assert len(seen) > 5
 
 
 @every_kind

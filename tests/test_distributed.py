@@ -57,13 +57,18 @@ def launch_of(n: int) -> dict[str, str]:
 
 def on_ranks(n: int, model, **changes) -> list[str]:
     """Train in the processes of a launch; return what each of them raised."""
+    return in_processes(n, lambda: train(model, run=train_on_ranks, **CONFIG, **changes))
+
+
+def in_processes(n: int, run) -> list[str]:
+    """Call a function in each process of a launch; return what each of them raised."""
     raised, launch = FORK.SimpleQueue(), launch_of(n)
 
     def work(rank: int) -> None:
         os.environ.update(launch, RANK=str(rank))
         error = None
         try:
-            train(model, run=train_on_ranks, **CONFIG, **changes)
+            run()
         except Exception as found:
             error = found
         raised.put((rank, "" if error is None else repr(error)))

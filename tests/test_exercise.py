@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import HOSTS
 from recipe_models import write_bytes
+from test_distributed import in_processes
 
 import sae_query_steer as sqs
 from sae_query_steer.compare import exercise_demo
@@ -32,6 +33,7 @@ from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.prompts import bos_id, tokenizer_of
 from sae_query_steer.data.token_rows import token_rows
 from sae_query_steer.learning import TargetLearner
+from sae_query_steer.models.launch import launched
 
 DATA = json.loads(files("sae_query_steer.compare").joinpath("exercise.json").read_text())
 LEVELS = list(sqs.BloomLevel)
@@ -311,6 +313,14 @@ def test_every_method_of_the_demo_runs_and_a_stopped_run_goes_on(tmp_path, monke
     monkeypatch.setattr(exercise_demo.exercise_task, "MAX_NEW_TOKENS", 3)
     log = tmp_path / "demo.unfinished" / "log.jsonl"
     found = sqs.compare.run_exercise_demo(model, settings=settings, log=log)
+
+    def run():
+        given = {"settings": settings, "log": tmp_path / "ranks" / "log.jsonl"}
+        with launched() as ranks:
+            shared = sqs.compare.run_exercise_demo(model, **given, ranks=ranks)
+        pd.testing.assert_frame_equal(shared.rows, found.rows, rtol=1e-3)
+
+    assert in_processes(2, run) == ["", ""]
     assert set(found.rows["task"]) == set(TASKS)
     learned = found.rows[found.rows["method"].str.startswith("learned moves")]
     assert len(learned) == 6 and (learned["delta_q_ratio"] <= 0.5001).all()

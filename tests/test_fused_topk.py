@@ -90,7 +90,7 @@ def test_of_equal_latents_no_more_than_k_fire():
     with torch.no_grad():  # every latent of a head is one of two
         sae.W_enc.copy_(sae.W_enc[..., :1].expand(sae.W_enc.shape))
         sae.b_enc.copy_(torch.tensor([2.0, 1.0]).repeat(S // 2).expand(sae.b_enc.shape))
-        sae.W_dec.copy_(sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True))
+        sae.W_dec.copy_(torch.eye(D).repeat(S // D, 1))  # norms of 1 without rounding
     step = step_of(queries(50))
     counts = fused(sae, step)[1].reshape(H, S)
     assert_equal(sae, step)

@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import greedy_logits
+from safetensors.torch import load_file, save_file
+from test_distributed import in_processes
 
 import sae_query_steer as sqs
 from sae_query_steer.descent.control import PosteriorBelow, TargetLatents, TopLatents
 from sae_query_steer.descent.objectives import FixedMove
 from sae_query_steer.learning import LearningWarning, no_moves
-from sae_query_steer.learning.rows import learning_rows
+from sae_query_steer.learning.rows import frozen, learning_rows
 from sae_query_steer.learning.run import LearningRun
+from sae_query_steer.models.launch import launched
 from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.scopes import LastPromptToken, ResponseTokens, Window
 
@@ -201,6 +205,69 @@ def test_learning_is_the_same_again_and_after_a_stop(model, data, tmp_path, monk
     assert not (tmp_path / "run").exists()
     assert all(resumed.means[name].equal(mean) for name, mean in wanted.means.items())
     assert len(calls) < 8 + 12
+
+
+def assert_learned_alike(found, wanted):
+    for name, mean in wanted.means.items():  # Adam makes small gradients, and their rounding, large
+        assert (found.means[name] - mean).norm() <= 1e-4 * mean.norm()
+    pd.testing.assert_frame_equal(found.history, wanted.history, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(2, 7), (3, 2)], ids=["a share", "an empty share"])
+def test_ranks_learn_what_one_process_learns(tiny_models, saes, tmp_path, n, batch_size):
+    model = tiny_models["bridge"]
+    examples, counterparts = (sqs.tokenize_examples(model, texts(p)) for p in ("w1", "w1 w20 w21"))
+    settings = {"batch_size": batch_size, "l1": 0.1, "n_latents": 6, "n_updates": 9}
+    given = {"counterparts": counterparts, "held_out": range(9, 16)}
+    wanted = learner(model, recipe(model, saes), **settings).fit(examples, **given)
+
+    def gradients(one):
+        run = LearningRun(replace(one, n_updates=1), *one.rows(examples, **given)[:2])
+        with frozen([model]):
+            run.run()
+        return {name: value.grad for name, value in run._values.items()}
+
+    def run():
+        with launched() as ranks:
+            one = learner(model, recipe(model, saes), ranks=ranks, **settings)
+            one.fit(examples, **given).save(tmp_path / str(ranks.rank))
+            save_file(gradients(one), tmp_path / f"{ranks.rank}.safetensors")
+
+    assert in_processes(n, run) == [""] * n
+    for name, gradient in gradients(learner(model, recipe(model, saes), **settings)).items():
+        found = load_file(tmp_path / "1.safetensors")[name]
+        assert gradient.any() and (found - gradient).norm() <= 1e-6 * gradient.norm()
+    first, *others = (sqs.LearnedTargets.load(tmp_path / str(rank)) for rank in range(n))
+    assert_learned_alike(first, wanted)
+    for other in others:
+        assert all(torch.equal(other.means[name], mean) for name, mean in first.means.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_continues_learning(tiny_models, tmp_path, before, after):
+    model = tiny_models["bridge"]
+    examples = sqs.tokenize_examples(model, texts("w1"))
+    wanted = learner(model, recipe(model, dense(model))).fit(examples)
+
+    def run(n_updates):
+        update = LearningRun._update
+
+        def stopping(self, batch):
+            if self._step > n_updates:
+                raise KeyError("stopped")
+            return update(self, batch)
+
+        with launched() as ranks, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LearningRun, "_update", stopping)
+            one = learner(model, recipe(model, dense(model)), ranks=ranks)
+            found = one.fit(examples, checkpoint=tmp_path / "run")
+            found.save(tmp_path / f"of {ranks.rank}")
+
+    assert in_processes(before, lambda: run(7)) == ["KeyError('stopped')"] * before
+    assert (tmp_path / "run").exists()
+    assert in_processes(after, lambda: run(12)) == [""] * after
+    assert not (tmp_path / "run").exists()
+    assert_learned_alike(sqs.LearnedTargets.load(tmp_path / "of 0"), wanted)
 
 
 def test_learned_targets_are_read_back_and_steer_alike(model, saes, data, tmp_path):

@@ -18,7 +18,7 @@ import torch
 
 import sae_query_steer as sqs
 from experiments.exercise.studies import STUDIES
-from experiments.exercise.task import Forms, Task
+from experiments.exercise.task import Forms, Openings, Task
 
 
 def run(task: Task, studies: Sequence[str], worker: str, only: str = "") -> None:
@@ -75,7 +75,7 @@ def run(task: Task, studies: Sequence[str], worker: str, only: str = "") -> None
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("studies", nargs="+", choices=STUDIES)
-    parser.add_argument("--task", choices=("exercise", "forms"), default="exercise")
+    parser.add_argument("--task", choices=("exercise", "forms", "openings"), default="exercise")
     parser.add_argument("--out", required=True)
     parser.add_argument("--worker", default="0/1", help="which part of the rows, such as 1/2")
     parser.add_argument("--only", default="", help="a text in the settings, such as 'logit bias'")
@@ -92,6 +92,6 @@ if __name__ == "__main__":
     parser.add_argument("--cache-gb", type=float, default=5.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    the_task = {"exercise": Task, "forms": Forms}[given.task](given)
+    the_task = {"exercise": Task, "forms": Forms, "openings": Openings}[given.task](given)
     print(json.dumps({"judge": the_task.judge.held_out}), flush=True)
     run(the_task, given.studies, given.worker, given.only)

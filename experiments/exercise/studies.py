@@ -301,18 +301,19 @@ def wide(task: Task) -> Iterator[Job]:
         return setting, lambda: moves(task, folder, task.dictionary(kind, WIDE), **learning), 1.0
 
     plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
-    for kind in ("trained", "random", "permuted"):
-        yield job(f"{kind}, 8 a head", kind, n_latents=8)
+    yield job("trained, 8 a head", "trained", n_latents=8)
     yield job("dense", "dense")
-    yield job("dense, classes shuffled", "dense", shuffled=True)
+    for kind in ("permuted", "random"):
+        yield job(f"{kind}, 8 a head", kind, n_latents=8)
+    for name in ("instruction", "unsteered"):
+        setting = {"study": "wide", "method": name, "n": n}
+        yield setting, lambda name=name: plain[name], 1.0
     for kind in ("trained", "random"):
         yield job(f"{kind}, l1", kind, l1=PENALTY)
+    yield job("dense, classes shuffled", "dense", shuffled=True)
     for budget in (0.25, 0.15):
         yield job(f"dense, budget {budget}", "dense", budget=budget)
         yield job(f"trained, 8 a head, budget {budget}", "trained", n_latents=8, budget=budget)
-    for name in ("unsteered", "instruction"):
-        setting = {"study": "wide", "method": name, "n": n}
-        yield setting, lambda name=name: plain[name], 1.0
 
 
 def weak(task: Task) -> Iterator[Job]:

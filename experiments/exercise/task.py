@@ -39,6 +39,9 @@ class Task:
     """With the "trained wording" the templates and actions are those of the split "train"; the
     topics are always those of the split."""
 
+    from_counterparts = True
+    """Whether targets are learned from prompts that request the class, or from its responses."""
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.out = Path(args.out)
@@ -180,7 +183,9 @@ class Task:
             some = [relabelled(examples, order.tolist()) for examples in some]
         learning = {"n_updates": self.args.n_updates, "every": 10} | learning
         learner = TargetLearner(self.model, recipe, **learning)
-        given: Any = {"counterparts": some[1], "held_out": range(first, len(indices))}
+        given: Any = {"held_out": range(first, len(indices))}
+        if self.from_counterparts:
+            given["counterparts"] = some[1]
         key = (topics, scope_name(scope), shuffled, draws)
         if key not in self.rows:  # the prompts run once for all targets
             self.rows = {key: learner.rows(some[0], **given)}
@@ -301,6 +306,46 @@ class Forms(Task):
 
     def fitted_judge(self) -> Any:
         return sqs.compare.ClassifierJudge.fit(self.examples_of("judge", self.args.n_judge)[1])
+
+
+class Openings(Forms):
+    """Classes without a meaning: the answer begins with "The", "In" or "A".
+
+    Targets are learned from responses, which the model goes on with after these words: no request
+    stands for a class. Success is the first word.
+    """
+
+    classes = ("the", "in", "a")
+
+    from_counterparts = False
+
+    def made_examples(self, split: Any, n: int, seed: int) -> tuple[list[Any], list[Any]]:
+        """Return prompts with answers that begin with the word of their class, twice."""
+        del seed
+        cases = self._cases(split, split, 3 * n)
+        words = [case.target.capitalize() for case in cases]
+        begun = [case.prompt + word for case, word in zip(cases, words, strict=True)]
+        texts = continuations(self.model, begun, max_new_tokens=MAX_NEW_TOKENS, batch_size=60).texts
+        made = [
+            sqs.LabelledExample(prompt=case.prompt, response=word + text, label=case.target)
+            for case, word, text in zip(cases, words, texts, strict=True)
+        ]
+        return made, made
+
+    def _cases(self, wording: str, split: Any, n: int) -> Sequence[SteeringCase]:
+        cases = super()._cases(wording, split, n)
+        return [
+            replace(case, target=self.classes[i % 3], requesting=None)
+            for i, case in enumerate(cases)
+        ]
+
+    def fitted_judge(self) -> Any:
+        def rule(prompt: str, text: str) -> str | None:
+            del prompt
+            first = text.split(maxsplit=1)[:1]
+            return first[0].lower() if first and first[0].lower() in self.classes else None
+
+        return sqs.compare.RuleJudge(rule, self.classes)
 
 
 def layer_of(hook_name: str) -> int:

@@ -185,15 +185,9 @@ def added(
     heads: Heads | None,
     **edit: Any,
 ) -> Steerer:
-    """Return a steerer that adds directions of the classes of some means, where these were taken.
+    """Return a steerer that adds directions by hook name, where some means were taken.
 
-    Args:
-        means: of activations.
-        directions: by hook name.
-        scope: which tokens; None means the last prompt token.
-        layers: which layers; None means all that have means.
-        heads: which heads; None means all.
-        edit: target, strength and method of `AddedDirection`.
+    Args as `mean_difference`; `edit` has target, strength and method of `AddedDirection`.
     """
     sizes = {name: mean.shape[1:] for name, mean in means.means.items()}
     encoders = {n: IdentityEncoder(n_heads=h, d_head=d) for n, (h, d) in sizes.items()}

@@ -38,11 +38,7 @@ class ProbedHeads:
     """Balanced accuracy of a linear probe on held-out examples, by hook name."""
 
     def best(self, n: int) -> dict[int, list[int]]:
-        """Return the n heads of the highest accuracies, by layer.
-
-        Raises:
-            ValueError: fewer heads were probed.
-        """
+        """Return the n heads of the highest accuracies, by layer, or raise ValueError."""
         heads = [(a, k, h) for k, row in self.accuracies.items() for h, a in enumerate(row)]
         check_number("n_heads", n, whole=True, least=1, most=len(heads))
         found: dict[int, list[int]] = {}

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sae_query_steer as sqs
 from sae_query_steer.cli.options import (
@@ -111,6 +111,8 @@ def demo(
 
     The embedded tutor gives feedback. An instruct model (--model) writes exercises; targets are
     also learned through it; for SmolLM2 this takes many minutes on 2 cores, with --size full hours.
+    Several processes share learning and the methods:
+    torchrun --nproc-per-node N --no-python sae-query-steer demo ...
 
     Args:
         out: Folder for report.html and comparison.json.
@@ -124,21 +126,25 @@ def demo(
         model: An instruct model instead of the tutor: smollm2, a GGUF file, a folder or a hub name.
     """
     from sae_query_steer.compare.report import display_sites, samples
+    from sae_query_steer.models.launch import Ranks, launched
 
     if null and model is not None:
         raise ValueError(f"--null must not be given with --model, got --model {model}")
     changed = {"seed": seed} | ({} if n_test is None else {"n_test": n_test})
 
-    def compare(log: Path) -> "sqs.compare.Comparison":
+    def compare(log: Path, ranks: Ranks) -> "sqs.compare.Comparison":
+        given: dict[str, Any] = {"log": log, "ranks": ranks}
         if model is None:
             settings = replace(sqs.compare.DEMO_SIZES[size], **changed)
             tutor = sqs.load_tutor(notes=not null, device=device)
-            return sqs.compare.run_demo(tutor, notes=not null, settings=settings, log=log)
+            return sqs.compare.run_demo(tutor, notes=not null, settings=settings, **given)
         settings = replace(sqs.compare.EXERCISE_SIZES[size], **changed)
         loaded = sqs.load_model(model, device=device)
-        return sqs.compare.run_exercise_demo(loaded, settings=settings, log=log)
+        return sqs.compare.run_exercise_demo(loaded, settings=settings, **given)
 
-    found = sqs.compare.compare_into(out, compare, resume=resume, overwrite=overwrite)
+    again = {"resume": resume, "overwrite": overwrite}
+    with launched() as ranks:
+        found = sqs.compare.compare_into(out, partial(compare, ranks=ranks), **again, ranks=ranks)
     if found.sites is not None:
         show(display_sites(found.sites))
     for sample in samples(found):

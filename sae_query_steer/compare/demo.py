@@ -31,6 +31,7 @@ from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.config import TopK, TrainingConfig
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.scopes.named import LastPromptToken, ResponseTokens
@@ -120,6 +121,7 @@ def run_demo(
     notes: bool = True,
     settings: DemoSettings | None = None,
     log: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Comparison:
     """Return the comparison of steering methods on a tutor.
 
@@ -129,6 +131,7 @@ def run_demo(
         settings: sizes and seed; None means the defaults. Equal ones give equal numbers on one
             machine.
         log: a file for what the methods wrote, from which a stopped run continues; None keeps none.
+        ranks: the processes of a launch; see `compare_methods`.
 
     Raises:
         ValueError: a log of other settings or another tutor.
@@ -162,7 +165,7 @@ def run_demo(
     kept = None
     if log is not None:
         digest = digest_of(centroids.values(), requested + opened)
-        kept = ComparisonLog(log, told | {"contents": digest})
+        kept = ComparisonLog(log, told | {"contents": digest}, rank=ranks.rank)
 
     def scorer(split: Split, n: int, seed: int) -> TextScorer:
         tasks = tutor_task.TASKS
@@ -184,6 +187,7 @@ def run_demo(
         scorer("test", settings.n_test, seed + 2),
         methods,
         control_seeds=range(3 if settings.every_method else 1),
+        ranks=ranks,
     )
     return replace(
         compared,

@@ -32,6 +32,7 @@ from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
 from sae_query_steer.descent.objectives import CentroidContrast, FixedMove, SquaredDistance
 from sae_query_steer.learning.learner import TargetLearner, no_moves
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
 from sae_query_steer.scopes.joins import scope_name
@@ -117,6 +118,7 @@ def run_exercise_demo(
     *,
     settings: ExerciseSettings | None = None,
     log: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Comparison:
     """Return the comparison of steering methods on an instruct model, such as SmolLM2.
 
@@ -125,6 +127,7 @@ def run_exercise_demo(
         settings: sizes and seed; None means the defaults.
         log: a file for what the methods wrote, beside which SAEs and learned targets are kept, so
             that a stopped run continues; None keeps none.
+        ranks: the processes of a launch, which share learning and the methods; they need a log.
 
     Raises:
         ValueError: a model without chat template, or a log of other settings.
@@ -137,7 +140,7 @@ def run_exercise_demo(
     layers = tuple(run if settings.layers is None else settings.layers)
     sites = query_sites(model, layers)
     told = vars(settings) | {"layers": list(layers), "model": str(model.cfg.model_name)}
-    kept = None if log is None else ComparisonLog(log, told)
+    kept = None if log is None else ComparisonLog(log, told, rank=ranks.rank)
     folder = None if log is None else Path(log).parent
     opened, requested = exercise_examples(model, settings.n_train, seed=settings.seed)
     judge = exercise_judge(
@@ -148,11 +151,12 @@ def run_exercise_demo(
         "saes",
         QuerySAEs.load,
         lambda: trained_saes(model, opened + requested, sites, settings, metric_tokens=4096),
+        ranks,
     )
     examples, counterparts = (tokenize_examples(model, some) for some in (opened, requested))
     dense = identity_encoders(sites)
     centroids = CentroidTargetBuilder(model, saes).fit(counterparts)
-    learned = _Learning(model, settings, examples, counterparts, folder)
+    learned = _Learning(model, settings, examples, counterparts, folder, ranks)
     moves = [("SAE", saes, learned("sae-moves", saes, l1=settings.l1))]
     methods = prompt_methods(opened, shots=(2,) if every_method else (), separator="<|im_end|>\n")
     descents = partial(
@@ -186,7 +190,7 @@ def run_exercise_demo(
             )
 
         scorers = scorer("validation", settings.n_validation), scorer("test", settings.n_test)
-        return compare_methods(*scorers, some, control_seeds=range(n_controls))
+        return compare_methods(*scorers, some, control_seeds=range(n_controls), ranks=ranks)
 
     result = compared(methods, "open", "redirected", n_controls=1)
     if every_method:
@@ -218,6 +222,7 @@ class _Learning:
     examples: TokenizedExamples
     counterparts: TokenizedExamples
     folder: Path | None
+    ranks: Ranks
     rows: list[Any] = field(default_factory=list)
     """What all targets are learned from, whose prompts run once."""
 
@@ -250,21 +255,23 @@ class _Learning:
         checkpoint = None if self.folder is None else self.folder / f"{name}.learning"
 
         def fitted() -> LearnedTargets:
-            learner = TargetLearner(
-                self.model, recipe, l1=l1, n_updates=sizes.n_updates, seed=sizes.seed
-            )
+            own: Any = {"l1": l1, "n_updates": sizes.n_updates, "seed": sizes.seed}
+            learner = TargetLearner(self.model, recipe, **own, ranks=self.ranks)
             if not self.rows:
                 self.rows.append(learner.rows(self.examples, **given))
             return learner.fit(self.examples, **given, checkpoint=checkpoint, rows=self.rows[0])
 
-        return _kept(self.folder, name, LearnedTargets.load, fitted)
+        return _kept(self.folder, name, LearnedTargets.load, fitted, self.ranks)
 
 
-def _kept(folder: Path | None, name: str, load: Any, make: Any) -> Any:
-    """Return what a stopped run wrote in a folder, or make it and write it there."""
-    if folder is not None and (folder / name).exists():
-        return load(folder / name)
-    made = make()
-    if folder is not None:
+def _kept(folder: Path | None, name: str, load: Any, make: Any, ranks: Ranks) -> Any:
+    """Return what a stopped run wrote in a folder, or make it; all ranks have that of the first."""
+    if folder is None:
+        return make()
+    there = (folder / name).exists()
+    ranks.wait()  # until all have looked
+    made = None if there else make()
+    if made is not None and ranks.rank == 0:
         made.save(folder / name)
-    return made
+    ranks.wait()
+    return made if made is not None and ranks.rank == 0 else load(folder / name)

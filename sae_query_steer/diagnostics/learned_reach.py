@@ -117,7 +117,7 @@ def reach(
             held_out=held_out,
             **settings,
         )
-        for batch in (*batches, *kept):
+        for batch in filter(None, (*batches, *kept)):
             batch.begin_at(site.layer for site in sites)
         with torch.no_grad():
             before = torch.cat([batch.losses() for batch in kept]).double().cpu()

@@ -16,6 +16,7 @@ from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples, 
 from sae_query_steer.descent.control import TargetLatents
 from sae_query_steer.learning.rows import SplitRows, check_counterparts, frozen, split_rows
 from sae_query_steer.learning.run import LearningRun
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.models.loading import check_not_steered
 from sae_query_steer.sae.encoders import QueryEncoder, device_of
 from sae_query_steer.scopes.joins import scope_name
@@ -122,6 +123,11 @@ class TargetLearner:
     seed: int = 0
     """Of the order of the batches."""
 
+    ranks: Ranks = ALONE
+    """The processes of a launch, all of which fit the same: each takes a share of the rows of every
+    update and of those held out. Losses, targets and gradients are those of one process up to
+    rounding, and the same in all."""
+
     def __post_init__(self) -> None:
         check_kind("steerer", self.steerer, LatentGradientSteerer, "it says what is learned")
         check_number("l1", self.l1, least=0)
@@ -139,7 +145,7 @@ class TargetLearner:
 
     def _digest(self, examples: Sequence[TokenizedExample], held_out: Sequence[int] | None) -> str:
         """Return a digest of all that decides the targets."""
-        settings = {k: v for k, v in vars(self).items() if k not in ("model", "steerer")}
+        settings = {k: v for k, v in vars(self).items() if k not in ("model", "steerer", "ranks")}
         settings |= steerer_settings(self.steerer)
         settings["held_out"] = None if held_out is None else [int(index) for index in held_out]
         found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -160,8 +166,8 @@ class TargetLearner:
     ) -> SplitRows:
         """Return what `fit` reads; give it to the `fit` of several learners to run prompts once.
 
-        The learners must have the same model, classes, scope, batch_size and seed. Args and Raises
-        as `fit`.
+        The learners must have the same model, classes, scope, batch_size, seed and ranks. Args and
+        Raises as `fit`.
         """
         check_tokenized(examples)
         check_not_steered(self.model)
@@ -178,6 +184,7 @@ class TargetLearner:
                 held_out=held_out,
                 batch_size=self.batch_size,
                 seed=self.seed,
+                ranks=self.ranks,
             )
 
     def fit(
@@ -202,10 +209,12 @@ class TargetLearner:
             held_out: indices of examples on which the best update of each class is chosen; choose
                 those of other topics. None means every fourth example of each class.
             checkpoint: a folder that is written at each evaluation, from which a stopped run
-                continues with the same numbers; removed at the end. None writes nothing.
+                continues with the same numbers, by any number of processes that all can read it;
+                removed at the end. None writes nothing.
             rows: of `rows` with the same examples, counterparts and held_out.
 
         Raises:
+            RuntimeError: another process has ended, or can't be reached.
             ValueError: a class of the steerer without examples to learn from or held out, an
                 example without response or without a token in the scope, counterparts that do not
                 fit, a model that is being steered, a loss that is not finite, or a checkpoint of
@@ -219,11 +228,11 @@ class TargetLearner:
             rows = self.rows(examples, counterparts=counterparts, held_out=held_out)
         check_not_steered(self.model)
         classes = self.steerer.targets.classes
-        own = (classes, scope_name(self.steerer.scope), self.batch_size, self.seed)
+        own = (classes, scope_name(self.steerer.scope), self.batch_size, self.seed, self.ranks)
         if rows.made_with != own:
             raise ValueError(
-                f"rows must be of a learner with the same classes, scope, batch_size and seed, "
-                f"{own}, got {rows.made_with}: make them with this learner's `rows`"
+                f"rows must be of a learner with the same classes, scope, batch_size, seed and "
+                f"ranks, {own}, got {rows.made_with}: make them with this learner's `rows`"
             )
         with frozen([self.model, *self.steerer.saes.values()]):
             run = LearningRun(self, rows.learned, rows.held_out)

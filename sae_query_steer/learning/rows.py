@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sae_query_steer.arguments import check_number, whole_numbers
 from sae_query_steer.data.batches import TokenBatch, example_batches
 from sae_query_steer.data.tokenized import TokenizedExamples
+from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.scopes.positions import Scope, select
@@ -59,10 +60,12 @@ class LearningRows:
 class SplitRows(NamedTuple):
     """Batches of the rows to learn from, and of those that are held out."""
 
-    learned: list[LearningRows]
+    learned: list[LearningRows | None]
+    """This process's share of each batch; None where it has none."""
+
     held_out: list[LearningRows]
     made_with: tuple[Any, ...]
-    """Classes, scope, batch size and seed."""
+    """Classes, scope, batch size, seed and processes."""
 
 
 def split_rows(
@@ -75,6 +78,7 @@ def split_rows(
     held_out: Sequence[int] | None,
     batch_size: int,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> SplitRows:
     """Return the batches to learn from and those that are held out; Args as `TargetLearner`.
 
@@ -83,6 +87,9 @@ def split_rows(
     learned, kept = _split(examples.labels, classes, held_out)
 
     def rows(indices: Sequence[int]) -> list[LearningRows]:
+        indices = ranks.own(indices)
+        if not indices:
+            return []
         others = None if counterparts is None else counterparts.subset(indices)
         return learning_rows(model, examples.subset(indices), others, scope, batch_size)
 
@@ -90,9 +97,9 @@ def split_rows(
     shuffled = [learned[i] for i in order.tolist()]
     parts = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
     return SplitRows(
-        [one for part in parts for one in rows(part)],
+        [one for part in parts for one in rows(part) or [None]],
         rows(kept),
-        (tuple(classes), scope_name(scope), batch_size, seed),
+        (tuple(classes), scope_name(scope), batch_size, seed, ranks),
     )
 
 

@@ -16,6 +16,7 @@ from sae_query_steer.descent.goals import Goal
 from sae_query_steer.descent.strength import Queries
 from sae_query_steer.learning.checkpoints import Progress, load_checkpoint, save_checkpoint
 from sae_query_steer.learning.rows import LearningRows
+from sae_query_steer.models.launch import Ranks
 from sae_query_steer.progress import progress_bar
 from sae_query_steer.scopes.positions import TokenPositions, select
 from sae_query_steer.steering.engine import AppliedEdit, by_head, tokens_once
@@ -34,11 +35,11 @@ class LearningRun:
     learner: Any
     """The learner: its steerer and its settings."""
 
-    batches: list[LearningRows]
-    """The rows to learn from."""
+    batches: Sequence[LearningRows | None]
+    """The rows to learn from, this process's share of each update; None where it has none."""
 
-    kept: list[LearningRows]
-    """The rows that are held out."""
+    kept: Sequence[LearningRows]
+    """The rows that are held out, this process's share."""
 
     checkpoint: Path | None = None
     """A folder for a checkpoint; None writes none."""
@@ -51,7 +52,7 @@ class LearningRun:
     unsteered: dict[str, float] = field(init=False, default_factory=dict)
     history: list[dict[str, float | str | None]] = field(init=False, default_factory=list)
     held_out: list[tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]] = field(init=False)
-    """Loss and relative change of each row of the batches held out, at the last evaluation."""
+    """Loss and relative change of each row of `kept`, at the last evaluation."""
 
     def __post_init__(self) -> None:
         learner, steerer = self.learner, self.learner.steerer
@@ -60,6 +61,9 @@ class LearningRun:
         self._edit = LearnedDescent(**steerer.settings)
         self._values: dict[str, Tensor] = {}
         self._scales: dict[str, Tensor] = {}
+        self._shares: list[list[float]] = []
+        """Of the rows and of the steered tokens of each batch, what this process has."""
+        self._seen = ByClass()
         self._optimiser: Any = None
         self._step, self._idle = 0, 0
         prunes = learner.n_latents is not None or learner.n_latents_total is not None
@@ -71,46 +75,53 @@ class LearningRun:
         self._begin()
         self._optimiser = torch.optim.Adam(list(self._values.values()), lr=learner.learning_rate)
         if not self._restored():
-            self.lowest = self._evaluated(0, ByClass())
-        seen = ByClass()
+            self.lowest = self._evaluated(0)
         with progress_bar(
             total=learner.n_updates,
             initial=self._step,
             desc="Learning targets",
             unit="update",
             leave=None,  # not below another bar
+            disable=learner.ranks.rank > 0,
         ) as bar:
             while self._step < learner.n_updates and self._idle < learner.patience:
                 batch = self.batches[self._step % len(self.batches)]
                 self._step += 1
-                losses = self._update(batch)
-                seen.add(batch.labels, losses)
-                bar.set_postfix(loss=f"{float(losses.mean()):.3f}", refresh=False)
+                bar.set_postfix(loss=f"{float(self._update(batch)):.3f}", refresh=False)
                 bar.update()
                 if self._step % learner.every == 0 or self._step == learner.n_updates:
-                    found = self._evaluated(self._step, seen, self.lowest)
+                    found = self._evaluated(self._step, self.lowest)
                     better = {k: loss for k, loss in found.items() if loss < self.lowest[k]}
                     self.lowest |= better
                     waits = better or self._step < self._pruned_by
-                    seen, self._idle = ByClass(), 0 if waits else self._idle + 1
+                    self._seen, self._idle = ByClass(), 0 if waits else self._idle + 1
                     self._save()
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and learner.ranks.rank == 0:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
+        learner.ranks.wait()
 
-    def _update(self, batch: LearningRows) -> Tensor:
-        """Take one step on a batch, and return the loss of each row before it."""
-        learner = self.learner
-        losses, edit = self.losses(batch)
-        if not bool(losses.isfinite().all()):
+    def _update(self, batch: LearningRows | None) -> Tensor:
+        """Take one step on a batch, and return the mean loss of all its rows before it."""
+        learner, values = self.learner, self._values.values()
+        self._optimiser.zero_grad(set_to_none=False)
+        loss = torch.zeros(1)
+        if batch is not None:
+            of_rows, of_tokens = self._shares[(self._step - 1) % len(self.batches)]
+            losses, edit = self.losses(batch)
+            self._seen.add(batch.labels, losses.detach())
+            loss = losses.mean()[None] * of_rows
+            (loss + learner.l1 * of_tokens * torch.stack(edit.moved).mean()).backward()
+        loss, *gradients = learner.ranks.summed([loss.detach(), *(v.grad for v in values)])
+        if not bool(loss.isfinite()):
             raise ValueError(
                 f"learning diverged at update {self._step}: the loss is not finite; use a "
                 f"learning_rate below {learner.learning_rate}"
             )
-        self._optimiser.zero_grad()
-        (losses.mean() + learner.l1 * torch.stack(edit.moved).mean()).backward()
+        for value, gradient in zip(values, gradients, strict=True):
+            value.grad = gradient
         self._optimiser.step()
         self._project(self._step)
-        return losses.detach()
+        return loss
 
     def _state(self) -> dict[str, Tensor]:
         """Return all tensors of the run: the present targets, the best, and Adam's moments."""
@@ -122,7 +133,7 @@ class LearningRun:
         return state
 
     def _save(self) -> None:
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and self.learner.ranks.rank == 0:
             progress = Progress(
                 format="sae_query_steer.learning/1",
                 settings=self.digest,
@@ -137,9 +148,7 @@ class LearningRun:
         """Continue the run of the checkpoint, if there is one; return whether there was."""
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
-        for value in self._values.values():  # the moments exist after a step
-            value.grad = torch.zeros_like(value)
-        self._optimiser.step()
+        self._optimiser.step()  # the moments exist after a step
         found = load_checkpoint(self.checkpoint, self.digest, self._state())
         self._step, self._idle, self.history = found.step, found.idle, list(found.history)
         self.lowest = {k: math.inf if v is None else v for k, v in found.lowest.items()}
@@ -151,12 +160,18 @@ class LearningRun:
 
         Each update runs the layers from the first steered one on, where the model can start there.
         """
-        for batch in (*self.batches, *self.kept):
+        scope, ranks = self.learner.steerer.scope, self.learner.ranks
+        for batch in filter(None, (*self.batches, *self.kept)):
             batch.begin_at([self._first_layer])
+        sizes = torch.zeros(len(self.batches), 2, dtype=torch.float64)
+        for size, batch in zip(sizes, self.batches, strict=True):
+            if batch is not None:
+                size[0], size[1] = len(batch.labels), select(scope, batch.prefixed.positions).sum()
+        self._shares = (sizes / ranks.summed([sizes])[0]).tolist()
         squares: dict[str, list[Tensor]] = {name: [] for name in self._chosen}
         losses = ByClass()
         for batch in self.kept:
-            scoped = select(self.learner.steerer.scope, batch.prefixed.positions)
+            scoped = select(scope, batch.prefixed.positions)
 
             def keep(values: Tensor, hook: Any, at: SiteHeads, scoped: Tensor = scoped) -> None:
                 del hook  # its name differs between the backends
@@ -165,14 +180,17 @@ class LearningRun:
 
             hooks = [(name, partial(keep, at=at)) for name, at in self._chosen.items()]
             losses.add(batch.labels, batch.losses(hooks))
-        self.unsteered = losses.means(self._classes)
+        self.unsteered = losses.of_all(ranks).means(self._classes)
         for name, at in self._chosen.items():
-            size = torch.cat(squares[name]).mean(0).sqrt()
-            self._scales[name] = size[:, None].clamp(min=1e-6)
             start = self.learner.steerer.targets.means[name][:, list(at.heads)]
+            rows = torch.cat(squares[name] or [start.new_zeros(0, len(at.heads)).float()])
+            total, n = ranks.summed([rows.sum(0), torch.tensor([float(len(rows))])])
+            size = (total / n.to(total)).sqrt()
+            self._scales[name] = size[:, None].clamp(min=1e-6)
             self.best[name] = start.clone()
             scaled = start.to(self._scales[name]) / self._scales[name]
-            self._values[name] = scaled.clone().requires_grad_()
+            self._values[name] = value = scaled.clone().requires_grad_()
+            value.grad = torch.zeros_like(value)
 
     def _targets(self) -> dict[str, Tensor]:
         return {name: value * self._scales[name] for name, value in self._values.items()}
@@ -190,9 +208,7 @@ class LearningRun:
         return batch.losses(hooks, first_layer=self._first_layer), edit
 
     @torch.no_grad()
-    def _evaluated(
-        self, step: int, seen: "ByClass", lowest: Mapping[str, float] | None = None
-    ) -> dict[str, float]:
+    def _evaluated(self, step: int, lowest: Mapping[str, float] | None = None) -> dict[str, float]:
         """Return the held-out loss of each class, and keep targets that are the best so far."""
         losses, changes, self.held_out = ByClass(), ByClass(), []
         for batch in self.kept:
@@ -201,7 +217,10 @@ class LearningRun:
             losses.add(batch.labels, found)
             changes.add(batch.labels, changed)
             self.held_out.append((found, changed))
-        of_class, sizes = (one.means(self._classes) for one in (losses, changes))
+        of_class, sizes, seen = (
+            one.of_all(self.learner.ranks).means(self._classes)
+            for one in (losses, changes, self._seen)
+        )
         targets = self._targets()
         n_heads = sum(len(at.heads) for at in self._chosen.values())
         for index, label in enumerate(self._classes):
@@ -213,7 +232,7 @@ class LearningRun:
                 {
                     "step": float(step),
                     "label": label,
-                    "loss": seen.means([label])[label] if step else None,
+                    "loss": seen[label] if step else None,
                     "held_out_loss": of_class[label],
                     "relative_change": sizes[label],
                     "n_latents": active / n_heads,
@@ -289,6 +308,14 @@ class ByClass(dict[str, list[float]]):
         """Add a number of each example."""
         for label, value in zip(labels, values.tolist(), strict=True):
             self.setdefault(label, []).append(value)
+
+    def of_all(self, ranks: Ranks) -> "ByClass":
+        """Return the numbers of all processes, in the same order in each."""
+        found = ByClass()
+        for part in ranks.gathered(dict(self)):
+            for label, values in part.items():
+                found.setdefault(label, []).extend(values)
+        return found
 
     def means(self, classes: Sequence[str]) -> dict[str, float]:
         """Return the mean of each class; NaN of those without examples."""

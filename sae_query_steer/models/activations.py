@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from sae_query_steer.data.batches import example_batches
 from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.models.loading import check_not_steered
+from sae_query_steer.models.partial_passes import hooks_of_a_pass
 from sae_query_steer.sites import QuerySite, check_hook_point, check_model
 
 LOGITS = "logits"
@@ -37,6 +38,7 @@ def read_activations(
     *,
     fwd_hooks: Iterable[tuple[str, Any]] = (),
     autocast: bool = False,
+    keep: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return activations of one forward pass, which stops after the last layer that is needed.
 
@@ -50,6 +52,8 @@ def read_activations(
         hook_names: the hook points; `LOGITS` for the logits.
         fwd_hooks: hooks placed for this pass, as for `model.run_with_hooks`.
         autocast: run in bfloat16 autocast instead.
+        keep: called with the name and the value of each activation during the pass; what it
+            returns takes the place of the value, whose memory is then free.
 
     Returns:
         By hook name, on the device of the layer: queries, keys, values and z
@@ -70,30 +74,47 @@ def read_activations(
     stop = None
     if all(layers):
         stop = 1 + max(int(layer[1]) for layer in layers if layer)
-    hooks = [*fwd_hooks, *_early_stops(model, names, stop)]
-    with eval_mode(model, autocast=autocast), model.hooks(fwd_hooks=hooks):
-        logits, cache = model.run_with_cache(
-            tokens.clamp(min=0).long().to(model.cfg.device),
-            names_filter=[name for name in names if name != LOGITS],
-            stop_at_layer=stop,
-            prepend_bos=False,
-        )
     d_head = int(model.cfg.d_head)
-    return {n: logits if n == LOGITS else _by_head(cache[n], n, d_head) for n in names}
+    found: dict[str, Tensor] = {}
+
+    def reading(name: str) -> tuple[str, Any]:
+        def read(activation: Tensor, hook: Any) -> None:
+            del hook
+            value = _by_head(activation, name, d_head)
+            found[name] = value if keep is None else keep(name, value)
+
+        return name, read
+
+    reads = [reading(name) for name in names if name != LOGITS]
+    options: dict[str, Any] = {"stop_at_layer": stop}
+    if not isinstance(model, HookedTransformer):
+        # Not `run_with_cache`, which keeps the attention and the keys and values of all layers.
+        square = any(re.search(r"hook_(pattern|attn_scores)$", name) for name in names)
+        options = {"output_attentions": True} if square else {}
+        meta = torch.device(model.cfg.device).type == "meta"  # where masks need a cache
+        if getattr(model.original_model.config, "use_cache", False) and not meta:
+            options["use_cache"] = False
+    hooks = [*fwd_hooks, *reads, *_early_stops(model, names, stop, points)]
+    with eval_mode(model, autocast=autocast), hooks_of_a_pass(model, hooks):
+        tokens = tokens.clamp(min=0).long().to(model.cfg.device)
+        found[LOGITS] = model(tokens, prepend_bos=False, **options)
+    return {name: found[name] for name in names}
 
 
-def _early_stops(model: Any, names: list[str], stop: int | None) -> list[tuple[str, Any]]:
+def _early_stops(
+    model: Any, names: list[str], stop: int | None, points: Container[str]
+) -> list[tuple[str, Any]]:
     """Return hooks that end a pass of a TransformerBridge where nothing further is read.
 
-    By itself it runs the last block whole, and of a pass through all blocks also the logits, a
-    quarter of the operations of a small model.
+    Of a small model, logits are a quarter of the operations.
     """
     if stop is None or isinstance(model, HookedTransformer):
         return []
     last = [name for name in names if name.startswith(f"blocks.{stop - 1}.")]
     before_z = all(re.search(r"\.attn\.hook_(rot_)?[qkv]$", name) for name in last)
-    ends = [f"blocks.{stop - 1}.attn.hook_z"] * before_z + ["unembed.hook_in"]
-    return [(name, _stop) for name in ends if name in model.hook_dict]
+    ends = [f"blocks.{stop - 1}.attn.hook_z"] * before_z
+    ends += [f"blocks.{stop}.hook_in", "unembed.hook_in"]
+    return [(name, _stop) for name in ends if name in points]
 
 
 def _stop(value: Tensor, hook: Any) -> Any:

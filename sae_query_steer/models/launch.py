@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 Item = TypeVar("Item")
 
@@ -50,6 +50,20 @@ class Ranks:
             with self.others():
                 distributed.all_gather_object(found, value)
         return found
+
+    def summed(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of tensors over all ranks, bitwise the same in each; alone, the tensors.
+
+        Raises:
+            RuntimeError: see `wait`.
+        """
+        if self.n == 1:
+            return list(values)
+        joined = torch.cat([value.flatten().to(self.device) for value in values])
+        with self.others():
+            distributed.all_reduce(joined)
+        parts = joined.split([value.numel() for value in values])
+        return [part.view_as(like).to(like) for part, like in zip(parts, values, strict=True)]
 
     @contextmanager
     def others(self) -> Iterator[None]:

@@ -52,50 +52,51 @@ def fused_topk(
     """
     n_heads, n_tokens, _ = x.shape
     norms = W_dec.norm(dim=-1) if rescale_by_decoder_norm else torch.ones_like(b_enc)
-    decoder = W_dec / norms[..., None]
-    shift = b_dec if apply_b_dec_to_input else torch.zeros_like(b_dec)
+    encoder, bias, decoder = W_enc * norms[:, None], b_enc * norms, W_dec / norms[..., None]
+    scale = -2 / n_tokens  # of the gradient of the residual
+    back = (W_dec * scale).mT
     on_cpu = x.device.type == "cpu"
     heads, tokens = (1, min(CPU_TILE_TOKENS, n_tokens)) if on_cpu else (n_heads, n_tokens)
-    buffers = [x.new_empty(heads, tokens, W_enc.shape[-1]) for _ in range(3)]
+    buffers = [x.new_empty(heads, tokens, size) for size in (*[W_enc.shape[-1]] * 2, x.shape[-1])]
     weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     grads = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    residual, fired = torch.empty_like(x), torch.zeros_like(b_enc, dtype=torch.float32)
-    loss = x.new_zeros(())
+    residual, fired = x.new_empty(x.shape), torch.zeros_like(b_enc, dtype=torch.float32)
     for h in range(0, n_heads, heads):
         rows = slice(h, h + heads)
+        own = {name: grad[rows] for name, grad in grads.items()}
         for start in range(0, n_tokens, tokens):
-            part = x[rows, start : start + tokens] - shift[rows, None]
-            latents, mask, back = (buffer[:, : part.shape[1]] for buffer in buffers)
-            torch.baddbmm(b_enc[rows, None], part, W_enc[rows], out=latents)
-            latents *= norms[rows, None]
-            _chosen(latents, k, out=mask)
+            part, left = (of[rows, start : start + tokens] for of in (x, residual))
+            latents, mask, centred = (buffer[:, : part.shape[1]] for buffer in buffers)
+            torch.sub(part, b_dec[rows, None], out=centred)
+            given = centred if apply_b_dec_to_input else part
+            torch.baddbmm(bias[rows, None], given, encoder[rows], out=latents)
+            _choose(latents, k, out=mask)
             latents *= mask
-            error = torch.baddbmm((b_dec - shift)[rows, None] - part, latents, decoder[rows])
-            residual[rows, start : start + tokens] = -error
-            loss += error.square().sum()
-            error *= 2 / n_tokens
-            torch.bmm(error, W_dec[rows].mT, out=back)
-            back *= mask
-            grads["W_dec"][rows].baddbmm_(latents.mT, error)
-            grads["W_enc"][rows].baddbmm_(part.mT, back)
-            grads["b_enc"][rows] += back.sum(1)
-            grads["b_dec"][rows] += error.sum(1)
+            torch.baddbmm(centred, latents, decoder[rows], alpha=-1, out=left)
+            own["W_dec"].baddbmm_(latents.mT, left, alpha=scale)
+            torch.bmm(left, back[rows], out=latents)
+            latents *= mask
             fired[rows] += mask.sum(1, dtype=torch.float32)
+            own["b_enc"] += latents.sum(1)
+            own["W_enc"].baddbmm_(given.mT, latents)
     grads["W_dec"] /= norms[..., None]
+    grads["b_dec"] = residual.sum(1) * scale
     if apply_b_dec_to_input:
         grads["b_dec"] -= torch.einsum("hs,hds->hd", grads["b_enc"], W_enc)
-    return loss / n_tokens, residual, fired, grads
+    return residual.norm().square() / n_tokens, residual, fired, grads
 
 
-def _chosen(pre: Tensor, k: int, *, out: Tensor) -> None:
+def _choose(pre: Tensor, k: int, *, out: Tensor) -> None:
     """Write 1 where a pre-activation is positive and among the k largest of its row, else 0."""
+    tiny = torch.finfo(pre.dtype).tiny
     if pre.device.type == "cpu" and pre.dtype in (torch.float32, torch.float64):
         # Faster than torch.topk, which also finds where they are; NumPy knows no bfloat16.
-        kth = pre.shape[-1] - k
-        least = torch.from_numpy(np.partition(pre.numpy(), kth, axis=-1)[..., kth].copy())
+        kth, values = pre.shape[-1] - k, out.copy_(pre).numpy()
+        values.partition(kth, axis=-1)
+        least = torch.from_numpy(np.maximum(values[..., kth], tiny))
     else:
-        least = pre.topk(k, dim=-1, sorted=False).values.amin(-1)
-    torch.ge(pre, least.clamp(min=torch.finfo(pre.dtype).tiny)[..., None], out=out)
-    if bool((out.sum(-1) > k).any()):  # equal values: let topk break the tie, as SAELens does
+        least = pre.topk(k, dim=-1, sorted=False).values.amin(-1).clamp(min=tiny)
+    torch.ge(pre, least[..., None], out=out)
+    if float(out.sum(-1).amax()) > k:  # equal values: let topk break the tie, as SAELens does
         top = pre.topk(k, dim=-1, sorted=False)
         out.zero_().scatter_(-1, top.indices, (top.values > 0).to(out))

@@ -70,7 +70,7 @@ class QueryHeadTopKTrainingSAE(
         heads = {"h": self.n_heads}
         x = rearrange(step_input.sae_in.to(self.dtype), "b (h d) -> h b d", **heads)
         loss, residual, fired, grads = fused_topk(
-            x.contiguous(),
+            x,
             **{name: parameter.detach() for name, parameter in self.named_parameters()},
             k=self.cfg.k,
             apply_b_dec_to_input=self.cfg.apply_b_dec_to_input,

@@ -6,9 +6,9 @@ so a stream can begin at any batch and a checkpoint needs none of its state; SAE
 lose the mixing buffer and the state of the generator.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import count, islice
 from math import inf
 from typing import Any, NamedTuple
@@ -81,42 +81,44 @@ class QueryStream:
         while skip >= (n_tokens := int(self._kept(self.rows[self._rows_of(first)]).sum())):
             first, skip = first + 1, skip - n_tokens
         parts, missing = [], size
-        for end, chunk in self._chunks(first, skip + n * size):
-            while skip < end:
-                stop = min(skip + missing, end)
-                parts.append({name: queries[skip:stop] for name, queries in chunk.items()})
-                skip, missing = stop, missing - (stop - skip)
+        for places, chunk in self._chunks(first, skip + n * size):
+            while skip < len(places):
+                taken = places[skip : skip + missing]
+                parts.append({name: found.index_select(0, taken) for name, found in chunk.items()})
+                skip, missing = skip + len(taken), missing - len(taken)
                 if missing == 0:
-                    yield {name: torch.cat([part[name] for part in parts]) for name in chunk}
+                    whole = {name: [part[name] for part in parts] for name in chunk}
                     parts, missing = [], size
-            # Copies, so that no view keeps the whole chunk in memory.
-            parts = [{name: value.clone() for name, value in part.items()} for part in parts]
+                    yield {name: torch.cat(x) if len(x) > 1 else x[0] for name, x in whole.items()}
             skip = 0
-            del chunk  # before the next one is read
 
     def take(self, n: int, description: str, *, start: int = 0) -> Iterator[Queries]:
         """Yield `n` batches from batch `start` on, with a progress bar."""
         batches = islice(self.batches(start, n), n)
         return iter(progress_bar(batches, description, n, unit="batch"))
 
-    def _chunks(self, first: int, n_tokens: int | float) -> Iterator[tuple[int, Queries]]:
-        """Yield the size of a chunk and the queries of its tokens, shuffled, from `first` on."""
+    def _chunks(
+        self, first: int, n_tokens: int | float
+    ) -> Iterator[tuple[Int[Tensor, " token"], Queries]]:
+        """Yield the shuffled places of a chunk's tokens, and their queries, from `first` on.
+
+        All chunks of one size are in the same memory.
+        """
         queries: Queries = {}
-        filled = 0
-        for batch, found in self._forward(first, n_tokens):
-            if not len(batch.places):  # it may follow the last token of its chunk
-                continue
-            # Where each token goes: written there at once, the chunk is never copied.
-            places = torch.from_numpy(batch.places).to(self.device)
-            for name, value in found.items():
-                if name not in queries:
-                    shape = (batch.chunk_tokens, value.shape[1])
-                    queries[name] = value.new_empty(shape, device=self.device)
-                queries[name][places] = value.to(self.device)
-            filled += len(places)
-            if filled == batch.chunk_tokens:
-                yield filled, queries
-                queries, filled = {}, 0
+
+        def keep(batch: _ForwardBatch, name: str, found: Tensor) -> Tensor:
+            if len(queries.get(name, ())) != batch.chunk_tokens:
+                shape = (batch.chunk_tokens, found.shape[1])
+                queries[name] = found.new_empty(shape, device=self.device)
+            queries[name][batch.start : batch.end] = found
+            return queries[name]
+
+        for batch, received in self._forward(first, n_tokens, keep):
+            for name, found in received.items():
+                keep(batch, name, found)
+            if batch.start < batch.end == batch.chunk_tokens:
+                order = _order(self.config.seed, _TOKENS, batch.chunk, batch.chunk_tokens)
+                yield torch.from_numpy(np.argsort(order)).to(self.device), queries
 
     @cached_property
     def _left_out(self) -> Int[Tensor, " id"]:
@@ -130,29 +132,43 @@ class QueryStream:
 
     @torch.no_grad()
     def _forward(
-        self, first: int, n_tokens: int | float
-    ) -> Iterator[tuple["_ForwardBatch", dict[str, Tensor]]]:
-        """Yield forward batches in their order, each with the queries of this process's sites.
+        self,
+        first: int,
+        n_tokens: int | float,
+        keep: Callable[["_ForwardBatch", str, Tensor], Tensor],
+    ) -> Iterator[tuple["_ForwardBatch", Queries]]:
+        """Yield forward batches in their order, each with the queries that other ranks sent.
 
-        The batches of a group, one for each rank, run at the same time. While a group is sent, the
-        next one runs, if it is needed for `n_tokens`.
+        `keep` gets the queries of a process that is alone, during the pass. The batches of a group,
+        one for each rank, run at the same time. While a group is sent, the next one runs, if it is
+        needed for `n_tokens`.
         """
         names = [site.hook_name for site in self.sites]
         batches = self._forward_batches(first)
         sent: list[Any] = []
+
+        def read(batch: _ForwardBatch, kept: Int[Tensor, " token"], name: str, x: Tensor) -> Tensor:
+            found = x.flatten(0, 1).flatten(1).index_select(0, kept.to(x.device))
+            return keep(batch, name, found) if self.ranks.n == 1 else found
+
         while (group := list(islice(batches, self.ranks.n)))[0].begin < n_tokens:
-            own = group[self.ranks.rank].tokens
+            own = group[self.ranks.rank]
+            kept = self._kept(own.tokens).flatten().nonzero()[:, 0]
             # Padding stands to the right of a causal model's row: whatever it reads as, no real
             # token sees it.
-            read = read_activations(self.model, own, names, autocast=self.config.autocast_lm)
-            real = self._kept(own)
-            found = {name: x[real.to(x.device)].flatten(1) for name, x in read.items()}
+            found = read_activations(
+                self.model,
+                own.tokens,
+                names,
+                autocast=self.config.autocast_lm,
+                keep=partial(read, own, kept),
+            )
             if self.ranks.n == 1:
-                yield group[0], found
+                yield own, {}
                 continue
             for before, wait in sent:
                 yield from zip(before, wait(), strict=True)
-            sizes = [len(batch.places) for batch in group]
+            sizes = [batch.end - batch.start for batch in group]
             sent = [(group, exchange(self.ranks, found, self.sites, sizes))]
         for before, wait in sent:
             yield from zip(before, wait(), strict=True)
@@ -162,12 +178,11 @@ class QueryStream:
         begin = 0
         for chunk in count(first):
             rows = self.rows[self._rows_of(chunk)]
-            n_tokens = int(self._kept(rows).sum())
-            order, at = _order(self.config.seed, _TOKENS, chunk, n_tokens), 0
+            n_tokens, start = int(self._kept(rows).sum()), 0
             for tokens in rows.split(self.config.store_batch_size_prompts):
-                end = at + int(self._kept(tokens).sum())
-                yield _ForwardBatch(begin, n_tokens, tokens, order[at:end])
-                at = end
+                end = start + int(self._kept(tokens).sum())
+                yield _ForwardBatch(begin, chunk, n_tokens, tokens, start, end)
+                start = end
             begin += n_tokens
 
     def _rows_of(self, chunk: int) -> Int[Tensor, " place"]:
@@ -184,9 +199,11 @@ class QueryStream:
 
 class _ForwardBatch(NamedTuple):
     begin: int  # tokens of the stream before its chunk
+    chunk: int
     chunk_tokens: int
     tokens: Int[Tensor, "row pos"]
-    places: np.ndarray  # of its tokens in the chunk
+    start: int  # of its tokens in the chunk
+    end: int
 
 
 @lru_cache(maxsize=4)
