@@ -20,12 +20,13 @@ NAMES = [f"blocks.{layer}.attn.hook_k" for layer in (0, 2)]
 
 @pytest.fixture(scope="module")
 def texts(tiny_models):
-    """Three words in three contexts, read at the words; of some examples two are enough."""
+    """Three words in three contexts of several lengths, read at the words."""
     made = []
-    for before in ("", "w3 w4 ", "w50 w1 w2 w3 "):
+    for before in ("", "w3 w4 ", "w50 w1 w7 "):
         examples = [
             sqs.LabelledExample(
-                prompt=f"{before}w{5 + i} w{20 + i} w{9 + 2 * i}", label="ab"[i % 2]
+                prompt=f"{before * (1 + 5 * i % 3)}w{5 + i} w{20 + i} w{9 + 2 * i}",
+                label="ab"[i % 2],
             )
             for i in range(8)
         ]
