@@ -157,7 +157,8 @@ def sweep(model: Any, rounds: int, share: int) -> dict[str, Any]:
     def kept() -> None:
         caches = PromptCaches(model, 2**31)
         some = caches.rows(batch)
-        if caches.shared(some):
+        some.unchanged(torch.arange(n_prompts), lengths - 1, (), copies=True)
+        if some.shares_cache:
             copies = some.repeated(N_CONDITIONS)
             with hooks_of_a_pass(model, SideBySide(steerers, copies).hooks()):
                 found["ours"] = copies.generate(NEW, ()).split(n_prompts)

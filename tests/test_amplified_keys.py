@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused(model, texts, projections):
     other = sqs.tokenize_examples(
         model, [sqs.LabelledExample(prompt="w1 w2", label="a")] * 8, span=LastPromptTokens(2)
     )
-    with pytest.raises(ValueError, match="spans must be the same tokens in all three"):
+    with pytest.raises(ValueError, match="must be the same tokens in all three"):
         key_projections(model, texts[0], other, texts[2], [0])
     with pytest.raises(ValueError, match="energy must be"):
         key_projections(model, *texts, [0], energy=1.5)

@@ -410,14 +410,69 @@ def test_steerers_side_by_side_write_what_each_writes_alone(model, make, samplin
     assert len(texts) > 5, "the steerers differ"
 
 
-def test_rows_that_end_are_cut_in_each_copy(ending):
-    model, steerers = ending["bridge"], [None, None, None]
-    alone = continuations(model, PROMPTS, max_new_tokens=7)
-    found = continuations_side_by_side(
-        model, PROMPTS, steerers, max_new_tokens=7, caches=PromptCaches(model, 2**30)
+@pytest.mark.parametrize("max_bytes", [2**30, 0])
+def test_rows_that_end_are_cut_and_not_counted_any_further(ending, max_bytes):
+    model = ending["bridge"]
+    encoders = sqs.sae.identity_encoders(sqs.query_sites(model, [1]))
+    moves = no_moves(model, encoders, ["create", "apply"])
+    both = sqs.LastPromptToken() | sqs.scopes.ResponseTokens()
+    small = {name: mean + torch.linspace(0, 0.01, 8) for name, mean in moves.means.items()}
+    offset = sqs.LatentGradientSteerer(
+        encoders,
+        replace(moves, means=small),
+        target="create",
+        objective=sqs.objectives.FixedMove(),
+        n_steps=1,
+        step_size=1.0,
+        scope=both,
     )
-    for one in found:
-        assert [row.tolist() for row in one.tokens] == [row.tolist() for row in alone.tokens]
+    steerers, caches = [None, offset, offset], PromptCaches(model, max_bytes)
+    found = continuations_side_by_side(model, PROMPTS, steerers, max_new_tokens=7, caches=caches)
+    for i, prompt in enumerate(PROMPTS):
+        for steerer, together in zip(steerers, found, strict=True):
+            alone = continuations(model, [prompt], max_new_tokens=7, steerer=steerer)
+            assert together.tokens[i].tolist() == alone.tokens[0].tolist()
+            expected = pytest.approx(alone.relative_changes[0], rel=1e-4)
+            assert together.relative_changes[i] == expected
+    assert len(set(map(len, found[1].tokens))) > 1, "some rows end before others"
+
+
+def test_a_hook_of_the_user_that_does_not_know_copies_is_heeded(tiny_models, make):
+    model, caches = tiny_models["bridge"], PromptCaches(tiny_models["bridge"], 2**30)
+    steerers = [None, make(step_size=2.0), None]
+    given = {"max_new_tokens": 4, "caches": caches}
+    continuations_side_by_side(model, PROMPTS, steerers, **given)
+
+    def last(activation, hook):
+        del hook
+        activation = activation.clone()
+        activation[:, -1] += 3 * torch.linspace(-1, 1, activation.shape[-1])
+        return activation
+
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", last)]):
+        found = continuations_side_by_side(model, PROMPTS, steerers, **given)
+        for steerer, one in zip(steerers, found, strict=True):
+            alone = continuations(model, PROMPTS, steerer=steerer, **given)
+            assert [row.tolist() for row in one.tokens] == [row.tolist() for row in alone.tokens]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": 1.0}, "given together"),
+        ({"temperature": -1.0, "seeds": [1, 2, 3, 4]}, "temperature"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_wrong_arguments_are_refused_side_by_side_too(tiny_models, wrong, message):
+    model = tiny_models["bridge"]
+    given = {"max_new_tokens": 2, "caches": PromptCaches(model, 0)} | wrong
+    with pytest.raises(ValueError, match=message):
+        continuations_side_by_side(model, PROMPTS, [None, None], **given)
+    with pytest.raises(TypeError, match="steerer"):
+        continuations_side_by_side(
+            model, PROMPTS, ["x"], max_new_tokens=2, caches=PromptCaches(model, 0)
+        )
 
 
 def test_copies_fit_into_the_memory_the_context_and_the_window(tiny_models, monkeypatch):

@@ -62,11 +62,17 @@ def key_projections(
     """
     check_number("energy", energy, least=0, most=1)
     names = [Site.of(model, f"blocks.{layer}.attn.hook_k").hook_name for layer in layers]
-    read = [_keys(model, examples, names) for examples in (neutral, relevant, irrelevant)]
+    read, tokens = zip(
+        *(_keys(model, some, names) for some in (neutral, relevant, irrelevant)), strict=True
+    )
+    if not all(torch.equal(tokens[0], other) for other in tokens):
+        sizes = [len(one) for one in tokens]
+        raise ValueError(
+            "the span of each example must be the same tokens in all three contexts, got spans of "
+            f"{sizes} tokens in all, or others: give the same examples in the same order"
+        )
     found = {}
     for name in names:
-        if len(shapes := {one[name].shape for one in read}) > 1:
-            raise ValueError(f"spans must be the same tokens in all three, got {sorted(shapes)}")
         alone, *others = (one[name].double().transpose(0, 1) for one in read)
         n, parts = alone.shape[1], []
         for after, high in zip(others, (True, False), strict=True):
@@ -80,11 +86,15 @@ def key_projections(
     return found
 
 
-def _keys(model: Any, examples: TokenizedExamples, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return keys [token head d_head] by hook name, in the order of the examples."""
+def _keys(
+    model: Any, examples: TokenizedExamples, names: Sequence[str]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return keys [token head d_head] by hook name, and example and id of each token, in order."""
     batches = list(read_at_span(model, examples, names))
-    order = torch.cat([batch.row for batch in batches]).argsort(stable=True)
-    return {n: torch.cat([b.activations[n] for b in batches])[order] for n in names}
+    row, token = (torch.cat([getattr(b, n) for b in batches]) for n in ("row", "token"))
+    order = row.argsort(stable=True)
+    keys = {n: torch.cat([b.activations[n] for b in batches])[order] for n in names}
+    return keys, torch.stack([row[order], token[order]], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

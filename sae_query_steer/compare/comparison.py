@@ -81,7 +81,7 @@ def compare_methods(
             f"validation and test must have the same tasks, got {tasks} and {list(test.cases)}"
         )
     logs = [scorer.log for scorer in (validation, test) if scorer.log is not None]
-    if ranks.n > 1 and not logs:
+    if ranks.n > 1 and len(logs) < 2:
         raise ValueError(f"scorers must have a log for {ranks.n} processes, got None")
 
     def each(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:

@@ -23,8 +23,8 @@ from sae_query_steer.models.partial_passes import hooks_of_a_pass
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
 from sae_query_steer.scopes.named import ResponseTokens
 from sae_query_steer.scopes.positions import select
-from sae_query_steer.steering.side_by_side import AnySteerer, SideBySide, parts_of
-from sae_query_steer.steering.steerer import JoinedSteerers, Steerer
+from sae_query_steer.steering.side_by_side import Changes, SideBySide
+from sae_query_steer.steering.steerer import AnySteerer, JoinedSteerers, Steerer, parts_of
 from sae_query_steer.steering.trace import SteeringTrace
 
 
@@ -76,17 +76,8 @@ def continuations(
             temperature, a chat template that is missing or that the backend reads differently
             from `tokenize_example`, or some prompts that begin with BOS and some that do not.
     """
-    check_texts("prompts", prompts)
-    if steerer is not None:
-        kinds = (Steerer, JoinedSteerers)
-        check_kind("steerer", steerer, kinds, "give a steerer, which is applied for you")
-    check_number("max_new_tokens", max_new_tokens, whole=True, least=1)
+    _check(prompts, [steerer], max_new_tokens, temperature, seeds)
     check_number("batch_size", batch_size, whole=True, least=1)
-    if (temperature is None) != (seeds is None) or (seeds and len(seeds) != len(prompts)):
-        raise ValueError(
-            "temperature and seeds must be given together, one seed for each prompt, got "
-            f"temperature={temperature} and {len(seeds or ())} seeds for {len(prompts)} prompts"
-        )
     ends = end_tokens(model)
     prompts, bos = _as_read(model, prompts, chat_template)
     found: list[Continuations] = []
@@ -118,13 +109,35 @@ def continuations(
                     return_type="tokens",
                     verbose=False,
                 )
-        changes = _mean_changes(trace, len(rows))
-        found.append(_continuations(model, written[:, width:], changes))
+        found.append(_continuations(model, written[:, width:], _changes(trace)))
     return Continuations(
         texts=[text for one in found for text in one.texts],
         tokens=[row for one in found for row in one.tokens],
         relative_changes=[change for one in found for change in one.relative_changes],
     )
+
+
+def _check(
+    prompts: Sequence[str],
+    steerers: Sequence[AnySteerer],
+    max_new_tokens: int,
+    temperature: float | None,
+    seeds: Sequence[int] | None,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments of `continuations` fit."""
+    check_texts("prompts", prompts)
+    for steerer in steerers:
+        if steerer is not None:
+            kinds = (Steerer, JoinedSteerers)
+            check_kind("steerer", steerer, kinds, "give a steerer, which is applied for you")
+    check_number("max_new_tokens", max_new_tokens, whole=True, least=1)
+    if (temperature is None) != (seeds is None) or (seeds and len(seeds) != len(prompts)):
+        raise ValueError(
+            "temperature and seeds must be given together, one seed for each prompt, got "
+            f"temperature={temperature} and {len(seeds or ())} seeds for {len(prompts)} prompts"
+        )
+    if temperature is not None:
+        check_number("temperature", temperature, least=1e-6)
 
 
 COPIES = 8
@@ -145,9 +158,9 @@ def continuations_side_by_side(
     """Return what `continuations` returns of the same prompts under each of several steerers.
 
     The prompts, which are one batch, run once, and up to 8 copies of each are continued in the same
-    passes behind one cache, on TransformerBridge where the model takes a mask that parts the
-    copies. Steerers of attention or logits, and of tokens before the last of the prompt, run by
-    themselves. Keys and logits of the copies are as large as `caches` may be, at most.
+    passes behind one cache, on TransformerBridge where the model takes a mask that separates the
+    copies. Steerers of attention or logits, and of tokens before the last of the prompt, run
+    separately. Keys and logits of the copies are as large as `caches` may be, at most.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
@@ -162,6 +175,7 @@ def continuations_side_by_side(
     Raises:
         ValueError: as `continuations`.
     """
+    _check(prompts, steerers, max_new_tokens, temperature, seeds)
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "caches": caches,
@@ -176,11 +190,13 @@ def continuations_side_by_side(
     if len(together) > 1:
         prefixed = _behind_cache(model, rows, bos, max_new_tokens, None, caches)
     found: dict[int, Continuations] = {}
-    if prefixed is not None and caches.shared(prefixed):
+    most = 0 if prefixed is None else _most_copies(prefixed, max_new_tokens, caches.max_bytes)
+    if prefixed is not None and most > 1:
+        first = prefixed.positions.index[:, 0]
+        prefixed.unchanged(torch.arange(len(first)), first, (), copies=True)
         together = [i for i in together if not _acts_before(steerers[i], prefixed)]
-        most = _most_copies(prefixed, max_new_tokens, caches.max_bytes)
-        for first in range(0, len(together) if most > 1 else 0, most):
-            some = together[first : first + most]
+        for start in range(0, len(together) if prefixed.shares_cache else 0, most):
+            some = together[start : start + most]
             for steerer in (part for i in some for part in parts_of(steerers[i])):
                 steerer.check_model(model)
             copies = prefixed.repeated(len(some))
@@ -190,25 +206,45 @@ def continuations_side_by_side(
                 sampling = sampled_passes(model, seeds, temperature=temperature, copies=len(some))
             with hooks_of_a_pass(model, beside.hooks()), sampling:
                 written = copies.generate(max_new_tokens, end_tokens(model))
-            by_copy = zip(written.split(len(prompts)), beside.relative_changes, strict=True)
-            found |= {
-                i: _continuations(model, own, changes)
-                for i, (own, changes) in zip(some, by_copy, strict=True)
-            }
+            by_copy = zip(some, written.split(len(prompts)), beside.changes, strict=True)
+            found |= {i: _continuations(model, own, changes) for i, own, changes in by_copy}
     return [
         found.get(i) or continuations(model, prompts, steerer=steerer, **given)
         for i, steerer in enumerate(steerers)
     ]
 
 
-def _continuations(model: Any, written: Tensor, changes: Sequence[float]) -> Continuations:
+def _continuations(model: Any, written: Tensor, changes: Sequence[Changes]) -> Continuations:
     tokenizer, ends = tokenizer_of(model), end_tokens(model)
     tokens = [_until_end(row, ends) for row in written.cpu()]
     return Continuations(
         texts=[str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens],
         tokens=tokens,
-        relative_changes=list(changes),
+        relative_changes=_means(changes, list(map(len, tokens))),
     )
+
+
+def _changes(trace: SteeringTrace | tuple[SteeringTrace, ...] | None) -> list[Changes]:
+    traces = () if trace is None else trace if isinstance(trace, tuple) else (trace,)
+    return [
+        Changes(r.places, r.change.delta.float().norm(dim=-1) / r.query_norm.clamp(min=1e-30))
+        for one in traces
+        for r in one.records
+    ]
+
+
+def _means(changes: Sequence[Changes], n_written: Sequence[int]) -> list[float]:
+    """Return the mean change of each row, without tokens after its end, which run for others."""
+    written = torch.tensor(n_written)
+    total, count = torch.zeros(len(written)), torch.zeros(len(written))
+    for tokens, relative in changes:
+        row, lengths = tokens.row.cpu(), tokens.prompt_lengths
+        if lengths is not None:  # the last token that is written is read by none
+            own = tokens.position.cpu() < (lengths.cpu() + written - 1)[row]
+            row, relative = row[own], relative[own]
+        total.index_add_(0, row, relative.sum(-1))
+        count.index_add_(0, row, torch.full((len(relative),), float(relative.shape[-1])))
+    return (total / count.clamp(min=1)).tolist()
 
 
 def _changes_activations(steerer: AnySteerer) -> bool:
@@ -364,18 +400,6 @@ def _as_read(
                 f"comes once, and shorten what exceeds the model's {model.cfg.n_ctx} tokens"
             )
     return rows, False
-
-
-def _mean_changes(
-    trace: SteeringTrace | tuple[SteeringTrace, ...] | None, n_rows: int
-) -> list[float]:
-    traces = () if trace is None else trace if isinstance(trace, tuple) else (trace,)
-    total, count = torch.zeros(n_rows), torch.zeros(n_rows)
-    for record in (record for one in traces for record in one.records):
-        ratio = record.change.delta.float().norm(dim=-1) / record.query_norm.clamp(min=1e-30)
-        total.index_add_(0, record.places.row, ratio.sum(-1))
-        count.index_add_(0, record.places.row, torch.full((len(ratio),), float(ratio.shape[-1])))
-    return (total / count.clamp(min=1)).tolist()
 
 
 def _until_end(row: Tensor, ends: Sequence[int]) -> Tensor:

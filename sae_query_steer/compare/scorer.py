@@ -157,6 +157,8 @@ class TextScorer:
     def __post_init__(self) -> None:
         for name, least in (("cache_bytes", 0), ("max_new_tokens", 1), ("batch_size", 1)):
             check_number(name, getattr(self, name), whole=True, least=least)
+        if empty := [task for task, cases in self.cases.items() if not cases]:
+            raise ValueError(f"each task must have cases, got none of {empty}: leave it out")
         self._caches = PromptCaches(self.model, self.cache_bytes)
         if self.temperature is not None:
             check_number("temperature", self.temperature, least=1e-6)
@@ -241,26 +243,16 @@ class TextScorer:
     ) -> list[Continuations]:
         """Return what each method writes on one batch of cases."""
         steerers = [None if m.steerer is None else m.steerer(cases, s) for m, s in conditions]
+        prompts = [case.prompt for case in cases]
         together = [i for i, (method, _) in enumerate(conditions) if method.prompts is None]
         found = {}
-        if len(together) > 1:
-            found = dict(
-                zip(
-                    together,
-                    continuations_side_by_side(
-                        self.model,
-                        [case.prompt for case in cases],
-                        [steerers[i] for i in together],
-                        **self._generation(seeds),
-                    ),
-                    strict=True,
-                )
-            )
+        if together:
+            some = [steerers[i] for i in together]
+            made = continuations_side_by_side(self.model, prompts, some, **self._generation(seeds))
+            found = dict(zip(together, made, strict=True))
         for i, (method, _) in enumerate(conditions):
-            if i not in found:
-                prompts = [c.prompt for c in cases]
-                prompts = prompts if method.prompts is None else method.prompts(cases)
-                found[i] = self._continued(prompts, seeds, steerers[i])
+            if method.prompts is not None:
+                found[i] = self._continued(method.prompts(cases), seeds, steerers[i])
         return [found[i] for i in range(len(conditions))]
 
     def _judged(

@@ -86,11 +86,14 @@ def descend(
     SAE's latent range and the faster methods are our choice.
     """
     bounds = bounds or Bounds()
-    if isinstance(n_steps, int) and isinstance(step_size, int | float):
-        check_number("n_steps", n_steps, whole=True, least=0)
-        check_number("step_size", step_size, least=0)
-        if (n_steps == 0 or step_size == 0) and not record_loss:
-            return DescentResult(z)
+    for name, value in (("n_steps", n_steps), ("step_size", step_size)):
+        if not isinstance(value, Tensor):
+            check_number(name, value, whole=name == "n_steps", least=0)
+        elif not bool(((value >= 0) & value.isfinite()).all()):
+            raise ValueError(f"{name} must be 0 or more and finite in every row, got {value}")
+    numbers = not isinstance(n_steps, Tensor) and not isinstance(step_size, Tensor)
+    if numbers and (n_steps == 0 or step_size == 0) and not record_loss:
+        return DescentResult(z)
     fast = fast_descent(z, goal, objective, n_steps, step_size, bounds)
     if fast is not None and not record_loss:
         return DescentResult(fast)

@@ -173,7 +173,8 @@ class PrefixedRows:
         mask = self._mask if n == 1 else self._blocks(self._mask)
         written: list[Tensor] = []  # [batch copy]
         for _ in range(max_new_tokens):
-            self._stand(index, written)
+            if n > 1:
+                self._stand(index, written)
             logits = self._run(tokens, cache, mask=mask, index=index)
             new = logits.unflatten(1, (n, -1))[:, :, -1].argmax(-1).cpu()
             if written and ends:
@@ -385,7 +386,6 @@ class PromptCaches:
         self.max_bytes = max_bytes
         self._model, self._left = model, max_bytes
         self._kept: dict[tuple[tuple[int, ...], ...], PrefixedRows] = {}
-        self._shared: dict[tuple[int, ...], bool] = {}
 
     def rows(self, batch: TokenBatch) -> PrefixedRows:
         """Return rows behind the cache of their prompts without the last token."""
@@ -399,13 +399,3 @@ class PromptCaches:
             self._left -= found.n_bytes
             self._kept[key] = found
         return found
-
-    def shared(self, rows: PrefixedRows) -> bool:
-        """Return whether `repeated` rows share their cache; asked of the model once for a shape."""
-        shape = tuple(rows.before.index.shape)
-        if shape not in self._shared:
-            row = torch.arange(len(rows.tokens))
-            rows.unchanged(row, rows.positions.index[:, 0], (), copies=True)
-            self._shared[shape] = rows.shares_cache
-        rows.shares_cache = self._shared[shape]
-        return rows.shares_cache

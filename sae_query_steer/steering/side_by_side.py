@@ -1,26 +1,27 @@
 """Several steerers in the same forward passes, each on its own copy of the rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.models.prefix import PrefixedRows
+from sae_query_steer.scopes.positions import TokenPositions
 from sae_query_steer.steering.engine import AppliedEdit, by_head, tokens_once
-from sae_query_steer.steering.steerer import JoinedSteerers, Steerer
-
-AnySteerer = Steerer | JoinedSteerers | None
-"""None steers nothing."""
+from sae_query_steer.steering.steerer import AnySteerer, parts_of
 
 
-def parts_of(steerer: AnySteerer) -> tuple[Steerer, ...]:
-    """Return the steerers that a steerer consists of."""
-    if steerer is None:
-        return ()
-    return steerer.steerers if isinstance(steerer, JoinedSteerers) else (steerer,)
+class Changes(NamedTuple):
+    """How much some tokens changed at a site."""
+
+    tokens: TokenPositions
+
+    relative: Float[Tensor, "token head"]
+    """|change| / |activation|."""
 
 
 @dataclass(eq=False)
@@ -37,14 +38,11 @@ class SideBySide:
     rows: PrefixedRows
     """The copies, which share their cache."""
 
-    def __post_init__(self) -> None:
-        n = len(self.steerers), len(self.rows.tokens)
-        self._changed, self._count = torch.zeros(n), torch.zeros(n)
+    changes: list[list[Changes]] = field(init=False)
+    """What each steerer changed, pass by pass."""
 
-    @property
-    def relative_changes(self) -> list[list[float]]:
-        """Mean of |change| / |activation| over the changed tokens, sites and heads of each row."""
-        return (self._changed / self._count.clamp(min=1)).tolist()
+    def __post_init__(self) -> None:
+        self.changes = [[] for _ in self.steerers]
 
     def hooks(self) -> list[tuple[str, Hook]]:
         """Return pairs of a hook name and a hook."""
@@ -80,6 +78,4 @@ class SideBySide:
         index = tokens.index(edit.at.heads)
         moved = (after[index] - before[index]).float().norm(dim=-1)
         ratio = moved / before[index].float().norm(dim=-1).clamp(min=1e-30)
-        self._changed[copy].index_add_(0, tokens.row, ratio.sum(-1).cpu())
-        count = torch.full((len(ratio),), float(ratio.shape[-1]))
-        self._count[copy].index_add_(0, tokens.row, count)
+        self.changes[copy].append(Changes(tokens, ratio.cpu()))

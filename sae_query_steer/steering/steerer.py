@@ -255,3 +255,14 @@ class JoinedSteerers:
         kept = {"record": record, "record_attention": record_attention}
         with apply_edits(model, edits, **kept, prompt_lengths=prompt_lengths) as traces:
             yield traces
+
+
+AnySteerer = Steerer | JoinedSteerers | None
+"""None steers nothing."""
+
+
+def parts_of(steerer: AnySteerer) -> tuple[Steerer, ...]:
+    """Return the steerers that a steerer consists of."""
+    if steerer is None:
+        return ()
+    return steerer.steerers if isinstance(steerer, JoinedSteerers) else (steerer,)
