@@ -132,3 +132,17 @@ def test_a_pass_over_other_tokens_is_refused_and_nothing_is_left(model, make, to
     with pytest.warns(SteeringWarning, match="no forward pass"), freeze_attention(model, tokens):
         pass
     assert not any(point._forward_hooks for point in model.hook_dict.values())
+
+
+def test_the_patterns_are_read_in_eval_mode(model, tokens):
+    modes, block = [], model.blocks[0]
+    handle = block.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.train()
+    try:
+        with freeze_attention(model, tokens):
+            model(tokens)
+        assert block.training
+    finally:
+        handle.remove()
+        model.eval()
+    assert modes == [False, True]

@@ -76,6 +76,29 @@ def part(row: dict[str, Any], every: int, of: Sequence[int]) -> dict[str, Any]:
     return kept
 
 
+def foretold(rows: list[dict[str, Any]]) -> str:
+    """Return how the held-out KL that layers alone remove ranks with their success."""
+    frame = pd.DataFrame(
+        [
+            {"layer": row["setting"]["layer"], "kl": row["kl_removed"], "success": s["success"]}
+            for row in rows
+            for task, s in row.items()
+            if task != "setting" and isinstance(s, dict)
+        ]
+    )
+    of_layer = frame.groupby("layer").mean()
+    draws = np.random.default_rng(0).integers(0, len(of_layer), (2000, len(of_layer)))
+    found = [rank_correlation(of_layer.iloc[draw]) for draw in draws]
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    rank = rank_correlation(of_layer)
+    return f"Spearman of KL removed and success over layers: {rank:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def rank_correlation(frame: pd.DataFrame) -> float:
+    """Return Spearman's correlation of the columns "kl" and "success"."""
+    return float(frame["kl"].corr(frame["success"], method="spearman"))
+
+
 def name_of(row: dict[str, Any]) -> str:
     """Return what tells a row from others of its study."""
     left_out = ("study", "split", "n", "tasks")
@@ -98,9 +121,11 @@ if __name__ == "__main__":
         own = [row for row in results if row["setting"]["study"] == study]
         print(f"\n## {study}\n")
         print(markdown_table(table(own)))
-        if study in ("methods", "seeds", "norms", "topics"):
+        if study in ("methods", "seeds", "norms", "topics", "wide"):
             print()
             print(markdown_table(differences(own)))
+        if study == "layers":
+            print(f"\n{foretold(own)}")
         for limit in ("n_latents", "n_latents_total"):
             for n in sorted({row["setting"].get(limit, 0) for row in own} - {0}):
                 print()

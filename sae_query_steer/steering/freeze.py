@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_query_steer.models.activations import pattern_hook
+from sae_query_steer.models.activations import eval_mode, pattern_hook
 from sae_query_steer.models.loading import check_eager, check_not_steered
 from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.models.tracking import PositionTracker
@@ -80,7 +80,7 @@ def freeze_attention(
     steering = nullcontext() if of is None else of.apply(model, prompt_lengths=prompt_lengths)
     given = {} if attention_mask is None else {"attention_mask": attention_mask}
     hooks: list[tuple[str, Any]] = [(name, partial(keep, name=name)) for name in held]
-    with torch.no_grad(), steering, model.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), eval_mode(model), steering, model.hooks(fwd_hooks=hooks):
         model(tokens, **given)
     tracker = PositionTracker(model, [at.site.layer for at in chosen], keep_tokens=True)
     frozen = [(name, _held(at, patterns[name], tokens, tracker)) for name, at in held.items()]
