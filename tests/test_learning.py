@@ -84,6 +84,50 @@ def test_layers_below_the_first_steered_one_run_once(model, data, monkeypatch):
     assert all(torch.equal(learned.means[name], mean) for name, mean in whole.means.items())
 
 
+def test_output_scores_are_the_fall_of_the_loss_with_each_latent(model, data):
+    steerer = recipe(model, dense(model, [1, 2]))
+    found = learner(model, steerer, n_latents=3).fit_output_scores(data[0], held_out=range(8))
+    every = learner(model, steerer).fit_output_scores(data[0], held_out=range(8))
+    rows, kept = (
+        learning_rows(model, data[0].subset(some), None, SCOPE, 8)
+        for some in (range(8, 16), range(8))
+    )
+    run = LearningRun(learner(model, steerer), rows, kept)
+    run._begin()
+    (rows,) = rows
+    name = "blocks.2.attn.hook_q"
+    scale = run._scales[name]
+    label, head = 0, 1
+    own = torch.tensor([one == steerer.targets.classes[label] for one in rows.labels])
+    falls = []
+    for latent in range(every.means[name].shape[-1]):
+        of_sign = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                run._values[name].zero_()[label, head, latent] = sign * 1e-2
+                of_sign.append(float(run.losses(rows)[0][own].double().sum()))
+        falls.append((of_sign[1] - of_sign[0]) / 2e-2)
+    moves = every.means[name][label, head] / scale[head]
+    falls = torch.tensor(falls)
+    factor = float((moves @ falls) / (falls @ falls))
+    assert factor > 0
+    torch.testing.assert_close(
+        moves, factor * falls, rtol=0.05, atol=0.02 * float(moves.abs().max())
+    )
+    kept = found.means[name][label, head].nonzero()[:, 0]
+    assert set(kept.tolist()) == set(falls.abs().topk(3).indices.tolist())
+    # Of each class the moves are as long as the query, in the root mean square over heads.
+    lengths = [every.means[n][label] / run._scales[n] for n in every.means]
+    assert float(torch.cat(lengths).square().sum(-1).mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_output_scores_are_of_moves_only(model, saes, targets, data):
+    descent = {"objective": sqs.SquaredDistance(), "n_steps": 1, "step_size": 0.5}
+    points = sqs.LatentGradientSteerer(saes, targets, target="create", scope=SCOPE, **descent)
+    with pytest.raises(ValueError, match="must be moves, got points"):
+        learner(model, points).fit_output_scores(data[0])
+
+
 @pytest.mark.parametrize("counterparts", [False, True])
 @pytest.mark.parametrize("points", [False, True])
 def test_the_gradient_equals_finite_differences(model, saes, targets, data, points, counterparts):

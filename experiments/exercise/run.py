@@ -19,6 +19,7 @@ import torch
 import sae_query_steer as sqs
 from experiments.exercise.studies import STUDIES
 from experiments.exercise.task import Forms, Openings, Task
+from sae_query_steer.compare.methods import Method
 
 
 def run(task: Task, studies: Sequence[str], worker: str, only: str = "") -> None:
@@ -40,10 +41,21 @@ def run(task: Task, studies: Sequence[str], worker: str, only: str = "") -> None
         if any(json.loads(line)["setting"] == setting for line in lines):
             continue
         begun = time.monotonic()
-        method = make()
+        made = make()
         learned_in = time.monotonic() - begun
         tasks = setting.get("tasks", task.tasks)
-        row = task.scored(method, strength, setting.get("split", "test"), setting["n"], tasks)
+        if isinstance(made, Method):
+            chosen = {t: (made, strength, []) for t in tasks}
+        else:
+            chosen = task.chosen(made, tasks)
+        row = {}
+        for t, (method, strength, curve) in chosen.items():
+            split, n = setting.get("split", "test"), setting["n"]
+            row[t] = task.scored(method, strength, split, n, t, tasks)
+            if curve:
+                told = {"strength": strength, "scope": method.scope, "layers": method.layers}
+                row[t] |= told | {"validation": curve}
+        method, strength, _ = chosen[tasks[0]]
         steerer = (
             None
             if method.steerer is None
@@ -85,6 +97,8 @@ if __name__ == "__main__":
     parser.add_argument("--n-judge", type=int, default=40, help="topics")
     parser.add_argument("--n-main", type=int, default=720, help="cases of each task, main table")
     parser.add_argument("--n-study", type=int, default=120, help="cases of each task, studies")
+    parser.add_argument("--n-rivals", type=int, default=300, help="cases of each task, rivals")
+    parser.add_argument("--n-validation", type=int, default=60, help="cases of each task, rivals")
     parser.add_argument("--n-attention", type=int, default=120, help="cases of each task")
     parser.add_argument("--n-answer", type=int, default=14, help="tokens of an answer")
     parser.add_argument("--n-updates", type=int, default=40)

@@ -1,6 +1,7 @@
 """The studies of the exercise task: which methods are measured, with which settings."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,16 +11,22 @@ from sae_query_steer.compare.attention_methods import attention_bias_method, att
 from sae_query_steer.compare.exercise_demo import CENTROID, MEAN, MOVE, POINT, SCOPE
 from sae_query_steer.compare.interchange import interchange_methods
 from sae_query_steer.compare.methods import (
+    DESCENTS,
     Descent,
     Method,
+    decoder_rows_methods,
     descent_methods,
+    intervention_methods,
+    mean_difference_methods,
     prompt_methods,
     random_methods,
 )
+from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.sites import query_sites
 
-Job = tuple[dict[str, Any], Callable[[], Method], float]
-"""What is measured, how the method is made, and its strength."""
+Job = tuple[dict[str, Any], Callable[[], Method | Sequence[Method]], float]
+"""What is measured, how the method is made, and its strength; of several methods one and its
+strength are chosen on validation topics, see `Task.chosen`."""
 
 SINGLE = (21,)
 PENALTY = 0.1
@@ -360,6 +367,91 @@ def residual_site(task: Task, layer: int) -> Encoders:
 
 
 LAST = sqs.scopes.LastPromptToken()
+EVERY = sqs.scopes.EveryPosition()
+
+
+def rivals(task: Task) -> Iterator[Job]:
+    """Every method at the layers, tokens and strength that serve it best on validation topics."""
+    plain = {m.name: m for m in prompt_methods(task.opened, shots=(2,), separator="<|im_end|>\n")}
+    saes, dense = partial(task.dictionary, "trained", WIDE), partial(task.dictionary, "dense", WIDE)
+    of_descent = {descent.name: descent for descent in DESCENTS}
+    scopes = [LAST, EVERY]
+    wide = {"layers": [WIDE], "scopes": scopes}
+    choices = {"span": scope_name(LAST), "layers": [WIDE], "centroids": "requested"}
+
+    def learned(kind: str, name: str, **learning: Any) -> Method:
+        encoders = task.dictionary(kind, WIDE)
+        return replace(
+            moves(task, f"wide-{name}", encoders, scope=EVERY, **learning),
+            strengths=(0.7, 1.0, 1.3),
+        )
+
+    def centroids(encoders: Encoders, name: str) -> list[Method]:
+        found = {scope_name(LAST): task.centroids(encoders)}
+        return descent_methods("centroids", encoders, found, [of_descent[name]], **wide)
+
+    def means(*points: str, layers: Sequence[Sequence[int]] = (WIDE,)) -> list[Method]:
+        every = sorted({layer for some in layers for layer in some})
+        found = [sqs.baselines.class_means(task.model, task.requested, every, at=p) for p in points]
+        at = [SCOPE, EVERY] if points == ("hook_resid_post",) else scopes
+        own = choices | {"layers": layers}
+        return [m for scope in at for m in mean_difference_methods(*found, **own, scope=scope)]
+
+    def scored(m: int) -> Method:
+        name = f"wide-trained-scores-{m}"
+        found = moves(task, name, saes(), scope=EVERY, n_latents=m, by_output_score=True)
+        return replace(found, strengths=(0.25, 0.5, 1.0, 2.0))
+
+    def residual(scope: Any, layer: int, name: str) -> Method:
+        site = residual_site(task, layer)
+        method = moves(task, name, site, 0.25, scope=scope)
+        return replace(method, strengths=(0.7, 1.0, 1.3))
+
+    def probed() -> list[Method]:
+        found = sqs.baselines.probe_heads(
+            task.model, task.requested, range(int(task.model.cfg.n_layers))
+        )
+        own = {k: v for k, v in choices.items() if k != "layers"}
+        return intervention_methods(found, scope=SCOPE, **own)
+
+    def rows() -> list[Method]:
+        found = saes()
+        targets = task.centroids(found)
+        own = [decoder_rows_methods(found, targets, **choices, scope=scope) for scope in scopes]
+        return [method for some in own for method in some]
+
+    made: dict[str, Callable[[], Sequence[Method]]] = {
+        "unsteered": lambda: [plain["unsteered"]],
+        "instruction": lambda: [plain["instruction"]],
+        "learned moves, dense": lambda: [learned("dense", "dense")],
+        "centroids, trained SAE, squared distance": lambda: centroids(saes(), "squared distance"),
+        "centroids, trained SAE, prototype": lambda: centroids(saes(), "prototype"),
+        "centroids, dense, squared distance": lambda: centroids(dense(), "squared distance"),
+        "mean difference of queries": lambda: means("attn.hook_q"),
+        "mean difference of queries and values (DISCO)": lambda: means(
+            "attn.hook_q", "attn.hook_v"
+        ),
+        "mean difference of the residual stream (CAA)": lambda: means(
+            "hook_resid_post", layers=[(12,), (16,), (20,)]
+        ),
+        "head outputs (ITI)": probed,
+        "decoder rows (m=4)": rows,
+        "latents of the highest output score (m=4, m=16)": lambda: [scored(4), scored(16)],
+        "learned offset of the residual stream": lambda: [
+            residual(SCOPE, 20, "residual-20"),
+            residual(EVERY, 20, "residual-20-every"),
+        ],
+        "few-shot (k=2)": lambda: [plain["few-shot (k=2)"]],
+        "logit bias": lambda: [replace(logit_bias_method(), strengths=(4.0, 8.0))],
+        "learned moves, trained SAE": lambda: [learned("trained", "trained-l1", l1=PENALTY)],
+        "learned moves, random rows": lambda: [learned("random", "random-l1", l1=PENALTY)],
+        "interchange": lambda: interchange_methods(task.model, [WIDE]),
+        "random offset of the norm of dense moves": lambda: random_methods(
+            learned("dense", "dense"), [0]
+        ),
+    }
+    for name, make in made.items():
+        yield {"study": "rivals", "method": name, "n": task.args.n_rivals}, make, 0.0
 
 
 def attention(task: Task) -> Iterator[Job]:
@@ -416,6 +508,7 @@ STUDIES = {
         layers,
         runs,
         wide,
+        rivals,
         weak,
         attention,
     )

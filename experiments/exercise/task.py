@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import sae_query_steer as sqs
+from sae_query_steer.compare.comparison import MAX_PERPLEXITY_RATIO, strength_curves
 from sae_query_steer.compare.exercise_demo import MOVE, POINT, SCOPE
 from sae_query_steer.compare.exercise_judges import fit_exercise_judge, verb_judge
 from sae_query_steer.compare.exercise_task import (
@@ -56,6 +57,7 @@ class Task:
         self.rows: dict[Any, Any] = {}
         self.rule = verb_judge()
         self.scorer = cache(self._scorer)
+        self.limits = cache(self._limits)
 
     def fitted_judge(self) -> Any:
         """Return the judge, trained on the model's own answers of the split "judge"."""
@@ -141,6 +143,7 @@ class Task:
         scope: Any = SCOPE,
         shuffled: bool = False,
         draws: int = 1,
+        by_output_score: bool = False,
         **learning: Any,
     ) -> Any:
         """Return learned moves, or points from centroids to start from; learned once.
@@ -155,6 +158,7 @@ class Task:
             scope: the tokens that are changed.
             shuffled: give each example the class of another one: a control of capacity.
             draws: learn from so many prompts of each topic and class; see `made_examples`.
+            by_output_score: one gradient, no updates; see `TargetLearner.fit_output_scores`.
             learning: of `TargetLearner`.
         """
         folder = self.out / "targets" / name
@@ -189,7 +193,8 @@ class Task:
         key = (topics, scope_name(scope), shuffled, draws)
         if key not in self.rows:  # the prompts run once for all targets
             self.rows = {key: learner.rows(some[0], **given)}
-        found = learner.fit(some[0], **given, rows=self.rows[key])
+        fit = learner.fit_output_scores if by_output_score else learner.fit
+        found = fit(some[0], **given, rows=self.rows[key])
         found.save(folder)
         return found
 
@@ -210,23 +215,62 @@ class Task:
             cache_bytes=int(self.args.cache_gb * 2**30),
         )
 
+    def chosen(
+        self, methods: Sequence[Method], tasks: Sequence[str]
+    ) -> dict[str, tuple[Method, float, list[dict[str, Any]]]]:
+        """Return which method, at which strength, does best on validation topics, by task.
+
+        Of those with a perplexity ratio of at most 1.5, or that of unsteered texts if it is higher:
+        they do not answer the request that the ratio is measured with. With it what all did.
+        """
+        if len(methods) == 1 and len(methods[0].strengths) == 1:
+            return {task: (methods[0], float(methods[0].strengths[0]), []) for task in tasks}
+        scorer = self.scorer("validation", self.args.n_validation, tuple(tasks))
+        curves = strength_curves(scorer, methods)
+        found = {}
+        for task, limit in self.limits(tuple(tasks)).items():
+            outcomes = [(m, o) for m, c in zip(methods, curves, strict=True) for o in c[task]]
+            fluent = [pair for pair in outcomes if pair[1].perplexity_ratio <= limit]
+            method, best = (
+                max(fluent, key=lambda pair: (pair[1].success_rate, -pair[1].perplexity_ratio))
+                if fluent
+                else min(outcomes, key=lambda pair: pair[1].perplexity_ratio)
+            )
+            curve = [
+                {"scope": m.scope, "layers": m.layers, "strength": o.strength}
+                | {"success": o.success_rate, "perplexity_ratio": o.perplexity_ratio}
+                for m, o in outcomes
+            ]
+            found[task] = (method, best.strength, curve)
+        return found
+
+    def _limits(self, tasks: tuple[str, ...]) -> dict[str, float]:
+        """Return the highest perplexity ratio of what is chosen, by task."""
+        scorer = self.scorer("validation", self.args.n_validation, tasks)
+        plain = scorer.score(Method(name="unsteered"), 0.0, tasks)
+        return {t: max(MAX_PERPLEXITY_RATIO, o.perplexity_ratio) for t, o in plain.items()}
+
     def scored(
-        self, method: Method, strength: float, split: Any, n: int, tasks: Sequence[str]
+        self,
+        method: Method,
+        strength: float,
+        split: Any,
+        n: int,
+        task: str,
+        tasks: Sequence[str],
     ) -> dict[str, Any]:
-        """Return the scores of a method on some tasks."""
-        row: dict[str, Any] = {}
+        """Return the scores of a method on one of some tasks."""
         scorer = self.scorer(split, n, tuple(tasks))
-        for task, found in scorer.score(method, strength, tasks).items():
-            verbs = self.rule([c.prompt for c in found.cases], list(found.texts))
-            row[task] = {
-                "success": found.success_rate,
-                "rule": sum(map(str.__eq__, map(str, verbs), (c.target for c in found.cases))) / n,
-                "perplexity_ratio": found.perplexity_ratio,
-                "change": found.delta_q_ratio,
-                "each": [int(s) for s in found.success],
-                "texts": list(found.texts),
-            }
-        return row
+        found = scorer.score(method, strength, [task])[task]
+        verbs = self.rule([c.prompt for c in found.cases], list(found.texts))
+        return {
+            "success": found.success_rate,
+            "rule": sum(map(str.__eq__, map(str, verbs), (c.target for c in found.cases))) / n,
+            "perplexity_ratio": found.perplexity_ratio,
+            "change": found.delta_q_ratio,
+            "each": [int(s) for s in found.success],
+            "texts": list(found.texts),
+        }
 
 
 class Forms(Task):

@@ -224,6 +224,56 @@ class TargetLearner:
             LearningWarning: no update lowered the held-out loss of a class below that without
                 steering; its target is the best that was found, which may be the start.
         """
+        run = self._run(examples, counterparts, held_out, rows)
+        if checkpoint is not None:
+            run.checkpoint = Path(checkpoint)
+            run.digest = self._digest([*examples, *(counterparts or ())], held_out)
+        with frozen([self.model, *self.steerer.saes.values()]):
+            run.run()
+        return self._targets(run, examples)
+
+    def fit_output_scores(
+        self,
+        examples: TokenizedExamples,
+        *,
+        counterparts: TokenizedExamples | None = None,
+        held_out: Sequence[int] | None = None,
+        rows: SplitRows | None = None,
+    ) -> LearnedTargets:
+        """Return moves of the latents that lower the loss of `fit` most, without an update.
+
+        The output score of a latent is how fast the loss of a class falls, at first order, with
+        what is added to the latent. The latents of the highest scores, as many as `n_latents` and
+        `n_latents_total` allow, move in proportion to them. Of each class the moves have the length
+        of the query in the root mean square over heads; choose the step size on other examples.
+
+        Args and Raises as `fit`, and ValueError for points.
+
+        Warns:
+            LearningWarning: the moves do not lower the held-out loss of a class at this step size.
+
+        Source: after arXiv 2505.20063, of which the abstract was read. Its output score is the
+        rank and the probability of the tokens that represent a latent, while it is amplified.
+        Latents of queries represent no token by themselves, so ours is the gradient of the loss of
+        the class's answers.
+        """
+        if not self.steerer.targets.are_moves:
+            raise ValueError(
+                "targets of the learner's steerer must be moves, got points: begin with `no_moves`"
+            )
+        run = self._run(examples, counterparts, held_out, rows)
+        with frozen([self.model, *self.steerer.saes.values()]):
+            run.score_outputs()
+        return self._targets(run, examples)
+
+    def _run(
+        self,
+        examples: TokenizedExamples,
+        counterparts: TokenizedExamples | None,
+        held_out: Sequence[int] | None,
+        rows: SplitRows | None,
+    ) -> LearningRun:
+        """Return a run over the rows of examples; Args and Raises as `fit`."""
         if rows is None:
             rows = self.rows(examples, counterparts=counterparts, held_out=held_out)
         check_not_steered(self.model)
@@ -234,18 +284,9 @@ class TargetLearner:
                 f"rows must be of a learner with the same classes, scope, batch_size, seed and "
                 f"ranks, {own}, got {rows.made_with}: make them with this learner's `rows`"
             )
-        with frozen([self.model, *self.steerer.saes.values()]):
-            run = LearningRun(self, rows.learned, rows.held_out)
-            if checkpoint is not None:
-                run.checkpoint = Path(checkpoint)
-                run.digest = self._digest([*examples, *(counterparts or ())], held_out)
-            run.run()
-        counts = [examples.labels.count(name) for name in classes]
-        return self._targets(run, counts, examples)
+        return LearningRun(self, rows.learned, rows.held_out)
 
-    def _targets(
-        self, run: LearningRun, counts: list[int], examples: TokenizedExamples
-    ) -> LearnedTargets:
+    def _targets(self, run: LearningRun, examples: TokenizedExamples) -> LearnedTargets:
         start = self.steerer.targets
         means = {name: mean.clone() for name, mean in start.means.items()}
         for name, at in self.steerer.where.chosen.items():
@@ -254,7 +295,7 @@ class TargetLearner:
             classes=start.classes,
             means=means,
             variances=start.variances,
-            counts=torch.tensor(counts),
+            counts=torch.tensor([examples.labels.count(name) for name in start.classes]),
             span=scope_name(self.steerer.scope),
             fingerprint=start.fingerprint,
             prepend_bos=examples.prepend_bos,

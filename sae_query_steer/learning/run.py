@@ -100,6 +100,28 @@ class LearningRun:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         learner.ranks.wait()
 
+    def score_outputs(self) -> None:
+        """Move latents by how much the loss falls with them at first order; sets what `run` does.
+
+        Latents that may be active at most move in proportion to minus the gradient; of each class
+        the moves have length 1 in units of the query, in the root mean square over heads.
+        """
+        self._begin()
+        self._pruned_by = 0.0
+        values = list(self._values.values())
+        for batch in filter(None, self.batches):
+            self.losses(batch)[0].sum().backward()
+        gradients = self.learner.ranks.summed([value.grad for value in values])
+        with torch.no_grad():
+            for value, gradient in zip(values, gradients, strict=True):
+                value.copy_(-gradient)
+            self._project(0)
+            lengths = torch.cat([value.square().sum(-1) for value in values], dim=1)
+            size = lengths.mean(1).sqrt().clamp(min=1e-30)[:, None, None]
+            for value in values:
+                value.div_(size)
+        self.lowest = self._evaluated(0)
+
     def _update(self, batch: LearningRows | None) -> Tensor:
         """Take one step on a batch, and return the mean loss of all its rows before it."""
         learner, values = self.learner, self._values.values()

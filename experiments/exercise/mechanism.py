@@ -1,0 +1,209 @@
+"""How learned targets act on SmolLM2, and what else they change.
+
+    python -m experiments.exercise.mechanism --out runs/exercise
+
+The effect is the gain of the mean log-likelihood of a token of the answer that the model gives to
+the request, written after the open prompt, as a share of what the request itself gains. It is
+measured as it is, with attention patterns held at those of the unsteered model, and with nothing
+but the changed patterns. Heads are ranked one by one on the first half of the cases, and those of
+the highest effect are steered on the other half. The change of next tokens of a textbook tells what
+the steer does to unrelated text. Targets are those that `experiments.exercise.run rivals` learned.
+Rows go to mechanism.jsonl; a stopped run continues with the next.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sae_query_steer as sqs
+from experiments.exercise.studies import WIDE, residual_site
+from experiments.exercise.task import Task
+from sae_query_steer.compare.exercise_demo import MOVE, SCOPE
+from sae_query_steer.compare.exercise_task import MAX_NEW_TOKENS
+from sae_query_steer.compare.generation import continuations
+from sae_query_steer.data.batches import TokenBatch, example_batches
+from sae_query_steer.progress import progress_bar
+
+EVERY = sqs.scopes.EveryPosition()
+STEERS = {
+    "moves, dense": ("wide-dense", "dense", EVERY, 0.5),
+    "moves, trained SAE": ("wide-trained-l1", "trained", EVERY, 0.5),
+    "moves, random rows": ("wide-random-l1", "random", EVERY, 0.5),
+    "moves, trained SAE, 8 a head": ("wide-trained-8-a-head", "trained", EVERY, 0.5),
+    "offset of the residual stream": ("residual-20", "residual", SCOPE, 0.25),
+    "offset of the residual stream, every token": ("residual-20-every", "residual", EVERY, 0.25),
+}
+"""Folder of the targets, encoders, scope and budget."""
+
+Make = Callable[..., sqs.LatentGradientSteerer]
+
+
+def steers(task: Task) -> dict[str, Make]:
+    """Return what makes the steerer of some targets, for those that were learned."""
+
+    def make(folder: str, kind: str, scope: Any, budget: float) -> Make:
+        encoders = residual_site(task, 20) if kind == "residual" else task.dictionary(kind, WIDE)
+        targets = sqs.LearnedTargets.load(task.out / "targets" / folder)
+        return lambda target, **chosen: sqs.LatentGradientSteerer(
+            encoders,
+            targets,
+            target=target,
+            objective=MOVE.objective,
+            n_steps=1,
+            step_size=1.0,
+            max_relative_change=budget,
+            scope=scope,
+            **chosen,
+        )
+
+    there = {k: v for k, v in STEERS.items() if (task.out / "targets" / v[0]).exists()}
+    return {name: make(*one) for name, one in there.items()}
+
+
+def answered(task: Task, n: int) -> list[list[TokenBatch]]:
+    """Return batches of open prompts, and of requesting ones, with the answers to the request."""
+    cases = task.cases("open, trained wording", "test", n)
+    asking = [str(case.requesting) for case in cases]
+    made = continuations(task.model, asking, max_new_tokens=MAX_NEW_TOKENS, batch_size=60).texts
+    found = []
+    for prompts in ([case.prompt for case in cases], asking):
+        some = [
+            sqs.LabelledExample(prompt=prompt, response=text, label=case.target)
+            for prompt, text, case in zip(prompts, made, cases, strict=True)
+        ]
+        examples = sqs.tokenize_examples(task.model, some)
+        halves = (range(n // 2), range(n // 2, n))
+        found.append([next(example_batches(examples.subset(half), n)) for half in halves])
+    return found
+
+
+def loss(task: Task, batch: TokenBatch, *steps: AbstractContextManager[Any]) -> float:
+    """Return the mean -log p, in nats, of a token of the answers, in some contexts."""
+    index = batch.positions.index
+    own = (index >= batch.prompt_lengths[:, None]) & (index < batch.lengths[:, None])
+    with torch.no_grad(), ExitStack() as stack:
+        for step in steps:
+            stack.enter_context(step)
+        logits = task.model(batch.tokens)
+    row, position = own.nonzero(as_tuple=True)
+    found = torch.log_softmax(logits[row, position - 1].float(), -1)
+    each = found.gather(1, batch.tokens[row, position][:, None])[:, 0]
+    by_row = torch.zeros(len(own)).index_add_(0, row, each) / own.sum(1)
+    return -float(by_row.mean())
+
+
+def shares(task: Task, make: Make, plain: Sequence[Sequence[float]], batches: Any) -> Any:
+    """Return the effect as it is, with frozen attention, and of changed patterns alone."""
+    found: dict[str, list[float]] = {"whole": [], "frozen": [], "patterns": []}
+    for batch, before, asked in zip(batches[0], *plain, strict=True):
+        steerer = make(list(batch.labels))
+        lengths = batch.prompt_lengths.tolist()
+
+        def steered(steerer: Any = steerer, lengths: Any = lengths) -> Any:
+            return steerer.apply(task.model, prompt_lengths=lengths)
+
+        hold = sqs.steering.freeze_attention
+        given: dict[str, Any] = {"of": steerer, "prompt_lengths": lengths}
+        contexts: dict[str, Any] = {
+            "whole": lambda: [steered()],
+            "frozen": lambda: [hold(task.model, batch.tokens), steered()],  # noqa: B023
+            "patterns": lambda: [hold(task.model, batch.tokens, **given)],  # noqa: B023
+        }
+        for name, steps in contexts.items():
+            gained = before - loss(task, batch, *steps())
+            found[name].append(gained / (before - asked))
+    return {name: sum(parts) / len(parts) for name, parts in found.items()}
+
+
+def heads(task: Task, make: Make, plain: Sequence[Sequence[float]], batches: Any) -> Any:
+    """Return the effect of the best heads, ranked one by one on other cases, by their number."""
+    (first, second), (before, after) = batches[0], plain[0]
+    target = plain[1][1]
+    n_heads = int(task.model.cfg.n_heads)
+
+    def gain(batch: TokenBatch, start: float, chosen: Sequence[tuple[int, int]]) -> float:
+        by_layer: dict[int, list[int]] = {}
+        for layer, head in chosen:
+            by_layer.setdefault(layer, []).append(head)
+        steerer = make(list(batch.labels), layers=sorted(by_layer), heads=by_layer)
+        lengths = batch.prompt_lengths.tolist()
+        return start - loss(task, batch, steerer.apply(task.model, prompt_lengths=lengths))
+
+    every = [(layer, head) for layer in WIDE for head in range(n_heads)]
+    bar = progress_bar(every, desc="Ranking heads", unit="head")
+    alone = {one: gain(first, before, [one]) for one in bar}
+    ranked = sorted(every, key=lambda one: -alone[one])
+    sizes = [1, 3, 5, 10, 20, 40, 60, 80, 100, len(every)]
+    found = {n: gain(second, after, ranked[:n]) / (after - target) for n in sizes}
+    return {"effect_by_number": found, "ranked": ranked, "alone": [alone[one] for one in ranked]}
+
+
+def drift(task: Task, make: Make | None, passages: Tensor) -> dict[str, float]:
+    """Return how the next tokens of unrelated text change, in nats, mean over its tokens."""
+    labels = [task.classes[i % len(task.classes)] for i in range(len(passages))]
+    found: dict[str, list[float]] = {"kl": [], "jensen_shannon": []}
+    for first in range(0, len(passages), 10):
+        rows = passages[first : first + 10]
+        steps: AbstractContextManager[Any] = nullcontext()
+        if make is not None:
+            own = make(labels[first : first + 10])
+            steps = own.apply(task.model, prompt_lengths=[rows.shape[1] // 2] * len(rows))
+        with torch.no_grad():
+            plain = task.model(rows).float().log_softmax(-1)
+            with steps:
+                changed = task.model(rows).float().log_softmax(-1)
+        middle = torch.logaddexp(plain, changed) - math.log(2)
+
+        def mean_kl(p: Tensor, q: Tensor) -> float:
+            return float((p.exp() * (p - q)).sum(-1).mean())
+
+        found["kl"].append(mean_kl(plain, changed))
+        found["jensen_shannon"].append((mean_kl(plain, middle) + mean_kl(changed, middle)) / 2)
+    return {name: sum(parts) / len(parts) for name, parts in found.items()}
+
+
+def run(task: Task, n: int, text: Path, head_steer: str) -> None:
+    """Measure what is not in the file yet."""
+    file = task.out / "mechanism.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    done = {(row["steer"], row["measure"]) for row in map(json.loads, lines)}
+    batches = answered(task, n)
+    plain = [[loss(task, batch) for batch in some] for some in batches]
+    print(json.dumps({"loss": plain[0], "loss after the request": plain[1]}), flush=True)
+    ids = task.model.tokenizer(text.read_text()[20_000:60_000])["input_ids"][: 30 * 64]
+    passages = torch.tensor(ids).reshape(30, 64)
+    for name, make in steers(task).items():
+        measures = {
+            "effect": lambda make=make: shares(task, make, plain, batches),
+            "drift": lambda make=make: drift(task, make, passages),
+        }
+        if name == head_steer:
+            measures["heads"] = lambda make=make: heads(task, make, plain, batches)
+        for measure, measured in measures.items():
+            if (name, measure) not in done:
+                row = {"steer": name, "measure": measure, "n": n, **measured()}
+                with file.open("a") as rows:
+                    rows.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("--out", required=True, help="folder of experiments.exercise.run")
+    parser.add_argument("--text", type=Path, required=True, help="a file of unrelated text")
+    parser.add_argument("--n", type=int, default=60, help="cases")
+    parser.add_argument("--heads-of", default="moves, dense", help="whose heads are ranked")
+    parser.add_argument("--model", default="smollm2")
+    sizes = {"n_train": 20, "n_judge": 40, "n_answer": 14, "n_updates": 40}
+    for size, default in (sizes | {"training_tokens": 40_960}).items():
+        parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=default)
+    torch.set_num_threads(1)
+    given = parser.parse_args()
+    run(Task(given), given.n, given.text, given.heads_of)
