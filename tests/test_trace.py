@@ -1,5 +1,7 @@
 """The trace: what a steer did, per token, layer and head."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +36,19 @@ def record(model, steerer, prompts=PROMPTS, **changes) -> pd.DataFrame:
     with steerer.apply(model, record=True) as trace:
         model.generate(prompts, **GREEDY | changes)
     return trace.to_dataframe()
+
+
+def test_a_trace_is_freed_with_its_last_reference(model, steerer):
+    gc.collect()
+    gc.disable()  # tensors do not make the garbage collector run
+    try:
+        with steerer.apply(model, record=True) as trace:
+            model.generate(PROMPTS, **GREEDY)
+        found = weakref.ref(trace.records[0])
+        del trace
+        assert found() is None
+    finally:
+        gc.enable()
 
 
 def test_there_is_one_row_for_each_steered_token_layer_and_head(model, steerer):

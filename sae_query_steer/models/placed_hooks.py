@@ -36,6 +36,7 @@ class PlacedHooks:
             RuntimeError: at the end of the block: a hook was removed, and no pass has told.
         """
         with ExitStack() as stack:
+            stack.callback(self._forget)
             points = self._model.hook_dict  # on the bridge 10 ms
             for number, (name, hook) in enumerate(self._hooks):
                 point = points[name]
@@ -69,6 +70,11 @@ class PlacedHooks:
         if missing:
             self._failed = True
             raise RuntimeError(_message(missing, "this forward pass"))
+
+    def _forget(self) -> None:
+        """Release the hooks, whose traces would wait for the garbage collector otherwise."""
+        self._hooks = ()
+        self._placed.clear()
 
     def _noted(self, number: int, hook: Hook) -> Hook:
         def noted(activation: Tensor, hook: Any, _call: Hook = hook) -> Tensor | None:
