@@ -2,8 +2,9 @@
 
 Torch's own hooks on the model do not suffice: HookedTransformer calls `self.forward`, which they do
 not see. While someone listens, the class of the model is a subclass whose `forward`, `generate`,
-`generate_stream` and `hf_generate` tell the listeners. The listeners are kept beside the model and
-not in it: a deep copy is a plain model, and listeners may leave in any order.
+`generate_stream` and `hf_generate` tell the listeners, and so is that of the Hugging Face model
+inside a TransformerBridge, whose `generate` pipelines call. The listeners are kept beside the model
+and not in it: a deep copy is a plain model, and listeners may leave in any order.
 """
 
 import copy
@@ -46,6 +47,8 @@ class _Calls:
     """The model, and on a TransformerBridge the model inside it, with what they were before."""
     n_passes: int = 0
     """Forward passes that are running, one inside the other."""
+    n_generating: int = 0
+    """Calls of `generate` that are running, likewise."""
     lock: Any = field(default_factory=threading.RLock)
     """Held during every call: threads that share a model take turns."""
 
@@ -102,9 +105,9 @@ def _end(calls: _Calls) -> None:
 
 @lru_cache
 def _listening_class(plain_class: type, *, inner: bool) -> type:
-    """Return a subclass whose calls the listeners hear of; of the inner model forward passes."""
+    """Return a subclass whose calls the listeners hear of."""
     methods: dict[str, Any] = {"__deepcopy__": _deepcopy, "__module__": plain_class.__module__}
-    for name in _NAMES[:1] if inner else _NAMES:
+    for name in ("forward", "generate") if inner else _NAMES:
         if hasattr(plain_class, name):
             around = {"forward": _forward, "generate_stream": _stream}.get(name, _generate)
             methods[name] = around(getattr(plain_class, name))
@@ -118,13 +121,17 @@ def _call_of(model: nn.Module, plain: Callable[..., Any]) -> tuple[_Calls, Calla
     return calls, call or plain.__get__(model)
 
 
+def _is_inner(model: nn.Module, calls: _Calls) -> bool:
+    """Return whether a model is the one inside a TransformerBridge."""
+    return bool(calls.plain) and model is not calls.plain[0][0]
+
+
 def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls, call = _call_of(self, plain)
         with calls.lock, ExitStack() as stack:
-            is_inner = bool(calls.plain) and self is not calls.plain[0][0]
-            if is_inner and calls.n_passes:  # part of a pass of the bridge
+            if calls.n_passes and _is_inner(self, calls):  # part of a pass of the bridge
                 return call(*args, **kwargs)
             calls.n_passes += 1
             try:
@@ -142,9 +149,15 @@ def _generate(plain: Callable[..., Any]) -> Callable[..., Any]:
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls, call = _call_of(self, plain)
         with calls.lock, ExitStack() as stack:
+            if calls.n_generating and _is_inner(self, calls):  # part of `hf_generate`
+                return call(*args, **kwargs)
             for listener in tuple(calls.listeners):
                 stack.enter_context(listener.generation(call, args, kwargs)())
-            return call(*args, **kwargs)
+            calls.n_generating += 1
+            try:
+                return call(*args, **kwargs)
+            finally:
+                calls.n_generating -= 1
 
     return generate
 

@@ -143,8 +143,16 @@ class PositionTracker:
 
         Args:
             n_keys: how many keys the layer has: a sliding window's cache holds the last alone.
+
+        Raises:
+            ValueError: a static cache, whose keys are more than the tokens so far.
         """
         real = self.columns
+        if n_keys > real.shape[1]:
+            raise ValueError(
+                f"attention must be over the {real.shape[1]} tokens so far, got {n_keys} keys, as "
+                "of a static cache: leave cache_implementation out"
+            )
         return torch.where(real, real.long().cumsum(1) - 1, -1)[:, -n_keys:]
 
     @contextmanager

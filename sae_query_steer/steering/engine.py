@@ -205,6 +205,7 @@ class AppliedEdit:
                     positions=positions,
                     tracker=tracker,
                 )
+                _ = keys.position  # a cache with other keys is refused
                 chosen = tokens, self.at.heads
                 linear, before = keys.linear, picked(reader.queries, *chosen)
                 after, made = self._made(before, tokens, keys=keys)
