@@ -23,9 +23,9 @@ from sae_query_steer.models.partial_passes import hooks_of_a_pass
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
 from sae_query_steer.scopes.named import ResponseTokens
 from sae_query_steer.scopes.positions import select
-from sae_query_steer.steering.side_by_side import Changes, SideBySide
+from sae_query_steer.steering.engine import Changes, apply_edits
+from sae_query_steer.steering.side_by_side import SideBySide
 from sae_query_steer.steering.steerer import AnySteerer, JoinedSteerers, Steerer, parts_of
-from sae_query_steer.steering.trace import SteeringTrace
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,13 +89,14 @@ def continuations(
         prefixed = None
         if caches is not None:
             prefixed = _behind_cache(model, rows, bos, max_new_tokens, steerer, caches)
+        changes: list[Changes] = []
         if steerer is not None:  # `generate` knows the lengths of its prompts
             lengths = None if prefixed is None else prefixed.positions.prompt_lengths
-            steering = steerer.apply(model, record=True, prompt_lengths=lengths)
+            steering = _applied(model, steerer, lengths, changes)
         if temperature is not None and seeds is not None:
             sample = seeded_sampling if prefixed is None else sampled_passes
             sampling = sample(model, seeds[part], temperature=temperature)
-        with steering as trace, sampling:
+        with steering, sampling:
             if prefixed is not None:
                 written, width = prefixed.generate(max_new_tokens, ends), 0
             else:
@@ -109,7 +110,7 @@ def continuations(
                     return_type="tokens",
                     verbose=False,
                 )
-        found.append(_continuations(model, written[:, width:], _changes(trace)))
+        found.append(_continuations(model, written[:, width:], changes))
     return Continuations(
         texts=[text for one in found for text in one.texts],
         tokens=[row for one in found for row in one.tokens],
@@ -224,13 +225,17 @@ def _continuations(model: Any, written: Tensor, changes: Sequence[Changes]) -> C
     )
 
 
-def _changes(trace: SteeringTrace | tuple[SteeringTrace, ...] | None) -> list[Changes]:
-    traces = () if trace is None else trace if isinstance(trace, tuple) else (trace,)
-    return [
-        Changes(r.places, r.change.delta.float().norm(dim=-1) / r.query_norm.clamp(min=1e-30))
-        for one in traces
-        for r in one.records
-    ]
+def _applied(
+    model: Any, steerer: Steerer | JoinedSteerers, prompt_lengths: Any, changes: list[Changes]
+) -> AbstractContextManager[Any]:
+    """Return the block of a steerer, in which how much it changes is kept."""
+    if isinstance(steerer, LogitBias):  # changes no activation
+        return steerer.apply(model, prompt_lengths=prompt_lengths)
+    parts = parts_of(steerer)
+    for part in parts:
+        part.check_model(model)
+    edits = [(part.edit, part.where) for part in parts]
+    return apply_edits(model, edits, prompt_lengths=prompt_lengths, changes=changes)
 
 
 def _means(changes: Sequence[Changes], n_written: Sequence[int]) -> list[float]:

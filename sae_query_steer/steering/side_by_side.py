@@ -2,26 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.models.prefix import PrefixedRows
-from sae_query_steer.scopes.positions import TokenPositions
-from sae_query_steer.steering.engine import AppliedEdit, by_head, tokens_once
+from sae_query_steer.steering.engine import AppliedEdit, Changes, tokens_once
 from sae_query_steer.steering.steerer import AnySteerer, parts_of
-
-
-class Changes(NamedTuple):
-    """How much some tokens changed at a site."""
-
-    tokens: TokenPositions
-
-    relative: Float[Tensor, "token head"]
-    """|change| / |activation|."""
 
 
 @dataclass(eq=False)
@@ -46,36 +35,23 @@ class SideBySide:
 
     def hooks(self) -> list[tuple[str, Hook]]:
         """Return pairs of a hook name and a hook."""
-        at: dict[str, list[tuple[int, AppliedEdit]]] = {}
+        at: dict[str, list[tuple[int, Hook]]] = {}
         for copy, steerer in enumerate(self.steerers):
             for part in parts_of(steerer):
                 find = tokens_once(part.where.scope)
                 for name, site in part.where.chosen.items():
-                    at.setdefault(name, []).append((copy, AppliedEdit(part.edit, site, find)))
-        return [(name, self._hook(edits)) for name, edits in at.items()]
+                    edit = AppliedEdit(part.edit, site, find, changes=self.changes[copy])
+                    hook = edit.hook(lambda _, copy=copy: self.rows.running[copy])
+                    at.setdefault(name, []).append((copy, hook))
+        return [(name, self._hook(hooks)) for name, hooks in at.items()]
 
-    def _hook(self, edits: Sequence[tuple[int, AppliedEdit]]) -> Hook:
-        hooks = [
-            (copy, edit, edit.hook(lambda _, copy=copy: self.rows.running[copy]))
-            for copy, edit in edits
-        ]
-
+    def _hook(self, hooks: Sequence[tuple[int, Hook]]) -> Hook:
         def change(activation: Tensor, hook: Any) -> Tensor:
             parts = list(activation.chunk(len(self.steerers), dim=1))
-            for copy, edit, make in hooks:
-                before = parts[copy]
-                after = make(before, hook=hook)
-                if after is not None:
-                    parts[copy] = after
-                    self._note(copy, edit, by_head(before, edit.at), by_head(after, edit.at))
+            for copy, make in hooks:
+                after = make(parts[copy], hook=hook)
+                parts[copy] = parts[copy] if after is None else after
             return torch.cat(parts, dim=1)
 
         vars(change)["steers_queries"] = True  # read by models.loading.check_not_steered
         return change
-
-    def _note(self, copy: int, edit: AppliedEdit, before: Tensor, after: Tensor) -> None:
-        tokens = edit.find(self.rows.running[copy])
-        index = tokens.index(edit.at.heads)
-        moved = (after[index] - before[index]).float().norm(dim=-1)
-        ratio = moved / before[index].float().norm(dim=-1).clamp(min=1e-30)
-        self.changes[copy].append(Changes(tokens, ratio.cpu()))

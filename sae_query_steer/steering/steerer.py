@@ -252,8 +252,13 @@ class JoinedSteerers:
         for steerer in self.steerers:
             steerer.check_model(model)
         edits = [(steerer.edit, steerer.where) for steerer in self.steerers]
-        kept = {"record": record, "record_attention": record_attention}
-        with apply_edits(model, edits, **kept, prompt_lengths=prompt_lengths) as traces:
+        with apply_edits(
+            model,
+            edits,
+            record=record,
+            record_attention=record_attention,
+            prompt_lengths=prompt_lengths,
+        ) as traces:
             yield traces
 
 
