@@ -410,6 +410,15 @@ def test_steerers_side_by_side_write_what_each_writes_alone(model, make, samplin
     assert len(texts) > 5, "the steerers differ"
 
 
+def test_a_single_steerer_that_is_left_for_shared_passes_runs_alone(model, make):
+    steerers = [make(step_size=2.0), make(step_size=2.0, scope=sqs.scopes.EveryPosition())]
+    given = {"max_new_tokens": 4, "caches": PromptCaches(model, 2**30)}
+    found = continuations_side_by_side(model, PROMPTS, steerers, **given)  # one acts on the prompt
+    for steerer, one in zip(steerers, found, strict=True):
+        alone = continuations(model, PROMPTS, steerer=steerer, max_new_tokens=4)
+        assert [row.tolist() for row in one.tokens] == [row.tolist() for row in alone.tokens]
+
+
 @pytest.mark.parametrize("max_bytes", [2**30, 0])
 def test_rows_that_end_are_cut_and_not_counted_any_further(ending, max_bytes):
     model = ending["bridge"]

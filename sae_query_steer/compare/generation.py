@@ -198,6 +198,8 @@ def continuations_side_by_side(
         together = [i for i in together if not _acts_before(steerers[i], prefixed)]
         for start in range(0, len(together) if prefixed.shares_cache else 0, most):
             some = together[start : start + most]
+            if len(some) == 1:
+                continue
             for steerer in (part for i in some for part in parts_of(steerers[i])):
                 steerer.check_model(model)
             copies = prefixed.repeated(len(some))
