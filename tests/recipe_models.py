@@ -9,8 +9,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -144,7 +142,7 @@ def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return made
 
 
-def write_bytes(folder: Path) -> Path:
+def write_bytes(folder: Path, kind: str = "llama") -> Path:
     """Write a tiny random chat model whose tokens are bytes, so that any text can go on."""
     words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
@@ -157,9 +155,10 @@ def write_bytes(folder: Path) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "initializer_range": 0.4}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = AutoConfig.for_model(kind, max_position_embeddings=2048, **sizes, **ids)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=2048, **sizes, **ids))
+        model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     return folder
 

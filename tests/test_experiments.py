@@ -1,6 +1,8 @@
 """One smoke test for each experiment; the package itself imports none of them."""
 
+import json
 import re
+from argparse import Namespace
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -8,13 +10,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from recipe_models import write_bytes, write_qwen2
 
 import sae_query_steer as sqs
-from experiments.exercise import report
+from experiments.exercise import figures, mechanism, report, run, task
 from experiments.gridworld.training import GridTraining, train_gridworld
 from experiments.stories import classes
 from experiments.tutor.latent_ablation import latent_ablations
 from experiments.tutor.training import TutorTraining, train_tutor
+from sae_query_steer.compare.exercise_judges import verb_judge
 
 pytestmark = pytest.mark.slow
 
@@ -113,3 +117,44 @@ def test_studies_of_exercises_are_told_with_intervals_and_paired_differences():
     (half, _) = report.table([report.part(row, 2, [0]) for row in rows]).to_dict("records")
     assert half["open: success"].startswith("1.00 [")
     assert report.part(rows[0], 1, [0]) == rows[0]
+
+
+@pytest.mark.filterwarnings("ignore::sae_query_steer.learning.learner.LearningWarning")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "phi3"])
+def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatch, kind):
+    folder = tmp_path / "model"
+    write_qwen2(folder) if kind == "qwen2" else write_bytes(folder, kind)
+    monkeypatch.setattr(task.Task, "fitted_judge", lambda _: verb_judge())
+    monkeypatch.setattr(task, "MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr(mechanism, "MAX_NEW_TOKENS", 3)
+    sizes = {"n_train": 4, "n_judge": 8, "n_rivals": 6, "n_validation": 6, "n_answer": 3}
+    sizes |= {"n_updates": 2, "training_tokens": 2048, "cache_gb": 0.1}
+    tasks = ["open, trained wording", "redirected, trained wording"]
+    args = Namespace(out=tmp_path, model=str(folder), tasks=tasks, **sizes)
+    own = task.Task(args)
+    # Every method once, and what is learned on each family.
+    run.run(own, ["rivals"], "0/1", only="" if kind == "llama" else "learned")
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == (19 if kind == "llama" else 4)
+    for row in rows:
+        assert all(len(row[name]["each"]) == 6 for name in tasks)
+        chosen = row[tasks[0]].get("validation", [])
+        assert all(point["perplexity_ratio"] > 0 for point in chosen)
+        if chosen:
+            strengths = {(p["strength"], tuple(p["layers"] or ())) for p in chosen}
+            assert (row[tasks[0]]["strength"], tuple(row[tasks[0]]["layers"] or ())) in strengths
+    run.run(own, ["rivals"], "0/1", only="learned")  # a second run has nothing left to do
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
+    (tmp_path / "text.txt").write_text("Words of a textbook. " * 3000)
+    mechanism.run(own, 12, tmp_path / "text.txt", "moves, dense")
+    found = [json.loads(line) for line in (tmp_path / "mechanism.jsonl").read_text().splitlines()]
+    moves = next(
+        row for row in found if (row["steer"], row["measure"]) == ("moves, dense", "effect")
+    )
+    # Moves of queries act through attention patterns, and through nothing else.
+    assert moves["frozen"] == pytest.approx(0.0, abs=1e-4)
+    assert moves["patterns"] == pytest.approx(moves["whole"], rel=1e-3, abs=1e-4)
+    assert {row["measure"] for row in found} == {"effect", "drift", "heads"}
+    if kind == "llama":
+        figures.draw(tmp_path, tmp_path)
+        assert len(list(tmp_path.glob("*.png"))) == 3

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import sae_query_steer as sqs
-from experiments.exercise.studies import WIDE, residual_site
+from experiments.exercise.studies import residual_site
 from experiments.exercise.task import Task
 from sae_query_steer.compare.exercise_demo import MOVE, SCOPE
 from sae_query_steer.compare.exercise_task import MAX_NEW_TOKENS
@@ -49,7 +49,7 @@ def steers(task: Task) -> dict[str, Make]:
     """Return what makes the steerer of some targets, for those that were learned."""
 
     def make(folder: str, kind: str, scope: Any, budget: float) -> Make:
-        encoders = residual_site(task, 20) if kind == "residual" else task.dictionary(kind, WIDE)
+        encoders = residual_site(task) if kind == "residual" else task.dictionary(kind, task.wide)
         targets = sqs.LearnedTargets.load(task.out / "targets" / folder)
         return lambda target, **chosen: sqs.LatentGradientSteerer(
             encoders,
@@ -136,7 +136,7 @@ def heads(task: Task, make: Make, plain: Sequence[Sequence[float]], batches: Any
         lengths = batch.prompt_lengths.tolist()
         return start - loss(task, batch, steerer.apply(task.model, prompt_lengths=lengths))
 
-    every = [(layer, head) for layer in WIDE for head in range(n_heads)]
+    every = [(layer, head) for layer in task.wide for head in range(n_heads)]
     bar = progress_bar(every, desc="Ranking heads", unit="head")
     alone = {one: gain(first, before, [one]) for one in bar}
     ranked = sorted(every, key=lambda one: -alone[one])

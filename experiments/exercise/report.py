@@ -41,6 +41,9 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
                 f"{task}: perplexity ratio": f"{scores['perplexity_ratio']:.2f}",
                 f"{task}: change": f"{scores['change']:.2f}",
             }
+            if "strength" in scores:
+                at = (scores["strength"], scores["scope"], scores["layers"])
+                line[f"{task}: strength, scope, layers"] = ", ".join(map(str, at))
         for key in ("kl_removed", "latents_a_head", "latents_in_all"):
             if key in row:
                 line[key] = f"{row[key]:.2f}" if key == "kl_removed" else f"{row[key]:.0f}"
@@ -121,7 +124,7 @@ if __name__ == "__main__":
         own = [row for row in results if row["setting"]["study"] == study]
         print(f"\n## {study}\n")
         print(markdown_table(table(own)))
-        if study in ("methods", "seeds", "norms", "topics", "wide"):
+        if study in ("methods", "seeds", "norms", "topics", "wide", "rivals"):
             print()
             print(markdown_table(differences(own)))
         if study == "layers":

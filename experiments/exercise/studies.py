@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import sae_query_steer as sqs
-from experiments.exercise.task import RUN, Encoders, Task, layer_of
+from experiments.exercise.task import Encoders, Task, layer_of
 from sae_query_steer.compare.attention_methods import attention_bias_method, attention_method
 from sae_query_steer.compare.exercise_demo import CENTROID, MEAN, MOVE, POINT, SCOPE
 from sae_query_steer.compare.interchange import interchange_methods
@@ -28,7 +28,6 @@ Job = tuple[dict[str, Any], Callable[[], Method | Sequence[Method]], float]
 """What is measured, how the method is made, and its strength; of several methods one and its
 strength are chosen on validation topics, see `Task.chosen`."""
 
-SINGLE = (21,)
 PENALTY = 0.1
 """l1 of sparse targets without a limit on the number of latents."""
 
@@ -79,11 +78,11 @@ def methods(task: Task) -> Iterator[Job]:
             f"moves, {kind}, at most 8 a head",
             lambda kind=kind: moves(task, f"{kind}-8", task.dictionary(kind), l1=0.02, n_latents=8),
         )
-    yield job("residual offset", lambda: moves(task, "residual-20", residual_site(task, 20), 0.25))
+    yield job("residual offset", lambda: moves(task, "residual-20", residual_site(task), 0.25))
     yield job("points, trained", lambda: points(task), POINT.step_sizes[0])
     yield job(
         "moves, dense, one layer",
-        lambda: moves(task, "dense-21", task.dictionary("dense", SINGLE), 1.0),
+        lambda: moves(task, "dense-21", task.dictionary("dense", task.layers(0.7, 0.73)), 1.0),
     )
     yield job("few-shot (k=2)", lambda: plain["few-shot (k=2)"])
     if task.classes == Task.classes:  # levels have verbs
@@ -139,7 +138,7 @@ def sparse(
     n: int,
     *,
     seed: int = 0,
-    layers: Sequence[int] = RUN,
+    layers: Sequence[int] = (),
     **learning: Any,
 ) -> Method:
     """Return moves of at most n latents of a head or in all."""
@@ -232,7 +231,7 @@ def wordings(task: Task) -> Iterator[Job]:
             {"study": "wordings", "dictionary": "residual", "wordings": draws}
             | {"n": task.args.n_study},
             lambda draws=draws: moves(
-                task, f"residual-wordings{draws}", residual_site(task, 20), 0.25, draws=draws
+                task, f"residual-wordings{draws}", residual_site(task), 0.25, draws=draws
             ),
             1.0,
         )
@@ -291,9 +290,6 @@ def runs(task: Task) -> Iterator[Job]:
         )
 
 
-WIDE = tuple(range(8, 23))
-
-
 def wide(task: Task) -> Iterator[Job]:
     """Dictionaries at equal sparsity and norm at fifteen layers and every token, and controls."""
     n = task.args.n_study
@@ -304,8 +300,16 @@ def wide(task: Task) -> Iterator[Job]:
         folder = "wide-" + name.replace(", ", "-").replace(" ", "-")
         if "n_latents" in learning:
             make = partial(sparse, task, folder, kind, "n_latents", l1=0.0)
-            return setting, partial(make, n=learning.pop("n_latents"), layers=WIDE, **learning), 1.0
-        return setting, lambda: moves(task, folder, task.dictionary(kind, WIDE), **learning), 1.0
+            return (
+                setting,
+                partial(make, n=learning.pop("n_latents"), layers=task.wide, **learning),
+                1.0,
+            )
+        return (
+            setting,
+            lambda: moves(task, folder, task.dictionary(kind, task.wide), **learning),
+            1.0,
+        )
 
     plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
     yield job("trained, 8 a head", "trained", n_latents=8)
@@ -336,7 +340,7 @@ def weak(task: Task) -> Iterator[Job]:
                 return learned_method(name, encoders, found, descent, 0.5, LAST)
 
             yield {"study": "weak", "method": name, "strength": strength, "n": n}, make, strength
-    (patch,) = interchange_methods(task.model, [RUN])
+    (patch,) = interchange_methods(task.model, [task.run])
     yield {"study": "weak", "method": patch.name, "n": n}, lambda: patch, patch.strengths[0]
     yield (
         {"study": "weak", "method": "random offset of the norm of dense moves", "n": n},
@@ -360,8 +364,9 @@ def weak(task: Task) -> Iterator[Job]:
             )
 
 
-def residual_site(task: Task, layer: int) -> Encoders:
-    """Return an identity encoder of the residual stream after a layer."""
+def residual_site(task: Task, layer: int | None = None) -> Encoders:
+    """Return an identity encoder of the residual stream after a layer, two thirds up by default."""
+    layer = task.layers(0.67, 0.67)[0] if layer is None else layer
     encoder = sqs.sae.IdentityEncoder(n_heads=1, d_head=int(task.model.cfg.d_model))
     return {f"blocks.{layer}.hook_resid_post": encoder}
 
@@ -373,14 +378,14 @@ EVERY = sqs.scopes.EveryPosition()
 def rivals(task: Task) -> Iterator[Job]:
     """Every method at the layers, tokens and strength that serve it best on validation topics."""
     plain = {m.name: m for m in prompt_methods(task.opened, shots=(2,), separator="<|im_end|>\n")}
-    saes, dense = partial(task.dictionary, "trained", WIDE), partial(task.dictionary, "dense", WIDE)
+    wide = task.wide
+    saes, dense = (partial(task.dictionary, kind, wide) for kind in ("trained", "dense"))
     of_descent = {descent.name: descent for descent in DESCENTS}
     scopes = [LAST, EVERY]
-    wide = {"layers": [WIDE], "scopes": scopes}
-    choices = {"span": scope_name(LAST), "layers": [WIDE], "centroids": "requested"}
+    choices = {"span": scope_name(LAST), "layers": [wide], "centroids": "requested"}
 
     def learned(kind: str, name: str, **learning: Any) -> Method:
-        encoders = task.dictionary(kind, WIDE)
+        encoders = task.dictionary(kind, wide)
         return replace(
             moves(task, f"wide-{name}", encoders, scope=EVERY, **learning),
             strengths=(0.7, 1.0, 1.3),
@@ -388,9 +393,10 @@ def rivals(task: Task) -> Iterator[Job]:
 
     def centroids(encoders: Encoders, name: str) -> list[Method]:
         found = {scope_name(LAST): task.centroids(encoders)}
-        return descent_methods("centroids", encoders, found, [of_descent[name]], **wide)
+        own = [of_descent[name]]
+        return descent_methods("centroids", encoders, found, own, layers=[wide], scopes=scopes)
 
-    def means(*points: str, layers: Sequence[Sequence[int]] = (WIDE,)) -> list[Method]:
+    def means(*points: str, layers: Sequence[Sequence[int]] = (wide,)) -> list[Method]:
         every = sorted({layer for some in layers for layer in some})
         found = [sqs.baselines.class_means(task.model, task.requested, every, at=p) for p in points]
         at = [SCOPE, EVERY] if points == ("hook_resid_post",) else scopes
@@ -402,15 +408,12 @@ def rivals(task: Task) -> Iterator[Job]:
         found = moves(task, name, saes(), scope=EVERY, n_latents=m, by_output_score=True)
         return replace(found, strengths=(0.25, 0.5, 1.0, 2.0))
 
-    def residual(scope: Any, layer: int, name: str) -> Method:
-        site = residual_site(task, layer)
-        method = moves(task, name, site, 0.25, scope=scope)
+    def residual(scope: Any, name: str) -> Method:
+        method = moves(task, name, residual_site(task), 0.25, scope=scope)
         return replace(method, strengths=(0.7, 1.0, 1.3))
 
     def probed() -> list[Method]:
-        found = sqs.baselines.probe_heads(
-            task.model, task.requested, range(int(task.model.cfg.n_layers))
-        )
+        found = sqs.baselines.probe_heads(task.model, task.requested, range(task.n_layers))
         own = {k: v for k, v in choices.items() if k != "layers"}
         return intervention_methods(found, scope=SCOPE, **own)
 
@@ -432,20 +435,20 @@ def rivals(task: Task) -> Iterator[Job]:
             "attn.hook_q", "attn.hook_v"
         ),
         "mean difference of the residual stream (CAA)": lambda: means(
-            "hook_resid_post", layers=[(12,), (16,), (20,)]
+            "hook_resid_post", layers=[task.layers(part, part) for part in (0.4, 0.53, 0.67)]
         ),
         "head outputs (ITI)": probed,
         "decoder rows (m=4)": rows,
         "latents of the highest output score (m=4, m=16)": lambda: [scored(4), scored(16)],
         "learned offset of the residual stream": lambda: [
-            residual(SCOPE, 20, "residual-20"),
-            residual(EVERY, 20, "residual-20-every"),
+            residual(SCOPE, "residual-20"),
+            residual(EVERY, "residual-20-every"),
         ],
         "few-shot (k=2)": lambda: [plain["few-shot (k=2)"]],
         "logit bias": lambda: [replace(logit_bias_method(), strengths=(4.0, 8.0))],
         "learned moves, trained SAE": lambda: [learned("trained", "trained-l1", l1=PENALTY)],
         "learned moves, random rows": lambda: [learned("random", "random-l1", l1=PENALTY)],
-        "interchange": lambda: interchange_methods(task.model, [WIDE]),
+        "interchange": lambda: interchange_methods(task.model, [wide]),
         "random offset of the norm of dense moves": lambda: random_methods(
             learned("dense", "dense"), [0]
         ),

@@ -27,8 +27,6 @@ from sae_query_steer.data.prompts import chat_prompt
 from sae_query_steer.learning import TargetLearner, no_moves
 from sae_query_steer.scopes.joins import scope_name
 
-RUN = tuple(range(18, 23))
-
 Encoders = Mapping[str, Any]
 
 
@@ -48,6 +46,8 @@ class Task:
         self.out = Path(args.out)
         (self.out / "targets").mkdir(parents=True, exist_ok=True)
         self.model = sqs.load_model(args.model)
+        self.n_layers = int(self.model.cfg.n_layers)
+        self.run, self.wide = self.layers(0.6, 0.77), self.layers(0.27, 0.77)
         self.saes = cache(self._saes)
         self.opened, requested = self.examples_of("train", args.n_train)
         self.drawn = cache(self._drawn)
@@ -58,6 +58,11 @@ class Task:
         self.rule = verb_judge()
         self.scorer = cache(self._scorer)
         self.limits = cache(self._limits)
+
+    def layers(self, first: float, end: float) -> tuple[int, ...]:
+        """Return the layers between two shares of the depth, one at least."""
+        start = round(first * self.n_layers)
+        return tuple(range(start, max(start + 1, round(end * self.n_layers))))
 
     def fitted_judge(self) -> Any:
         """Return the judge, trained on the model's own answers of the split "judge"."""
@@ -104,8 +109,9 @@ class Task:
         wording = "train" if wording else None
         return exercise_cases(self.model, name, split, n, seed=1, wording=wording)
 
-    def _saes(self, seed: int = 0, layers: Sequence[int] = RUN) -> Encoders:
+    def _saes(self, seed: int = 0, layers: Sequence[int] = ()) -> Encoders:
         """Return the trained SAEs of a run of layers, made once for each seed."""
+        layers = layers or self.run
         folder = self.out / f"saes-{layers[0]}-{layers[-1]}-seed{seed}"
         if not folder.exists():
             found = sqs.train_query_saes(
@@ -123,11 +129,12 @@ class Task:
             found.save(folder)
         return dict(sqs.QuerySAEs.load(folder))
 
-    def dictionary(self, kind: Any, layers: Sequence[int] = RUN, seed: int = 0) -> Encoders:
+    def dictionary(self, kind: Any, layers: Sequence[int] = (), seed: int = 0) -> Encoders:
         """Return trained SAEs, a control of them, or dense encoders, of some layers."""
+        layers = layers or self.run
         if kind == "dense":
             return dict(sqs.sae.identity_encoders(sqs.query_sites(self.model, layers)))
-        found = self.saes(seed, RUN if set(layers) <= set(RUN) else tuple(layers))
+        found = self.saes(seed, self.run if set(layers) <= set(self.run) else tuple(layers))
         if kind != "trained":
             found = sqs.baselines.control_dictionaries(found, kind, seed=seed)
         return {name: sae for name, sae in found.items() if layer_of(name) in layers}
