@@ -155,6 +155,7 @@ def write_bytes(folder: Path, kind: str = "llama") -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "vocab_size": len(words), "initializer_range": 0.4}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    sizes |= {"num_key_value_heads": 2} if kind == "mistral" else {}
     config = AutoConfig.for_model(kind, max_position_embeddings=2048, **sizes, **ids)
     with torch.random.fork_rng():
         torch.manual_seed(0)
