@@ -173,6 +173,17 @@ def test_a_dense_move_within_a_trust_radius_and_a_mean_difference_leave(llama, t
     assert_plain_equals_steered(llama, steerer, tmp_path / "means")
 
 
+@pytest.mark.filterwarnings("ignore::sae_query_steer.learning.learner.LearningWarning")
+def test_moves_that_were_learned_at_every_position_within_a_trust_radius_leave(llama, tmp_path):
+    recipe = moves(llama, dense(llama, [1]), trust_radius=2.0)
+    start = replace(recipe, targets=no_moves(llama, recipe.saes, CLASSES))
+    texts = [replace(text, response=" w40 w41") for text in TEXTS]
+    learner = sqs.TargetLearner(llama, start, n_updates=6, every=3, learning_rate=0.5)
+    learned = learner.fit(sqs.tokenize_examples(llama, texts))
+    steerer = replace(recipe, targets=learned)
+    assert_plain_equals_steered(llama, steerer, tmp_path / "out")
+
+
 def test_a_model_in_half_precision_keeps_its_format(llama, tmp_path):
     model = sqs.load_model(llama.original_model.name_or_path, device="cpu", dtype="bfloat16")
     export_query_bias(model, moves(model, dense(model, [1])), tmp_path / "out")
