@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from sae_query_steer.data.batches import example_batches
@@ -87,11 +87,11 @@ def read_activations(
 
     reads = [reading(name) for name in names if name != LOGITS]
     options: dict[str, Any] = {"stop_at_layer": stop}
-    if not isinstance(model, HookedTransformer):
+    if isinstance(model, TransformerBridge):
         # Not `run_with_cache`, which keeps the attention and the keys and values of all layers.
         square = any(re.search(r"hook_(pattern|attn_scores)$", name) for name in names)
         options = {"output_attentions": True} if square else {}
-        meta = torch.device(model.cfg.device).type == "meta"  # where masks need a cache
+        meta = str(model.cfg.device) == "meta"  # where masks need a cache
         if getattr(model.original_model.config, "use_cache", False) and not meta:
             options["use_cache"] = False
     hooks = [*fwd_hooks, *reads, *_early_stops(model, names, stop, points)]
@@ -108,7 +108,7 @@ def _early_stops(
 
     Of a small model, logits are a quarter of the operations.
     """
-    if stop is None or isinstance(model, HookedTransformer):
+    if stop is None or not isinstance(model, TransformerBridge):
         return []
     last = [name for name in names if name.startswith(f"blocks.{stop - 1}.")]
     before_z = all(re.search(r"\.attn\.hook_(rot_)?[qkv]$", name) for name in last)

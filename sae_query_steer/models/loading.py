@@ -2,17 +2,12 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch._dynamo import OptimizedModule
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.loading_from_pretrained import (
-    convert_hf_model_config,
-    get_pretrained_state_dict,
-    make_model_alias_map,
-)
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_query_steer.arguments import check_device, check_model
@@ -20,8 +15,18 @@ from sae_query_steer.data.prompts import bos_id
 from sae_query_steer.models.gguf import SMOLLM2, converted
 from sae_query_steer.storage.folders import check_model_folder
 
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer  # TransformerLens 4 has none
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Number formats of a model's weights."""
+
+_NAMES = {
+    alias.lower(): name
+    for name in OFFICIAL_MODEL_NAMES
+    for alias in (*MODEL_ALIASES.get(name, ()), name)
+}
+"""Names on the hub, by TransformerLens's aliases in lower case."""
 
 
 @overload
@@ -40,7 +45,7 @@ def load_model(
     device: str | None = ...,
     dtype: torch.dtype | str = ...,
     backend: Literal["hooked"],
-) -> HookedTransformer: ...
+) -> "HookedTransformer": ...
 def load_model(
     name_or_folder: str | Path,
     *,
@@ -48,7 +53,7 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     backend: Literal["bridge", "hooked"] = "bridge",
     device_map: str | dict[str, str | int] | None = None,
-) -> TransformerBridge | HookedTransformer:
+) -> Any:
     """Return a model from a local folder or a hub name; no weights are folded or centred.
 
     Args:
@@ -57,11 +62,13 @@ def load_model(
             or in its cache.
         device: where to put it; None lets TransformerLens choose.
         dtype: number format of the weights, such as torch.bfloat16 or "bfloat16".
-        backend: "bridge" for a TransformerBridge, "hooked" for a HookedTransformer.
+        backend: "bridge" for a TransformerBridge, "hooked" for a HookedTransformer, which
+            TransformerLens 4 no longer has.
         device_map: spread a bridge over several GPUs, such as "balanced", or a GPU for each module;
             see TransformerBridge. Its layers run one after the other. Leave `device` out.
 
     Raises:
+        ImportError: backend="hooked" with TransformerLens 4.
         ValueError: a device that there is not here, another number format or backend, a
             `device_map` for a HookedTransformer or beside `device`, or a HookedTransformer that
             does not compute what the Hugging Face model computes.
@@ -71,7 +78,7 @@ def load_model(
     """
     name = str(name_or_folder)
     if not Path(name).exists():
-        name = make_model_alias_map().get(name.lower(), name)
+        name = _NAMES.get(name.lower(), name)
     if (kind := getattr(torch, dtype, None) if isinstance(dtype, str) else dtype) not in DTYPES:
         raise ValueError(f"dtype must be one of {[str(one)[6:] for one in DTYPES]}, got {dtype!r}")
     if backend not in ("bridge", "hooked"):
@@ -113,7 +120,13 @@ def load_smollm2(
 
 
 @torch.no_grad()
-def _hooked_transformer(name: str, device: str | None, dtype: torch.dtype) -> HookedTransformer:
+def _hooked_transformer(name: str, device: str | None, dtype: torch.dtype) -> Any:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.loading_from_pretrained import (
+        convert_hf_model_config,
+        get_pretrained_state_dict,
+    )
+
     source = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     # A folder of another name: from names such as "llama" TransformerLens guesses the sizes.
     if not hasattr(source.config, "n_ctx"):  # it reads that of a GPT-2

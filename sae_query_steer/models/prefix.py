@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from sae_query_steer.data.batches import TokenBatch
@@ -52,7 +52,7 @@ class PrefixedRows:
         stop: Int[Tensor, " batch"] | None = None,
     ) -> None:
         self.model = model
-        self._is_bridge = not isinstance(model, HookedTransformer)
+        self._is_bridge = isinstance(model, TransformerBridge)
         self._start = start
         self._times = 1
         self.shares_cache = False

@@ -5,13 +5,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformer_lens.model_bridge.sources.transformers import map_default_transformer_lens_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_query_steer.arguments import whole_numbers
 from sae_query_steer.models.gguf import converted
 from sae_query_steer.sites import QuerySite, check_layer
 from sae_query_steer.storage.folders import check_model_folder
+
+try:
+    from transformer_lens.model_bridge.sources.transformers import (
+        map_default_transformer_lens_config,
+    )
+except ImportError:  # TransformerLens 4
+    from transformer_lens.model_bridge.sources._hf_format import (  # pyright: ignore[reportMissingImports]
+        map_default_transformer_lens_config,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
