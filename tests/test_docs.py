@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SPACES = (sqs, sqs.sae, sqs.compare, sqs.toy, sqs.scopes, sqs.steering, sqs.baselines, sqs.hub)
 PUBLIC = {
     id(getattr(space, name)): (f"{space.__name__}.{name}", getattr(space, name))
-    for space in (*SPACES, sqs.diagnostics)
+    for space in (*SPACES, sqs.diagnostics, sqs.integrations)
     for name in space.__all__
 }
 
