@@ -33,8 +33,6 @@ except ImportError as error:
 BY_ROW = ("target", "n_steps", "step_size", "strength", "look_at")
 """Settings of edits of which a list has one value for each row."""
 
-LOOKS = ("look_at", tuple)
-
 NEUTRAL = {"top_k": 0, "top_p": 1, "num_beams": 1, "repetition_penalty": 1}
 """Values of options that are not offered at which they change nothing."""
 
@@ -45,9 +43,9 @@ class SteeredLM(TemplateLM):
     >>> lm_eval.simple_evaluate(model=SteeredLM(model, steerer), tasks=["arc_easy"])
 
     The prompt of a request is its context: `LastPromptToken` steers the context's last token and
-    `ResponseTokens` the continuation, in log-likelihoods as in generated text. A rolling
-    log-likelihood has the prefix token as its prompt, and behind the first window the last token
-    of the window before it. Results do not depend on the batch size.
+    `ResponseTokens` the continuation, in log-likelihoods as in generated text. The prompt of a
+    rolling log-likelihood is the prefix token, and in later windows what was scored before. Results
+    do not depend on the batch size.
 
     Without a steerer it scores and writes what the harness' own `hf` model does, if both begin
     texts with BOS (here by `model.cfg.default_prepend_bos`, there by the tokenizer). Contexts that
@@ -298,9 +296,10 @@ def _check_rows_are_equal(steerer: Steerer) -> None:
     """Raise ValueError if a steerer has a value for each row of a batch."""
     own = vars(steerer if isinstance(steerer, LogitBias) else steerer.edit)
     inner = [vars(value) for value in own.values() if isinstance(value, Edit)]
-    given = [(name, held[name]) for held in (own, *inner) for name in BY_ROW if name in held]
+    given = [(name, held.get(name)) for held in (own, *inner) for name in BY_ROW]
     # A tuple of places to look at is for all rows.
-    given = [(n, v) for n, v in given if isinstance(v, list | tuple) and (n, type(v)) != LOOKS]
+    kinds = {"look_at": list}
+    given = [(n, value) for n, value in given if isinstance(value, kinds.get(n, list | tuple))]
     scopes: list[Any] = [own["scope"] if isinstance(steerer, LogitBias) else steerer.where.scope]
     for scope in scopes:
         scopes += [scope.scope] if isinstance(scope, Not) else getattr(scope, "scopes", ())
