@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +76,16 @@ def lm_eval(
     given = {name: value for name, value in given.items() if value is not None}
     if layers is not None:
         given["layers"] = index_list(layers)
-    steered_lm = sqs.integrations.SteeredLM  # names the extra if it is missing
-    import lm_eval as harness
-    from lm_eval.utils import handle_non_serializable
+    from sae_query_steer.integrations.lm_eval import SteeredLM
 
+    harness = import_module("lm_eval")
     names = tasks.split(",")
     manager = _tasks(names, include_path)
     loaded = model.load()
     steerer = _steerer(sqs.hub.load_bundle(bundle, model=loaded), given)
-    evaluate: Any = harness.simple_evaluate
     found = {
-        which: evaluate(
-            model=steered_lm(loaded, one, batch_size=batch_size),
+        which: harness.simple_evaluate(
+            model=SteeredLM(loaded, one, batch_size=batch_size),
             tasks=names,
             task_manager=manager,
             limit=limit,
@@ -99,8 +98,7 @@ def lm_eval(
     say(f"steered: {steerer!r}\n")
     show(_table(found))
     results = found | {"steerer": repr(steerer)}
-    text = json.dumps(results, indent=2, default=handle_non_serializable)
-    output.write({"results.json": text})
+    output.write({"results.json": json.dumps(results, indent=2, default=str)})
 
 
 def _tasks(names: list[str], include_path: Path | None) -> Any:
@@ -145,14 +143,11 @@ def _table(found: dict[str, Any]) -> Any:
 
     rows = []
     for task, values in found["unsteered"]["results"].items():
-        for name in values:
-            metric, comma, filter_ = name.partition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue
+        for name in (name for name in values if "," in name and "_stderr," not in name):
+            metric, filter_ = name.split(",")
             row = {"task": task, "filter": filter_, "metric": metric}
             for which, results in found.items():
-                own = results["results"][task]
-                row[which] = own[name]
-                row[f"{which}_stderr"] = own.get(f"{metric}_stderr,{filter_}")
+                row[which] = results["results"][task][name]
+                row[f"{which}_stderr"] = results["results"][task].get(f"{metric}_stderr,{filter_}")
             rows.append(row)
     return pd.DataFrame(rows)
