@@ -2,7 +2,6 @@ from . import baselines as baselines
 from . import compare as compare
 from . import diagnostics as diagnostics
 from . import hub as hub
-from . import integrations as integrations
 from . import learning as learning
 from . import plots as plots
 from . import sae as sae

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import invoke
 from conftest import HOSTS, on_both_hosts
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -339,7 +340,8 @@ def test_without_lm_eval_the_error_names_the_extra(monkeypatch):
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """A folder with three tasks on local data."""
-    folder = tmp_path_factory.mktemp("tasks")
+    folder = tmp_path_factory.mktemp("own") / "tasks"
+    folder.mkdir()
     docs = [
         {"q": f"w{i} w{i + 7}", "a": [f"w{i}", f"w{i + 1} w3", "w9"], "gold": i % 3, "t": f"w{i}"}
         for i in range(12)
@@ -430,3 +432,127 @@ def flat(values) -> list[float]:
     if not isinstance(values, list | tuple):
         return [float(values)]
     return [number for value in values for number in flat(value)]
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_models, saes, targets, tmp_path_factory):
+    """A bundle with a steerer, and one with centroids alone."""
+    folder, model = tmp_path_factory.mktemp("bundles"), tiny_models["bridge"]
+    steerer = sqs.LatentGradientSteerer(
+        saes, targets, target="create", objective=sqs.SquaredDistance(), n_steps=4, step_size=1.0
+    )
+    sqs.hub.save_bundle(folder / "whole", model, saes, targets=targets, steerer=steerer)
+    sqs.hub.save_bundle(folder / "centroids", model, saes, targets=targets)
+    return folder
+
+
+@pytest.fixture
+def arguments(bundles, tiny_folder, tasks):
+    folder = ["--model", tiny_folder, "--device", "cpu", "--bundle", bundles / "whole"]
+    return ["lm-eval", *folder, "--tasks", "choices,writing", "--include-path", tasks]
+
+
+def test_the_command_shows_both_and_writes_the_results(
+    arguments, bundles, saes, targets, tiny_models, tasks, quick, tmp_path
+):
+    out = tmp_path / "out"
+    done = invoke([*arguments, "--limit", "7", "--scope", "every-position", "--out", out])
+    assert done.exception is None, done.exception
+    assert "steered: LatentGradientSteerer(target='create', SquaredDistance()" in done.output
+    found = json.loads((out / "results.json").read_text())
+    assert [path.name for path in out.iterdir()] == ["results.json"]
+    assert "scope=EveryPosition()" in found["steerer"] and "n_steps=4" in found["steerer"]
+    table = [line.split() for line in done.output.splitlines()]
+    names = ["unsteered", "unsteered_stderr", "steered", "steered_stderr"]
+    assert ["task", "filter", "metric", *names] in table
+    steerer = sqs.LatentGradientSteerer(
+        *(saes, targets),
+        target="create",
+        objective=sqs.SquaredDistance(),
+        n_steps=4,
+        step_size=1.0,
+        scope=EveryPosition(),
+    )
+    for which, one in {"unsteered": None, "steered": steerer}.items():
+        results, _ = evaluated(SteeredLM(tiny_models["bridge"], one), tasks, limit=7)
+        for task, metric in [("choices", "acc"), ("writing", "exact_match")]:
+            (row,) = [row for row in table if row[:1] == [task] and row[2:3] == [metric]]
+            shown = dict(zip(names, row[3:], strict=True))
+            own = found[which]["results"][task]
+            assert own[f"{metric},none"] == results[task][f"{metric},none"]
+            assert shown[which] == f"{own[f'{metric},none']:.3f}"
+            assert shown[f"{which}_stderr"] == f"{own[f'{metric}_stderr,none']:.3f}"
+    assert found["unsteered"]["results"] != found["steered"]["results"]
+    again = invoke([*arguments, "--out", out])
+    assert "exists: give another folder" in str(again.exception)
+
+
+def test_a_bundle_without_a_steerer_takes_the_target_that_is_given(
+    arguments, bundles, quick, tmp_path
+):
+    arguments[arguments.index("--bundle") + 1] = bundles / "centroids"
+    done = invoke([*arguments, "--limit", "2"])
+    assert "--target must be given, because the bundle holds no steerer: one of" in str(
+        done.exception
+    )
+    done = invoke([*arguments, "--limit", "2", "--target", "apply", "--layers", "2"])
+    assert done.exception is None, done.exception
+    assert "target='apply', PrototypeLogLikelihood" in done.output
+    assert "blocks.2.attn.hook_q" in done.output and "blocks.0" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--bundle": "none"}, "must be a folder that bundle wrote"),
+        ({"--include-path": "none"}, "no folder none: give --include-path a folder of YAML"),
+        ({"--limit": "0"}, "--limit must be a whole number >= 1, got 0"),
+        ({"--batch-size": "0"}, "--batch-size must be a whole number >= 1, got 0"),
+        ({"--scope": "end"}, "--scope"),
+        ({"--layers": "x"}, "layers and heads must be all"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(
+    arguments, options, message, monkeypatch
+):
+    monkeypatch.setattr(sqs, "load_model", None)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)
+    for option, value in options.items():
+        if option in arguments:
+            arguments[arguments.index(option) + 1] = value
+        else:
+            arguments += [option, value]
+    assert message in str(invoke(arguments).exception)
+
+
+def test_unknown_tasks_are_refused_before_the_model_is_loaded(arguments, monkeypatch):
+    monkeypatch.setattr(sqs, "load_model", None)
+    asked = []
+
+    class OwnTasks(TaskManager):
+        def __init__(self, include_path, include_defaults):
+            asked.append(include_defaults)
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", OwnTasks)
+    arguments[arguments.index("--tasks") + 1] = "choices,choice"
+    done = invoke(arguments)
+    assert "tasks of the harness or in --include-path, got ['choice']" in str(done.exception)
+    assert asked == [False, True], "those of the harness are read only if needed"
+
+
+def test_the_example_of_the_documents_runs(tiny_models, make, tasks, quick, monkeypatch, capsys):
+    page = Path(__file__).resolve().parents[1] / "docs" / "comparing.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(tasks.parent)
+    model, steerer = tiny_models["bridge"], make(scope=EveryPosition(), step_size=1.0)
+    exec(compile(example, "comparing.md", "exec"), {"model": model, "steerer": steerer})
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for one, line in zip((None, steerer), shown, strict=True):
+        own = evaluated(SteeredLM(model, one), tasks)[0]["choices"]
+        assert line[0] == f"{own['acc,none']}"
+        assert 0 < float(line[1]) < 1
+    assert shown[0] != shown[1]
