@@ -314,7 +314,7 @@ def test_options_that_are_not_offered_are_refused(tiny_models, options, message)
         SteeredLM(tiny_models["bridge"]).generate_until(requests("generate_until", [row]))
 
 
-def test_wrong_requests_and_arguments_are_refused(tiny_models, make):
+def test_wrong_requests_and_arguments_are_refused(tiny_models, untyped):
     model = tiny_models["bridge"]
     for pair, n in [(("w1", ""), 0), (("w1", " w1" * 65), 65)]:
         with pytest.raises(ValueError, match=f"1 to 64 tokens, the model's context, got {n}"):

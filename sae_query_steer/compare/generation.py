@@ -72,8 +72,8 @@ def continuations(
         temperature: sample from softmax(logits / temperature); None decodes greedily.
         seeds: one for each prompt, with a temperature; see `seeded_sampling`.
         chat_template: as for `tokenize_examples`.
-        prepend_bos: False reads the prompts as they are, with BOS only where one is written; None
-            as said of `prompts`.
+        prepend_bos: True or False overrides the model's setting; with False, prompts have BOS only
+            where one is written. None means as said of `prompts`.
         until: texts after which a continuation needs no more tokens; it is not cut there.
             TransformerBridge then ends the row, HookedTransformer and `caches` write on.
         caches: prompts that are continued several times run once, up to their last token; only with
