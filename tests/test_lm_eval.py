@@ -53,13 +53,15 @@ def requests(kind: str, rows) -> list[Instance]:
 
 
 def scored(lm) -> dict:
-    """What a model of the harness makes of all kinds of requests."""
+    """What a model of the harness makes of all kinds of requests; some begin with BOS, as chats."""
     return {
-        "pairs": lm.loglikelihood(requests("loglikelihood", PAIRS)),
+        "pairs": lm.loglikelihood(requests("loglikelihood", [*PAIRS, ("<s> w1 w2", " w3 w4")])),
         "texts": lm.loglikelihood_rolling(
             requests("loglikelihood_rolling", [(text,) for text in TEXTS])
         ),
-        "written": lm.generate_until(requests("generate_until", CONTEXTS)),
+        "written": lm.generate_until(
+            requests("generate_until", [*CONTEXTS, ("<s> w1 w2", GREEDY)])
+        ),
     }
 
 
