@@ -25,7 +25,8 @@ FROM_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATIO
 COMMAND_LINE = "reference/command_line.md"
 NAMESPACES = (
     *("scopes", "objectives", "control", "sae", "steering", "learning"),
-    *("baselines", "diagnostics", "compare", "hub", "plots", "dashboards", "toy", "config"),
+    *("baselines", "diagnostics", "compare", "integrations"),
+    *("hub", "plots", "dashboards", "toy", "config"),
 )
 """Each is one page of the reference; `reference/front.md` has the other names of the front."""
 

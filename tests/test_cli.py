@@ -213,7 +213,7 @@ def test_every_setting_is_an_option_with_its_description(architecture):
     assert "Learning rate of Adam. (default: 0.001)" in text
 
 
-SLOW = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "pandas")
+SLOW = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "pandas", "lm_eval")
 
 
 @pytest.mark.parametrize(
@@ -241,10 +241,12 @@ SLOW = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "pa
         ),
         (["bundle", "--model={m}/no", "--saes={s}", "--out=o"], 2),
         (["bundle", "--model={m}", "--saes={m}", "--out=o"], 2),
+        (["lm-eval", "--help"], 0),
+        (["lm-eval", "--model={m}", "--bundle={m}", "--tasks=t"], 2),
     ],
     ids=[
         *("help", "help of train", "wrong option", "wrong column", "wrong column of texts"),
-        *("no model", "no SAEs"),
+        *("no model", "no SAEs", "help of lm-eval", "no bundle"),
     ],
 )
 def test_help_and_refusals_import_no_slow_library(arguments, status, tmp_path):

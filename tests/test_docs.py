@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import sae_query_steer as sqs
+from sae_query_steer import integrations
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -16,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SPACES = (sqs, sqs.sae, sqs.compare, sqs.toy, sqs.scopes, sqs.steering, sqs.baselines, sqs.hub)
 PUBLIC = {
     id(getattr(space, name)): (f"{space.__name__}.{name}", getattr(space, name))
-    for space in (*SPACES, sqs.diagnostics)
+    for space in (*SPACES, sqs.diagnostics, integrations)
     for name in space.__all__
 }
 

@@ -94,6 +94,15 @@ def test_a_model_whose_prompts_begin_without_bos_is_read_so(ending, host, monkey
 
 
 @pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("bos", [False, True])
+def test_prepend_bos_overrides_the_setting_of_the_model(ending, host, bos, monkeypatch):
+    monkeypatch.setattr(ending[host].cfg, "default_prepend_bos", not bos)
+    made = continuations(ending[host], PROMPTS, max_new_tokens=4, prepend_bos=bos)
+    expected = [written_alone(ending["plain"], prompt, 4, bos=bos) for prompt in PROMPTS]
+    assert [row.tolist() for row in made.tokens] == expected
+
+
+@pytest.mark.parametrize("host", HOSTS)
 def test_eos_ends_a_continuation_and_stands_in_its_tokens_but_not_in_its_text(ending, host):
     made = continuations(ending[host], PROMPTS, max_new_tokens=7)
     lengths = [len(row) for row in made.tokens]

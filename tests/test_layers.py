@@ -11,6 +11,7 @@ PACKAGE = "sae_query_steer"
 FOLDER = Path(sae_query_steer.__file__).parent
 LAYERS = (
     {"cli"},
+    {"integrations"},
     {"compare", "dashboards", "hub"},
     {"baselines", "diagnostics", "plots", "toy"},
     {"learning"},

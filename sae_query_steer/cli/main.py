@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from sae_query_steer.cli.compare import demo, sweep
+from sae_query_steer.cli.lm_eval import lm_eval
 from sae_query_steer.cli.publish import bundle, dashboard, push, registry_entry
 from sae_query_steer.cli.steer import sites, steer, targets
 from sae_query_steer.cli.train import train
@@ -18,7 +19,7 @@ from sae_query_steer.storage.folders import locked
 
 COMMANDS = (
     *(demo, train, targets, sites, steer, dashboard),
-    *(sweep, bundle, push, registry_entry),
+    *(sweep, lm_eval, bundle, push, registry_entry),
 )
 
 
@@ -26,6 +27,7 @@ def run(arguments: Sequence[str]) -> None:
     """Run one command.
 
     Raises:
+        ImportError: an extra is missing.
         OSError, TypeError, ValueError: bad input.
         SystemExit: help was asked for, or an option is wrong.
     """
@@ -59,7 +61,7 @@ def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
         run(sys.argv[1:])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         text = str(error).strip()
         if isinstance(error, OSError):  # the lines after the first are about the hub
             text = text.partition("\n")[0]

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import StoppingCriteria
 
 from sae_query_steer.arguments import check_kind, check_number, check_texts
 from sae_query_steer.baselines.biases import LogitBias
@@ -53,6 +55,8 @@ def continuations(
     temperature: float | None = None,
     seeds: Sequence[int] | None = None,
     chat_template: ChatTemplate = False,
+    prepend_bos: bool | None = None,
+    until: Sequence[str] = (),
     caches: PromptCaches | None = None,
 ) -> Continuations:
     """Return continuations of prompts, greedy or sampled, each as if it were alone.
@@ -68,6 +72,10 @@ def continuations(
         temperature: sample from softmax(logits / temperature); None decodes greedily.
         seeds: one for each prompt, with a temperature; see `seeded_sampling`.
         chat_template: as for `tokenize_examples`.
+        prepend_bos: True or False overrides the model's setting; with False, prompts have BOS only
+            where one is written. None means as said of `prompts`.
+        until: texts after which a continuation needs no more tokens; it is not cut there.
+            TransformerBridge then ends the row, HookedTransformer and `caches` write on.
         caches: prompts that are continued several times run once, up to their last token; only with
             steerers whose scopes begin there.
 
@@ -79,7 +87,7 @@ def continuations(
     _check(prompts, [steerer], max_new_tokens, temperature, seeds)
     check_number("batch_size", batch_size, whole=True, least=1)
     ends = end_tokens(model)
-    prompts, bos = _as_read(model, prompts, chat_template)
+    prompts, bos = _as_read(model, prompts, chat_template, prepend_bos)
     found: list[Continuations] = []
     steering: AbstractContextManager[Any] = nullcontext()
     sampling: AbstractContextManager[Any] = nullcontext()
@@ -109,6 +117,7 @@ def continuations(
                     eos_token_id=ends or None,
                     return_type="tokens",
                     verbose=False,
+                    **_stops(model, until, width),
                 )
         found.append(_continuations(model, written[:, width:], changes))
     return Continuations(
@@ -375,8 +384,28 @@ def _behind_cache(
     return None if _acts_before(steerer, prefixed) else prefixed
 
 
+def _stops(model: Any, until: Sequence[str], width: int) -> dict[str, Any]:
+    """Return what ends rows of `generate` once their tokens after `width` hold one of some texts.
+
+    HookedTransformer has no such option.
+    """
+    if not until or not isinstance(model, TransformerBridge):
+        return {}
+
+    class Written(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            texts = tokenizer_of(model).batch_decode(input_ids[:, width:], skip_special_tokens=True)
+            done = [any(stop in text for stop in until) for text in texts]
+            return torch.tensor(done, device=scores.device)
+
+    return {"stopping_criteria": Written()}
+
+
 def _as_read(
-    model: Any, prompts: Sequence[str], chat_template: ChatTemplate
+    model: Any,
+    prompts: Sequence[str],
+    chat_template: ChatTemplate,
+    prepend_bos: bool | None = None,
 ) -> tuple[list[str], bool | None]:
     """Return prompts as the backend should read them, and `prepend_bos` for it.
 
@@ -385,7 +414,9 @@ def _as_read(
     tokenizer, rows = tokenizer_of(model), list(prompts)
     if chat_template:
         rows = [chat_prompt(prompt, tokenizer, chat_template) for prompt in prompts]
-    else:
+    elif prepend_bos:
+        return rows, True
+    elif prepend_bos is None:
         bos = tokenizer.bos_token
         begin = [bos is not None and row.startswith(str(bos)) for row in rows]
         if not any(begin):

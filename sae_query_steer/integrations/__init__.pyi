@@ -1,0 +1,1 @@
+from .lm_eval import SteeredLM as SteeredLM
