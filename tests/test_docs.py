@@ -71,3 +71,12 @@ def test_the_changelog_begins_with_this_version_and_the_date_of_the_citation():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     releases = re.findall(r"^## (\S+) \((\S+)\)$", changelog, re.M)
     assert releases[0] == (PROJECT["version"], str(citation["date-released"]))
+
+
+def test_the_lines_for_those_who_come_from_another_library_run():
+    text = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 4
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/coming_from.md", "exec"), names)
