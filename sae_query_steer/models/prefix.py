@@ -326,7 +326,7 @@ class PrefixedRows:
                 stack.enter_context(reading(self.model, *read))
             return self.model(tokens.to(device), return_type="logits", **given)
 
-    def _blocks(self, mask: Int[Tensor, "batch key"]) -> Bool[Tensor, "batch pos key"]:
+    def _blocks(self, mask: Int[Tensor, "batch key"]) -> Bool[Tensor, "batch pos keys_of_all"]:
         """Return what each token sees: the cache, and the tokens of its own copy up to itself."""
         n, n_past = self._times, self._prefix.shape[1]
         new = mask[:, n_past:].bool()
