@@ -84,6 +84,19 @@ def test_layers_below_the_first_steered_one_run_once(model, data, monkeypatch):
     assert all(torch.equal(learned.means[name], mean) for name, mean in whole.means.items())
 
 
+def test_metrics_are_those_of_the_history(model, data):
+    heard = []
+    steerer = recipe(model, dense(model, [1]))
+    found = learner(model, steerer).fit(data[0], on_metrics=heard.append)
+    assert [row["step"] for row in heard] == [0, 3, 6, 9, 12]
+    for step, table in found.history.groupby("step"):
+        row = next(row for row in heard if row["step"] == step)
+        for one in table.to_dict("records"):
+            for name in ("held_out_loss", "relative_change", "n_latents"):
+                assert row[f"{name}/{one['label']}"] == one[name]
+            assert (f"loss/{one['label']}" in row) == (step > 0)
+
+
 def test_output_scores_are_the_fall_of_the_loss_with_each_latent(model, data):
     steerer = recipe(model, dense(model, [1, 2]))
     found = learner(model, steerer, n_latents=3).fit_output_scores(data[0], held_out=range(8))

@@ -283,6 +283,21 @@ def test_bars_update_rarely_and_name_the_loss(tiny_models, texts, monkeypatch):
     assert bar.last_print_n == 0, "short work shows no bar"
 
 
+def test_metrics_are_heard_every_hundred_steps_and_at_the_end(bridge, texts):
+    heard, sites = [], sqs.query_sites(bridge, [0, 2])
+    given = {"training_tokens": 32 * 250, "train_batch_size_tokens": 32, "metric_tokens": 0}
+    config = TrainingConfig(sae=TOPK, **given)
+    saes = sqs.train_query_saes(bridge, texts, sites, config, on_metrics=heard.append)
+    assert [(row["step"], row["tokens"]) for row in heard] == [
+        (100, 3200),
+        (200, 6400),
+        (250, 8000),
+    ]
+    for name in saes:
+        assert heard[-1][f"loss/{name}"] < heard[0][f"loss/{name}"]
+        assert 0 <= heard[-1][f"dead_latents/{name}"] <= 4 * 16
+
+
 def test_training_starts_at_the_mean_query_and_a_poor_end_is_told(tiny_models, texts):
     # From zeros, so short a run explains less than the mean query does.
     saes = small(tiny_models["bridge"], texts, training_tokens=2560, lr=1e-3)

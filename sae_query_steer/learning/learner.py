@@ -18,6 +18,7 @@ from sae_query_steer.learning.rows import SplitRows, check_counterparts, frozen,
 from sae_query_steer.learning.run import LearningRun
 from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.models.loading import check_not_steered
+from sae_query_steer.progress import OnMetrics
 from sae_query_steer.sae.encoders import QueryEncoder, device_of
 from sae_query_steer.scopes.joins import scope_name
 from sae_query_steer.steering.files import steerer_settings
@@ -195,6 +196,7 @@ class TargetLearner:
         held_out: Sequence[int] | None = None,
         checkpoint: str | Path | None = None,
         rows: SplitRows | None = None,
+        on_metrics: OnMetrics | None = None,
     ) -> LearnedTargets:
         """Return targets with which the steered model writes the responses of each class.
 
@@ -212,6 +214,8 @@ class TargetLearner:
                 continues with the same numbers, by any number of processes that all can read it;
                 removed at the end. None writes nothing.
             rows: of `rows` with the same examples, counterparts and held_out.
+            on_metrics: called at each evaluation, by the first process, with a mapping of "step"
+                and, for each class, the columns of `LearnedTargets.history` as "COLUMN/CLASS".
 
         Raises:
             RuntimeError: another process has ended, or can't be reached.
@@ -228,6 +232,7 @@ class TargetLearner:
         if checkpoint is not None:
             run.checkpoint = Path(checkpoint)
             run.digest = self._digest([*examples, *(counterparts or ())], held_out)
+        run.on_metrics = on_metrics if self.ranks.rank == 0 else None
         with frozen([self.model, *self.steerer.saes.values()]):
             run.run()
         return self._targets(run, examples)

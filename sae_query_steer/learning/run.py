@@ -17,7 +17,7 @@ from sae_query_steer.descent.strength import Queries
 from sae_query_steer.learning.checkpoints import Progress, load_checkpoint, save_checkpoint
 from sae_query_steer.learning.rows import LearningRows
 from sae_query_steer.models.launch import Ranks
-from sae_query_steer.progress import progress_bar
+from sae_query_steer.progress import OnMetrics, progress_bar
 from sae_query_steer.scopes.positions import TokenPositions, select
 from sae_query_steer.steering.engine import AppliedEdit, by_head, tokens_once
 from sae_query_steer.steering.latent_descent import LatentDescent
@@ -43,6 +43,9 @@ class LearningRun:
 
     checkpoint: Path | None = None
     """A folder for a checkpoint; None writes none."""
+
+    on_metrics: OnMetrics | None = None
+    """Called at each evaluation."""
 
     digest: str = ""
     """What tells runs of other settings or examples apart."""
@@ -260,6 +263,12 @@ class LearningRun:
                     "n_latents": active / n_heads,
                 }
             )
+        if self.on_metrics is not None:
+            told: dict[str, float] = {"step": step}
+            for row in self.history[-len(self._classes) :]:
+                label, own = row["label"], {k: v for k, v in row.items() if k != "step"}
+                told |= {f"{k}/{label}": v for k, v in own.items() if isinstance(v, float)}
+            self.on_metrics(told)
         if step < self._pruned_by:  # more latents than are allowed
             return dict.fromkeys(of_class, math.inf)
         return of_class

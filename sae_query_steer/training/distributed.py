@@ -17,6 +17,7 @@ import torch
 from sae_query_steer.config import TrainingConfig
 from sae_query_steer.data.token_rows import Texts
 from sae_query_steer.models.launch import launched
+from sae_query_steer.progress import OnMetrics
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sites import QuerySite
 from sae_query_steer.training.train import train_query_saes
@@ -32,6 +33,7 @@ def train_on_ranks(
     resume: bool = False,
     overwrite: bool = False,
     start: QuerySAEs | None = None,
+    on_metrics: OnMetrics | None = None,
 ) -> QuerySAEs:
     """Train the sites in all processes of a launch, or in this one if there is no launch.
 
@@ -47,6 +49,7 @@ def train_on_ranks(
         resume: as for `train_query_saes`.
         overwrite: as for `train_query_saes`.
         start: as for `train_query_saes`.
+        on_metrics: as for `train_query_saes`, in each process.
 
     Returns:
         The SAEs of all sites, in every process.
@@ -58,5 +61,6 @@ def train_on_ranks(
         ValueError: as `train_query_saes`.
     """
     again: Any = {"out": out, "resume": resume, "overwrite": overwrite, "start": start}
+    again |= {"on_metrics": on_metrics}
     with launched(torch.device(model.cfg.device)) as ranks:
         return train_query_saes(model, texts, sites, config, **again, ranks=ranks)

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from sae_query_steer.config import TrainingConfig
-from sae_query_steer.progress import SECONDS
+from sae_query_steer.progress import SECONDS, OnMetrics
 
 CLIP_NORM = 1.0
 """Largest norm of the gradient of one head; SAELens's value for a whole SAE."""
@@ -98,6 +98,7 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
         cfg: SAELens's settings.
         saes: the SAEs by hook name.
         checkpoint: called with this trainer before every step and after the last.
+        on_metrics: called every 100 steps and after the last.
     """
 
     def __init__(
@@ -105,10 +106,11 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
         cfg: SAETrainerConfig,
         saes: Mapping[str, Any],
         checkpoint: Callable[["HeadwiseMultiTrainer"], None] | None = None,
+        on_metrics: OnMetrics | None = None,
     ) -> None:
         names = {name: name for name in saes}
         super().__init__(cfg=cfg, saes=dict(saes), hook_names=names, data_provider=iter(()))
-        self._checkpoint = checkpoint
+        self._checkpoint, self._on_metrics = checkpoint, on_metrics
         self.trainers = {
             name: HeadwiseTrainer(cfg=one.cfg, sae=one.sae, data_provider=iter(()))
             for name, one in self.trainers.items()
@@ -137,6 +139,13 @@ class HeadwiseMultiTrainer(MultiSAETrainer):
     def _update_pbar(self, step_outputs: Any, pbar: Any, update_interval: int = 100) -> None:
         # SAELens moves the bar every 100 steps: a short run would stay at 0 % to its end.
         pbar.mininterval = SECONDS
+        done = self.n_training_samples >= self.cfg.total_training_samples
+        if self._on_metrics is not None and (done or self.n_training_steps % update_interval == 0):
+            found = {"step": self.n_training_steps, "tokens": self.n_training_samples}
+            for name, out in step_outputs.items():
+                dead = self.trainers[name].dead_neurons.sum()
+                found |= {f"loss/{name}": out.loss.item(), f"dead_latents/{name}": int(dead)}
+            self._on_metrics(found)
         if self.n_training_steps % update_interval == 0:
             losses = (f"{name} {out.loss.item():.4f}" for name, out in step_outputs.items())
             pbar.set_postfix_str(f"loss {', '.join(losses)}", refresh=False)

@@ -25,6 +25,7 @@ from sae_query_steer.models.activations import read_activations, without_hooks
 from sae_query_steer.models.fingerprint import dtype_name, fingerprint_tokens
 from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.models.loading import model_name
+from sae_query_steer.progress import OnMetrics
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
 from sae_query_steer.sae.configs import training_config
 from sae_query_steer.sae.core import to_inference
@@ -56,6 +57,7 @@ def train_query_saes(
     resume: bool = False,
     overwrite: bool = False,
     start: QuerySAEs | None = None,
+    on_metrics: OnMetrics | None = None,
     ranks: Ranks = ALONE,
 ) -> QuerySAEs:
     """Train one query-head SAE for each site, all on the same tokens and one forward pass each.
@@ -83,6 +85,9 @@ def train_query_saes(
         overwrite: replace what is in `out`, and a stopped run.
         start: SAEs from whose weights training starts, such as those of other texts; of all sites,
             and of the config's architecture and sizes. None starts from random weights.
+        on_metrics: called every 100 steps and after the last one with a mapping of "step",
+            "tokens", and of each site this process trains "loss/HOOK", the loss of the batch, and
+            "dead_latents/HOOK", latents that did not fire in the last `dead_feature_window` steps.
         ranks: the processes that share the work, see `train_on_ranks`; by default this one alone.
 
     Returns:
@@ -142,7 +147,7 @@ def train_query_saes(
         if stored is not None and ranks.rank == 0 and not stored.is_file():
             with new_file(stored) as new, new.open("wb") as file:
                 np.save(file, rows.numpy(), allow_pickle=False)
-        result = _trained(stream, settings, checkpoints, start)
+        result = _trained(stream, settings, checkpoints, start, on_metrics)
         if out is not None and checkpoints is not None:
             result = joined(ranks, result, sites, checkpoints.folder)
             if ranks.rank == 0:
@@ -174,11 +179,12 @@ def _trained(
     settings: dict[str, Any],
     checkpoints: Checkpoints | None,
     start: QuerySAEs | None,
+    on_metrics: OnMetrics | None,
 ) -> QuerySAEs | None:
     """Return the SAEs of this rank's sites, None if it has none."""
     config, device = stream.config, str(stream.model.cfg.device)
     saes = {site.hook_name: _new_sae(site, stream, settings["model"]) for site in stream.own}
-    trainer = HeadwiseMultiTrainer(trainer_config(config, device), saes, checkpoints)
+    trainer = HeadwiseMultiTrainer(trainer_config(config, device), saes, checkpoints, on_metrics)
     if checkpoints is not None:
         checkpoints.restore(trainer)
     begins = trainer.n_training_steps == 0
