@@ -8,17 +8,7 @@ from typing import Any
 
 import sae_query_steer as sqs
 from sae_query_steer.arguments import check_number
-from sae_query_steer.cli.options import (
-    Model,
-    Optional,
-    SpanName,
-    class_named,
-    index_list,
-    say,
-    show,
-    span_of,
-)
-from sae_query_steer.cli.steer import ObjectiveName
+from sae_query_steer.cli.options import Model, Optional, say, show
 from sae_query_steer.storage.folders import check_holds
 
 
@@ -30,11 +20,6 @@ def lm_eval(
     tasks: str,
     include_path: Path | None = None,
     target: str | None = None,
-    objective: ObjectiveName | None = None,
-    n_steps: int | None = None,
-    step_size: float | None = None,
-    scope: SpanName | None = None,
-    layers: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 8,
@@ -42,9 +27,9 @@ def lm_eval(
 ) -> None:
     """Evaluate a model on tasks of lm-evaluation-harness, unsteered and steered.
 
-    The steerer is the bundle's, with the settings that are given here. If the bundle has none, it
-    goes to --target as `steer` does. Needs the extra lm-eval. Tasks of your own whose data are
-    local files ask nothing of the network; those of the harness load their data from the hub.
+    The steerer is the bundle's. If the bundle has none, it goes to --target as `steer` does. Needs
+    the extra lm-eval. Tasks of your own whose data are local files ask nothing of the network;
+    those of the harness load their data from the hub.
 
     Args:
         model: the language model.
@@ -53,11 +38,6 @@ def lm_eval(
         tasks: Names of tasks or groups, with commas between.
         include_path: Folder with tasks of your own (YAML).
         target: Class to steer towards; the bundle's if unset.
-        objective: What descent lowers; the bundle's if unset.
-        n_steps: Gradient steps at each token; the bundle's if unset.
-        step_size: Size of a step; the bundle's if unset.
-        scope: Tokens at which queries are changed; the bundle's if unset.
-        layers: Layers, such as 1,2 or 8-20 or all; the bundle's if unset.
         limit: Documents of each task; all if unset.
         num_fewshot: Examples in each prompt; the task's own number if unset.
         batch_size: Rows of a forward pass.
@@ -70,19 +50,13 @@ def lm_eval(
     for name, value in {"--limit": limit, "--batch-size": batch_size}.items():
         if value is not None:
             check_number(name, value, whole=True, least=1)
-    given: dict[str, Any] = {"target": target, "n_steps": n_steps, "step_size": step_size}
-    given["objective"] = objective and class_named(objective, sqs.objectives)()
-    given["scope"] = scope and span_of(scope)
-    given = {name: value for name, value in given.items() if value is not None}
-    if layers is not None:
-        given["layers"] = index_list(layers)
     from sae_query_steer.integrations.lm_eval import SteeredLM
 
     harness = import_module("lm_eval")
     names = tasks.split(",")
     manager = _tasks(names, include_path)
     loaded = model.load()
-    steerer = _steerer(sqs.hub.load_bundle(bundle, model=loaded), given)
+    steerer = _steerer(sqs.hub.load_bundle(bundle, model=loaded), target)
     found = {
         which: harness.simple_evaluate(
             model=SteeredLM(loaded, one, batch_size=batch_size),
@@ -118,23 +92,23 @@ def _tasks(names: list[str], include_path: Path | None) -> Any:
     )
 
 
-def _steerer(bundle: "sqs.hub.Bundle", given: dict[str, Any]) -> "sqs.LatentGradientSteerer":
-    """Return the steerer of a bundle with some settings, or one with the defaults of `steer`.
+def _steerer(bundle: "sqs.hub.Bundle", target: str | None) -> "sqs.LatentGradientSteerer":
+    """Return the steerer of a bundle towards a target, or one with the defaults of `steer`.
 
     Raises:
         ValueError: there is no steerer and no target, or no such class.
     """
     if bundle.steerer is not None:
-        return replace(bundle.steerer, **given)
+        return bundle.steerer if target is None else replace(bundle.steerer, target=target)
     if bundle.targets is None:
         raise ValueError("--bundle must hold a steerer or centroids, got one without either")
-    if "target" not in given:
+    if target is None:
         raise ValueError(
             "--target must be given, because the bundle holds no steerer: one of "
             f"{list(bundle.targets.classes)}"
         )
-    default = {"objective": sqs.PrototypeLogLikelihood(), "n_steps": 20, "step_size": 1.0}
-    return sqs.LatentGradientSteerer(bundle.saes, bundle.targets, **default | given)
+    descent = {"objective": sqs.PrototypeLogLikelihood(), "n_steps": 20, "step_size": 1.0}
+    return sqs.LatentGradientSteerer(bundle.saes, bundle.targets, target=target, **descent)
 
 
 def _table(found: dict[str, Any]) -> Any:
