@@ -133,7 +133,7 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
     args = Namespace(out=tmp_path, model=str(folder), tasks=tasks, **sizes)
     own = task.Task(args)
     # Every method once, and what is learned on each family.
-    run.run(own, ["rivals"], "0/1", only="" if kind == "llama" else "learned")
+    run.run(own, ["rivals"], "0/1", only=("" if kind == "llama" else "learned",))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(rows) == (19 if kind == "llama" else 4)
     for row in rows:
@@ -143,7 +143,7 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
         if chosen:
             strengths = {(p["strength"], tuple(p["layers"] or ())) for p in chosen}
             assert (row[tasks[0]]["strength"], tuple(row[tasks[0]]["layers"] or ())) in strengths
-    run.run(own, ["rivals"], "0/1", only="learned")  # a second run has nothing left to do
+    run.run(own, ["rivals"], "0/1", only=("learned",))  # a second run has nothing left to do
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
     (tmp_path / "text.txt").write_text("Words of a textbook. " * 3000)
     mechanism.run(own, 12, tmp_path / "text.txt", "moves, dense")

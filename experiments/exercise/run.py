@@ -22,18 +22,19 @@ from experiments.exercise.task import Forms, Openings, Task
 from sae_query_steer.compare.methods import Method
 
 
-def run(task: Task, studies: Sequence[str], worker: str, only: str = "") -> None:
+def run(task: Task, studies: Sequence[str], worker: str, only: Sequence[str] = ("",)) -> None:
     """Measure the jobs of some studies that are this worker's and not measured yet.
 
     Args:
         task: what is measured.
         studies: names.
         worker: which part of the jobs, such as "1/2".
-        only: a text that must be in the setting of a job.
+        only: texts of which one must be in the setting of a job.
     """
     file = task.out / "results.jsonl"
     mine, of = map(int, worker.split("/"))
-    jobs = [job for name in studies for job in STUDIES[name](task) if only in json.dumps(job[0])]
+    jobs = [job for name in studies for job in STUDIES[name](task)]
+    jobs = [job for job in jobs if any(text in json.dumps(job[0]) for text in only)]
     if task.args.tasks:
         jobs = [(setting | {"tasks": task.args.tasks}, make, k) for setting, make, k in jobs]
     for setting, make, strength in jobs[mine::of]:
@@ -90,7 +91,7 @@ if __name__ == "__main__":
     parser.add_argument("--task", choices=("exercise", "forms", "openings"), default="exercise")
     parser.add_argument("--out", required=True)
     parser.add_argument("--worker", default="0/1", help="which part of the rows, such as 1/2")
-    parser.add_argument("--only", default="", help="a text in the settings, such as 'logit bias'")
+    parser.add_argument("--only", nargs="+", default=[""], help="texts, one of them in the setting")
     parser.add_argument("--tasks", nargs="+", help="kinds of prompts; default: those of the study")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--n-train", type=int, default=20, help="topics")
