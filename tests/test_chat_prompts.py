@@ -8,9 +8,10 @@ from recipe_models import PUBLISHED, write_tiny
 from transformers import AutoModelForCausalLM
 
 import sae_query_steer as sqs
-from sae_query_steer.compare.generation import continuations, negative_log_likelihoods
+from sae_query_steer.compare.generation import continuations
 from sae_query_steer.compare.interchange import interchange_methods
 from sae_query_steer.compare.judges import RuleJudge
+from sae_query_steer.compare.likelihoods import negative_log_likelihoods
 from sae_query_steer.compare.methods import Method, SteeringCase
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.prompts import chat_prompt

@@ -27,7 +27,8 @@ from sae_query_steer.compare.exercise_task import (
     exercise_cases,
     exercise_examples,
 )
-from sae_query_steer.compare.generation import continuations, negative_log_likelihoods
+from sae_query_steer.compare.generation import continuations
+from sae_query_steer.compare.likelihoods import negative_log_likelihoods
 from sae_query_steer.compare.methods import Method
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.prompts import bos_id, tokenizer_of

@@ -15,9 +15,8 @@ from sae_query_steer.compare.generation import (
     _most_copies,
     continuations,
     continuations_side_by_side,
-    divergences,
-    negative_log_likelihoods,
 )
+from sae_query_steer.compare.likelihoods import divergences, negative_log_likelihoods
 from sae_query_steer.learning import no_moves
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
 

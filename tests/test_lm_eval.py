@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -333,7 +334,7 @@ def test_without_lm_eval_the_error_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "sae_query_steer.integrations.lm_eval")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r'pip install "sae-query-steer\[lm-eval\]"'):
-        import sae_query_steer.integrations.lm_eval  # noqa: F401
+        import_module("sae_query_steer.integrations.lm_eval")
 
 
 # The harness itself, on tasks of our own.

@@ -11,8 +11,9 @@ from markupsafe import Markup
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.comparison import compare_methods, outcome_row
-from sae_query_steer.compare.generation import continuations, divergences
+from sae_query_steer.compare.generation import continuations
 from sae_query_steer.compare.judges import RuleJudge
+from sae_query_steer.compare.likelihoods import divergences
 from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import (
     Descent,

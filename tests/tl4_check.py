@@ -11,7 +11,7 @@ from pathlib import Path
 from pkgutil import walk_packages
 
 if version("transformer-lens").startswith("4"):
-    import tl4_shim  # noqa: F401
+    import_module("tl4_shim")  # before SAELens is imported
 
 import sae_query_steer as sqs
 

@@ -10,13 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # no display
-
-import matplotlib.pyplot as plt  # noqa: E402
-
-from sae_query_steer.diagnostics.metrics import wilson_interval  # noqa: E402
+from sae_query_steer.diagnostics.metrics import wilson_interval
 
 OPEN, REDIRECTED = (f"{name}, trained wording" for name in ("open", "redirected"))
 GROUPS = {
@@ -38,7 +34,8 @@ def colour(name: str) -> str:
 def success(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw the success of every method with its interval, open and redirected."""
     rows = sorted(rows, key=lambda row: row[OPEN]["success"])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.32 * len(rows) + 1.2), sharey=True)
+    figure = Figure(figsize=(10, 0.32 * len(rows) + 1.2))
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, task, title in zip(axes, (OPEN, REDIRECTED), ("open", "redirected"), strict=True):
         for place, row in enumerate(rows):
             each = row[task]["each"]
@@ -55,7 +52,8 @@ def success(rows: list[dict[str, Any]], file: Path) -> None:
 
 def frontier(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw success against the perplexity ratio at every strength, on validation topics."""
-    figure, axis = plt.subplots(figsize=(7.5, 5))
+    figure = Figure(figsize=(7.5, 5))
+    axis = figure.subplots()
     for row in rows:
         name, curve = row["setting"]["method"], row[OPEN].get("validation", [])
         points = sorted((p["perplexity_ratio"], p["success"]) for p in curve)
@@ -77,7 +75,8 @@ def frontier(rows: list[dict[str, Any]], file: Path) -> None:
 
 def heads(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw the share of the effect that the best heads have, by their number."""
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure = Figure(figsize=(6, 3.6))
+    axis = figure.subplots()
     for row in rows:
         sizes = {int(n): share for n, share in row["effect_by_number"].items()}
         whole = sizes[max(sizes)]
@@ -87,11 +86,10 @@ def heads(rows: list[dict[str, Any]], file: Path) -> None:
     save(figure, file)
 
 
-def save(figure: Any, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
     """Write a figure."""
     figure.tight_layout()
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def draw(out: Path, to: Path) -> None:

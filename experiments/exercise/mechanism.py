@@ -15,7 +15,8 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +103,17 @@ def loss(task: Task, batch: TokenBatch, *steps: AbstractContextManager[Any]) -> 
 def shares(task: Task, make: Make, plain: Sequence[Sequence[float]], batches: Any) -> Any:
     """Return the effect as it is, with frozen attention, and of changed patterns alone."""
     found: dict[str, list[float]] = {"whole": [], "frozen": [], "patterns": []}
+    hold = partial(sqs.steering.freeze_attention, task.model)
     for batch, before, asked in zip(batches[0], *plain, strict=True):
-        steerer = make(list(batch.labels))
-        lengths = batch.prompt_lengths.tolist()
-
-        def steered(steerer: Any = steerer, lengths: Any = lengths) -> Any:
-            return steerer.apply(task.model, prompt_lengths=lengths)
-
-        hold = sqs.steering.freeze_attention
-        given: dict[str, Any] = {"of": steerer, "prompt_lengths": lengths}
-        contexts: dict[str, Any] = {
-            "whole": lambda: [steered()],
-            "frozen": lambda: [hold(task.model, batch.tokens), steered()],  # noqa: B023
-            "patterns": lambda: [hold(task.model, batch.tokens, **given)],  # noqa: B023
+        steerer, lengths = make(list(batch.labels)), batch.prompt_lengths.tolist()
+        steered = partial(steerer.apply, task.model, prompt_lengths=lengths)
+        losses = {
+            "whole": loss(task, batch, steered()),
+            "frozen": loss(task, batch, hold(batch.tokens), steered()),
+            "patterns": loss(task, batch, hold(batch.tokens, of=steerer, prompt_lengths=lengths)),
         }
-        for name, steps in contexts.items():
-            gained = before - loss(task, batch, *steps())
-            found[name].append(gained / (before - asked))
+        for name, after in losses.items():
+            found[name].append((before - after) / (before - asked))
     return {name: sum(parts) / len(parts) for name, parts in found.items()}
 
 
@@ -145,19 +140,16 @@ def heads(task: Task, make: Make, plain: Sequence[Sequence[float]], batches: Any
     return {"effect_by_number": found, "ranked": ranked, "alone": [alone[one] for one in ranked]}
 
 
-def drift(task: Task, make: Make | None, passages: Tensor) -> dict[str, float]:
+def drift(task: Task, make: Make, passages: Tensor) -> dict[str, float]:
     """Return how the next tokens of unrelated text change, in nats, mean over its tokens."""
     labels = [task.classes[i % len(task.classes)] for i in range(len(passages))]
     found: dict[str, list[float]] = {"kl": [], "jensen_shannon": []}
     for first in range(0, len(passages), 10):
         rows = passages[first : first + 10]
-        steps: AbstractContextManager[Any] = nullcontext()
-        if make is not None:
-            own = make(labels[first : first + 10])
-            steps = own.apply(task.model, prompt_lengths=[rows.shape[1] // 2] * len(rows))
+        steerer = make(labels[first : first + 10])
         with torch.no_grad():
             plain = task.model(rows).float().log_softmax(-1)
-            with steps:
+            with steerer.apply(task.model, prompt_lengths=[rows.shape[1] // 2] * len(rows)):
                 changed = task.model(rows).float().log_softmax(-1)
         middle = torch.logaddexp(plain, changed) - math.log(2)
 

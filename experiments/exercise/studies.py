@@ -299,17 +299,10 @@ def wide(task: Task) -> Iterator[Job]:
         learning = {"scope": sqs.scopes.EveryPosition()} | learning
         folder = "wide-" + name.replace(", ", "-").replace(" ", "-")
         if "n_latents" in learning:
-            make = partial(sparse, task, folder, kind, "n_latents", l1=0.0)
-            return (
-                setting,
-                partial(make, n=learning.pop("n_latents"), layers=task.wide, **learning),
-                1.0,
-            )
-        return (
-            setting,
-            lambda: moves(task, folder, task.dictionary(kind, task.wide), **learning),
-            1.0,
-        )
+            learning |= {"n": learning.pop("n_latents"), "layers": task.wide, "l1": 0.0}
+            return setting, partial(sparse, task, folder, kind, "n_latents", **learning), 1.0
+        make = partial(moves, task, folder, **learning)
+        return setting, lambda: make(task.dictionary(kind, task.wide)), 1.0
 
     plain = {m.name: m for m in prompt_methods(task.opened, shots=())}
     yield job("trained, 8 a head", "trained", n_latents=8)

@@ -228,7 +228,8 @@ class Task:
         """Return which method, at which strength, does best on validation topics, by task.
 
         Of those with a perplexity ratio of at most 1.5, or that of unsteered texts if it is higher:
-        they do not answer the request that the ratio is measured with. With it what all did.
+        they do not answer the request that the ratio is measured with. Of equals the most fluent:
+        strengths of several methods can't be compared. With it what all did.
         """
         if len(methods) == 1 and len(methods[0].strengths) == 1:
             return {task: (methods[0], float(methods[0].strengths[0]), []) for task in tasks}

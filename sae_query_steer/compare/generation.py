@@ -1,4 +1,4 @@
-"""Continuations of many prompts at once, and how likely a model finds them."""
+"""Continuations of many prompts at once."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens.model_bridge import TransformerBridge
@@ -19,11 +18,9 @@ from sae_query_steer.data.batches import TokenBatch
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.data.prompts import ChatTemplate, chat_prompt, tokenizer_of
 from sae_query_steer.data.tokenized import tokenize_example
-from sae_query_steer.models.activations import LOGITS, read_activations
 from sae_query_steer.models.loading import end_tokens
 from sae_query_steer.models.partial_passes import hooks_of_a_pass
 from sae_query_steer.models.prefix import PrefixedRows, PromptCaches
-from sae_query_steer.scopes.named import ResponseTokens
 from sae_query_steer.scopes.positions import select
 from sae_query_steer.steering.engine import Changes, apply_edits
 from sae_query_steer.steering.side_by_side import SideBySide
@@ -87,7 +84,7 @@ def continuations(
     _check(prompts, [steerer], max_new_tokens, temperature, seeds)
     check_number("batch_size", batch_size, whole=True, least=1)
     ends = end_tokens(model)
-    prompts, bos = _as_read(model, prompts, chat_template, prepend_bos)
+    prompts, bos = as_read(model, prompts, chat_template, prepend_bos)
     found: list[Continuations] = []
     steering: AbstractContextManager[Any] = nullcontext()
     sampling: AbstractContextManager[Any] = nullcontext()
@@ -194,7 +191,7 @@ def continuations_side_by_side(
         "chat_template": chat_template,
         "batch_size": len(prompts),
     }
-    rows, bos = _as_read(model, prompts, chat_template)
+    rows, bos = as_read(model, prompts, chat_template)
     together = [i for i, s in enumerate(steerers) if _changes_activations(s)]
     prefixed = None
     if len(together) > 1:
@@ -207,7 +204,7 @@ def continuations_side_by_side(
         together = [i for i in together if not _acts_before(steerers[i], prefixed)]
         for start in range(0, len(together) if prefixed.shares_cache else 0, most):
             some = together[start : start + most]
-            if len(some) == 1:
+            if len(some) == 1:  # there is nothing to share
                 continue
             for steerer in (part for i in some for part in parts_of(steerers[i])):
                 steerer.check_model(model)
@@ -285,66 +282,7 @@ def _most_copies(prefixed: PrefixedRows, n_new: int, max_bytes: int) -> int:
     return min(COPIES, (reach - width) // (n_new + 1), max_bytes // (keys + logits))
 
 
-def negative_log_likelihoods(
-    model: Any,
-    prompts: Sequence[str],
-    tokens: Sequence[Tensor],
-    *,
-    batch_size: int = 64,
-    chat_template: ChatTemplate = False,
-    caches: PromptCaches | None = None,
-) -> list[float]:
-    """Return for each prompt the sum of -log p, in nats, of the tokens [pos] after it."""
-    sums = []
-    caches = PromptCaches(model, 0) if caches is None else caches
-    rows, bos = _as_read(model, prompts, chat_template)
-    for start in range(0, len(prompts), batch_size):
-        some = tokens[start : start + batch_size]
-        batch = _batch(model, rows[start : start + batch_size], some, bos)
-        row, position = _written(batch)
-        with torch.no_grad():
-            own = caches.rows(batch).log_probs(row, position - 1).cpu()
-        found = own.gather(1, batch.tokens[row, position][:, None])[:, 0].double()
-        sums += [-float(one.sum()) for one in found.split(list(map(len, some)))]
-    return sums
-
-
-def divergences(
-    model: Any,
-    prompts: Sequence[str],
-    tokens: Sequence[Tensor],
-    steerer: Steerer | JoinedSteerers,
-    *,
-    chat_template: ChatTemplate = False,
-) -> list[float]:
-    """Return for each text the mean of KL(unsteered || steered), in nats, of its next tokens.
-
-    On texts of the target class it measures the specificity of steering: there it should change
-    little. All texts are read in one batch, so that a steerer may have a target for each.
-
-    Args:
-        model: a HookedTransformer or a TransformerBridge.
-        prompts: what stands before each text.
-        tokens: the texts [pos], whose tokens count.
-        steerer: what changes the queries, or the residual stream.
-        chat_template: as in `continuations`.
-    """
-    rows, bos = _as_read(model, prompts, chat_template)
-    batch = _batch(model, rows, tokens, bos)
-    row, position = _written(batch)
-
-    def next_tokens() -> Float[Tensor, "token d_vocab"]:
-        logits = read_activations(model, batch.tokens, [LOGITS])[LOGITS]
-        return logits[row, position - 1].float().log_softmax(-1).cpu()
-
-    bare = next_tokens()
-    with steerer.apply(model, prompt_lengths=batch.prompt_lengths.tolist()):
-        steered = next_tokens()
-    found = (bare.exp() * (bare - steered)).sum(-1)
-    return [float(part.mean()) for part in found.split(list(map(len, tokens)))]
-
-
-def _batch(
+def batch_of(
     model: Any, rows: Sequence[str], tokens: Sequence[Tensor], bos: bool | None
 ) -> TokenBatch:
     """Return prompts, in the form for the backend, with the tokens after them."""
@@ -359,12 +297,6 @@ def _batch(
     )
 
 
-def _written(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Return row and position of the tokens after the prompts."""
-    row, position = select(ResponseTokens(), batch.positions).nonzero(as_tuple=True)
-    return row, position
-
-
 def _behind_cache(
     model: Any,
     rows: Sequence[str],
@@ -377,7 +309,7 @@ def _behind_cache(
 
     That is where the context is too short, or the steerer acts on tokens that the cache holds.
     """
-    batch = _batch(model, rows, [torch.tensor([], dtype=torch.long)] * len(rows), bos)
+    batch = batch_of(model, rows, [torch.tensor([], dtype=torch.long)] * len(rows), bos)
     if int(batch.prompt_lengths.max()) + max_new_tokens > int(model.cfg.n_ctx):
         return None
     prefixed = caches.rows(batch)
@@ -401,7 +333,7 @@ def _stops(model: Any, until: Sequence[str], width: int) -> dict[str, Any]:
     return {"stopping_criteria": Written()}
 
 
-def _as_read(
+def as_read(
     model: Any,
     prompts: Sequence[str],
     chat_template: ChatTemplate,

@@ -15,10 +15,9 @@ from sae_query_steer.compare.generation import (
     Continuations,
     continuations,
     continuations_side_by_side,
-    divergences,
-    negative_log_likelihoods,
 )
 from sae_query_steer.compare.judges import Judge
+from sae_query_steer.compare.likelihoods import divergences, negative_log_likelihoods
 from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import Method, SteeringCase
 from sae_query_steer.data.prompts import ChatTemplate
