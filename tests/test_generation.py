@@ -10,9 +10,9 @@ from wheel_check import WORDS
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.generation import (
-    _batch,
     _behind_cache,
     _most_copies,
+    batch_of,
     continuations,
     continuations_side_by_side,
 )
@@ -213,7 +213,7 @@ def test_a_sampled_text_behind_kept_prompts_is_that_of_its_seed(model, make, sco
 
 
 def test_kept_caches_stay_within_their_bytes(model):
-    size = PromptCaches(model, 2**30).rows(_batch(model, PROMPTS, [torch.tensor([5])] * 4, None))
+    size = PromptCaches(model, 2**30).rows(batch_of(model, PROMPTS, [torch.tensor([5])] * 4, None))
     caches = PromptCaches(model, 2 * size.n_bytes + 1)
     for order in (PROMPTS, PROMPTS[::-1], PROMPTS[1:] + PROMPTS[:1], PROMPTS):
         continuations(model, order, max_new_tokens=2, caches=caches)
