@@ -17,8 +17,8 @@ import torch
 
 import sae_query_steer as sqs
 from benchmarks.rounds import faster, seconds_of, show
-from sae_query_steer.compare.exercise_demo import MOVE, SCOPE
 from sae_query_steer.compare.exercise_task import exercise_examples
+from sae_query_steer.compare.learned import MOVE, SCOPE
 from sae_query_steer.learning import no_moves
 from sae_query_steer.models.prefix import PrefixedRows
 

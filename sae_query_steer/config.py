@@ -314,3 +314,45 @@ class TrainingConfig:
         stored["sae"] |= {"architecture": self.sae.name}
         without_effect = {"act_store_device", "metric_tokens", "checkpoint_every"}
         return {name: v for name, v in stored.items() if name not in without_effect}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSettings:
+    """Sizes of a first trial."""
+
+    seed: int = 0
+    """Random seed."""
+
+    n_learned: int = 20
+    """Examples of each class that targets are learned from, of those that give the centroids."""
+
+    n_cases: int = 48
+    """Cases on which strengths are chosen, and cases of the table."""
+
+    max_new_tokens: int = 24
+    """Most tokens of a text, and of a response that targets are learned from."""
+
+    training_tokens: int = 16_384
+    """Tokens that the SAEs are trained on."""
+
+    d_sae_per_head: int = 128
+    """Latents of each head."""
+
+    k: int = 16
+    """Latents of a head that are active at a token."""
+
+    n_updates: int = 30
+    """Updates of each learned target."""
+
+    max_relative_change: float = 0.5
+    """||change of q|| / ||q|| of a head at most."""
+
+    l1: float = 0.1
+    """Penalty of sparse targets."""
+
+    def __post_init__(self) -> None:
+        least = {"n_learned": 4, "n_cases": 6, "l1": 0}
+        for field in fields(self):
+            if field.name != "seed":
+                limits = {"least": least[field.name]} if field.name in least else {"above": 0}
+                check_number(field.name, vars(self)[field.name], whole=field.type is int, **limits)

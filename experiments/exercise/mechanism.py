@@ -26,9 +26,9 @@ from torch import Tensor
 import sae_query_steer as sqs
 from experiments.exercise.studies import residual_site
 from experiments.exercise.task import Task
-from sae_query_steer.compare.exercise_demo import MOVE, SCOPE
 from sae_query_steer.compare.exercise_task import MAX_NEW_TOKENS
 from sae_query_steer.compare.generation import continuations
+from sae_query_steer.compare.learned import MOVE, SCOPE
 from sae_query_steer.data.batches import TokenBatch, example_batches
 from sae_query_steer.progress import progress_bar
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 import sae_query_steer as sqs
-from experiments.exercise.task import cut
-from sae_query_steer.compare.exercise_demo import SCOPE
+from sae_query_steer.compare.learned import SCOPE
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         for some, label in zip(kept, ("open", None), strict=True)
     )
     examples, counterparts = (
-        replace(cut(sqs.tokenize_examples(model, some), args.n_answer), span=SCOPE)
+        replace(sqs.tokenize_examples(model, some).with_responses_of(args.n_answer), span=SCOPE)
         for some in (opened, requested)
     )
     held_out = range(round(0.75 * len(examples)), len(examples))

@@ -8,8 +8,9 @@ from typing import Any
 import sae_query_steer as sqs
 from experiments.exercise.task import Encoders, Task, layer_of
 from sae_query_steer.compare.attention_methods import attention_bias_method, attention_method
-from sae_query_steer.compare.exercise_demo import CENTROID, MEAN, MOVE, POINT, SCOPE
+from sae_query_steer.compare.exercise_demo import CENTROID, MEAN
 from sae_query_steer.compare.interchange import interchange_methods
+from sae_query_steer.compare.learned import MOVE, POINT, SCOPE
 from sae_query_steer.compare.methods import (
     DESCENTS,
     Descent,
@@ -314,6 +315,14 @@ def wide(task: Task) -> Iterator[Job]:
         yield setting, lambda name=name: plain[name], 1.0
     for kind in ("trained", "random"):
         yield job(f"{kind}, l1", kind, l1=PENALTY)
+    long = {"n_updates": 120, "learning_rate": 0.02}
+    for kind, penalty in (("trained", PENALTY), ("random", PENALTY), ("dense", 0.0)):
+        yield job(f"{kind}, 120 updates", kind, l1=penalty, **long)
+    for kind in ("trained", "random"):
+        yield job(f"{kind}, 8 a head, 120 updates", kind, n_latents=8, **long)
+    for size in (2, 32, 4, 16):
+        for kind in ("trained", "random"):
+            yield job(f"{kind}, {size} a head", kind, n_latents=size)
     yield job("dense, classes shuffled", "dense", shuffled=True)
     for budget in (0.25, 0.15):
         yield job(f"dense, budget {budget}", "dense", budget=budget)

@@ -13,7 +13,6 @@ import torch
 
 import sae_query_steer as sqs
 from sae_query_steer.compare.comparison import MAX_PERPLEXITY_RATIO, strength_curves
-from sae_query_steer.compare.exercise_demo import MOVE, POINT, SCOPE
 from sae_query_steer.compare.exercise_judges import fit_exercise_judge, verb_judge
 from sae_query_steer.compare.exercise_task import (
     MAX_NEW_TOKENS,
@@ -21,6 +20,7 @@ from sae_query_steer.compare.exercise_task import (
     exercise_examples,
 )
 from sae_query_steer.compare.generation import continuations
+from sae_query_steer.compare.learned import MOVE, POINT, SCOPE
 from sae_query_steer.compare.methods import Method, SteeringCase
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.prompts import chat_prompt
@@ -98,7 +98,8 @@ class Task:
         for side in zip(*parts, strict=True):  # open, then requesting
             by_topic = [[some[i : i + each] for i in range(0, len(some), each)] for some in side]
             some = [e for topic in zip(*by_topic, strict=True) for one in topic for e in one]
-            found.append(cut(sqs.tokenize_examples(self.model, some), self.args.n_answer))
+            read = sqs.tokenize_examples(self.model, some)
+            found.append(read.with_responses_of(self.args.n_answer))
         return found
 
     def cases(self, task: str, split: Any, n: int) -> Sequence[SteeringCase]:
@@ -403,12 +404,6 @@ class Openings(Forms):
 def layer_of(hook_name: str) -> int:
     """Return the layer of a hook name."""
     return int(hook_name.split(".")[1])
-
-
-def cut(examples: Any, n_tokens: int) -> Any:
-    """Return examples with the first tokens of their responses."""
-    some = [replace(e, tokens=e.tokens[: e.prompt_length + n_tokens]) for e in examples]
-    return replace(examples, examples=some)
 
 
 def relabelled(examples: Any, order: Sequence[int]) -> Any:

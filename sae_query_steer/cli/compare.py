@@ -1,21 +1,27 @@
-"""`sweep` and `demo`: comparisons of ways to steer."""
+"""`trial`, `sweep` and `demo`: comparisons of ways to steer."""
 
+import sys
+import webbrowser
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import sae_query_steer as sqs
 from sae_query_steer.cli.options import (
+    FLAT,
     Examples,
     ModelWithSAEs,
     Output,
+    SmallModel,
     SpanName,
     index_list,
     say,
     show,
     span_of,
 )
+from sae_query_steer.config import TrialSettings
+from sae_query_steer.data.examples import split_after_words
 
 
 def sweep(
@@ -31,8 +37,9 @@ def sweep(
     temperature: float | None = None,
     seed: int = 0,
     resume: bool = False,
+    first_words: int = 4,
 ) -> None:
-    """Compare ways of steering on your model and your labelled texts.
+    """Compare many ways of steering, layer by layer, on your model and your labelled texts.
 
     The texts are split by class: 2/5 give the centroids, 1/5 trains the judge, 1/5 chooses each
     method's strength, and 1/5 gives the table. Generated texts are logged as they come.
@@ -42,7 +49,7 @@ def sweep(
 
     Args:
         model: the language model and its SAEs.
-        examples: the examples; a response is required.
+        examples: the examples.
         output: the folder of tables and report.
         layers: Layers, such as 1,2 or 8-20 or all.
         scope: Tokens at which queries are changed.
@@ -52,12 +59,10 @@ def sweep(
         temperature: Of sampling, seeded row by row; greedy if unset.
         seed: Random seed.
         resume: Continue a stopped run with the same settings.
+        first_words: Without --response: words of a text that are its prompt.
     """
     chosen = index_list(layers)
-    if examples.response is None:
-        raise ValueError("--response must be given: the column or template of the response")
-    if examples.long.startswith("cut"):
-        raise ValueError(f"--long must be refuse or drop in a comparison, got {examples.long}")
+    _check_long(examples)
     known = {descent.name: descent for descent in sqs.compare.DESCENTS}
     names = list(known) if objectives == "all" else objectives.split(",")
     if unknown := [name for name in names if name not in known]:
@@ -66,10 +71,10 @@ def sweep(
     from sae_query_steer.models.launch import Ranks, launched
 
     def compare(log: Path, ranks: Ranks) -> "sqs.compare.Comparison":
-        labelled = examples.read()
+        labelled = _with_responses(examples, first_words)
         loaded, saes = model.load_both()
         labelled = examples.fitting(loaded, labelled)
-        stored = asdict(examples) | {"csv": str(examples.csv), "saes": str(model.saes)}
+        stored = _stored(examples, first_words) | {"saes": str(model.saes)}
         return sqs.compare.compare_on_texts(
             loaded,
             saes,
@@ -93,6 +98,87 @@ def sweep(
         run = partial(compare, ranks=ranks)
         _show(sqs.compare.compare_into(output.out, run, **again, ranks=ranks))
     say(f"wrote {output.out}")
+
+
+def trial(
+    *,
+    model: SmallModel,
+    examples: Examples,
+    output: Output,
+    settings: Annotated[TrialSettings, FLAT],
+    layers: str = "middle",
+    resume: bool = False,
+    first_words: int = 4,
+    browser: bool = True,
+) -> None:
+    """Find out in minutes whether a model can be steered to the classes of your texts.
+
+    Checks the texts, trains SAEs on them, learns targets through the model, compares them with
+    centroids, few-shot prompts and random directions on other texts, opens a page with the verdict,
+    and writes the best steerer for the command steer. The texts are split as for sweep.
+
+    Args:
+        model: the language model.
+        examples: the examples.
+        output: the folder of report, SAEs and steerer.
+        settings: sizes and seed.
+        layers: Layers that are steered together, such as 8-20; middle is 27 to 77 % of the depth.
+        resume: Continue a stopped run with the same settings.
+        first_words: Without --response: words of a text that are its prompt.
+        browser: Open the page when it is written.
+    """
+    chosen = None if layers == "middle" else index_list(layers)
+    _check_long(examples)
+    labelled = _with_responses(examples, first_words)
+
+    def compare(log: Path) -> "sqs.compare.Comparison":
+        loaded = model.load()
+        fitting = examples.fitting(loaded, labelled)
+        return sqs.compare.try_on_texts(
+            loaded,
+            fitting,
+            layers=chosen,
+            span=span_of(examples.span),
+            settings=settings,
+            chat_template=examples.turns,
+            told=_stored(examples, first_words) | {"model": model.model, "dtype": model.dtype},
+            log=log,
+        )
+
+    found = sqs.compare.compare_into(output.out, compare, resume=resume, overwrite=output.overwrite)
+    _show(found)
+    page = output.out / "report.html"
+    say(f"wrote {page}\n\nThe steerer that did best on validation, on a prompt of yours:")
+    say(
+        f"sae-query-steer steer --model {model.model} --steerer {output.out / 'steerer'} "
+        f"--target {labelled[0].label} --prompt ..."
+    )
+    if browser and sys.stdout.isatty():
+        webbrowser.open(page.resolve().as_uri())
+
+
+def _check_long(examples: Examples) -> None:
+    if examples.long.startswith("cut"):
+        raise ValueError(f"--long must be refuse or drop in a comparison, got {examples.long}")
+
+
+def _with_responses(examples: Examples, first_words: int) -> "list[sqs.LabelledExample]":
+    """Return the examples; without a response the first words of each text are the prompt."""
+    labelled = examples.read()
+    if examples.response is not None:
+        return labelled
+    made = split_after_words(labelled, first_words)
+    say(
+        f"Without --response a text is continued: the first {first_words} words of "
+        f"{examples.prompt!r} are the prompt, such as {made[0].prompt!r}, the rest is the response."
+    )
+    return made
+
+
+def _stored(examples: Examples, first_words: int) -> dict[str, Any]:
+    """Return what a report tells of the examples."""
+    split = {} if examples.response is not None else {"first_words": first_words}
+    return asdict(examples) | {"csv": str(examples.csv)} | split
 
 
 def demo(

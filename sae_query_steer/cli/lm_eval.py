@@ -9,6 +9,7 @@ from typing import Any
 import sae_query_steer as sqs
 from sae_query_steer.arguments import check_number
 from sae_query_steer.cli.options import Model, Optional, say, show
+from sae_query_steer.cli.steer import DescentOptions
 from sae_query_steer.storage.folders import check_holds
 
 
@@ -107,8 +108,7 @@ def _steerer(bundle: "sqs.hub.Bundle", target: str | None) -> "sqs.LatentGradien
             "--target must be given, because the bundle holds no steerer: one of "
             f"{list(bundle.targets.classes)}"
         )
-    descent = {"objective": sqs.PrototypeLogLikelihood(), "n_steps": 20, "step_size": 1.0}
-    return sqs.LatentGradientSteerer(bundle.saes, bundle.targets, target=target, **descent)
+    return DescentOptions().over(bundle.saes, bundle.targets, target)
 
 
 def _table(found: dict[str, Any]) -> Any:

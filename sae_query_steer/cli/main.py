@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from sae_query_steer.cli.compare import demo, sweep
+from sae_query_steer.cli.compare import demo, sweep, trial
 from sae_query_steer.cli.lm_eval import lm_eval
 from sae_query_steer.cli.publish import bundle, dashboard, push, registry_entry
 from sae_query_steer.cli.steer import sites, steer, targets
@@ -18,7 +18,7 @@ from sae_query_steer.cli.train import train
 from sae_query_steer.storage.folders import locked
 
 COMMANDS = (
-    *(demo, train, targets, sites, steer, dashboard),
+    *(demo, trial, train, targets, sites, steer, dashboard),
     *(sweep, lm_eval, bundle, push, registry_entry),
 )
 

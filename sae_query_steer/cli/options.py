@@ -69,6 +69,14 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SmallModelOptions(ModelOptions):
+    """The language model."""
+
+    model: str = "smollm2"
+    """Hugging Face model folder, GGUF file, "smollm2", or a name on the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelWithSAEsOptions(ModelOptions):
     """The language model and its SAEs."""
 
@@ -250,6 +258,7 @@ class OptionalOutput(OutputOptions):
 
 
 Model = Annotated[ModelOptions, FLAT]
+SmallModel = Annotated[SmallModelOptions, FLAT]
 ModelWithSAEs = Annotated[ModelWithSAEsOptions, FLAT]
 Texts = Annotated[TextOptions, FLAT]
 Examples = Annotated[ExampleOptions, FLAT]

@@ -1,14 +1,16 @@
 """`targets`, `sites` and `steer`: what follows `train`."""
 
-import dataclasses
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import sae_query_steer as sqs
 from sae_query_steer.arguments import check_number
 from sae_query_steer.cli.options import (
+    FLAT,
     Examples,
+    Model,
     ModelWithSAEs,
     Optional,
     Output,
@@ -20,6 +22,7 @@ from sae_query_steer.cli.options import (
     span_of,
 )
 from sae_query_steer.sites import ALL_HEADS
+from sae_query_steer.storage.folders import check_holds
 
 ObjectiveName = Literal[
     "prototype-log-likelihood",
@@ -27,6 +30,7 @@ ObjectiveName = Literal[
     "centroid-contrast",
     "cosine-similarity",
     "gaussian-log-likelihood",
+    "fixed-move",
 ]
 
 _ACHIEVED = ("class_effect", "class_effect_se", "moved", "moved_control")
@@ -100,7 +104,7 @@ def sites(
                 "--long must not be drop with --counterparts: other rows of the two files may be "
                 "too long; use cut-start, cut-end or refuse"
             )
-        files.append(dataclasses.replace(examples, csv=counterparts))
+        files.append(replace(examples, csv=counterparts))
     labelled = [file.read() for file in files]
     if len({tuple(example.place for example in rows) for rows in labelled}) > 1:
         raise ValueError(
@@ -159,18 +163,60 @@ def _sites_table(
     return table
 
 
+@dataclass(frozen=True, kw_only=True)
+class DescentOptions:
+    """A descent to centroids."""
+
+    saes: Path | None = None
+    """Folder that `train` wrote."""
+
+    targets: Path | None = None
+    """Folder that `targets` wrote."""
+
+    objective: ObjectiveName = "prototype-log-likelihood"
+    """What descent lowers; fixed-move for learned moves."""
+
+    n_steps: int = 20
+    """Gradient steps at each token."""
+
+    step_size: float = 1.0
+    """Size of a step."""
+
+    scope: SpanName = "last-prompt-token"
+    """Tokens at which queries are changed."""
+
+    layers: str = "all"
+    """Layers, such as 1,2 or 8-20 or all."""
+
+    def __post_init__(self) -> None:
+        if self.saes is not None:
+            check_holds(self.saes, "query_saes.json", "a folder that train wrote")
+        index_list(self.layers)
+        check_number("--n-steps", self.n_steps, whole=True, least=0)
+        check_number("--step-size", self.step_size, least=0)
+
+    def over(self, saes: Any, targets: Any, target: str) -> "sqs.LatentGradientSteerer":
+        """Return the steerer over some SAEs and centroids."""
+        return sqs.LatentGradientSteerer(
+            saes,
+            targets,
+            target=target,
+            objective=class_named(self.objective, sqs.objectives)(),
+            n_steps=self.n_steps,
+            step_size=self.step_size,
+            scope=span_of(self.scope),
+            layers=index_list(self.layers),
+        )
+
+
 def steer(
     *,
-    model: ModelWithSAEs,
+    model: Model,
     output: Optional,
-    targets: Path,
+    descent: Annotated[DescentOptions, FLAT],
     target: str,
     prompt: str,
-    objective: ObjectiveName = "prototype-log-likelihood",
-    n_steps: int = 20,
-    step_size: float = 1.0,
-    scope: SpanName = "last-prompt-token",
-    layers: str = "all",
+    steerer: Path | None = None,
     max_new_tokens: int = 40,
 ) -> None:
     """Continue a prompt greedily, without and with steering, and show the trace.
@@ -178,39 +224,37 @@ def steer(
     The prompt is put into the chat template if the texts of the targets were.
 
     Args:
-        model: the language model and its SAEs.
+        model: the language model.
         output: the folder of texts (JSON) and trace (CSV).
-        targets: Folder that `targets` wrote.
+        descent: SAEs, centroids and settings of a descent.
         target: Class to steer towards.
         prompt: The prompt.
-        objective: What descent lowers.
-        n_steps: Gradient steps at each token.
-        step_size: Size of a step.
-        scope: Tokens at which queries are changed.
-        layers: Layers, such as 1,2 or 8-20 or all.
+        steerer: Folder of a steerer, such as `trial` wrote, instead of --saes, --targets and their
+            settings.
         max_new_tokens: Tokens to generate.
     """
     output.check("texts.json")
-    chosen = index_list(layers)
-    check_number("--n-steps", n_steps, whole=True, least=0)
-    check_number("--step-size", step_size, least=0)
     check_number("--max-new-tokens", max_new_tokens, whole=True, least=1)
-    centroids = sqs.CentroidTargets.load(targets)
-    centroids.class_index(target)
-    loaded, saes = model.load_both()
-    steerer = sqs.LatentGradientSteerer(
-        saes,
-        centroids,
-        target=target,
-        objective=class_named(objective, sqs.objectives)(),
-        n_steps=n_steps,
-        step_size=step_size,
-        scope=span_of(scope),
-        layers=chosen,
-    )
-    settings = {"max_new_tokens": max_new_tokens, "chat_template": centroids.chat_template}
+    if steerer is not None and descent != DescentOptions():
+        raise ValueError("--steerer has its own settings: leave out --saes, --targets and theirs")
+    if steerer is not None:
+        saved = sqs.steering.load_steerer(steerer, follow_references=True)
+        if not isinstance(saved, sqs.LatentGradientSteerer):
+            raise ValueError(f"{steerer} holds an AttentionSteerer, which has no classes")
+        made = replace(saved, target=target)
+    elif descent.saes is None or descent.targets is None:
+        raise ValueError("--saes and --targets must be given, or --steerer")
+    else:
+        saes, centroids = (
+            sqs.QuerySAEs.load(descent.saes),
+            sqs.CentroidTargets.load(descent.targets),
+        )
+        made = descent.over(saes, centroids, target)
+    loaded = model.load()
+    made = made.to(str(loaded.cfg.device))
+    settings = {"max_new_tokens": max_new_tokens, "chat_template": made.targets.chat_template}
     plain = sqs.compare.continuations(loaded, [prompt], **settings).texts[0]
-    with steerer.apply(loaded, record=True) as trace:
+    with made.apply(loaded, record=True) as trace:
         steered = sqs.compare.continuations(loaded, [prompt], **settings).texts[0]
     say(f"unsteered: {plain}\n\nsteered towards {target}: {steered}\n")
     table = trace.to_dataframe()

@@ -4,8 +4,8 @@ Split "train" gives SAEs, centroids and learned targets; "judge" the judge; "val
 every method's strength; "test" gives the table.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from sae_query_steer.arguments import check_number
-from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.compare import exercise_task
 from sae_query_steer.compare.attention_methods import attention_bias_method, attention_method
 from sae_query_steer.compare.comparison import Comparison, compare_methods
@@ -26,27 +25,20 @@ from sae_query_steer.compare.exercise_task import (
     exercise_examples,
 )
 from sae_query_steer.compare.interchange import interchange_methods
+from sae_query_steer.compare.learned import MOVE, POINT, SCOPE, Learning, kept
 from sae_query_steer.compare.log import ComparisonLog
 from sae_query_steer.compare.methods import Descent, Method, descent_methods, prompt_methods
 from sae_query_steer.compare.scorer import TextScorer
-from sae_query_steer.data.tokenized import TokenizedExamples, tokenize_examples
-from sae_query_steer.descent.objectives import CentroidContrast, FixedMove, SquaredDistance
-from sae_query_steer.learning.learner import TargetLearner, no_moves
+from sae_query_steer.data.tokenized import tokenize_examples
+from sae_query_steer.descent.objectives import CentroidContrast, SquaredDistance
 from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.sae.collection import QuerySAEs
-from sae_query_steer.sae.encoders import QueryEncoder, identity_encoders
+from sae_query_steer.sae.encoders import identity_encoders
 from sae_query_steer.scopes.joins import scope_name
-from sae_query_steer.scopes.named import LastPromptToken, ResponseTokens
+from sae_query_steer.scopes.named import LastPromptToken
 from sae_query_steer.sites import query_sites
-from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.targets.builder import CentroidTargetBuilder
-from sae_query_steer.targets.centroids import CentroidTargets, LearnedTargets
 
-SCOPE = LastPromptToken() | ResponseTokens()
-"""Where learned targets are learned and applied."""
-
-MOVE = Descent(name="fixed move", objective=FixedMove(), n_steps=1, step_sizes=(1.0, 1.3))
-POINT = Descent(name="squared distance", objective=SquaredDistance(), n_steps=3, step_sizes=(0.3,))
 CENTROID = Descent(
     name="squared distance", objective=SquaredDistance(), n_steps=1, step_sizes=(1.0, 2.0)
 )
@@ -140,13 +132,13 @@ def run_exercise_demo(
     layers = tuple(run if settings.layers is None else settings.layers)
     sites = query_sites(model, layers)
     told = vars(settings) | {"layers": list(layers), "model": str(model.cfg.model_name)}
-    kept = None if log is None else ComparisonLog(log, told, rank=ranks.rank)
+    outcomes = None if log is None else ComparisonLog(log, told, rank=ranks.rank)
     folder = None if log is None else Path(log).parent
     opened, requested = exercise_examples(model, settings.n_train, seed=settings.seed)
     judge = exercise_judge(
         model, settings.n_judge, n_held_out=max(4, settings.n_judge // 4), seed=settings.seed
     )
-    saes = _kept(
+    saes = kept(
         folder,
         "saes",
         QuerySAEs.load,
@@ -156,7 +148,19 @@ def run_exercise_demo(
     examples, counterparts = (tokenize_examples(model, some) for some in (opened, requested))
     dense = identity_encoders(sites)
     centroids = CentroidTargetBuilder(model, saes).fit(counterparts)
-    learned = _Learning(model, settings, examples, counterparts, folder, ranks)
+    # Topics in their order, six levels of each: the last quarter chooses the update.
+    n = len(examples)
+    learned = Learning(
+        model,
+        examples,
+        counterparts,
+        held_out=range(6 * round(n / 6 * 0.75), n),
+        n_updates=settings.n_updates,
+        max_relative_change=settings.max_relative_change,
+        seed=settings.seed,
+        folder=folder,
+        ranks=ranks,
+    )
     moves = [("SAE", saes, learned("sae-moves", saes, l1=settings.l1))]
     methods = prompt_methods(opened, shots=(2,) if every_method else (), separator="<|im_end|>\n")
     descents = partial(
@@ -185,7 +189,7 @@ def run_exercise_demo(
                 judge,
                 max_new_tokens=exercise_task.MAX_NEW_TOKENS,
                 split=split,
-                log=kept,
+                log=outcomes,
                 batch_size=72,
             )
 
@@ -211,67 +215,3 @@ def run_exercise_demo(
         }
         result = replace(result, **tables)
     return replace(result, saes=metrics_by_layer(saes), settings=told)
-
-
-@dataclass(frozen=True)
-class _Learning:
-    """Learns the targets of the demo, or reads those of a stopped run."""
-
-    model: Any
-    settings: ExerciseSettings
-    examples: TokenizedExamples
-    counterparts: TokenizedExamples
-    folder: Path | None
-    ranks: Ranks
-    rows: list[Any] = field(default_factory=list)
-    """What all targets are learned from, whose prompts run once."""
-
-    def __call__(
-        self,
-        name: str,
-        encoders: Mapping[str, QueryEncoder],
-        *,
-        l1: float = 0.0,
-        start: CentroidTargets | None = None,
-    ) -> CentroidTargets:
-        """Return learned moves, or with centroids to start from, learned points."""
-        sizes, descent = self.settings, MOVE if start is None else POINT
-        recipe = LatentGradientSteerer(
-            encoders,
-            no_moves(self.model, encoders, list(BloomLevel)) if start is None else start,
-            target=BloomLevel.CREATE,
-            objective=descent.objective,
-            n_steps=descent.n_steps,
-            step_size=descent.step_sizes[0],
-            max_relative_change=sizes.max_relative_change,
-            scope=SCOPE,
-        )
-        # Topics in their order, six levels of each: the last quarter chooses the update.
-        n = len(self.examples)
-        given: Any = {
-            "counterparts": self.counterparts,
-            "held_out": range(6 * round(n / 6 * 0.75), n),
-        }
-        checkpoint = None if self.folder is None else self.folder / f"{name}.learning"
-
-        def fitted() -> LearnedTargets:
-            own: Any = {"l1": l1, "n_updates": sizes.n_updates, "seed": sizes.seed}
-            learner = TargetLearner(self.model, recipe, **own, ranks=self.ranks)
-            if not self.rows:
-                self.rows.append(learner.rows(self.examples, **given))
-            return learner.fit(self.examples, **given, checkpoint=checkpoint, rows=self.rows[0])
-
-        return _kept(self.folder, name, LearnedTargets.load, fitted, self.ranks)
-
-
-def _kept(folder: Path | None, name: str, load: Any, make: Any, ranks: Ranks) -> Any:
-    """Return what a stopped run wrote in a folder, or make it; all ranks have that of the first."""
-    if folder is None:
-        return make()
-    there = (folder / name).exists()
-    ranks.wait()  # until all have looked
-    made = None if there else make()
-    if made is not None and ranks.rank == 0:
-        made.save(folder / name)
-    ranks.wait()
-    return made if made is not None and ranks.rank == 0 else load(folder / name)

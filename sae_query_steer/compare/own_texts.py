@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from sae_query_steer.baselines.directions import class_means
 from sae_query_steer.baselines.probes import probe_heads
 from sae_query_steer.compare.comparison import Comparison, compare_methods
-from sae_query_steer.compare.judges import ClassifierJudge
+from sae_query_steer.compare.judges import ClassifierJudge, Judge
 from sae_query_steer.compare.log import ComparisonLog, digest_of
 from sae_query_steer.compare.methods import (
     DESCENTS,
@@ -90,7 +90,7 @@ def compare_on_texts(
     sites = query_sites(model, layers)
     if missing := [site.layer for site in sites if site.hook_name not in saes]:
         raise ValueError(f"saes must hold all layers, got none for {missing}: train them")
-    steering, judging, validation, test = _four_parts(examples, seed)
+    steering, judging, validation, test = four_parts(examples, seed)
     judge = ClassifierJudge.fit(judging, seed=seed)
     told = {
         **(settings or {}),
@@ -104,19 +104,17 @@ def compare_on_texts(
         "chat_template": chat_template,
         "seed": seed,
     }
-    scorers = [
-        TextScorer(
-            model,
-            {"other class": cases_of(some, n_cases)},
-            judge,
-            max_new_tokens=max_new_tokens,
-            split=split,
-            temperature=temperature,
-            seed=seed + (split == "test"),
-            chat_template=chat_template,
-        )
-        for split, some in (("validation", validation), ("test", test))
-    ]
+    scorers = other_class_scorers(
+        model,
+        validation,
+        test,
+        judge,
+        n_cases=n_cases,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat_template=chat_template,
+        seed=seed,
+    )
     chosen = {site.hook_name: saes[site.hook_name] for site in sites}
     read: dict[str, Any] = {"span": span, "chat_template": chat_template}
     held_out = tokenize_examples(model, validation, **read)
@@ -146,6 +144,40 @@ def compare_on_texts(
     return replace(found, sites=table, settings=told)
 
 
+def other_class_scorers(
+    model: Any,
+    validation: Sequence[LabelledExample],
+    test: Sequence[LabelledExample],
+    judge: Judge,
+    *,
+    n_cases: int,
+    seed: int,
+    **reading: Any,
+) -> list[TextScorer]:
+    """Return the scorers of two parts, whose prompts are to go on in another class than theirs.
+
+    Args:
+        model: writes the texts.
+        validation: examples of the first.
+        test: examples of the second.
+        judge: of both.
+        n_cases: cases of each.
+        seed: of sampling.
+        reading: of `TextScorer`.
+    """
+    return [
+        TextScorer(
+            model,
+            {"other class": cases_of(some, n_cases)},
+            judge,
+            split=split,
+            seed=seed + (split == "test"),
+            **reading,
+        )
+        for split, some in (("validation", validation), ("test", test))
+    ]
+
+
 def layer_verdicts(
     model: Any,
     encoders: Mapping[str, QueryEncoder],
@@ -162,9 +194,7 @@ def layer_verdicts(
     return site_verdicts(table.drop(columns="head"))
 
 
-def _four_parts(
-    examples: Sequence[LabelledExample], seed: int
-) -> tuple[list[LabelledExample], ...]:
+def four_parts(examples: Sequence[LabelledExample], seed: int) -> tuple[list[LabelledExample], ...]:
     """Return examples for centroids, judge, validation and test, each class in all of them."""
     check_classes((example.label for example in examples), at_least=20)
 

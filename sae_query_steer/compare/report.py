@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -63,11 +63,23 @@ _SITES = {
 }
 
 
-def write_comparison(found: Comparison, folder: str | Path, *, overwrite: bool = False) -> None:
+def write_comparison(
+    found: Comparison,
+    folder: str | Path,
+    *,
+    beside: Iterable[Path] = (),
+    overwrite: bool = False,
+) -> None:
     """Write `report.html`, `comparison.json` and the tables as CSV, whole or not at all.
 
     The tables are `table.csv`, `curves.csv`, `texts.csv` and, if measured, `sites.csv` and
     `saes.csv`.
+
+    Args:
+        found: the comparison.
+        folder: the folder to make.
+        beside: folders to copy into it, such as those of SAEs.
+        overwrite: replace a comparison that is there.
 
     Raises:
         FileExistsError: the folder exists and `overwrite` is False, or is something else.
@@ -80,6 +92,8 @@ def write_comparison(found: Comparison, folder: str | Path, *, overwrite: bool =
         told = {"settings": dict(found.settings), "judge": dict(found.judge)}
         write_json(new / RESULTS, told | {"versions": _versions()})
         (new / "report.html").write_text(comparison_html(found), encoding="utf-8")
+        for other in beside:
+            shutil.copytree(other, new / other.name)
 
 
 def comparison_html(found: Comparison) -> str:
@@ -194,6 +208,7 @@ def verdict(found: Comparison) -> str:
         kinds = {
             "unsteered": rows["method"] == "unsteered",
             "requested": rows["method"] == "instruction",
+            "few-shot": rows["method"].str.startswith("few-shot"),
             "best steering": rows["step_size"].notna(),
             "random directions of its length": rows["method"].str.startswith("random direction"),
         }
@@ -272,6 +287,8 @@ def compare_into(
 ) -> Comparison:
     """Run a comparison and write it to a folder; until then its log is in `<out>.unfinished`.
 
+    Folders that the comparison wrote beside its log, such as SAEs, are in the folder as well.
+
     Args:
         out: the folder; see `write_comparison`.
         compare: the comparison, from the path of its log.
@@ -297,7 +314,8 @@ def compare_into(
         ranks.wait()
         found = compare(unfinished / "log.jsonl")
         if writes:
-            write_comparison(found, out, overwrite=overwrite)
+            beside = sorted(path for path in unfinished.iterdir() if path.is_dir())
+            write_comparison(found, out, beside=beside, overwrite=overwrite)
             shutil.rmtree(unfinished)
         ranks.wait()
         return found

@@ -1,11 +1,12 @@
 """Labelled examples: a prompt, the response to it, and the class they belong to."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sae_query_steer.arguments import check_kind, check_texts
+from sae_query_steer.arguments import check_kind, check_number, check_texts
 from sae_query_steer.bloom import BloomLevel
 
 Long = Literal["refuse", "drop", "cut-start", "cut-end"]
@@ -42,6 +43,34 @@ class LabelledExample:
 def place_of(example: LabelledExample, index: int) -> str:
     """Return where an example was read, or else its index."""
     return example.place or f"example {index}"
+
+
+def split_after_words(examples: Iterable[LabelledExample], n_words: int) -> list[LabelledExample]:
+    """Return examples whose prompt is the first words of a text, and whose response is the rest.
+
+    Args:
+        examples: the whole text is the prompt, and there is no response.
+        n_words: words of the prompt, 1 or more; of a text with fewer than twice as many the half.
+
+    Raises:
+        ValueError: a text of one word, or an example with a response.
+    """
+    check_number("n_words", n_words, whole=True, least=1)
+    made, wrong = [], []
+    for index, example in enumerate(examples):
+        words = list(re.finditer(r"\S+", example.prompt))
+        if example.response or len(words) < 2:
+            wrong.append(place_of(example, index))
+            continue
+        end = words[min(n_words, len(words) // 2) - 1].end()
+        prompt, response = example.prompt[:end], example.prompt[end:].rstrip()
+        made.append(replace(example, prompt=prompt, response=response))
+    if wrong:
+        raise ValueError(
+            f"texts to split must have two words or more and no response, got {len(wrong)} others "
+            f"(the first: {', '.join(wrong[:3])})"
+        )
+    return made
 
 
 def check_classes(labels: Iterable[str], *, at_least: int = 2) -> dict[str, int]:

@@ -1,10 +1,9 @@
 """Tokenised examples: an exact boundary between prompt and response, and the span to read."""
 
-import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args, overload
 
 import torch
@@ -159,7 +158,7 @@ class TokenizedExamples(Sequence[TokenizedExample]):
     def __getitem__(self, index: slice) -> "TokenizedExamples": ...
     def __getitem__(self, index: int | slice) -> "TokenizedExample | TokenizedExamples":
         if isinstance(index, slice):
-            return dataclasses.replace(self, examples=self.examples[index])
+            return replace(self, examples=self.examples[index])
         return self.examples[index]
 
     def __repr__(self) -> str:
@@ -173,7 +172,12 @@ class TokenizedExamples(Sequence[TokenizedExample]):
 
     def subset(self, indices: Iterable[int]) -> "TokenizedExamples":
         """Return the examples with these indices, in this order."""
-        return dataclasses.replace(self, examples=[self.examples[i] for i in indices])
+        return replace(self, examples=[self.examples[i] for i in indices])
+
+    def with_responses_of(self, n_tokens: int) -> "TokenizedExamples":
+        """Return the examples with the first n tokens of their responses."""
+        cut = [replace(e, tokens=e.tokens[: e.prompt_length + n_tokens]) for e in self.examples]
+        return replace(self, examples=cut)
 
 
 def _cut(
@@ -182,9 +186,9 @@ def _cut(
     """Return an example cut to a length; None where prompt or response would be lost."""
     excess = len(tokens.tokens) - n_ctx
     if long == "cut-end" and tokens.prompt_length <= n_ctx:
-        return dataclasses.replace(tokens, tokens=tokens.tokens[:n_ctx])
+        return replace(tokens, tokens=tokens.tokens[:n_ctx])
     if long == "cut-start" and tokens.prompt_length - has_bos > excess:
-        return dataclasses.replace(
+        return replace(
             tokens,
             tokens=torch.cat([tokens.tokens[:has_bos], tokens.tokens[has_bos + excess :]]),
             prompt_length=tokens.prompt_length - excess,
