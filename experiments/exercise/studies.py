@@ -32,6 +32,9 @@ strength are chosen on validation topics, see `Task.chosen`."""
 PENALTY = 0.1
 """l1 of sparse targets without a limit on the number of latents."""
 
+LONG = {"n_updates": 120, "learning_rate": 0.02}
+"""Updates after which the loss of sparse moves has stopped falling, which 40 are not."""
+
 
 def moves(
     task: Task, name: str, encoders: Encoders, budget: float = 0.5, **learning: Any
@@ -315,11 +318,10 @@ def wide(task: Task) -> Iterator[Job]:
         yield setting, lambda name=name: plain[name], 1.0
     for kind in ("trained", "random"):
         yield job(f"{kind}, l1", kind, l1=PENALTY)
-    long = {"n_updates": 120, "learning_rate": 0.02}
     for kind, penalty in (("trained", PENALTY), ("random", PENALTY), ("dense", 0.0)):
-        yield job(f"{kind}, 120 updates", kind, l1=penalty, **long)
+        yield job(f"{kind}, 120 updates", kind, l1=penalty, **LONG)
     for kind in ("trained", "random"):
-        yield job(f"{kind}, 8 a head, 120 updates", kind, n_latents=8, **long)
+        yield job(f"{kind}, 8 a head, 120 updates", kind, n_latents=8, **LONG)
     for size in (2, 32, 4, 16):
         for kind in ("trained", "random"):
             yield job(f"{kind}, {size} a head", kind, n_latents=size)
@@ -450,6 +452,16 @@ def rivals(task: Task) -> Iterator[Job]:
         "logit bias": lambda: [replace(logit_bias_method(), strengths=(4.0, 8.0))],
         "learned moves, trained SAE": lambda: [learned("trained", "trained-l1", l1=PENALTY)],
         "learned moves, random rows": lambda: [learned("random", "random-l1", l1=PENALTY)],
+        **{
+            f"learned moves, {name}, 120 updates": lambda kind=kind, l1=l1: [
+                learned(kind, f"{kind}-120-updates", l1=l1, **LONG)
+            ]
+            for name, kind, l1 in (
+                ("trained SAE", "trained", PENALTY),
+                ("random rows", "random", PENALTY),
+                ("dense", "dense", 0.0),
+            )
+        },
         "interchange": lambda: interchange_methods(task.model, [wide]),
         "random offset of the norm of dense moves": lambda: random_methods(
             learned("dense", "dense"), [0]
