@@ -13,7 +13,7 @@ import torch
 from recipe_models import write_bytes, write_qwen2
 
 import sae_query_steer as sqs
-from experiments.exercise import figures, mechanism, report, run, task
+from experiments.exercise import figures, mechanism, report, run, studies, task, utility
 from experiments.gridworld.training import GridTraining, train_gridworld
 from experiments.stories import classes
 from experiments.tutor.latent_ablation import latent_ablations
@@ -127,6 +127,7 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
     monkeypatch.setattr(task.Task, "fitted_judge", lambda _: verb_judge())
     monkeypatch.setattr(task, "MAX_NEW_TOKENS", 3)
     monkeypatch.setattr(mechanism, "MAX_NEW_TOKENS", 3)
+    monkeypatch.setitem(studies.LONG, "n_updates", 2)
     sizes = {"n_train": 4, "n_judge": 8, "n_rivals": 6, "n_validation": 6, "n_answer": 3}
     sizes |= {"n_updates": 2, "training_tokens": 2048, "cache_gb": 0.1}
     tasks = ["open, trained wording", "redirected, trained wording"]
@@ -135,7 +136,7 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
     # Every method once, and what is learned on each family.
     run.run(own, ["rivals"], "0/1", only=("" if kind == "llama" else "learned",))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == (19 if kind == "llama" else 4)
+    assert len(rows) == (22 if kind == "llama" else 7)
     for row in rows:
         assert all(len(row[name]["each"]) == 6 for name in tasks)
         chosen = row[tasks[0]].get("validation", [])
@@ -158,3 +159,9 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
     if kind == "llama":
         figures.draw(tmp_path, tmp_path)
         assert len(list(tmp_path.glob("*.png"))) == 3
+        lines = [" ".join(f"Part {i} of line {k} is long." * 6 for i in range(5)) for k in range(6)]
+        (tmp_path / "lines.txt").write_text("\n".join(lines))
+        utility.run(own, tmp_path / "lines.txt", 3)
+        found = [json.loads(line) for line in (tmp_path / "utility.jsonl").read_text().splitlines()]
+        assert found[0]["steer"] == "unsteered" and found[0]["passages"] > 1
+        assert {row["steer"] for row in found} > {"moves, dense, remember", "moves, dense, create"}

@@ -38,6 +38,9 @@ STEERS = {
     "moves, trained SAE": ("wide-trained-l1", "trained", EVERY, 0.5),
     "moves, random rows": ("wide-random-l1", "random", EVERY, 0.5),
     "moves, trained SAE, 8 a head": ("wide-trained-8-a-head", "trained", EVERY, 0.5),
+    "moves, dense, 120 updates": ("wide-dense-120-updates", "dense", EVERY, 0.5),
+    "moves, trained SAE, 120 updates": ("wide-trained-120-updates", "trained", EVERY, 0.5),
+    "moves, random rows, 120 updates": ("wide-random-120-updates", "random", EVERY, 0.5),
     "offset of the residual stream": ("residual-20", "residual", SCOPE, 0.25),
     "offset of the residual stream, every token": ("residual-20-every", "residual", EVERY, 0.25),
 }
