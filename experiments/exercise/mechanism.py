@@ -11,7 +11,6 @@ the steer does to unrelated text. Targets are those that `experiments.exercise.r
 Rows go to mechanism.jsonl; a stopped run continues with the next.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor
 
 import sae_query_steer as sqs
 from experiments.exercise.studies import residual_site
-from experiments.exercise.task import Task
+from experiments.exercise.task import Task, task_parser
 from sae_query_steer.compare.exercise_task import MAX_NEW_TOKENS
 from sae_query_steer.compare.generation import continuations
 from sae_query_steer.compare.learned import MOVE, SCOPE
@@ -190,12 +189,10 @@ def run(task: Task, n: int, text: Path, head_steer: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--out", required=True, help="folder of experiments.exercise.run")
+    parser = task_parser(__doc__)
     parser.add_argument("--text", type=Path, required=True, help="a file of unrelated text")
     parser.add_argument("--n", type=int, default=60, help="cases")
     parser.add_argument("--heads-of", default="moves, dense", help="whose heads are ranked")
-    parser.add_argument("--model", default="smollm2")
     sizes = {"n_train": 20, "n_judge": 40, "n_answer": 14, "n_updates": 40}
     for size, default in (sizes | {"training_tokens": 40_960}).items():
         parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=default)

@@ -9,7 +9,6 @@ results.jsonl is written as soon as it is measured; a stopped run goes on with t
 workers share a folder: each takes its part of the rows.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import torch
 
 import sae_query_steer as sqs
 from experiments.exercise.studies import STUDIES
-from experiments.exercise.task import Forms, Openings, Task
+from experiments.exercise.task import Forms, Openings, Task, task_parser
 from sae_query_steer.compare.methods import Method
 
 
@@ -86,25 +85,17 @@ def run(task: Task, studies: Sequence[str], worker: str, only: Sequence[str] = (
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser = task_parser(__doc__)
     parser.add_argument("studies", nargs="+", choices=STUDIES)
     parser.add_argument("--task", choices=("exercise", "forms", "openings"), default="exercise")
-    parser.add_argument("--out", required=True)
     parser.add_argument("--worker", default="0/1", help="which part of the rows, such as 1/2")
     parser.add_argument("--only", nargs="+", default=[""], help="texts, one of them in the setting")
     parser.add_argument("--tasks", nargs="+", help="kinds of prompts; default: those of the study")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--n-train", type=int, default=20, help="topics")
-    parser.add_argument("--n-judge", type=int, default=40, help="topics")
     parser.add_argument("--n-main", type=int, default=720, help="cases of each task, main table")
     parser.add_argument("--n-study", type=int, default=120, help="cases of each task, studies")
     parser.add_argument("--n-rivals", type=int, default=300, help="cases of each task, rivals")
     parser.add_argument("--n-validation", type=int, default=60, help="cases of each task, rivals")
     parser.add_argument("--n-attention", type=int, default=120, help="cases of each task")
-    parser.add_argument("--n-answer", type=int, default=14, help="tokens of an answer")
-    parser.add_argument("--n-updates", type=int, default=40)
-    parser.add_argument("--training-tokens", type=int, default=40_960)
-    parser.add_argument("--cache-gb", type=float, default=5.0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     the_task = {"exercise": Task, "forms": Forms, "openings": Openings}[given.task](given)

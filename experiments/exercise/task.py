@@ -410,3 +410,17 @@ def relabelled(examples: Any, order: Sequence[int]) -> Any:
     """Return examples with each the label of another."""
     some = [replace(e, label=examples[i].label) for e, i in zip(examples, order, strict=True)]
     return replace(examples, examples=some)
+
+
+def task_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of a task; the description is a docstring's first line."""
+    parser = argparse.ArgumentParser(description=str(doc).split("\n", 1)[0])
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--n-train", type=int, default=20, help="topics")
+    parser.add_argument("--n-judge", type=int, default=40, help="topics")
+    parser.add_argument("--n-answer", type=int, default=14, help="tokens of an answer")
+    parser.add_argument("--n-updates", type=int, default=40)
+    parser.add_argument("--training-tokens", type=int, default=40_960)
+    parser.add_argument("--cache-gb", type=float, default=5.0)
+    return parser

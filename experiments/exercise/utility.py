@@ -8,7 +8,6 @@ follows a passage, and "passages", the perplexity of passages by word. Each stee
 utility.jsonl; a stopped run continues with the next.
 """
 
-import argparse
 import json
 import random
 import re
@@ -21,7 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from experiments.exercise.mechanism import steers
-from experiments.exercise.task import Task
+from experiments.exercise.task import Task, task_parser
 from sae_query_steer.integrations import SteeredLM
 
 TASKS = {"next_sentence": "acc,none", "passages": "word_perplexity,none"}
@@ -95,15 +94,9 @@ def run(task: Task, text: Path, n: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--out", required=True)
+    parser = task_parser(__doc__)
     parser.add_argument("--text", type=Path, required=True, help="a textbook, paragraphs by line")
-    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--n", type=int, default=120, help="passages")
-    parser.add_argument("--n-train", type=int, default=20)
-    parser.add_argument("--n-judge", type=int, default=40)
-    parser.add_argument("--training-tokens", type=int, default=40_960)
-    parser.add_argument("--n-answer", type=int, default=14)
     given = parser.parse_args()
     torch.set_num_threads(1)
     run(Task(given), given.text, given.n)
