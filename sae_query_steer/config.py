@@ -324,7 +324,7 @@ class TrialSettings:
     """Random seed."""
 
     n_learned: int = 20
-    """Examples of each class that targets are learned from, of those that give the centroids."""
+    """Examples of each class that targets are made of."""
 
     n_cases: int = 48
     """Cases on which strengths are chosen, and cases of the table."""

@@ -54,7 +54,7 @@ def try_on_texts(
     """Return whether a model can be steered to the classes of labelled texts, from SAEs to a table.
 
     The examples are split as for `compare_on_texts`. The first part trains the SAEs and gives
-    centroids and few-shot examples; targets are learned from some of it through the frozen model.
+    few-shot examples; centroids and targets learned through the frozen model are of some of it.
     `compare_on_texts` compares more methods, layer by layer.
 
     Args:
@@ -99,12 +99,11 @@ def try_on_texts(
     )
     of_class = {k: [e for e in steering if e.label == k] for k in ordered_classes(judge.classes)}
     some = [example for own in of_class.values() for example in own[: settings.n_learned]]
-    read = tokenize_examples(model, steering, span=span, chat_template=chat_template)
-    shown = tokenize_examples(model, some, chat_template=chat_template)
+    read = tokenize_examples(model, some, span=span, chat_template=chat_template)
     centroids = CentroidTargetBuilder(model, saes).fit(read)
     learned = Learning(
         model,
-        shown.with_responses_of(settings.max_new_tokens),
+        read.with_responses_of(settings.max_new_tokens),
         None,
         held_out=None,
         n_updates=settings.n_updates,
