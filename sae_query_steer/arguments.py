@@ -36,9 +36,13 @@ def check_number(
 
 
 def listed(problems: Sequence[str], most: int = 10) -> str:
-    """Return problems as one message: the first of them in full, a line each, and the number."""
+    """Return problems as one message, a line each; remedies, after "; ", once at the end."""
+    if len(problems) == 1:
+        return problems[0]
+    parts = [problem.partition("; ") for problem in problems[:most]]
     more = len(problems) - most
-    return "\n".join(problems[:most]) + (f"\nand {more} more" if more > 0 else "")
+    lines = [what for what, _, _ in parts] + ([f"and {more} more"] if more > 0 else [])
+    return "\n".join([*lines, *dict.fromkeys(remedy for *_, remedy in parts if remedy)])
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:

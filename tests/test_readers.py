@@ -230,7 +230,9 @@ def test_all_blank_rows_are_named_at_once_up_to_ten(tmp_path):
         read_examples(write("csv", tmp_path, rows), prompt="q", label="level")
     lines = str(caught.value).splitlines()
     assert [f", row {n}: " in line for n, line in enumerate(lines[:10], start=1)] == [True] * 10
-    assert lines[10:] == ["and 2 more"]
+    assert lines[10] == "and 2 more"
+    assert lines[11:] == [line for line in lines if "skip_blank=True (--skip-blank)" in line]
+    assert len(lines) == 12, "the remedy is told once"
 
 
 def test_labels_are_stripped_and_normalised_and_near_equal_ones_refused():

@@ -147,7 +147,7 @@ def _text(path: Path, encoding: str, newline: str | None = None) -> Iterator[Any
     except (UnicodeError, LookupError) as error:
         raise ValueError(
             f"{path} must be text in {encoding}: {error}; name its encoding with encoding= "
-            "(--encoding), such as 'latin-1' or 'utf-16'"
+            "(--encoding), such as 'cp1252' (Windows) or 'utf-16'"
         ) from error
 
 

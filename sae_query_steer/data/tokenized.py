@@ -263,7 +263,7 @@ def tokenize_examples(
                     problems.append(
                         f"{place_of(example, index)} has {len(tokens.tokens)} tokens "
                         f"({tokens.prompt_length} of the prompt), more than the model's context of "
-                        f"{n_ctx}: shorten it, or pass long='drop', 'cut-start' or 'cut-end'"
+                        f"{n_ctx}; shorten it, or pass long='drop', 'cut-start' or 'cut-end'"
                     )
                 continue
             tokens = cut
