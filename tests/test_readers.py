@@ -224,6 +224,17 @@ def test_nulls_and_numbers_of_files_are_neither_words_nor_decimals(tmp_path):
         read_examples(tmp_path / "x.jsonl", prompt="q", label="n")
 
 
+def test_a_header_with_another_separator_is_told_so(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("q;level\na, b;create\n")
+    with pytest.raises(ValueError, match=r"has one column, 'q;level'; .* \(--sep\), .* be ';'"):
+        read_examples(path, prompt="q", label="level")
+    (found,) = read_examples(path, prompt="q", label="level", sep=";")
+    assert (found.prompt, found.label) == ("a, b", "create")
+    (found,) = read_texts(path, text="q;level", sep="|")
+    assert found == "a, b;create"
+
+
 def test_all_blank_rows_are_named_at_once_up_to_ten(tmp_path):
     rows = [ROWS[0] | {"q": ""}] * 12
     with pytest.raises(ValueError) as caught:

@@ -157,7 +157,7 @@ def _csv_rows(
     """Return header and rows of a CSV file, the first `n_rows` alone if given; none is blank."""
     if sep is not None and len(sep) != 1:
         raise ValueError(f"sep must be one character, got {sep!r}")
-    sep = sep or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    given, sep = sep, sep or ("\t" if path.suffix.lower() == ".tsv" else ",")
     with _text(path, encoding, newline="") as file, _LONG_CELLS:
         limit = csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 128 KiB
         read = csv.reader(file, delimiter=sep, strict=True)
@@ -170,6 +170,12 @@ def _csv_rows(
             ) from error
         finally:
             csv.field_size_limit(limit)
+    other = next((one for one in ";\t|," if len(rows[0]) == 1 and one in rows[0][0]), None)
+    if given is None and other is not None:
+        raise ValueError(
+            f"{path} has one column, {rows[0][0]!r}; name its separator with sep= (--sep), which "
+            f"may be {other!r}"
+        )
     if twice := [name for name in rows[0] if rows[0].count(name) > 1]:
         raise ValueError(f"{path}: the column {twice[0]!r} is there twice; rename one")
     for n, row in enumerate(rows):
