@@ -51,7 +51,12 @@ def done(tiny_folder, texts, tmp_path_factory):
 def test_a_trial_shows_the_texts_and_a_verdict_and_writes_a_page_saes_and_a_steerer(done):
     output, out = done
     assert "the first 3 words of 'text' are the prompt, such as" in output
-    for shown in ("class apply", "Judge: accuracy", "Success, other class, n = 6: unsteered"):
+    for shown in (
+        "class apply",
+        "This takes about 1 min on this machine.",
+        "Judge: accuracy",
+        "Success, other class, n = 6: unsteered",
+    ):
         assert shown in output
     for method in ("few-shot (k=2)", "SAE centroids", "learned moves, SAE", "learned moves, dense"):
         assert method in output

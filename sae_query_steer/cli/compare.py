@@ -134,6 +134,8 @@ def trial(
     def compare(log: Path) -> "sqs.compare.Comparison":
         loaded = model.load()
         fitting = examples.fitting(loaded, labelled)
+        seconds = sqs.compare.trial_seconds(loaded, fitting, settings, examples.turns)
+        say(f"\nThis takes about {max(1, round(seconds / 60))} min on this machine.\n")
         return sqs.compare.try_on_texts(
             loaded,
             fitting,

@@ -29,6 +29,7 @@ from .methods import mean_difference_methods as mean_difference_methods
 from .methods import prompt_methods as prompt_methods
 from .methods import random_methods as random_methods
 from .own_texts import compare_on_texts as compare_on_texts
+from .own_trial import trial_seconds as trial_seconds
 from .own_trial import try_on_texts as try_on_texts
 from .report import compare_into as compare_into
 from .report import write_comparison as write_comparison

@@ -1,5 +1,6 @@
 """A first trial on labelled texts of the user's own: can this model be steered to their classes?"""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from sae_query_steer.compare.comparison import (
     MAX_PERPLEXITY_RATIO,
@@ -26,6 +28,7 @@ from sae_query_steer.compare.methods import (
 )
 from sae_query_steer.compare.own_texts import four_parts, other_class_scorers
 from sae_query_steer.config import TrialSettings
+from sae_query_steer.data.batches import example_batches
 from sae_query_steer.data.examples import LabelledExample, ordered_classes
 from sae_query_steer.data.prompts import ChatTemplate
 from sae_query_steer.data.tokenized import tokenize_examples
@@ -129,6 +132,45 @@ def try_on_texts(
             _best(methods, found.curves, judge.classes[0]), folder / "steerer", overwrite=True
         )
     return replace(found, saes=metrics_by_layer(saes), settings=told)
+
+
+def trial_seconds(
+    model: Any,
+    examples: Sequence[LabelledExample],
+    settings: TrialSettings,
+    chat_template: ChatTemplate = False,
+) -> float:
+    """Return about how long `try_on_texts` takes here, from the time of one forward pass.
+
+    Args:
+        model: as for `try_on_texts`.
+        examples: as for `try_on_texts`.
+        settings: sizes.
+        chat_template: as for `tokenize_examples`.
+
+    Returns:
+        Seconds; our measurements were between half and twice of it.
+    """
+    classes = len({example.label for example in examples})
+    some = tokenize_examples(model, examples[:_ROWS], chat_template=chat_template)
+    cut = some.with_responses_of(settings.max_new_tokens)
+    batch = next(example_batches(cut, _ROWS))
+    with torch.no_grad():
+        model(batch.tokens)  # the first pass is slower
+        begun = time.perf_counter()
+        model(batch.tokens)
+        forward = (time.perf_counter() - begun) / batch.tokens.numel()
+    prompt, new = float(batch.prompt_lengths.float().mean()), settings.max_new_tokens
+    learned = settings.n_learned * classes
+    # Updates run the response behind a cached prompt, forwards and backwards; a generated token
+    # costs more than one of a batch; 17 strengths and rows are generated.
+    updates = 2 * settings.n_updates * _ROWS * 3 * new + 2 * learned * (prompt + new)
+    texts = 17 * settings.n_cases * (prompt + 3 * new)
+    return forward * (2 * settings.training_tokens + updates + texts)
+
+
+_ROWS = 24
+"""Rows of an update."""
 
 
 def _best(methods: Sequence[Method], curves: pd.DataFrame, target: str) -> LatentGradientSteerer:
