@@ -412,8 +412,8 @@ def rivals(task: Task) -> Iterator[Job]:
         found = moves(task, name, saes(), scope=EVERY, n_latents=m, by_output_score=True)
         return replace(found, strengths=(0.25, 0.5, 1.0, 2.0))
 
-    def residual(scope: Any, name: str) -> Method:
-        method = moves(task, name, residual_site(task), 0.25, scope=scope)
+    def residual(scope: Any, name: str, **learning: Any) -> Method:
+        method = moves(task, name, residual_site(task), 0.25, scope=scope, **learning)
         return replace(method, strengths=(0.7, 1.0, 1.3))
 
     def probed() -> list[Method]:
@@ -462,6 +462,9 @@ def rivals(task: Task) -> Iterator[Job]:
                 ("dense", "dense", 0.0),
             )
         },
+        "learned offset of the residual stream, 120 updates": lambda: [
+            residual(EVERY, "residual-20-every-120-updates", **LONG)
+        ],
         "interchange": lambda: interchange_methods(task.model, [wide]),
         "random offset of the norm of dense moves": lambda: random_methods(
             learned("dense", "dense"), [0]
