@@ -1,9 +1,10 @@
-"""Plotly figures of the tables of diagnostics and traces."""
+"""Plotly figures of the tables of diagnostics, traces and runs."""
 
 import html
 from typing import Any
 
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 
 from sae_query_steer.sites import ALL_HEADS
@@ -76,6 +77,54 @@ def plot_trace(table: pd.DataFrame, value: str = "relative_change") -> go.Figure
         title=f"{value} of the steered tokens, mean over heads",
         xaxis_title="position",
         yaxis_title=value,
+    )
+
+
+def plot_metrics(table: pd.DataFrame) -> go.Figure:
+    """Return the curves of a run: a panel for each metric, and in it a line for each site or class.
+
+    `plot_metrics(...).write_html(file)` makes a page that needs no network.
+
+    Args:
+        table: the mappings of `on_metrics`, a row for each call, such as
+            `pd.read_json("saes/metrics.jsonl", lines=True)`, or `LearnedTargets.history`. If a step
+            is there twice, as after a run was resumed, the last value counts.
+
+    Raises:
+        ValueError: the table has no such columns.
+    """
+    keys = [name for name in ("step", "label") if name in table.columns]
+    metrics = [str(name) for name in table.columns if "label" in keys or "/" in str(name)]
+    metrics = [name for name in metrics if name not in keys]
+    if "step" not in keys or not metrics:
+        raise ValueError(
+            "table must have the column 'step', and 'label' or columns such as 'loss/SITE', got "
+            f"{list(table.columns)}"
+        )
+    long = table.melt(keys, metrics, var_name="metric").dropna(subset="value")
+    if "label" not in keys:
+        long[["metric", "label"]] = long["metric"].str.split("/", n=1, expand=True)
+    long = long.groupby(["metric", "label", "step"], sort=False)["value"].last().reset_index()
+    n_metrics, n_lines = long["metric"].nunique(), long["label"].nunique()
+    scale = px.colors.sample_colorscale("Turbo", n_lines) if n_lines > 10 else None
+    figure = px.line(
+        long.sort_values("step", kind="stable"),
+        x="step",
+        y="value",
+        color="label",
+        facet_col="metric",
+        facet_col_wrap=1,
+        category_orders={name: list(long[name].unique()) for name in ("metric", "label")},
+        color_discrete_sequence=scale,
+        markers=True,
+        height=180 + 240 * n_metrics,
+        template="plotly_white",
+    )
+    figure.for_each_annotation(lambda title: title.update(text=title.text.partition("=")[2]))
+    figure.update_yaxes(matches=None, title=None)
+    return figure.update_layout(
+        legend={"orientation": "h", "y": -0.25 / n_metrics, "maxheight": 100, "title": None},
+        margin={"l": 50, "r": 20, "t": 40},
     )
 
 

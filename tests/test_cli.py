@@ -39,6 +39,8 @@ def folder(tmp_path_factory):
 def test_the_four_commands_show_tables_and_write_folders(folder):
     folder, (train, targets, sites, steer) = folder
     assert "explained_variance" in train
+    page = (folder / "saes" / "curves.html").read_text(encoding="utf-8")
+    assert "blocks.1.attn.hook_q" in page and 'src="http' not in page
     for label in ("remember", "apply", "create"):
         assert [label, "12"] in [line.split() for line in targets.splitlines()]
     table = pd.read_csv(folder / "sites" / "sites.csv")

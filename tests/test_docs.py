@@ -80,3 +80,43 @@ def test_the_lines_for_those_who_come_from_another_library_run():
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/coming_from.md", "exec"), names)
+
+
+@pytest.mark.parametrize(
+    ("index", "library", "written"),
+    [
+        (0, "plotly", "curves.html"),
+        (1, "json", "metrics.jsonl"),
+        pytest.param(2, "wandb", "wandb/offline-run-*/run-*.wandb", marks=pytest.mark.slow),
+        (3, "tensorboard", "runs/saes/events.*"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::sae_query_steer.learning.learner.LearningWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the trackers
+def test_the_examples_of_tracking_run(index, library, written, tiny_models, tmp_path, monkeypatch):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "saes.md").read_text(encoding="utf-8").split("## Tracking")[1]
+    block = re.findall(r"```python\n(.*?)```", text, re.S)[index]
+    model, texts = tiny_models["bridge"], [f"w{i} w{i + 1} w7" for i in range(40)]
+    sae = sqs.sae.TopK(d_sae_per_head=8, k=2)
+    small = {"training_tokens": 1600, "train_batch_size_tokens": 8, "metric_tokens": 0}
+    names = {"sqs": sqs, "model": model, "texts": texts, "sites": sqs.query_sites(model, [1])}
+    names["config"] = sqs.TrainingConfig(sae=sae, **small)
+    if index == 0:
+        sqs.train_query_saes(*list(names.values())[1:], out="saes")
+        Path("saes").rename("saes.unfinished")
+    if index == 1:
+        labels = {"prompt": "w1 w2", "response": " w3 w4"}
+        examples = [sqs.LabelledExample(**labels, label="ab"[i % 2]) for i in range(16)]
+        names["examples"] = sqs.tokenize_examples(model, examples)
+        dense = sqs.sae.identity_encoders(names["sites"])
+        settings = {"objective": sqs.objectives.FixedMove(), "n_steps": 1, "step_size": 1.0}
+        start = sqs.learning.no_moves(model, dense, ["a", "b"])
+        recipe = sqs.LatentGradientSteerer(dense, start, target="a", **settings)
+        names["learner"] = sqs.TargetLearner(model, recipe, n_updates=2)
+    exec(compile(block, "docs/saes.md", "exec"), names)
+    if library == "wandb":  # its own process fills the file; this ends it
+        names["wandb"].teardown()
+    (file,) = tmp_path.glob(written)
+    assert file.stat().st_size > 200

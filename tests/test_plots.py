@@ -59,3 +59,36 @@ def test_a_trace_is_drawn_as_the_mean_over_heads_line_by_line():
     np.testing.assert_allclose(first.y, [0.2, 0.6])
     assert list(first.text) == ["'a'", "'b'"]
     np.testing.assert_allclose(second.y, [1.5])
+
+
+def test_metrics_are_drawn_by_site_and_the_last_value_of_a_step_counts():
+    told = [
+        {"step": 100, "tokens": 800, "loss/a": 5.0, "dead/a": 0},
+        {"step": 100, "tokens": 800, "loss/b/c": 7.0},  # of another process
+        {"step": 300, "tokens": 2400, "loss/a": 9.0, "dead/a": 1},
+        {"step": 200, "tokens": 1600, "loss/a": 4.0, "dead/a": 2},  # resumed behind step 100
+        {"step": 300, "tokens": 2400, "loss/a": 3.0, "dead/a": 1},
+    ]
+    figure = sqs.plots.plot_metrics(pd.DataFrame(told))
+    lines = {(line.name, line.xaxis): (list(line.x), list(line.y)) for line in figure.data}
+    assert [title.text for title in figure.layout.annotations] == ["dead", "loss"]
+    assert lines == {
+        ("a", "x2"): ([100, 200, 300], [5.0, 4.0, 3.0]),
+        ("b/c", "x2"): ([100], [7.0]),
+        ("a", "x"): ([100, 200, 300], [0, 2, 1]),
+    }
+
+
+def test_the_history_of_learning_is_drawn_by_class():
+    history = {
+        "step": [0.0, 0.0, 5.0, 5.0],
+        "label": ["a", "b"] * 2,
+        "loss": [None, None, 3.0, 2.0],
+    }
+    figure = sqs.plots.plot_metrics(pd.DataFrame(history | {"n_latents": [0.0, 0.0, 4.0, 5.0]}))
+    assert [(line.name, list(line.y)) for line in figure.data if len(line.x) == 1] == [
+        ("a", [3.0]),
+        ("b", [2.0]),
+    ]
+    with pytest.raises(ValueError, match=r"'loss/SITE', got \['step', 'loss'\]"):
+        sqs.plots.plot_metrics(pd.DataFrame({"step": [1], "loss": [2.0]}))

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from wheel_check import make_texts
@@ -104,6 +106,26 @@ CONFIGS = {
     "kl-sparse": KLSparse(d_sae_per_head=16, kl_coefficient=0.5),
     "scaled": dataclasses.replace(TOPK, normalize_activations="expected_average_only_in"),
 }
+
+
+def test_the_curves_of_a_resumed_run_are_those_of_one_never_stopped(
+    tiny_models, tmp_path, monkeypatch
+):
+    update, model = HeadwiseMultiTrainer._update_pbar, tiny_models["bridge"]
+    often = partialmethod(update, update_interval=4)
+    monkeypatch.setattr(HeadwiseMultiTrainer, "_update_pbar", often)
+    train(model, out=tmp_path / "whole")
+    stopped_after(monkeypatch, 13, model, out=tmp_path / "saes")  # continues from step 10
+    train(model, out=tmp_path / "saes", resume=True)
+    told = [
+        pd.read_json(tmp_path / name / "metrics.jsonl", lines=True) for name in ("whole", "saes")
+    ]
+    assert [list(table["step"]) for table in told] == [
+        [4, 8, 12, 16, 20, 24],
+        [4, 8, 12, 12, 16, 20, 24],
+    ]
+    whole, resumed = (sqs.plots.plot_metrics(table).to_json() for table in told)
+    assert whole == resumed
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

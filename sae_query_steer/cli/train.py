@@ -1,5 +1,6 @@
 """`train`: SAEs of all heads of some layers, in one process or in several."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Union
@@ -36,7 +37,7 @@ def train(
     dry_run: bool = False,
     flops: float | None = None,
 ) -> None:
-    """Train SAEs on the queries of all heads of some layers.
+    """Train SAEs on the queries of all heads of some layers; curves.html shows the run.
 
     Several processes share the layers:
     torchrun --nproc-per-node N --no-python sae-query-steer train ...
@@ -60,7 +61,10 @@ def train(
     documents = texts.read()
     if dry_run:
         return _show_needs(model, config, chosen, documents, flops)
+    import pandas as pd
+
     from sae_query_steer.training.distributed import train_on_ranks
+    from sae_query_steer.training.train import METRICS
 
     begun = None if start is None else sqs.QuerySAEs.load(start)
     loaded = model.load()
@@ -69,6 +73,9 @@ def train(
     saes = train_on_ranks(loaded, documents, sites, config, out=output.out, **again)
     if saes.measured:
         show(saes.metrics)
+    if os.environ.get("RANK", "0") == "0" and (file := output.out / METRICS).is_file():
+        curves = sqs.plots.plot_metrics(pd.read_json(file, lines=True))
+        curves.write_html(output.out / "curves.html")
     say(f"wrote {output.out}")
 
 

@@ -1,9 +1,10 @@
 """`train_query_saes`: SAEs for all heads of several layers from one stream of queries."""
 
 import hashlib
+import json
 import warnings
-from collections.abc import Iterable, Sequence, Sized
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ from sae_query_steer.training.stream import QueryStream
 ROWS = "rows.npy"
 """The token rows of a stream, in the folder of a stopped run."""
 
+METRICS = "metrics.jsonl"
+"""What `on_metrics` is called with, a line for each call; moves from the run to its result."""
+
 
 def train_query_saes(
     model: Any,
@@ -78,8 +82,9 @@ def train_query_saes(
             that were stored and does not read them again.
         sites: where to train, from `query_sites`.
         config: architecture and settings of the run.
-        out: folder to write the SAEs to, atomically; until then the checkpoints of the run are in
-            `<out>.unfinished`. None writes nothing.
+        out: folder to write the SAEs to, atomically, with `metrics.jsonl`, a line for each call of
+            `on_metrics`; until then both and the checkpoints are in `<out>.unfinished`. None writes
+            nothing.
         resume: continue the run in `<out>.unfinished`, if there is one, or return the SAEs in
             `out`, if they were trained with these settings.
         overwrite: replace what is in `out`, and a stopped run.
@@ -144,6 +149,7 @@ def train_query_saes(
                 overwrite=overwrite,
                 ranks=ranks,
             )
+            on_metrics = _logged(unfinished / METRICS, on_metrics)
         if stored is not None and ranks.rank == 0 and not stored.is_file():
             with new_file(stored) as new, new.open("wb") as file:
                 np.save(file, rows.numpy(), allow_pickle=False)
@@ -152,6 +158,8 @@ def train_query_saes(
             result = joined(ranks, result, sites, checkpoints.folder)
             if ranks.rank == 0:
                 result.save(out, overwrite=overwrite)
+                with suppress(FileNotFoundError):
+                    (checkpoints.folder / METRICS).rename(out / METRICS)
                 checkpoints.remove()
             ranks.wait()
         assert result is not None, "a rank without a site has `out`"
@@ -172,6 +180,18 @@ def _read_rows(
         n_tokens=n_batches * size,
         folder=None if out is None else out.absolute().parent,
     )
+
+
+def _logged(file: Path, on_metrics: OnMetrics | None) -> OnMetrics:
+    """Return an `OnMetrics` that appends to a file first; of several processes in turn."""
+
+    def tell(found: Mapping[str, float | int]) -> None:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(found) + "\n")
+        if on_metrics is not None:
+            on_metrics(found)
+
+    return tell
 
 
 def _trained(
