@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import subprocess
+from typing import get_type_hints
 
 import pytest
 from command_line import invoke
+from pydantic import TypeAdapter
 
 import sae_query_steer as sqs
 from sae_query_steer.dashboards.attention_effect import attention_effect
@@ -192,6 +194,34 @@ def test_neuronpedia_s_batches_have_the_fields_that_sae_dashboard_names(dashboar
             assert top > 0
         best = feature["activations"][0]
         assert max(best["values"]) == best["bin_max"]
+
+
+def test_sae_dashboard_s_own_classes_take_neuronpedia_s_batches(dashboard, tmp_path):
+    theirs = pytest.importorskip(
+        "sae_dashboard.neuronpedia.neuronpedia_dashboard",
+        reason="needs the code alone: pip install --no-deps sae-dashboard==0.8.0",
+    )
+
+    def check(kind, values):
+        hints = get_type_hints(kind.__init__)
+        for name, value in values.items():
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+
+    write_batches(site_data(**dashboard), tmp_path / "np")
+    files = list((tmp_path / "np").rglob("batch-*.json"))
+    assert len(files) == 2
+    for file in files:
+        batch = json.loads(file.read_text())
+        check(theirs.NeuronpediaDashboardBatch, batch)
+        for feature in batch["features"]:
+            check(theirs.NeuronpediaDashboardFeature, feature)
+            for activation in feature["activations"]:
+                check(theirs.NeuronpediaDashboardActivation, activation)
+        again = theirs.NeuronpediaDashboardBatch(**batch).to_dict()
+        assert [feature.pop("vector") for feature in again["features"]] == [[]] * len(
+            batch["features"]
+        )
+        assert again == batch
 
 
 def test_what_can_t_be_shown_is_refused_before_work_starts(
