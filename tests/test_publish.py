@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -13,12 +15,14 @@ from command_line import invoke
 from hostile_kinds import sign
 from huggingface_hub import ModelCard
 from sae_lens import SAE
+from safetensors.torch import save_file
 from wheel_check import WORDS
 
 import sae_query_steer as sqs
 from sae_query_steer.config import KLSparse
 from sae_query_steer.hub.layout import head_folders, read_index
 from sae_query_steer.steering.files import steerer_settings
+from sae_query_steer.targets.centroids import Learned
 
 HOOKS = ["blocks.0.attn.hook_q", "blocks.2.attn.hook_q"]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
@@ -116,6 +120,27 @@ def test_the_card_is_a_model_card_that_says_how_to_load_it(folder):
     assert "create 16" in card.text
 
 
+def test_the_card_shows_success_by_class_with_n_interval_and_judge(tiny_models, saes, tmp_path):
+    method = {"objective": None, "centroids": None, "span": None, "scope": None, "layers": "2"}
+    method = {"task": "open", "method": "descent", "heads": "all"} | method
+    successes = [("create", True), ("create", True), ("create", False), ("apply", False)]
+    texts = [method | {"prompt": "p", "target": t, "success": s} for t, s in successes]
+    found = sqs.compare.Comparison(
+        rows=pd.DataFrame([method]),
+        curves=pd.DataFrame(),
+        texts=pd.DataFrame(texts),
+        judge={"accuracy": 0.9, "n": 50.0, "chance": 0.5},
+    )
+    table = sqs.compare.success_by_class(found)
+    assert table["low"].round(3).tolist() == [0.208, 0.0]  # Wilson, 2 of 3 and 0 of 1
+    sqs.hub.save_bundle(tmp_path / "b", tiny_models["bridge"], saes, evaluation=table)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "Success by target class on n prompts, with its 95 % interval (Wilson)" in card
+    judge = r"accuracy 0.90 \[0.79, 0.96\], n = 50, chance 0.50"
+    assert f"| open | descent | create | 3 | 0.667 | 0.208 | 0.939 | {judge} |" in card
+    assert f"| open | descent | apply | 1 | 0.000 | 0.000 | 0.793 | {judge} |" in card
+
+
 def test_saes_alone_make_a_bundle(tiny_models, saes, tmp_path):
     sqs.hub.save_bundle(tmp_path / "b", tiny_models["hooked"], saes)
     bundle = sqs.hub.load_bundle(tmp_path / "b", model=tiny_models["bridge"])
@@ -203,11 +228,65 @@ def test_plain_mappings_and_training_saes_are_refused(tmp_path, tiny_models, sae
 
 
 def test_a_steerer_of_another_kind_is_refused(tmp_path, tiny_models, saes, untyped):
-    steerer = sqs.steering.AttentionSteerer(saes, sqs.steering.LookAt("w1"))
-    wanted = "steerer must be LatentGradientSteerer, got AttentionSteerer"
+    steerer = sqs.steering.JoinedSteerers(
+        sqs.steering.AttentionSteerer(saes, sqs.steering.LookAt("w1"))
+    )
+    wanted = "steerer must be LatentGradientSteerer or AttentionSteerer, got JoinedSteerers"
     with pytest.raises(TypeError, match=wanted):
         sqs.hub.save_bundle(tmp_path / "b", tiny_models["bridge"], saes, steerer=steerer)
     assert list(tmp_path.iterdir()) == []
+
+
+FRESH = """
+import sys
+import sae_query_steer as sqs
+
+model = sqs.load_model(sys.argv[1], device="cpu")
+for folder in sys.argv[2:]:
+    bundle = sqs.from_pretrained(folder, model=model)
+    with bundle.steerer.apply(model):
+        print(model.generate(["w1 w20 w3"], max_new_tokens=8, do_sample=False, verbose=False))
+"""
+
+
+@pytest.mark.slow
+def test_learned_and_attention_targets_steer_alike_in_a_fresh_process(
+    tmp_path, tiny_models, tiny_folder, saes, targets
+):
+    model = tiny_models["bridge"]
+    moves = sqs.learning.no_moves(model, saes, ["create", "remember"])
+    for mean in moves.means.values():
+        mean += torch.randn(mean.shape, generator=torch.Generator().manual_seed(2))
+    history, unsteered = ({"step": 0.0, "label": "create"},), {"create": 2.0, "remember": 1.0}
+    steered = unsteered | {"create": 1.5}
+    learned = Learned(kind="moves", unsteered=unsteered, steered=steered, history=history)
+    learned = dataclasses.replace(moves, learned=learned, span="LastPromptToken()")
+    settings = {"objective": sqs.objectives.FixedMove(), "n_steps": 1, "step_size": 1.0}
+    steerers = {
+        "learned": sqs.LatentGradientSteerer(saes, learned, target="create", **settings),
+        "attention": sqs.steering.AttentionSteerer(saes, sqs.steering.LookAt("w20"), n_steps=4),
+        "beside": sqs.steering.AttentionSteerer(saes, sqs.steering.LookAt("w1"), layers=[2]),
+    }
+    said = []
+    for name, steerer in steerers.items():
+        given = {"targets": targets} if name == "beside" else {}
+        sqs.hub.save_bundle(tmp_path / name, model, saes, steerer=steerer, **given)
+        bundle = sqs.hub.load_bundle(tmp_path / name, model=model)
+        assert type(bundle.steerer) is type(steerer)
+        assert steerer_settings(bundle.steerer) == steerer_settings(steerer)
+        with steerer.apply(model):
+            said.append(str(model.generate(["w1 w20 w3"], **GREEDY | {"max_new_tokens": 8})))
+    assert sqs.hub.load_bundle(tmp_path / "attention").targets is None
+    found = sqs.hub.load_bundle(tmp_path / "learned").targets
+    assert found.are_moves and found.learned == learned.learned
+    card = (tmp_path / "learned" / "README.md").read_text()
+    assert "Moves of latents, learned through the model; scope LastPromptToken()" in card
+    assert "Held-out loss removed: create 25%, remember 0%." in card
+    folders = [tiny_folder, *(tmp_path / name for name in steerers)]
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, *map(str, folders)], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == said, done.stderr[-2000:]
 
 
 def test_a_bundle_is_not_replaced_unless_asked(folder, tiny_models, saes):
@@ -412,3 +491,68 @@ def test_the_commands(tmp_path, tiny_folder, saes, targets, steerer):
 def test_words_of_the_tiny_model_are_not_in_the_bundle(folder):
     text = "".join(p.read_text() for p in folder.rglob("*.json"))
     assert not any(f'"{word} ' in text for word in WORDS)
+
+
+PLAIN = """
+import sys
+from pathlib import Path
+
+sys.modules["sae_query_steer"] = None  # importing it raises
+from safetensors.torch import load_file
+from sae_lens import SAE
+
+bundle, file = map(Path, sys.argv[1:])
+given, worst = load_file(file), []
+for path in sorted((bundle / "heads").iterdir()):
+    sae = SAE.load_from_disk(path)
+    hook, head = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_head_index
+    queries, ours = (given[f"{part}.{hook}"][:, head] for part in ("queries", "decoded"))
+    worst.append(float((sae(queries) - ours).norm() / ours.norm()))
+assert len(worst) == 9 and max(worst) < 1e-5, worst
+print("read by SAELens alone")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*heads explain less variance:UserWarning")
+@pytest.mark.filterwarnings("ignore::sae_query_steer.learning.learner.LearningWarning")
+def test_saelens_alone_reads_the_saes_of_a_learned_steer_of_smollm2(tmp_path):
+    try:
+        model = sqs.load_smollm2()
+    except (FileNotFoundError, ImportError) as error:
+        pytest.skip(str(error))
+    answers = {"create": " Invent a new kind of ", "remember": " Name the parts of a "}
+    things = ["boat", "clock", "garden", "bridge", "kite", "drum", "lamp", "stove"]
+    labelled = [
+        sqs.LabelledExample(prompt=f"About the {thing}:", response=f"{text}{thing}.", label=k)
+        for thing in things
+        for k, text in answers.items()
+    ]
+    config = sqs.TrainingConfig(
+        sae=sqs.sae.TopK(d_sae_per_head=32, k=4),
+        training_tokens=2048,
+        train_batch_size_tokens=64,
+        context_size=16,
+        metric_tokens=128,
+        lr=3e-3,
+    )
+    texts = [example.prompt + example.response for example in labelled]
+    saes = sqs.train_query_saes(model, texts, sqs.query_sites(model, [12]), config)
+    moves = sqs.learning.no_moves(model, saes, list(answers))
+    settings = {"objective": sqs.objectives.FixedMove(), "n_steps": 1, "step_size": 1.0}
+    recipe = sqs.LatentGradientSteerer(saes, moves, target="create", **settings)
+    learner = sqs.TargetLearner(model, recipe, n_updates=2, every=1, batch_size=8)
+    learned = learner.fit(sqs.tokenize_examples(model, labelled))
+    steerer = dataclasses.replace(recipe, targets=learned)
+    sqs.hub.save_bundle(tmp_path / "bundle", model, saes, steerer=steerer)
+    bundle = sqs.from_pretrained(tmp_path / "bundle", model=model)
+    assert bundle.steerer.targets.are_moves
+    _, cache = model.run_with_cache(texts[0], names_filter=list(saes))
+    tensors = {}
+    for name, sae in saes.items():
+        tensors[f"queries.{name}"] = cache[name][0].contiguous()
+        tensors[f"decoded.{name}"] = sae(cache[name][0]).detach().contiguous()
+    save_file(tensors, tmp_path / "queries.safetensors")
+    arguments = [sys.executable, "-c", PLAIN, tmp_path / "bundle", tmp_path / "queries.safetensors"]
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True)
+    assert done.stdout == "read by SAELens alone\n", done.stderr[-2000:]

@@ -17,7 +17,8 @@ from sae_query_steer.compare.methods import STRENGTHS
 
 pytestmark = pytest.mark.slow
 
-FILES = ["comparison.json", "curves.csv", "report.html", "sites.csv", "table.csv", "texts.csv"]
+TABLES = ["classes.csv", "curves.csv", "sites.csv", "table.csv", "texts.csv"]
+FILES = sorted(["comparison.json", "report.html", *TABLES])
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,9 @@ def test_a_sweep_writes_its_table_its_texts_and_a_page_that_opens_offline(whole)
     }
     assert (table["n"] == 6).all()
     assert sorted(pd.read_csv(whole / "sites.csv")["layer"]) == [0, 2]
+    classes = pd.read_csv(whole / "classes.csv")
+    assert set(classes["method"]) >= {"unsteered", "random direction (seed 0)"}
+    assert set(classes["target"]) == {"remember", "apply", "create"}
     page = (whole / "report.html").read_text(encoding="utf-8")
     for name in table["method"]:
         assert name in page

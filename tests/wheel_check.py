@@ -115,7 +115,7 @@ def main() -> None:
         subprocess.run([command, *bundle, "--out", str(folder / "bundle")], check=True)
         for part in ("model", "bundle"):
             shutil.copytree(folder / part, kept / part)
-    tables = {f"{name}.csv" for name in ("table", "curves", "texts", "sites", "saes")}
+    tables = {f"{name}.csv" for name in ("table", "classes", "curves", "texts", "sites", "saes")}
     assert wrote == {"report.html", "comparison.json", *tables}, wrote
     import sae_query_steer
 

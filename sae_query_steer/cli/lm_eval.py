@@ -93,14 +93,18 @@ def _tasks(names: list[str], include_path: Path | None) -> Any:
     )
 
 
-def _steerer(bundle: "sqs.hub.Bundle", target: str | None) -> "sqs.LatentGradientSteerer":
+def _steerer(bundle: "sqs.hub.Bundle", target: str | None) -> Any:
     """Return the steerer of a bundle towards a target, or one with the defaults of `steer`.
 
     Raises:
         ValueError: there is no steerer and no target, or no such class.
     """
     if bundle.steerer is not None:
-        return bundle.steerer if target is None else replace(bundle.steerer, target=target)
+        if target is None:
+            return bundle.steerer
+        if not isinstance(bundle.steerer, sqs.LatentGradientSteerer):
+            raise ValueError(f"--target must not be given with {bundle.steerer!r}, got {target!r}")
+        return replace(bundle.steerer, target=target)
     if bundle.targets is None:
         raise ValueError("--bundle must hold a steerer or centroids, got one without either")
     if target is None:

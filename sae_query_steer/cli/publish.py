@@ -77,7 +77,7 @@ def bundle(
         output: the folder of the bundle.
         targets: Folder that `targets` wrote.
         steerer: Folder that `save_steerer` wrote.
-        evaluation: CSV with a table of scores.
+        evaluation: CSV with a table of scores, such as classes.csv of a comparison.
         model_name: The model's name on the hub.
         license: Licence, such as mit.
         note: A paragraph for the model card.
@@ -88,11 +88,11 @@ def bundle(
     made, centroids = None, None if targets is None else sqs.CentroidTargets.load(targets)
     if steerer is not None:
         made = sqs.steering.load_steerer(steerer, follow_references=True)
-        if not isinstance(made, sqs.LatentGradientSteerer):
-            raise ValueError(f"{steerer} holds an AttentionSteerer: a bundle has none of these")
     loaded, saes = model.load_both()
-    if made is not None:
+    if isinstance(made, sqs.LatentGradientSteerer):
         made = replace(made, saes=saes, targets=centroids or made.targets)
+    elif made is not None:
+        made = replace(made, saes=saes)
     sqs.hub.save_bundle(
         output.out,
         loaded,

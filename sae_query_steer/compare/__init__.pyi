@@ -32,6 +32,7 @@ from .own_texts import compare_on_texts as compare_on_texts
 from .own_trial import trial_seconds as trial_seconds
 from .own_trial import try_on_texts as try_on_texts
 from .report import compare_into as compare_into
+from .report import success_by_class as success_by_class
 from .report import write_comparison as write_comparison
 from .sampling import seeded_sampling as seeded_sampling
 from .scorer import Outcome as Outcome

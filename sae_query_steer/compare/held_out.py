@@ -41,15 +41,22 @@ def may_guess(held_out: Mapping[str, float]) -> bool:
     return _interval(held_out)[0] <= _guessing(held_out)
 
 
+def judge_accuracy(held_out: Mapping[str, float]) -> str:
+    """Return a judge's accuracy with its interval, n and chance in a few words."""
+    if not {"accuracy", "n", "chance"} <= held_out.keys():
+        return "accuracy unknown"
+    low, high = _interval(held_out)
+    return (
+        f"accuracy {held_out['accuracy']:.2f} [{low:.2f}, {high:.2f}], n = "
+        f"{held_out['n']:.0f}, chance {_guessing(held_out):.2f}"
+    )
+
+
 def judge_sentence(held_out: Mapping[str, float]) -> str:
     """Return what is known of a judge in a sentence, with a remedy if it may be guessing."""
     if not {"accuracy", "n", "chance"} <= held_out.keys():
         return "Judge: accuracy unknown; measure it with `judge.measured(examples)`."
-    low, high = _interval(held_out)
-    known = (
-        f"Judge: accuracy {held_out['accuracy']:.2f} [{low:.2f}, {high:.2f}], n = "
-        f"{held_out['n']:.0f}, chance {_guessing(held_out):.2f}."
-    )
+    known = f"Judge: {judge_accuracy(held_out)}."
     if may_guess(held_out):
         known += (
             " No verdict: the judge's interval is not above chance, so its target rates mean "

@@ -16,7 +16,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_query_steer.compare.comparison import MAX_PERPLEXITY_RATIO, Comparison
-from sae_query_steer.compare.held_out import judge_sentence, may_guess
+from sae_query_steer.compare.held_out import judge_accuracy, judge_sentence, may_guess
+from sae_query_steer.diagnostics.metrics import wilson_interval
 from sae_query_steer.diagnostics.verdicts import closing_sentence
 from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.storage.csv_files import csv_text
@@ -72,8 +73,8 @@ def write_comparison(
 ) -> None:
     """Write `report.html`, `comparison.json` and the tables as CSV, whole or not at all.
 
-    The tables are `table.csv`, `curves.csv`, `texts.csv` and, if measured, `sites.csv` and
-    `saes.csv`.
+    The tables are `table.csv`, `classes.csv` of `success_by_class`, `curves.csv`, `texts.csv` and,
+    if measured, `sites.csv` and `saes.csv`.
 
     Args:
         found: the comparison.
@@ -86,14 +87,30 @@ def write_comparison(
     """
     names = {"table": "rows"} | {name: name for name in ("curves", "texts", "sites", "saes")}
     with new_folder(folder, overwrite=overwrite, holding=RESULTS) as new:
-        for name, part in names.items():
-            if (table := getattr(found, part)) is not None:
+        tables = {name: getattr(found, part) for name, part in names.items()}
+        for name, table in (tables | {"classes": success_by_class(found)}).items():
+            if table is not None:
                 (new / f"{name}.csv").write_text(csv_text(table), encoding="utf-8")
         told = {"settings": dict(found.settings), "judge": dict(found.judge)}
         write_json(new / RESULTS, told | {"versions": _versions()})
         (new / "report.html").write_text(comparison_html(found), encoding="utf-8")
         for other in beside:
             shutil.copytree(other, new / other.name)
+
+
+def success_by_class(found: Comparison) -> pd.DataFrame:
+    """Return the success of every method for each target class, to show it in a bundle's card.
+
+    Returns:
+        Columns task, method, target, n, success, low and high, the 95 % Wilson interval, and judge,
+        its accuracy on held-out texts.
+    """
+    texts = found.texts.assign(method=row_names(found.texts, found.rows))
+    groups = texts.groupby(["task", "method", "target"], sort=False)["success"]
+    table = groups.agg(n="size", success="mean", hits="sum").reset_index()
+    pairs = zip(table.pop("hits"), table["n"], strict=True)
+    table[["low", "high"]] = [wilson_interval(int(hits), int(n)) for hits, n in pairs]
+    return table.assign(judge=judge_accuracy(found.judge))
 
 
 def comparison_html(found: Comparison) -> str:

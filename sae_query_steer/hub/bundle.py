@@ -24,6 +24,7 @@ from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.sae.core import QueryHeadSAE
 from sae_query_steer.sae.encoders import encoder_sites
 from sae_query_steer.sae.heads import PLAIN, split_heads
+from sae_query_steer.steering.attention_descent import AttentionSteerer
 from sae_query_steer.steering.files import steerer_from_settings, steerer_settings
 from sae_query_steer.steering.latent_descent import LatentGradientSteerer
 from sae_query_steer.storage.checksums import list_files
@@ -57,10 +58,10 @@ class Bundle:
     """The SAEs of all heads, by hook name."""
 
     targets: CentroidTargets | None
-    """The centroids, if it has some."""
+    """The centroids or learned targets, if it has some."""
 
-    steerer: LatentGradientSteerer | None
-    """The steerer over these SAEs and centroids, if it has one."""
+    steerer: LatentGradientSteerer | AttentionSteerer | None
+    """The steerer over these SAEs and targets, if it has one."""
 
     evaluation: pd.DataFrame | None
     """The table of scores that it was published with, if any."""
@@ -136,10 +137,11 @@ def load_bundle(folder: str | Path, *, model: Any = None, device: str | None = N
         targets = CentroidTargets.load(folder / layout.CENTROIDS)
         check_shapes(targets, saes)
     if layout.STEERER in index.files:
-        if targets is None:
+        settings = read_json(folder / layout.STEERER)
+        if targets is None and "look_at" not in settings:
             raise ValueError(f"{folder} holds a steerer without centroids: fetch it again, whole")
         try:
-            steerer = steerer_from_settings(read_json(folder / layout.STEERER), saes, targets)
+            steerer = steerer_from_settings(settings, saes, targets)
         except ValueError as error:
             raise ValueError(f"{folder / layout.STEERER}: {error}") from error
     if layout.EVALUATION in index.files:
@@ -169,7 +171,7 @@ def save_bundle(
     saes: QuerySAEs,
     *,
     targets: CentroidTargets | None = None,
-    steerer: LatentGradientSteerer | None = None,
+    steerer: LatentGradientSteerer | AttentionSteerer | None = None,
     evaluation: pd.DataFrame | None = None,
     model_name: str | None = None,
     license: str | None = None,
@@ -182,10 +184,10 @@ def save_bundle(
         folder: the folder to make.
         model: the model that the SAEs were trained on: its fingerprint is taken.
         saes: the SAEs; those of an architecture that SAELens knows are also written head by head.
-        targets: centroids of these SAEs; None takes those of the steerer.
-        steerer: a steerer over exactly these SAEs and centroids.
-        evaluation: a table of scores, such as that of `evaluate_saes` or of a sweep; numbers and
-            texts, and an index with meaning becomes columns.
+        targets: centroids or learned targets of these SAEs; None takes those of the steerer.
+        steerer: a steerer over exactly these SAEs and targets.
+        evaluation: a table of scores, such as that of `success_by_class` or `evaluate_saes`;
+            numbers and texts, and an index with meaning becomes columns. The card shows it.
         model_name: the model's name on the hub, such as "mistralai/Mistral-7B-Instruct-v0.1"; None
             takes that by which it was loaded. With a slash the card names it as base model.
         license: licence of the bundle by its name on the hub, such as "mit".
@@ -199,8 +201,10 @@ def save_bundle(
             a setting of the steerer is a function of your own, or the table can't be written.
     """
     if steerer is not None:
-        check_kind("steerer", steerer, LatentGradientSteerer, "save others with save_steerer")
-        targets = steerer.targets if targets is None else targets
+        kinds = (LatentGradientSteerer, AttentionSteerer)
+        check_kind("steerer", steerer, kinds, "others can't be saved")
+        if isinstance(steerer, LatentGradientSteerer) and targets is None:
+            targets = steerer.targets
     _check_together(model, saes, targets, steerer)
     settings = None if steerer is None else steerer_settings(steerer)
     facts = model_facts(model, model_name)
@@ -246,7 +250,7 @@ def _check_together(
     model: Any,
     saes: QuerySAEs,
     targets: CentroidTargets | None,
-    steerer: LatentGradientSteerer | None,
+    steerer: LatentGradientSteerer | AttentionSteerer | None,
 ) -> None:
     check_kind("saes", saes, QuerySAEs, "such as QuerySAEs.load returns")
     for name, site in encoder_sites(saes).items():
@@ -255,7 +259,7 @@ def _check_together(
             raise TypeError(f"the SAE at {name} is still in training: give to_inference(sae)")
     check_devices(model, saes)
     if steerer is not None:
-        if steerer.targets is not targets:
+        if isinstance(steerer, LatentGradientSteerer) and steerer.targets is not targets:
             raise ValueError("the steerer has other centroids than targets=: give one of the two")
         if steerer.saes.keys() != saes.keys() or any(steerer.saes[n] is not saes[n] for n in saes):
             raise ValueError(

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from sae_query_steer.hub.layout import ModelFacts
 from sae_query_steer.sae.collection import QuerySAEs
 from sae_query_steer.storage.markdown import markdown_table, markdown_text
-from sae_query_steer.targets.centroids import CentroidTargets
+from sae_query_steer.targets.centroids import CentroidTargets, LearnedTargets
 
 TAGS = (
     *("saelens", "sparse-autoencoder", "mechanistic-interpretability"),
@@ -42,7 +42,7 @@ def model_card(
     Args:
         saes: its SAEs, with their metrics and settings where these are known.
         model: the model that they were trained on.
-        targets: its centroids.
+        targets: its centroids or learned targets.
         steerer: the settings of its steerer.
         evaluation: its table of scores.
         heads: the folder of the plain SAE of each head, by its id; empty where there are none.
@@ -76,6 +76,7 @@ def model_card(
         centroids=targets and _centroids(targets),
         steerer=steerer and json.dumps(steerer, indent=1),
         evaluation=_table(evaluation),
+        by_class=evaluation is not None and {"target", "n", "success"} <= set(evaluation.columns),
     )
     return str(card)
 
@@ -84,6 +85,14 @@ def _centroids(targets: CentroidTargets) -> str:
     pairs = zip(targets.classes, targets.counts, strict=True)
     counts = ", ".join(f"{markdown_text(label)} {int(n)}" for label, n in pairs)
     span = markdown_text(targets.span)
+    if isinstance(targets, LearnedTargets):
+        shares = targets.share_removed.items()
+        removed = ", ".join(f"{markdown_text(label)} {share:.0%}" for label, share in shares)
+        kind = "Moves" if targets.are_moves else "Points"
+        return (
+            f"{kind} of latents, learned through the model; scope {span}; examples: {counts}. "
+            f"Held-out loss removed: {removed}."
+        )
     return f"Mean and variance of each class's latents; span {span}; tokens: {counts}."
 
 

@@ -5,8 +5,8 @@ bundle.json                      model, sites, and size and SHA-256 of every fil
 fingerprint.safetensors          queries on fixed tokens, which identify the model
 layers/blocks.L.attn.hook_q/     all heads of a layer: a SAELens folder that needs this package
 heads/blocks.L.attn.hook_q.H/    one head: a SAELens folder that plain SAELens reads
-centroids/                       `CentroidTargets`, optional
-steerer.json                     settings of a `LatentGradientSteerer`, optional
+centroids/                       `CentroidTargets` or `LearnedTargets`, optional
+steerer.json                     settings of a steerer, optional
 evaluation.json                  a table of scores, optional
 """
 

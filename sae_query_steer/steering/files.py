@@ -160,17 +160,17 @@ def steerer_from_settings(
 ) -> Any:
     """Return the steerer of some settings, of `steerer_settings`, over SAEs and centroids.
 
-    Without centroids it is an `AttentionSteerer`, otherwise a `LatentGradientSteerer`.
+    An `AttentionSteerer`, known by its `look_at`, takes no centroids.
 
     Raises:
-        ValueError: a setting is none, or names a value that there is not.
+        ValueError: a setting is none, or names a value that there is not, or centroids are missing.
     """
-    kind: Any = AttentionSteerer if targets is None else LatentGradientSteerer
-    parts = () if targets is None else (targets,)
+    kind: Any = AttentionSteerer if "look_at" in settings else LatentGradientSteerer
+    parts: Any = (saes,) if kind is AttentionSteerer else (saes, targets)
     try:
         values = {name: _read(value) for name, value in settings.items()}
         _check_types(kind, values)
-        return kind(saes, *parts, **values)
+        return kind(*parts, **values)
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"one of its settings is damaged: {error!r:.500}") from error
 
