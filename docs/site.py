@@ -16,6 +16,7 @@ from types import ModuleType
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from sae_query_steer.cli.main import COMMANDS, run
 from sae_query_steer.config import ARCHITECTURES
@@ -100,3 +101,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     """
     markdown = re.sub(r"^.*https://img\.shields\.io/.*\n", "", markdown, flags=re.MULTILINE)
     return markdown.replace("](docs/", "](").replace("](../README.md", "](README.md")
+
+
+def on_page_content(html: str, page: Page, **_: object) -> str:
+    """Mend the links of tutorials, which reach MkDocs as HTML."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    html = re.sub(r'href="\.\./docs/(\w+)\.md', r'href="../\1.html', html)
+    return re.sub(r'href="(\w+)\.ipynb', r'href="\1.html', html)
