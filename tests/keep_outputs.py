@@ -166,19 +166,22 @@ def _slim(figure: dict) -> dict:
 
 
 def add_pictures(notebook: nbformat.NotebookNode) -> None:
-    """Put a PNG beside every figure."""
+    """Put a PNG beside every figure, drawn by one browser."""
     import kaleido
 
-    for cell in code_of(notebook):
-        for output in cell.outputs:
-            if (figure := output.get("data", {}).get(FIGURE)) is not None:
-                layout = figure["layout"]
+    kaleido.start_sync_server(silence_warnings=True, timeout=300)
+    try:
+        for data in (one.get("data", {}) for cell in code_of(notebook) for one in cell.outputs):
+            if FIGURE in data:
+                layout = data[FIGURE]["layout"]
                 size = {"width": layout.get("width", 800), "height": layout.get("height", 400)}
                 picture = kaleido.calc_fig_sync(
-                    {"data": figure["data"], "layout": figure["layout"]},
+                    {"data": data[FIGURE]["data"], "layout": layout},
                     opts={"format": "png", "scale": 1.25, **size},
                 )
-                output.data["image/png"] = base64.b64encode(picture).decode()
+                data["image/png"] = base64.b64encode(picture).decode()
+    finally:
+        kaleido.stop_sync_server(silence_warnings=True)
 
 
 def keep(path: Path) -> str:
@@ -198,9 +201,10 @@ def keep(path: Path) -> str:
             if output.output_type == "execute_result":
                 output.execution_count = number
     clean(notebook)
-    add_pictures(notebook)
     if found := paths(notebook):
         raise ValueError(f"{path.name}: its outputs name paths of this machine: {found}")
+    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")  # if the browser fails
+    add_pictures(notebook)
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     return f"{path.stem}: {seconds:.0f} s, {path.stat().st_size / 1000:.0f} kB"
 
