@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_query_steer.arguments import check_number
 from sae_query_steer.descent.attention import AttentionGoal
 from sae_query_steer.descent.strength import Queries, limited
-from sae_query_steer.models.linear_scores import LinearScores
+from sae_query_steer.models.token_scores import TokenScores
 from sae_query_steer.sae.encoders import (
     Product,
     QueryEncoder,
@@ -100,7 +100,7 @@ class AttentionDescent(LooksEdit, LatentsEdit):
         with torch.inference_mode(False), torch.no_grad():
             queries = activations.clone()
             z0 = encoder.encode(queries)
-            surface = _surface(keys.scores_of(), queries, encoder, z0, goal)
+            surface = _surface(keys.scores, queries, encoder, z0, goal)
             return self._change(queries, encoder, z0, surface, goal, record=record)
 
     def _change(
@@ -141,7 +141,7 @@ class AttentionDescent(LooksEdit, LatentsEdit):
         moved, delta, losses = torch.zeros_like(z0), torch.zeros_like(queries), []
         lower = None if encoder.latent_min is None else encoder.latent_min - z0
         norm, movable = queries.norm(dim=-1, keepdim=True), None
-        length = self.step_size * norm
+        length, tiny = self.step_size * norm, torch.finfo(z0.dtype).tiny
         most = None if self.max_relative_change is None else self.max_relative_change * norm
         for _ in range(self.n_steps):
             scores, slope = surface.slope(moved, delta)
@@ -156,7 +156,17 @@ class AttentionDescent(LooksEdit, LatentsEdit):
                 slope = slope.where(movable, 0)
             if self.until is not None:
                 slope = slope.where(goal.masses(scores) < self.until, 0)
-            moved, delta = _stepped(length, most, lower, surface, moved, slope)
+            slope = slope / slope.abs().amax(-1, keepdim=True).clamp(min=tiny)
+            size = torch.linalg.vector_norm(surface.added(moved, slope), dim=-1, keepdim=True)
+            step = (length / size).masked_fill(size == 0, 0)
+            moved = torch.addcmul(moved, slope, step, value=-1)
+            if lower is not None:
+                moved = torch.maximum(moved, lower)
+            delta = surface.added(0.0, moved)
+            if most is not None:
+                reached = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
+                share = torch.where(reached > most, most / reached, 1)
+                moved, delta = moved * share, delta * share
         return moved, losses
 
 
@@ -174,41 +184,8 @@ class _Surface(NamedTuple):
     the gradient in the latents."""
 
 
-def _stepped(
-    length: Tensor,
-    most: Tensor | None,
-    lower: Tensor | None,
-    surface: _Surface,
-    moved: Tensor,
-    slope: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return by how much latents have moved after a step, and what this adds to the queries.
-
-    Args:
-        length: of the step, once decoded; of each token and head.
-        most: of all steps together; None for any.
-        lower: bound of the latents; None without.
-        surface: what decodes.
-        moved: by how much they moved before.
-        slope: the step is against this.
-    """
-    tiny = torch.finfo(slope.dtype).tiny
-    slope = slope / slope.abs().amax(-1, keepdim=True).clamp(min=tiny)
-    size = torch.linalg.vector_norm(surface.added(moved, slope), dim=-1, keepdim=True)
-    step = (length / size).masked_fill(size == 0, 0)
-    moved = torch.addcmul(moved, slope, step, value=-1)
-    if lower is not None:
-        moved = torch.maximum(moved, lower)
-    delta = surface.added(0.0, moved)
-    if most is None:
-        return moved, delta
-    reached = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
-    share = torch.where(reached > most, most / reached, 1)
-    return moved * share, delta * share
-
-
 def _linear_surface(
-    linear: LinearScores, decoder: tuple[Product, Product], goal: AttentionGoal
+    linear: TokenScores, decoder: tuple[Product, Product], goal: AttentionGoal
 ) -> _Surface:
     """Return the surface where scores and decoding are linear, without autograd."""
     decode, transposed = decoder

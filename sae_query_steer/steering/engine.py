@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sae_query_steer.models.activations import check_finite, pattern_hook
 from sae_query_steer.models.attention_scores import ScoresReader
-from sae_query_steer.models.linear_scores import picked, put
 from sae_query_steer.models.loading import check_eager
 from sae_query_steer.models.placed_hooks import Hook
+from sae_query_steer.models.token_scores import picked, put
 from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.sae.encoders import in_32_bits
 from sae_query_steer.scopes.joins import needs_tokens
@@ -212,30 +212,17 @@ class AppliedEdit:
             if positions is None or tokens is None:
                 return None
             with torch.autocast(scores.device.type, enabled=False):
-                keys = AttentionKeys(
-                    reader=reader,
-                    at=self.at,
-                    tokens=tokens,
-                    now=scores,
-                    positions=positions,
-                    tracker=tracker,
-                )
+                keys = AttentionKeys(reader, self.at, tokens, scores, positions, tracker)
                 _ = keys.position  # a cache with other keys is refused
                 chosen = tokens, self.at.heads
                 linear, before = keys.linear, picked(reader.queries, *chosen)
                 after, made = self._made(before, tokens, keys=keys)
                 by_token = scores.transpose(1, 2)
-                was = picked(by_token, *chosen)
-                if linear is not None:
-                    new = was + linear.change(made.delta).to(scores.dtype)
-                else:
-                    new = keys.scores(after).to(scores.dtype)
-                    if not made.delta.requires_grad:  # unchanged ones not up to rounding either
-                        still = (after == before).all(-1, keepdim=True)
-                        new = torch.where(still, was, new)
+                change = linear.change(made.delta) if linear else keys.by_queries.added(after)
+                new = picked(by_token, *chosen) + change.to(scores.dtype)
                 if made.score_bias is not None:
                     new = new + made.score_bias.to(new.dtype)
-                    reader.add(keys.index, made.score_bias)
+                    reader.note_bias()
                 reader.queries = put(reader.queries, *chosen, after)
                 return put(by_token, *chosen, new).transpose(1, 2)
 

@@ -1,14 +1,13 @@
 """Edits that see the keys with which attention will compare the queries."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_query_steer.models.attention_scores import Index, Scores, ScoresReader
-from sae_query_steer.models.linear_scores import LinearScores
+from sae_query_steer.models.attention_scores import Scores, ScoresReader
+from sae_query_steer.models.token_scores import TokenScores
 from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.scopes.positions import Positions, TokenPositions
 from sae_query_steer.steering.where import SiteHeads
@@ -51,9 +50,17 @@ class AttentionKeys:
         return self.positions.of_rows(self.tracker.columns)
 
     @cached_property
-    def linear(self) -> LinearScores | None:
-        """Scores as a linear map of the queries; None if they are not. Compared with the model."""
-        return self.reader.linear(self.now, self.tokens, self.at.heads)
+    def by_queries(self) -> TokenScores:
+        """The scores of these tokens and heads as a function of queries, compared with the model.
+
+        It can be differentiated in inference mode too.
+        """
+        return self.reader.scores_at(self.now, self.tokens, self.at.heads)
+
+    @cached_property
+    def linear(self) -> TokenScores | None:
+        """The same if it is linear; None if a soft cap or a norm of the queries makes it other."""
+        return self.by_queries if self.by_queries.is_linear else None
 
     def scores(
         self, queries: Float[Tensor, "token head d_head"]
@@ -62,35 +69,4 @@ class AttentionKeys:
 
         Differentiable in the queries, and where the forward pass has gradients also in its keys.
         """
-        return self.scores_of()(queries)
-
-    def scores_of(self) -> Callable[[Tensor], Tensor]:
-        """Return `scores` as a function, for many calls: what no query changes is computed once.
-
-        Made outside inference mode, it can be differentiated there.
-        """
-        _ = self._checked
-        row, column, heads = self.tokens.index(self.at.heads)
-        rows, row = row.unique(return_inverse=True)
-        columns, place = column.unique(return_inverse=True)
-        column = columns[place]  # no tensor made in inference mode, where autograd refuses it
-        whole, compute = self.reader.queries[rows], self.reader.at(rows, columns)
-
-        def scores(queries: Tensor) -> Tensor:
-            changed = whole.clone()
-            changed[row, column, heads] = queries.to(whole.dtype)
-            return compute(changed)[row, heads, place]
-
-        return scores
-
-    @cached_property
-    def _checked(self) -> bool:
-        """True, after a comparison with the model."""
-        self.reader.check(self.now)
-        return True
-
-    @property
-    def index(self) -> Index:
-        """Where these tokens and heads are in scores [batch head query key]."""
-        row, column, head = self.tokens.index(self.at.heads)
-        return row, head, column
+        return self.by_queries.now + self.by_queries.added(queries)
