@@ -229,7 +229,14 @@ def without_hooks(model: Any) -> Iterator[None]:
     Fingerprints are taken so: a user's own hooks, or a steerer in place, would change the queries
     that identify the model.
     """
-    modules = {id(m): m for m in [*model.hook_dict.values(), *model.blocks, model.embed]}.values()
+    with hooks_aside([*model.hook_dict.values(), *model.blocks, model.embed]):
+        yield
+
+
+@contextmanager
+def hooks_aside(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Take the hooks off some modules, for a `with` block."""
+    modules = {id(module): module for module in modules}.values()
     aside = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
     try:
         for module, _, _ in aside:

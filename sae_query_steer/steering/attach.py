@@ -11,12 +11,12 @@ Here the hook point stays, and heads that are not chosen are bitwise as they wer
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sae_query_steer.models.activations import hooks_aside
 from sae_query_steer.models.placed_hooks import Hook
 from sae_query_steer.models.tracking import PositionTracker
 from sae_query_steer.sae.encoders import QueryEncoder, encoder_sites
@@ -86,7 +86,8 @@ def _hook(encoder: QueryEncoder, at: SiteHeads, error_term: bool) -> Hook:
         queries = by_head(activation, at)
         output = encoder.decode(encoder.encode(queries))
         if error_term:
-            with torch.no_grad(), _own_hooks_aside(encoder):
+            own = getattr(encoder, "hook_dict", {}).values()
+            with torch.no_grad(), hooks_aside(own):
                 error = queries - encoder.decode(encoder.encode(queries))
             output = output + error
         index = torch.tensor(at.heads, device=queries.device)
@@ -95,16 +96,3 @@ def _hook(encoder: QueryEncoder, at: SiteHeads, error_term: bool) -> Hook:
 
     vars(replace)["steers_queries"] = True  # read by models.loading.check_not_steered
     return replace
-
-
-@contextmanager
-def _own_hooks_aside(encoder: QueryEncoder) -> Iterator[None]:
-    points = list(getattr(encoder, "hook_dict", {}).values())
-    aside = [(point, point._forward_hooks) for point in points]
-    try:
-        for point in points:
-            point._forward_hooks = type(point._forward_hooks)()
-        yield
-    finally:
-        for point, hooks in aside:
-            point._forward_hooks = hooks
