@@ -9,7 +9,7 @@ and not in it: a deep copy is a plain model, and listeners may leave in any orde
 
 import copy
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,10 +45,8 @@ class _Calls:
     """Modules that carry torch hooks of listeners, by the id of the hook."""
     plain: list[tuple[nn.Module, type, dict[str, Any]]] = field(default_factory=list)
     """The model, and on a TransformerBridge the model inside it, with what they were before."""
-    n_passes: int = 0
-    """Forward passes that are running, one inside the other."""
-    n_generating: int = 0
-    """Calls of `generate` that are running, likewise."""
+    running: Counter[bool] = field(default_factory=Counter)
+    """Passes (True) and calls that generate (False) that are running, one inside the other."""
     lock: Any = field(default_factory=threading.RLock)
     """Held during every call: threads that share a model take turns."""
 
@@ -109,7 +107,7 @@ def _listening_class(plain_class: type, *, inner: bool) -> type:
     methods: dict[str, Any] = {"__deepcopy__": _deepcopy, "__module__": plain_class.__module__}
     for name in ("forward", "generate") if inner else _NAMES:
         if hasattr(plain_class, name):
-            around = {"forward": _forward, "generate_stream": _stream}.get(name, _generate)
+            around = _stream if name == "generate_stream" else _around
             methods[name] = around(getattr(plain_class, name))
     return type(plain_class.__name__, (plain_class,), methods)
 
@@ -121,45 +119,27 @@ def _call_of(model: nn.Module, plain: Callable[..., Any]) -> tuple[_Calls, Calla
     return calls, call or plain.__get__(model)
 
 
-def _is_inner(model: nn.Module, calls: _Calls) -> bool:
-    """Return whether a model is the one inside a TransformerBridge."""
-    return bool(calls.plain) and model is not calls.plain[0][0]
+def _around(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `forward`, or a way to generate, inside the blocks of all listeners."""
+    is_pass = plain.__name__ == "forward"
 
-
-def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls, call = _call_of(self, plain)
+        is_inner = bool(calls.plain) and self is not calls.plain[0][0]
         with calls.lock, ExitStack() as stack:
-            if calls.n_passes and _is_inner(self, calls):  # part of a pass of the bridge
+            if calls.running[is_pass] and is_inner:  # part of the bridge's pass or `hf_generate`
                 return call(*args, **kwargs)
-            calls.n_passes += 1
+            calls.running[is_pass] += 1
             try:
-                for listener in tuple(calls.listeners):
-                    stack.enter_context(listener.forward_pass())
+                for one in tuple(calls.listeners):
+                    inside = one.forward_pass() if is_pass else one.generation(call, args, kwargs)()
+                    stack.enter_context(inside)
                 return call(*args, **kwargs)
             finally:
-                calls.n_passes -= 1
+                calls.running[is_pass] -= 1
 
-    return forward
-
-
-def _generate(plain: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(plain)
-    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        calls, call = _call_of(self, plain)
-        with calls.lock, ExitStack() as stack:
-            if calls.n_generating and _is_inner(self, calls):  # part of `hf_generate`
-                return call(*args, **kwargs)
-            for listener in tuple(calls.listeners):
-                stack.enter_context(listener.generation(call, args, kwargs)())
-            calls.n_generating += 1
-            try:
-                return call(*args, **kwargs)
-            finally:
-                calls.n_generating -= 1
-
-    return generate
+    return method
 
 
 def _stream(plain: Callable[..., Any]) -> Callable[..., Any]:
