@@ -14,8 +14,26 @@ _QUERIES = re.compile(r"blocks\.(0|[1-9]\d*)\.attn\.hook_(rot_)?q")
 _OTHER = re.compile(r"blocks\.(0|[1-9]\d*)\.(attn\.hook_(k|rot_k|v|z)|hook_resid_(pre|mid|post))")
 
 
+class _Checked:
+    def check(self: Any, model: Any, points: Container[str] | None = None) -> None:
+        """Raise unless a model has this site; its `hook_dict` is read once if `points` is that.
+
+        Raises:
+            ValueError: the model has no such layer or hook point, or other sizes there.
+        """
+        check_model(model)
+        check_layer(self.layer, int(model.cfg.n_layers))
+        check_hook_point(model, self.hook_name, points)
+        n_heads, d_head = _sizes(model, self.hook_name)
+        if (self.n_heads, self.d_head) != (n_heads, d_head):
+            raise ValueError(
+                f"the site at layer {self.layer} has {self.n_heads} heads of {self.d_head}: the "
+                f"model has {n_heads} heads of {d_head}; use the model that the site belongs to"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, order=True)
-class QuerySite:
+class QuerySite(_Checked):
     """The queries of all heads of one layer: `blocks.L.attn.hook_q`, or `hook_rot_q`."""
 
     layer: int
@@ -55,17 +73,9 @@ class QuerySite:
         """Size of all heads' queries together."""
         return self.n_heads * self.d_head
 
-    def check(self, model: Any, points: Container[str] | None = None) -> None:
-        """Raise unless a model has this site; its `hook_dict` is read once if `points` is that.
-
-        Raises:
-            ValueError: the model has no such layer or hook point, or other heads there.
-        """
-        _check(self, model, points)
-
 
 @dataclass(frozen=True, kw_only=True, order=True)
-class Site:
+class Site(_Checked):
     """Other activations that an edit can change, [batch pos head d_head]; see `Site.of`."""
 
     hook_name: str
@@ -102,14 +112,6 @@ class Site:
     def layer(self) -> int:
         """Index of the layer, from 0."""
         return int(self.hook_name.split(".")[1])
-
-    def check(self, model: Any, points: Container[str] | None = None) -> None:
-        """Raise unless a model has this site; its `hook_dict` is read once if `points` is that.
-
-        Raises:
-            ValueError: the model has no such layer or hook point, or other sizes there.
-        """
-        _check(self, model, points)
 
 
 def is_other_site(hook_name: str) -> bool:
@@ -193,15 +195,3 @@ def check_hook_point(model: Any, name: str, points: Container[str] | None = None
         prefix = name.rpartition(".")[0] + "."
         near = sorted(n.removeprefix(prefix) for n in model.hook_dict if n.startswith(prefix))
         raise ValueError(f"no hook point {name}: this architecture has {near} at {prefix[:-1]}")
-
-
-def _check(site: QuerySite | Site, model: Any, points: Container[str] | None) -> None:
-    check_model(model)
-    check_layer(site.layer, int(model.cfg.n_layers))
-    check_hook_point(model, site.hook_name, points)
-    n_heads, d_head = _sizes(model, site.hook_name)
-    if (site.n_heads, site.d_head) != (n_heads, d_head):
-        raise ValueError(
-            f"the site at layer {site.layer} has {site.n_heads} heads of {site.d_head}: the model "
-            f"has {n_heads} heads of {d_head}; use the model that the site belongs to"
-        )
