@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_query_steer.data.batches import TokenBatch
-from sae_query_steer.data.tokenized import TokenizedExamples, check_tokenized
+from sae_query_steer.data.tokenized import TokenizedExamples
 from sae_query_steer.diagnostics.metrics import kl_divergence, total_variation
+from sae_query_steer.learning.rows import with_counterparts
 from sae_query_steer.models.activations import check_finite
 from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.sites import ALL_HEADS, QuerySite
@@ -181,13 +182,7 @@ def check_other_class(examples: TokenizedExamples, counterparts: TokenizedExampl
     Raises:
         ValueError: the message names the first that does not fit.
     """
-    check_tokenized(counterparts, name="counterparts")
-    if len(counterparts) != len(examples):
-        raise ValueError(
-            f"counterparts must be one for each of the {len(examples)} examples, in their order, "
-            f"got {len(counterparts)}"
-        )
-    for index, (one, other) in enumerate(zip(examples, counterparts, strict=True)):
+    for index, (one, other) in enumerate(with_counterparts(examples, counterparts)):
         if one.label == other.label:
             raise ValueError(
                 f"the counterpart of example {index} must be of another class than its "

@@ -173,7 +173,6 @@ class TargetLearner:
         check_tokenized(examples)
         check_not_steered(self.model)
         if counterparts is not None:
-            check_tokenized(counterparts, name="counterparts")
             check_counterparts(examples, counterparts)
         with frozen([self.model, *self.steerer.saes.values()]):
             return split_rows(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sae_query_steer.arguments import check_number, whole_numbers
 from sae_query_steer.data.batches import TokenBatch, example_batches
-from sae_query_steer.data.tokenized import TokenizedExamples
+from sae_query_steer.data.tokenized import TokenizedExample, TokenizedExamples, check_tokenized
 from sae_query_steer.models.launch import ALONE, Ranks
 from sae_query_steer.models.prefix import PrefixedRows
 from sae_query_steer.scopes.joins import scope_name
@@ -207,18 +207,31 @@ def check_counterparts(examples: TokenizedExamples, counterparts: TokenizedExamp
     Raises:
         ValueError: the message names the first that differs.
     """
-    if len(counterparts) != len(examples):
-        raise ValueError(
-            f"counterparts must be one for each of the {len(examples)} examples, in their order, "
-            f"got {len(counterparts)}"
-        )
-    for index, (one, other) in enumerate(zip(examples, counterparts, strict=True)):
+    for index, (one, other) in enumerate(with_counterparts(examples, counterparts)):
         same = one.tokens[one.prompt_length :].equal(other.tokens[other.prompt_length :])
         if one.label != other.label or not same:
             raise ValueError(
                 f"counterpart {index} must have the class and the response of its example: the "
                 "same response after the prompt with the request"
             )
+
+
+def with_counterparts(
+    examples: TokenizedExamples, counterparts: TokenizedExamples
+) -> Iterator[tuple[TokenizedExample, TokenizedExample]]:
+    """Return each example with its counterpart.
+
+    Raises:
+        TypeError: counterparts are not tokenised.
+        ValueError: there is not one for each example.
+    """
+    check_tokenized(counterparts, name="counterparts")
+    if len(counterparts) != len(examples):
+        raise ValueError(
+            f"counterparts must be one for each of the {len(examples)} examples, in their order, "
+            f"got {len(counterparts)}"
+        )
+    return zip(examples, counterparts, strict=True)
 
 
 @contextmanager
