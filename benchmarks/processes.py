@@ -17,7 +17,7 @@ import torch
 
 import sae_query_steer as sqs
 from benchmarks.rounds import faster
-from sae_query_steer.training.distributed import train_on_ranks
+from sae_query_steer.training.train import train_on_ranks
 
 FORK = multiprocessing.get_context("fork")  # start-up takes longer than the work
 

@@ -22,9 +22,9 @@ from wheel_check import make_texts
 import sae_query_steer as sqs
 from sae_query_steer.models.launch import local_device
 from sae_query_steer.storage.folders import locked
-from sae_query_steer.training.distributed import train_on_ranks
 from sae_query_steer.training.ranks import join_ranks
 from sae_query_steer.training.saelens import HeadwiseMultiTrainer
+from sae_query_steer.training.train import train_on_ranks
 
 MAIN = "from sae_query_steer.cli.main import main; main()"
 FORK = multiprocessing.get_context("fork")  # with the model in memory: imports take longest

@@ -63,8 +63,7 @@ def train(
         return _show_needs(model, config, chosen, documents, flops)
     import pandas as pd
 
-    from sae_query_steer.training.distributed import train_on_ranks
-    from sae_query_steer.training.train import METRICS
+    from sae_query_steer.training.train import METRICS, train_on_ranks
 
     begun = None if start is None else sqs.QuerySAEs.load(start)
     loaded = model.load()

@@ -24,7 +24,7 @@ from sae_query_steer.data.prompts import bos_id
 from sae_query_steer.data.token_rows import Texts, token_rows
 from sae_query_steer.models.activations import read_activations, without_hooks
 from sae_query_steer.models.fingerprint import dtype_name, fingerprint_tokens
-from sae_query_steer.models.launch import ALONE, Ranks
+from sae_query_steer.models.launch import ALONE, Ranks, launched
 from sae_query_steer.models.loading import model_name
 from sae_query_steer.progress import OnMetrics
 from sae_query_steer.sae.collection import INDEX, QuerySAEs
@@ -164,6 +164,36 @@ def train_query_saes(
             ranks.wait()
         assert result is not None, "a rank without a site has `out`"
         return result
+
+
+def train_on_ranks(model: Any, *args: Any, out: str | Path, **again: Any) -> QuerySAEs:
+    """Train the sites in all processes of a launch, or in this one if there is no launch.
+
+        torchrun --nproc-per-node N --no-python sae-query-steer train ...
+
+    Rank r of n runs the model over forward batches r, r + n, ... and trains the sites r, r + n, ...
+    Every SAE sees the same queries in the same order as in one process, so the result equals that
+    of one process: bitwise, where device, number format and number of threads are equal. There may
+    be more ranks than sites. A stopped run can be continued by another number of ranks.
+
+    Args:
+        model: this process's copy. On a GPU queries are sent by NCCL, else by gloo.
+        args: `texts`, `sites` and `config` as for `train_query_saes`, the same in every process.
+        out: the folder of all SAEs, on a disk that all processes share.
+        again: `resume`, `overwrite`, `start` and `on_metrics` as for `train_query_saes`; the last
+            is called in each process.
+
+    Returns:
+        The SAEs of all sites, in every process.
+
+    Raises:
+        BlockingIOError: as `train_query_saes`.
+        FileExistsError: as `train_query_saes`.
+        RuntimeError: another process has ended, or can't be reached.
+        ValueError: as `train_query_saes`.
+    """
+    with launched(torch.device(model.cfg.device)) as ranks:
+        return train_query_saes(model, *args, out=out, **again, ranks=ranks)
 
 
 def _read_rows(
