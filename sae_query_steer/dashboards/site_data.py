@@ -124,7 +124,7 @@ def _texts(tops: TopTokens, name: str, index: int, around: np.ndarray) -> list[l
         start = max(int(begins_with_bos[row] and position > 0), position - context)
         end = min(lengths[row], position + context + 1)
         active = around[latent, rank][start - position + context : end - position + context]
-        fires = [x for i in active.nonzero()[0].tolist() for x in (i, _three(float(active[i])))]
+        fires = [x for i in active.nonzero()[0].tolist() for x in (i, _three(active[i]))]
         value = _three(float(values[latent, rank]))
         texts[latent].append([value, row, position, start, end - start, *fires])
     return texts
@@ -140,7 +140,7 @@ def _piece(tokenizer: Any, token: int) -> str:
     return two[len(one) :] if two.startswith(one) else one
 
 
-def _three(value: float) -> float:
+def _three(value: Any) -> float:
     return float(f"{value:.3g}")
 
 
