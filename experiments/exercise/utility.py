@@ -15,14 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from experiments.exercise.mechanism import steers
 from experiments.exercise.task import Task, task_parser
 from sae_query_steer.integrations import SteeredLM
 
+evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its parameters from pyright
 TASKS = {"next_sentence": "acc,none", "passages": "word_perplexity,none"}
 
 
@@ -82,8 +83,7 @@ def run(task: Task, text: Path, n: int) -> None:
     done = {json.loads(line)["steer"] for line in lines}
     for name in [name for name in made if name not in done]:
         model = SteeredLM(task.model, made[name](), batch_size=16)
-        found = simple_evaluate(model=model, tasks=[*TASKS], task_manager=manager)
-        assert found is not None
+        found = evaluate(model=model, tasks=[*TASKS], task_manager=manager)
         row: dict[str, Any] = {"steer": name, "n": n}
         for one, metric in TASKS.items():
             row[one] = found["results"][one][metric]
