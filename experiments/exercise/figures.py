@@ -99,7 +99,9 @@ def draw(out: Path, to: Path) -> None:
         file = out / name
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    measured = [row for row in read("results.jsonl") if row["setting"]["study"] == "rivals"]
+    rows = [row for row in read("results.jsonl") if row["setting"]["study"] == "rivals"]
+    names = {row["setting"]["method"] for row in rows}
+    measured = [row for row in rows if f"{row['setting']['method']}, 120 updates" not in names]
     success(measured, to / "exercise_success.png")
     frontier(measured, to / "exercise_frontier.png")
     if ranked := [row for row in read("mechanism.jsonl") if row["measure"] == "heads"]:
