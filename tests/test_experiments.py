@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from importlib import import_module
@@ -33,6 +35,14 @@ def test_every_experiment_imports_and_the_package_imports_none():
     for path in (ROOT / "sae_query_steer").rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"(from|import) experiments", source), path
+
+
+@pytest.mark.parametrize("name", ["run", "mechanism", "utility", "confusion", "figures", "report"])
+def test_a_command_of_the_exercise_study_tells_its_options(name):
+    command = [sys.executable, "-m", f"experiments.exercise.{name}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout
 
 
 def test_a_tutor_that_is_trained_loads_and_its_card_says_how_it_does(tmp_path):

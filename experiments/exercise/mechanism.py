@@ -193,9 +193,6 @@ if __name__ == "__main__":
     parser.add_argument("--text", type=Path, required=True, help="a file of unrelated text")
     parser.add_argument("--n", type=int, default=60, help="cases")
     parser.add_argument("--heads-of", default="moves, dense", help="whose heads are ranked")
-    sizes = {"n_train": 20, "n_judge": 40, "n_answer": 14, "n_updates": 40}
-    for size, default in (sizes | {"training_tokens": 40_960}).items():
-        parser.add_argument(f"--{size.replace('_', '-')}", type=int, default=default)
     torch.set_num_threads(1)
     given = parser.parse_args()
     run(Task(given), given.n, given.text, given.heads_of)
