@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -38,11 +38,13 @@ def test_every_experiment_imports_and_the_package_imports_none():
 
 
 @pytest.mark.parametrize("name", ["run", "mechanism", "utility", "confusion", "figures", "report"])
-def test_a_command_of_the_exercise_study_tells_its_options(name):
-    command = [sys.executable, "-m", f"experiments.exercise.{name}", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--out" in done.stdout
+def test_a_command_of_the_exercise_study_tells_its_options(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, f"experiments.exercise.{name}", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"experiments.exercise.{name}", run_name="__main__")
+    assert end.value.code == 0
+    assert "--out" in capsys.readouterr().out
 
 
 def test_a_tutor_that_is_trained_loads_and_its_card_says_how_it_does(tmp_path):
