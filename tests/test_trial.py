@@ -2,11 +2,14 @@
 
 import csv
 import random
+import re
+import shlex
 
 import pytest
 from command_line import invoke
 
 import sae_query_steer as sqs
+from sae_query_steer.cli.options import SmallModelOptions
 from sae_query_steer.compare import own_trial
 from sae_query_steer.config import TrialSettings
 from sae_query_steer.data.examples import split_after_words
@@ -14,7 +17,7 @@ from sae_query_steer.data.examples import split_after_words
 # The tiny model's weights are random: two updates need not lower a loss.
 pytestmark = pytest.mark.filterwarnings("ignore:nothing was learned")
 
-LEVELS = ("apply", "create", "remember")
+LEVELS = ("apply it", "create", "remember")  # a shell would split the first
 
 
 def text(i: int) -> str:
@@ -58,9 +61,13 @@ def test_a_trial_shows_the_texts_and_a_verdict_and_writes_a_page_saes_and_a_stee
         "Success, other class, n = 6: unsteered",
     ):
         assert shown in output
+    assert re.search(r"This takes about \d+ min on this machine\.", output)
     for method in ("few-shot (k=2)", "SAE centroids", "learned moves, SAE", "learned moves, dense"):
         assert method in output
-    assert f"--steerer {out / 'steerer'} --target apply" in output
+    (command,) = [line for line in output.splitlines() if line.startswith("sae-query-steer steer")]
+    words = shlex.split(command)
+    assert words[words.index("--steerer") + 1] == str(out / "steerer")
+    assert words[words.index("--target") + 1] in LEVELS
     folders = {path.name for path in out.iterdir() if path.is_dir()}
     assert folders == {"saes", "SAE-moves", "dense-moves", "steerer"}
     assert (out / "report.html").stat().st_size > 1e6
@@ -126,8 +133,8 @@ def test_bad_input_is_refused_before_the_model_is_read(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_smollm2_is_the_default_model_and_every_size_has_a_default():
-    assert TrialSettings() == TrialSettings(seed=0)
+def test_smollm2_is_the_default_model_and_a_size_that_is_too_small_is_refused():
+    assert SmallModelOptions().model == "smollm2"
     with pytest.raises(ValueError, match="n_cases must be a whole number >= 6, got 5"):
         TrialSettings(n_cases=5)
 

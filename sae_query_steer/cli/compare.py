@@ -1,5 +1,6 @@
 """`trial`, `sweep` and `demo`: comparisons of ways to steer."""
 
+import shlex
 import sys
 import webbrowser
 from dataclasses import asdict, replace
@@ -151,10 +152,9 @@ def trial(
     _show(found)
     page = output.out / "report.html"
     say(f"wrote {page}\n\nThe steerer that did best on validation, on a prompt of yours:")
-    say(
-        f"sae-query-steer steer --model {model.model} --steerer {output.out / 'steerer'} "
-        f"--target {labelled[0].label} --prompt ..."
-    )
+    steerer, target = str(output.out / "steerer"), labelled[0].label
+    command = ["sae-query-steer", "steer", "--model", model.model, "--steerer", steerer]
+    say(shlex.join([*command, "--target", target, "--prompt", "..."]))
     if browser and sys.stdout.isatty():
         webbrowser.open(page.resolve().as_uri())
 

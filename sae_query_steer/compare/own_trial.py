@@ -149,7 +149,7 @@ def trial_seconds(
         chat_template: as for `tokenize_examples`.
 
     Returns:
-        Seconds; our measurements were between half and twice of it.
+        Seconds, roughly; every token of the work is taken to cost as much as any other.
     """
     classes = len({example.label for example in examples})
     some = tokenize_examples(model, examples[:_ROWS], chat_template=chat_template)
