@@ -323,16 +323,16 @@ class TrialSettings:
     seed: int = 0
     """Random seed."""
 
-    n_learned: int = 20
+    n_learned: int = 12
     """Examples of each class that targets are made of."""
 
-    n_cases: int = 48
+    n_cases: int = 36
     """Cases on which strengths are chosen, and cases of the table."""
 
     max_new_tokens: int = 24
     """Most tokens of a text, and of a response that targets are learned from."""
 
-    training_tokens: int = 16_384
+    training_tokens: int = 8_192
     """Tokens that the SAEs are trained on."""
 
     d_sae_per_head: int = 128
@@ -341,7 +341,7 @@ class TrialSettings:
     k: int = 16
     """Latents of a head that are active at a token."""
 
-    n_updates: int = 30
+    n_updates: int = 20
     """Updates of each learned target."""
 
     max_relative_change: float = 0.5

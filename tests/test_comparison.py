@@ -1,13 +1,15 @@
-"""The grid's end, the operating point, rows of the table, and the tutor's cases."""
+"""The grid's end, the operating point, rows of the table and their names, and the tutor's cases."""
 
 from collections import Counter
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from sae_query_steer import BloomLevel
 from sae_query_steer.compare.comparison import operating_point, outcome_row, strength_curves
 from sae_query_steer.compare.methods import Method, SteeringCase
+from sae_query_steer.compare.report import row_names
 from sae_query_steer.compare.scorer import Outcome, TextScorer
 from sae_query_steer.compare.tutor_task import TASKS, note_judge, tutor_cases
 
@@ -142,3 +144,22 @@ def test_a_text_takes_up_the_note_that_it_restates_word_for_word():
     assert judge(prompts, [text.replace(" and ", " or ") for text in said]) == [None] * 12
     assert judge(prompts, said[1:] + said[:1]) != [case.target for case in cases]
     assert note_judge(tutor_cases("open", "test", 6, seed=0, notes=False)) is None
+
+
+def test_names_of_rows_hold_only_what_tells_the_rows_of_a_method_apart():
+    def row(method, objective=None, layers="3"):
+        parts = {"centroids": None, "span": "learned", "scope": None, "heads": "all"}
+        return {"method": method, "objective": objective, "layers": layers, **parts}
+
+    rows = pd.DataFrame(
+        [
+            row("unsteered", layers=""),
+            row("moves", "fixed move"),
+            row("descent", "contrast"),
+            row("descent", "prototype"),
+        ]
+    )
+    names = ["unsteered", "moves", "descent, contrast", "descent, prototype"]
+    assert row_names(rows, rows) == names
+    curves = pd.DataFrame([row("moves", "fixed move", "2"), row("moves", "fixed move", "3")])
+    assert row_names(curves, rows) == ["moves, layer 2", "moves"]

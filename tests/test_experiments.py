@@ -142,6 +142,7 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
     monkeypatch.setitem(studies.LONG, "n_updates", 2)
     sizes = {"n_train": 4, "n_judge": 8, "n_rivals": 6, "n_validation": 6, "n_answer": 3}
     sizes |= {"n_updates": 2, "training_tokens": 2048, "cache_gb": 0.1}
+    sizes |= {"matmul_precision": "highest"}
     tasks = ["open, trained wording", "redirected, trained wording"]
     args = Namespace(out=tmp_path, model=str(folder), tasks=tasks, **sizes)
     own = task.Task(args)

@@ -318,17 +318,19 @@ def wide(task: Task) -> Iterator[Job]:
         yield setting, lambda name=name: plain[name], 1.0
     for kind in ("trained", "random"):
         yield job(f"{kind}, l1", kind, l1=PENALTY)
-    for kind, penalty in (("trained", PENALTY), ("random", PENALTY), ("dense", 0.0)):
-        yield job(f"{kind}, 120 updates", kind, l1=penalty, **LONG)
-    for kind in ("trained", "random"):
+    for strength in (1.0, 0.75, 0.5, 0.25):  # success against the norm
+        for kind, penalty in (("trained", PENALTY), ("random", PENALTY), ("dense", 0.0)):
+            setting, make, _ = job(f"{kind}, 120 updates", kind, l1=penalty, **LONG)
+            yield setting | ({} if strength == 1 else {"strength": strength}), make, strength
+    for kind in ("trained", "random", "permuted"):
         yield job(f"{kind}, 8 a head, 120 updates", kind, n_latents=8, **LONG)
-    for size in (2, 32, 4, 16):
-        for kind in ("trained", "random"):
-            yield job(f"{kind}, {size} a head", kind, n_latents=size)
+    for size in (1, 2, 4, 32):
+        # a head's change is about the same however few latents it has
+        rate = LONG["learning_rate"] * max(1.0, (8 / size) ** 0.5)
+        for kind in ("trained", "random", "permuted"):
+            learning = {"n_latents": size, **LONG, "learning_rate": rate}
+            yield job(f"{kind}, {size} a head, 120 updates", kind, **learning)
     yield job("dense, classes shuffled", "dense", shuffled=True)
-    for budget in (0.25, 0.15):
-        yield job(f"dense, budget {budget}", "dense", budget=budget)
-        yield job(f"trained, 8 a head, budget {budget}", "trained", n_latents=8, budget=budget)
 
 
 def weak(task: Task) -> Iterator[Job]:

@@ -98,7 +98,7 @@ def try_on_texts(
         folder,
         "saes",
         QuerySAEs.load,
-        lambda: trained_saes(model, steering, sites, settings, metric_tokens=4096),
+        lambda: trained_saes(model, steering, sites, settings, metric_tokens=2048),
     )
     of_class = {k: [e for e in steering if e.label == k] for k in ordered_classes(judge.classes)}
     some = [example for own in of_class.values() for example in own[: settings.n_learned]]
@@ -121,8 +121,7 @@ def try_on_texts(
         descent_methods, layers=[chosen], max_relative_change=settings.max_relative_change
     )
     of_span = {scope_name(span): centroids}
-    scopes = [LastPromptToken(), SCOPE]
-    methods += descents("SAE centroids", saes, of_span, [CENTROID], scopes=scopes)
+    methods += descents("SAE centroids", saes, of_span, [CENTROID], scopes=[SCOPE])
     for kind, encoders, l1 in (("SAE", saes, settings.l1), ("dense", dense, 0.0)):
         moves = {"learned": learned(f"{kind}-moves", encoders, l1=l1)}
         methods += descents(f"learned moves, {kind}", encoders, moves, [MOVE], scopes=[SCOPE])
@@ -162,10 +161,11 @@ def trial_seconds(
         forward = (time.perf_counter() - begun) / batch.tokens.numel()
     prompt, new = float(batch.prompt_lengths.float().mean()), settings.max_new_tokens
     learned = settings.n_learned * classes
-    # Updates run the response behind a cached prompt, forwards and backwards; a generated token
-    # costs more than one of a batch; 17 strengths and rows are generated.
+    # Updates run the response behind a cached prompt, forwards and backwards. Prompts run once for
+    # validation, test and perplexities, and once with two examples of each class before them; 14
+    # strengths and rows are generated, a token of which costs about ten of a batch.
     updates = 2 * settings.n_updates * _ROWS * 3 * new + 2 * learned * (prompt + new)
-    texts = 17 * settings.n_cases * (prompt + 3 * new)
+    texts = settings.n_cases * ((3 + 2 * classes) * (prompt + new) + 14 * 10 * new)
     return forward * (2 * settings.training_tokens + updates + texts)
 
 

@@ -147,7 +147,9 @@ def _pairs(values: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _drawn(figure: go.Figure) -> Markup:
-    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+    drawn = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+    )
     return Markup(drawn)  # noqa: S704
 
 
@@ -167,6 +169,7 @@ def _success_figure(found: Comparison) -> go.Figure:
         range_x=[0, 1.02],
         height=110 + 26 * len(names),
         template="plotly_white",
+        labels={"name": ""},
     )
     return figure.update_layout(showlegend=False)
 
@@ -186,17 +189,23 @@ def _frontier_figure(found: Comparison) -> go.Figure:
         range_y=[0, 1.03],
         height=460,
         template="plotly_white",
+        labels={"name": "", "perplexity_ratio": "perplexity ratio", "target_rate": "target rate"},
     )
+    figure.update_layout(legend={"orientation": "h", "y": -0.2})
     return figure.add_vline(x=MAX_PERPLEXITY_RATIO, line={"dash": "dot", "color": "#9aa0a6"})
 
 
 def row_names(table: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
-    """Return a name for each row of a table: the method, and what differs from most rows.
+    """Return a name for each row of a table: the method, and what tells its rows apart.
+
+    A part that two thirds or more of the rows share is left out.
 
     Args:
         table: rows, curves or texts of a comparison.
-        rows: its rows, of which two thirds or more are "most".
+        rows: its rows.
     """
+    every = pd.concat([rows, table])[["method", *_PARTS]]
+    several = every.groupby("method").nunique() > 1
     usual: dict[str, Any] = {}
     for part in _PARTS:
         shares = rows.loc[rows["layers"] != "", part].value_counts(normalize=True)
@@ -204,9 +213,8 @@ def row_names(table: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
 
     def name(row: Mapping[Any, Any]) -> str:
         shown = {p: row[p] for p in _PARTS if isinstance(row[p], str) and row["layers"] != ""}
-        return ", ".join(
-            [row["method"], *(_PARTS[p].format(x) for p, x in shown.items() if x != usual[p])]
-        )
+        shown = {p: x for p, x in shown.items() if several.at[row["method"], p] and x != usual[p]}
+        return ", ".join([row["method"], *(_PARTS[p].format(x) for p, x in shown.items())])
 
     return [name(row) for row in table.to_dict("records")]
 
@@ -234,16 +242,19 @@ def verdict(found: Comparison) -> str:
             for kind, which in kinds.items()
             if which.any()
         }
-        parts = [f"{kind} {_rate(row)}" for kind, row in best.items()]
+        parts = {kind: f"{kind} {_rate(row)}" for kind, row in best.items()}
+        overlap = False
         if (row := best.get("best steering")) is not None:
-            parts.append(f"(best: {row['name']}, perplexity ratio {row['perplexity_ratio']:.2f})")
+            of = f" ({row['name']}; perplexity ratio {row['perplexity_ratio']:.2f})"
+            parts["best steering"] += of
             control = best.get("random directions of its length")
-            if control is not None and row["success_low"] <= control["success_high"]:
-                parts.append(
-                    "the intervals overlap: steering is not shown to be better than random "
-                    "directions; more cases narrow them"
-                )
-        said.append(f"Success, {task}, n = {rows['n'].max()}: " + ", ".join(parts) + ".")
+            overlap = control is not None and row["success_low"] <= control["success_high"]
+        said.append(f"Success, {task}, n = {rows['n'].max()}: " + ", ".join(parts.values()) + ".")
+        if overlap:
+            said.append(
+                "The last two intervals overlap: steering is not shown to be better than random "
+                "directions; more cases narrow them."
+            )
     return " ".join(said)
 
 
