@@ -149,7 +149,7 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
     # Every method once, and what is learned on each family.
     run.run(own, ["rivals"], "0/1", only=("" if kind == "llama" else "learned",))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == (23 if kind == "llama" else 8)
+    assert len(rows) == (24 if kind == "llama" else 8)
     for row in rows:
         assert all(len(row[name]["each"]) == 6 for name in tasks)
         chosen = row[tasks[0]].get("validation", [])

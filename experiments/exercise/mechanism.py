@@ -182,7 +182,7 @@ def run(task: Task, n: int, text: Path, head_steer: str) -> None:
             measures["heads"] = lambda make=make: heads(task, make, plain, batches)
         for measure, measured in measures.items():
             if (name, measure) not in done:
-                row = {"steer": name, "measure": measure, "n": n, **measured()}
+                row = {"steer": name, "measure": measure, "n": n, **task.told, **measured()}
                 with file.open("a") as rows:
                     rows.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)

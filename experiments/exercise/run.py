@@ -36,9 +36,7 @@ def run(task: Task, studies: Sequence[str], worker: str, only: Sequence[str] = (
     jobs = [job for job in jobs if any(text in json.dumps(job[0]) for text in only)]
     if task.args.tasks:
         jobs = [(setting | {"tasks": task.args.tasks}, make, k) for setting, make, k in jobs]
-    if task.args.matmul_precision != "highest":
-        own = {"matmul_precision": task.args.matmul_precision}
-        jobs = [(setting | own, make, k) for setting, make, k in jobs]
+    jobs = [(setting | task.told, make, k) for setting, make, k in jobs]
     for setting, make, strength in jobs[mine::of]:
         lines = file.read_text().splitlines() if file.exists() else []
         if any(json.loads(line)["setting"] == setting for line in lines):

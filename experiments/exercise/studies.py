@@ -212,6 +212,19 @@ def topics(task: Task) -> Iterator[Job]:
             )
 
 
+def noise(task: Task) -> Iterator[Job]:
+    """Success against the share of examples with a wrong class."""
+    for wrong in (0.3, 0.1, 0.0):
+        for kind in ("trained", "random", "dense"):
+            yield (
+                {"study": "noise", "dictionary": kind, "wrong": wrong, "n": task.args.n_study},
+                lambda kind=kind, wrong=wrong: sparse_or_dense(
+                    task, f"wrong{wrong}", kind, wrong=wrong
+                ),
+                1.0,
+            )
+
+
 def wordings(task: Task) -> Iterator[Job]:
     """Moves of `Forms` that are learned from several wordings, tested in yet another one.
 
@@ -377,6 +390,16 @@ def residual_site(task: Task, layer: int | None = None) -> Encoders:
     return {f"blocks.{layer}.hook_resid_post": encoder}
 
 
+FOLLOW_UP = Descent(
+    name="log softmax of squared distances",
+    objective=sqs.PrototypeLogLikelihood(temperature=0.5),
+    n_steps=20,
+    step_sizes=(0.5, 0.65, 0.8),
+)
+"""Of arXiv 2605.23040, with ReLU SAEs with an L1 penalty and decoder rows of norm 1 at one middle
+layer. These settings are known second-hand, the number of steps is our choice, and the full text
+was not read."""
+
 LAST = sqs.scopes.LastPromptToken()
 EVERY = sqs.scopes.EveryPosition()
 
@@ -401,6 +424,13 @@ def rivals(task: Task) -> Iterator[Job]:
         found = {scope_name(LAST): task.centroids(encoders)}
         own = [of_descent[name]]
         return descent_methods("centroids", encoders, found, own, layers=[wide], scopes=scopes)
+
+    def follow_up() -> list[Method]:
+        layer = task.layers(0.5, 0.5)
+        found = task.saes(0, layer, sqs.sae.Standard(d_sae_per_head=256))
+        targets = {scope_name(LAST): task.centroids(found)}
+        own = {"layers": [layer], "scopes": scopes}
+        return descent_methods("follow-up", found, targets, [FOLLOW_UP], **own)
 
     def means(*points: str, layers: Sequence[Sequence[int]] = (wide,)) -> list[Method]:
         every = sorted({layer for some in layers for layer in some})
@@ -436,6 +466,7 @@ def rivals(task: Task) -> Iterator[Job]:
         "centroids, trained SAE, squared distance": lambda: centroids(saes(), "squared distance"),
         "centroids, trained SAE, prototype": lambda: centroids(saes(), "prototype"),
         "centroids, dense, squared distance": lambda: centroids(dense(), "squared distance"),
+        "the settings of arXiv 2605.23040": follow_up,
         "mean difference of queries": lambda: means("attn.hook_q"),
         "mean difference of queries and values (DISCO)": lambda: means(
             "attn.hook_q", "attn.hook_v"
@@ -526,6 +557,7 @@ STUDIES = {
         scopes,
         norms,
         topics,
+        noise,
         wordings,
         layers,
         runs,

@@ -28,6 +28,7 @@ from sae_query_steer.learning import TargetLearner, no_moves
 from sae_query_steer.scopes.joins import scope_name
 
 Encoders = Mapping[str, Any]
+TOP_K = sqs.sae.TopK(d_sae_per_head=256, k=16)
 
 
 class Task:
@@ -45,7 +46,9 @@ class Task:
         self.args = args
         self.out = Path(args.out)
         (self.out / "targets").mkdir(parents=True, exist_ok=True)
-        torch.set_float32_matmul_precision(args.matmul_precision)
+        precision = args.matmul_precision
+        torch.set_float32_matmul_precision(precision)
+        self.told = {} if precision == "highest" else {"matmul_precision": precision}
         self.model = sqs.load_model(args.model)
         self.n_layers = int(self.model.cfg.n_layers)
         self.run, self.wide = self.layers(0.6, 0.77), self.layers(0.27, 0.77)
@@ -111,17 +114,18 @@ class Task:
         wording = "train" if wording else None
         return exercise_cases(self.model, name, split, n, seed=1, wording=wording)
 
-    def _saes(self, seed: int = 0, layers: Sequence[int] = ()) -> Encoders:
+    def _saes(self, seed: int = 0, layers: Sequence[int] = (), sae: Any = TOP_K) -> Encoders:
         """Return the trained SAEs of a run of layers, made once for each seed."""
         layers = layers or self.run
-        folder = self.out / f"saes-{layers[0]}-{layers[-1]}-seed{seed}"
+        kind = "" if sae == TOP_K else f"{type(sae).__name__.lower()}-"
+        folder = self.out / f"saes-{kind}{layers[0]}-{layers[-1]}-seed{seed}"
         if not folder.exists():
             found = sqs.train_query_saes(
                 self.model,
                 self.texts,
                 sqs.query_sites(self.model, layers),
                 sqs.TrainingConfig(
-                    sae=sqs.sae.TopK(d_sae_per_head=256, k=16),
+                    sae=sae,
                     training_tokens=self.args.training_tokens,
                     train_batch_size_tokens=512,
                     metric_tokens=4096,
@@ -151,6 +155,7 @@ class Task:
         start: Any = None,
         scope: Any = SCOPE,
         shuffled: bool = False,
+        wrong: float = 0.0,
         draws: int = 1,
         by_output_score: bool = False,
         **learning: Any,
@@ -166,6 +171,7 @@ class Task:
             start: centroids of points.
             scope: the tokens that are changed.
             shuffled: give each example the class of another one: a control of capacity.
+            wrong: share of the examples that get the class after theirs.
             draws: learn from so many prompts of each topic and class; see `made_examples`.
             by_output_score: one gradient, no updates; see `TargetLearner.fit_output_scores`.
             learning: of `TargetLearner`.
@@ -193,13 +199,20 @@ class Task:
         some = [examples.subset(indices), requested.subset(indices)]
         if shuffled:
             order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
-            some = [relabelled(examples, order.tolist()) for examples in some]
+            labels = [some[0][i].label for i in order.tolist()]
+            some = [relabelled(examples, labels) for examples in some]
+        if wrong:
+            draw = torch.rand(len(indices), generator=torch.Generator().manual_seed(0))
+            names, labels = list(map(str, self.classes)), [str(e.label) for e in some[0]]
+            after = {name: names[i - len(names) + 1] for i, name in enumerate(names)}
+            labels = [after[k] if x < wrong else k for k, x in zip(labels, draw, strict=True)]
+            some = [relabelled(examples, labels) for examples in some]
         learning = {"n_updates": self.args.n_updates, "every": 10} | learning
         learner = TargetLearner(self.model, recipe, **learning)
         given: Any = {"held_out": range(first, len(indices))}
         if self.from_counterparts:
             given["counterparts"] = some[1]
-        key = (topics, scope_name(scope), shuffled, draws)
+        key = (topics, scope_name(scope), shuffled, wrong, draws)
         if key not in self.rows:  # the prompts run once for all targets
             self.rows = {key: learner.rows(some[0], **given)}
         fit = learner.fit_output_scores if by_output_score else learner.fit
@@ -407,9 +420,9 @@ def layer_of(hook_name: str) -> int:
     return int(hook_name.split(".")[1])
 
 
-def relabelled(examples: Any, order: Sequence[int]) -> Any:
-    """Return examples with each the label of another."""
-    some = [replace(e, label=examples[i].label) for e, i in zip(examples, order, strict=True)]
+def relabelled(examples: Any, labels: Sequence[str]) -> Any:
+    """Return examples with other labels."""
+    some = [replace(e, label=label) for e, label in zip(examples, labels, strict=True)]
     return replace(examples, examples=some)
 
 

@@ -4,14 +4,14 @@
 
 Two tasks are made from a text, and kept with the runs: "next_sentence", which of four sentences
 follows a passage, and "passages", the perplexity of passages by word. Each steer of
-`experiments.exercise.mechanism` is evaluated towards the first and the last class. Rows go to
-utility.jsonl; a stopped run continues with the next.
+`experiments.exercise.mechanism`, or those that `--steers` names, is evaluated towards the first and
+the last class. Rows go to utility.jsonl; a stopped run continues with the next.
 """
 
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from experiments.exercise.mechanism import steers
+from experiments.exercise.mechanism import STEERS, steers
 from experiments.exercise.task import Task, task_parser
 from sae_query_steer.integrations import SteeredLM
 
@@ -70,13 +70,18 @@ def write_tasks(folder: Path, text: str, n: int, seed: int = 0) -> None:
         file.write_text(json.dumps({"task": name, **common, **settings}), encoding="utf-8")
 
 
-def run(task: Task, text: Path, n: int) -> None:
-    """Measure the steers that are not measured yet."""
+def run(task: Task, text: Path, n: int, chosen: Sequence[str] | None = None) -> None:
+    """Measure the steers, or some of them, that are not measured yet."""
     folder, file = task.out / "utility", task.out / "utility.jsonl"
     write_tasks(folder, text.read_text(encoding="utf-8"), n)
     manager = TaskManager(include_path=folder, include_defaults=False)
     made: dict[str, Callable[[], Any]] = {"unsteered": lambda: None}
-    for name, make in steers(task).items():
+    learned = steers(task)
+    if missing := set(chosen or ()) - learned.keys():
+        raise ValueError(f"targets must be learned first, by the study rivals: {sorted(missing)}")
+    for name, make in learned.items():
+        if chosen is not None and name not in chosen:
+            continue
         for target in (task.classes[0], task.classes[-1]):
             made[f"{name}, {target}"] = lambda make=make, target=target: make(target)
     lines = file.read_text().splitlines() if file.exists() else []
@@ -84,7 +89,7 @@ def run(task: Task, text: Path, n: int) -> None:
     for name in [name for name in made if name not in done]:
         model = SteeredLM(task.model, made[name](), batch_size=16)
         found = evaluate(model=model, tasks=[*TASKS], task_manager=manager)
-        row: dict[str, Any] = {"steer": name, "n": n}
+        row: dict[str, Any] = {"steer": name, "n": n, **task.told}
         for one, metric in TASKS.items():
             row[one] = found["results"][one][metric]
         row["acc_stderr"] = found["results"]["next_sentence"]["acc_stderr,none"]
@@ -97,6 +102,7 @@ if __name__ == "__main__":
     parser = task_parser(__doc__)
     parser.add_argument("--text", type=Path, required=True, help="a textbook, paragraphs by line")
     parser.add_argument("--n", type=int, default=120, help="passages")
+    parser.add_argument("--steers", nargs="+", choices=STEERS, help="default: all")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    run(Task(given), given.text, given.n)
+    run(Task(given), given.text, given.n, given.steers)
