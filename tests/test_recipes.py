@@ -1,4 +1,4 @@
-"""docs/recipes.md: its commands run in order on tiny models of the published configs."""
+"""docs/recipes.md: its commands run in order on tiny models, and its lines of Python."""
 
 import dataclasses
 import json
@@ -107,6 +107,22 @@ def test_every_size_of_the_recipes_is_made_smaller_for_the_test():
     words = {word for block, _ in RECIPES for line in commands(block) for word in line}
     assert set(SMALLER) <= words, "a size that no recipe has any more"
     assert {word for word in words if re.fullmatch(r"[\d,-]{2,}", word)} <= set(SMALLER)
+
+
+def test_the_settings_of_the_follow_up_steer_a_tiny_model(tiny_models):
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS, re.S)
+    model = tiny_models["bridge"]
+    texts = [sqs.LabelledExample(prompt=f"w{i} w7", label=BLOOM[i % 3]) for i in range(12)]
+    names = {"sqs": sqs, "model": model, "examples": sqs.tokenize_examples(model, texts)}
+    names["texts"] = [f"w{i} w{i + 1} w7" for i in range(40)]
+    exec(compile(block.replace("40_960", "1_024"), "docs/recipes.md", "exec"), names)
+    (sae,) = names["saes"].values()
+    assert sae.cfg.architecture() == "query_head_standard"
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(sae.W_dec.shape[:2]))
+    tokens = torch.tensor([[1, 5, 9]])
+    with names["steerer"].apply(model, prompt_lengths=[3]):
+        changed = model(tokens)
+    assert not torch.equal(changed, model(tokens))
 
 
 @pytest.mark.slow

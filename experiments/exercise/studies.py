@@ -428,6 +428,8 @@ def rivals(task: Task) -> Iterator[Job]:
     def follow_up() -> list[Method]:
         layer = task.layers(0.5, 0.5)
         found = task.saes(0, layer, sqs.sae.Standard(d_sae_per_head=256))
+        for sae in found.values():
+            sae.fold_W_dec_norm()
         targets = {scope_name(LAST): task.centroids(found)}
         own = {"layers": [layer], "scopes": scopes}
         return descent_methods("follow-up", found, targets, [FOLLOW_UP], **own)
