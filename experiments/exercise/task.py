@@ -442,6 +442,6 @@ def task_parser(doc: str | None) -> argparse.ArgumentParser:
         choices=("highest", "medium"),
         default="highest",
         help="of torch.set_float32_matmul_precision; medium multiplies in bfloat16, twice as fast "
-        "on CPUs that can, and is told with each row",
+        "on CPUs that can; it is told with each row, and targets of another precision are refused",
     )
     return parser
