@@ -1,6 +1,8 @@
 """The documents: menu, docstrings, citation and versions."""
 
+import ast
 import inspect
+import operator
 import re
 import tomllib
 from pathlib import Path
@@ -80,6 +82,22 @@ def test_the_lines_for_those_who_come_from_another_library_run():
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/coming_from.md", "exec"), names)
+
+
+def test_every_name_of_the_package_in_the_documents_exists():
+    n_names = 0
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.S):
+            for node in ast.walk(ast.parse(block)):
+                line = ast.unparse(node) if isinstance(node, ast.ImportFrom | ast.Attribute) else ""
+                if re.match(r"from sae_query_steer\b", line):
+                    exec(line, {})
+                elif re.fullmatch(r"(sqs|sae_query_steer)[.\w]+", line):
+                    operator.attrgetter(line.partition(".")[2])(sqs)
+                else:
+                    continue
+                n_names += 1
+    assert n_names > 50
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+from .writing import write_dashboards as write_dashboards
