@@ -62,7 +62,7 @@ def test_a_trial_shows_the_texts_and_a_verdict_and_writes_a_page_saes_and_a_stee
     ):
         assert shown in output
     assert re.search(r"This takes about \d+ min on this machine\.", output)
-    for method in ("few-shot (k=2)", "SAE centroids", "learned moves, SAE", "learned moves, dense"):
+    for method in ("few-shot (k=1)", "SAE centroids", "learned moves, SAE", "learned moves, dense"):
         assert method in output
     (command,) = [line for line in output.splitlines() if line.startswith("sae-query-steer steer")]
     words = shlex.split(command)

@@ -115,7 +115,7 @@ def try_on_texts(
         folder=folder,
     )
     dense = identity_encoders(sites)
-    methods = prompt_methods(steering, shots=(2,), seed=seed)
+    methods = prompt_methods(steering, shots=(1,), seed=seed)
     methods = [m for m in methods if m.name != "instruction"]  # no prompt requests a class
     descents = partial(
         descent_methods, layers=[chosen], max_relative_change=settings.max_relative_change
@@ -162,10 +162,10 @@ def trial_seconds(
     prompt, new = float(batch.prompt_lengths.float().mean()), settings.max_new_tokens
     learned = settings.n_learned * classes
     # Updates run the response behind a cached prompt, forwards and backwards. Prompts run once for
-    # validation, test and perplexities, and once with two examples of each class before them; 14
+    # validation, test and perplexities, and once with an example of each class before them; 14
     # strengths and rows are generated, a token of which costs about ten of a batch.
     updates = 2 * settings.n_updates * _ROWS * 3 * new + 2 * learned * (prompt + new)
-    texts = settings.n_cases * ((3 + 2 * classes) * (prompt + new) + 14 * 10 * new)
+    texts = settings.n_cases * ((3 + classes) * (prompt + new) + 14 * 10 * new)
     return forward * (2 * settings.training_tokens + updates + texts)
 
 
