@@ -179,5 +179,5 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
         assert found[0]["steer"] == "unsteered" and found[0]["passages"] > 1
         assert {row["steer"] for row in found} > {"moves, dense, remember", "moves, dense, create"}
         dense = own.dictionary("dense")
-        right, wrong = (own.learned(f"wrong{x}", dense, wrong=x) for x in (0.0, 0.5))
+        right, wrong = (own.learned(f"wrong{x}", dense, wrong=x) for x in (0.0, 1.0))
         assert any(bool((right.means[name] != wrong.means[name]).any()) for name in dense)
