@@ -7,9 +7,14 @@ import pandas as pd
 import pytest
 
 from sae_query_steer import BloomLevel
-from sae_query_steer.compare.comparison import operating_point, outcome_row, strength_curves
+from sae_query_steer.compare.comparison import (
+    Comparison,
+    operating_point,
+    outcome_row,
+    strength_curves,
+)
 from sae_query_steer.compare.methods import Method, SteeringCase
-from sae_query_steer.compare.report import row_names
+from sae_query_steer.compare.report import row_names, verdict
 from sae_query_steer.compare.scorer import Outcome, TextScorer
 from sae_query_steer.compare.tutor_task import TASKS, note_judge, tutor_cases
 
@@ -163,3 +168,20 @@ def test_names_of_rows_hold_only_what_tells_the_rows_of_a_method_apart():
     assert row_names(rows, rows) == names
     curves = pd.DataFrame([row("moves", "fixed move", "2"), row("moves", "fixed move", "3")])
     assert row_names(curves, rows) == ["moves, layer 2", "moves"]
+
+
+@pytest.mark.parametrize("control", [0.2, 0.5])
+def test_the_verdict_names_the_best_steer_and_says_if_chance_may_explain_it(control):
+    def row(method, success, step_size=None):
+        parts = dict.fromkeys(("objective", "centroids", "span", "scope"))
+        rates = {"success": success, "success_low": success - 0.1, "success_high": success + 0.1}
+        own = {"task": "open", "n": 60, "step_size": step_size, "perplexity_ratio": 1.2}
+        return {"method": method, "layers": "3", "heads": "all", **parts, **rates, **own}
+
+    rows = [row("moves", 0.6, 1.0), row("random direction (seed 0)", control)]
+    judge = {"accuracy": 0.9, "n": 100.0, "chance": 0.5, "majority": 0.5}
+    rows = pd.DataFrame(rows)
+    found = Comparison(rows=rows, curves=rows, texts=rows, judge=judge, sites=None, settings={})
+    said = verdict(found)
+    assert "best steering 0.60 [0.50, 0.70] (moves; perplexity ratio 1.20)" in said
+    assert said.endswith("more cases narrow them.") == (control == 0.5)
