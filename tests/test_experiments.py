@@ -181,3 +181,28 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
         dense = own.dictionary("dense")
         right, wrong = (own.learned(f"wrong{x}", dense, wrong=x) for x in (0.0, 1.0))
         assert any(bool((right.means[name] != wrong.means[name]).any()) for name in dense)
+
+
+@pytest.mark.filterwarnings("ignore::sae_query_steer.learning.learner.LearningWarning")
+def test_choices_of_the_method_are_measured_one_at_a_time(tmp_path, monkeypatch):
+    write_bytes(tmp_path / "model", "llama")
+    monkeypatch.setattr(task.Forms, "fitted_judge", lambda _: verb_judge())
+    monkeypatch.setattr(task, "MAX_NEW_TOKENS", 3)
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"Words of textbook {i}. " * 8 for i in range(40)))
+    sizes = {"n_train": 8, "n_judge": 8, "n_study": 6, "n_answer": 3, "n_updates": 2}
+    sizes |= {"training_tokens": 2048, "cache_gb": 0.1, "matmul_precision": "highest"}
+    names = {"tasks": ["open, trained wording"], "texts": [str(other)]}
+    own = task.Forms(Namespace(out=tmp_path, model=str(tmp_path / "model"), **sizes, **names))
+    chosen = ('"k": 4', '"training_tokens": 10240', '"n_steps": 3, "step_size": 0.3', '"texts"')
+    run.run(own, ["factors"], "0/1", only=chosen)
+    run.run(own, ["mixtures"], "0/1", only=('"story": 1.0, "letter": 0.5',))
+    run.run(own, ["noise"], "0/1", only=('"wrong": 0.3',))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 3 + 3 + 4 * 3
+    removed = {json.dumps(row["setting"]): row["kl_removed"] for row in rows}
+    assert len(set(removed.values())) > len(rows) / 2  # each change and seed is another result
+    k4 = own.saes(0, own.run, k=4)
+    assert {sae.cfg.k for sae in k4.values()} == {4}
+    trained = {path.name for path in tmp_path.glob("saes-*")}
+    assert any("texts" in name and "other" in name for name in trained)

@@ -97,6 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("--n-rivals", type=int, default=300, help="cases of each task, rivals")
     parser.add_argument("--n-validation", type=int, default=60, help="cases of each task, rivals")
     parser.add_argument("--n-attention", type=int, default=120, help="cases of each task")
+    parser.add_argument("--texts", nargs="*", default=[], help="files of other texts, factors")
     given = parser.parse_args()
     torch.set_num_threads(1)
     the_task = {"exercise": Task, "forms": Forms, "openings": Openings}[given.task](given)

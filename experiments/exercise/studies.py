@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import sae_query_steer as sqs
@@ -15,6 +17,7 @@ from sae_query_steer.compare.methods import (
     DESCENTS,
     Descent,
     Method,
+    SteeringCase,
     decoder_rows_methods,
     descent_methods,
     intervention_methods,
@@ -181,11 +184,21 @@ def scopes(task: Task) -> Iterator[Job]:
         )
 
 
-def sparse_or_dense(task: Task, name: str, kind: str, **learning: Any) -> Method:
+def sparse_or_dense(task: Task, name: str, kind: str, *, seed: int = 0, **learning: Any) -> Method:
     """Return dense moves, or moves of at most 4 latents a head without a penalty."""
+    name += f"-seed{seed}" * bool(seed)
     if kind == "dense":
         return moves(task, f"dense-{name}", task.dictionary(kind), **learning)
-    return sparse(task, f"{kind}-4-{name}", kind, "n_latents", 4, l1=0.0, **learning)
+    learning = {"l1": 0.0, "seed": seed} | learning
+    return sparse(task, f"{kind}-4-{name}", kind, "n_latents", 4, **learning)
+
+
+SEEDS = (0, 1, 2)
+
+
+def told_seed(seed: int) -> dict[str, int]:
+    """Return what a setting says of a seed; of the first nothing."""
+    return {"seed": seed} if seed else {}
 
 
 def norms(task: Task) -> Iterator[Job]:
@@ -203,26 +216,90 @@ def norms(task: Task) -> Iterator[Job]:
 
 def topics(task: Task) -> Iterator[Job]:
     """Success against the number of topics that targets are learned from."""
-    for n in (2, 5, 10):
-        for kind in ("trained", "random", "dense"):
+    for seed, n in product(SEEDS, (2, 5, 10)):
+        for kind in ("trained", "random", "permuted", *["dense"] * (not seed)):
             yield (
-                {"study": "topics", "dictionary": kind, "topics": n, "n": task.args.n_study},
-                lambda kind=kind, n=n: sparse_or_dense(task, f"topics{n}", kind, topics=n),
+                {"study": "topics", "dictionary": kind, "topics": n, "n": task.args.n_study}
+                | told_seed(seed),
+                partial(sparse_or_dense, task, f"topics{n}", kind, seed=seed, topics=n),
                 1.0,
             )
 
 
 def noise(task: Task) -> Iterator[Job]:
-    """Success against the share of examples with a wrong class."""
-    for wrong in (0.3, 0.1, 0.0):
-        for kind in ("trained", "random", "dense"):
+    """Success against the share of examples with a wrong class, which the seed draws too."""
+    for wrong, seed in product((0.3, 0.1, 0.0), SEEDS):
+        for kind in ("trained", "random", "permuted", "dense"):
+            learning = {"seed": seed, "wrong": wrong, "label_seed": seed}
             yield (
-                {"study": "noise", "dictionary": kind, "wrong": wrong, "n": task.args.n_study},
-                lambda kind=kind, wrong=wrong: sparse_or_dense(
-                    task, f"wrong{wrong}", kind, wrong=wrong
-                ),
+                {"study": "noise", "dictionary": kind, "wrong": wrong, "n": task.args.n_study}
+                | told_seed(seed),
+                partial(sparse_or_dense, task, f"wrong{wrong}", kind, **learning),
                 1.0,
             )
+
+
+def mixtures(task: Task) -> Iterator[Job]:
+    """Moves towards two classes at once, at some weights: which class texts are of."""
+    pair = [str(name) for name in task.classes[-2:]]
+    for kind in ("trained", "random", "dense"):
+        for weights in ((0.5, 0.5), (1.0, 1.0), (1.0, 0.5), (0.5, 1.0)):
+            mixed = dict(zip(pair, weights, strict=True))
+
+            def make(kind: str = kind, mixed: dict[str, float] = mixed) -> Method:
+                found = sparse_or_dense(task, "wrong0.0", kind)
+
+                def steerer(cases: Sequence[SteeringCase], strength: float) -> Any:
+                    assert found.steerer is not None
+                    return replace(found.steerer(cases, strength), target=[mixed] * len(cases))
+
+                return replace(found, steerer=steerer)
+
+            setting = {"study": "mixtures", "dictionary": kind, "target": mixed}
+            yield setting | {"n": task.args.n_study}, make, 1.0
+
+
+FACTORS: Sequence[dict[str, Any]] = (
+    *[{"k": k} for k in (4, 64)],
+    *[{"d_sae_per_head": d} for d in (64, 1024)],
+    *[{"training_tokens": n} for n in (10_240, 163_840)],
+    *[{"lr": lr} for lr in (3e-4, 3e-3)],
+    *[{"learning_rate": rate} for rate in (0.1, 0.4)],
+    *[{"n_updates": n} for n in (5, 60)],
+    *[{"n_steps": n, "step_size": size} for n, size in ((1, 0.9), (3, 0.3), (20, 0.05), (3, 1.0))],
+)
+"""One change each of the trained SAE's moves with 4 latents a head: of the SAEs (k, latents a head,
+tokens, learning rate; else 16, 256, 40,960 and 1e-3), of the learner (learning rate and updates;
+else 0.2 and `--n-updates`), or points of all latents in place of moves, by steps of the squared
+distance."""
+
+
+def factors(task: Task) -> Iterator[Job]:
+    """Each choice of the method on its own, and SAEs of other texts, with three seeds."""
+    changes = [(change, change) for change in FACTORS]
+    changes += [({"texts": Path(file).stem}, {"texts": file}) for file in task.args.texts]
+    for seed, (told, change) in product(SEEDS, changes):
+        name = "-".join(f"{key}{value}" for key, value in told.items()) + f"-seed{seed}"
+        yield (
+            {"study": "factors", **told, "n": task.args.n_study} | told_seed(seed),
+            partial(changed, task, f"changed-{name}", seed, change),
+            1.0,
+        )
+
+
+def changed(task: Task, name: str, seed: int, change: dict[str, Any]) -> Method:
+    """Return the moves of the trained SAE with one change; see `FACTORS`."""
+    own = {key: value for key, value in change.items() if key in ("learning_rate", "n_updates")}
+    steps = {key: value for key, value in change.items() if key in ("n_steps", "step_size")}
+    of_saes = {key: value for key, value in change.items() if key not in own | steps}
+    saes = task.saes(seed, task.run, **of_saes)
+    if not steps:
+        learning = {"learning_rate": 0.2, "l1": 0.0, "n_latents": 4} | own
+        return moves(task, name, saes, **learning)
+    descent = replace(POINT, n_steps=steps["n_steps"], step_sizes=(steps["step_size"],))
+    start = task.centroids(saes)
+    found = task.learned(name, saes, start=start, descent=descent)
+    return learned_method("points", saes, found, descent, 0.5)
 
 
 def wordings(task: Task) -> Iterator[Job]:
@@ -343,6 +420,10 @@ def wide(task: Task) -> Iterator[Job]:
         for kind in ("trained", "random", "permuted"):
             learning = {"n_latents": size, **LONG, "learning_rate": rate}
             yield job(f"{kind}, {size} a head, 120 updates", kind, **learning)
+    for seed in (1, 2):
+        for kind in ("trained", "random"):
+            learning = {"n_latents": 1, **LONG, "learning_rate": LONG["learning_rate"] * 8**0.5}
+            yield job(f"{kind}, 1 a head, 120 updates, seed {seed}", kind, seed=seed, **learning)
     yield job("dense, classes shuffled", "dense", shuffled=True)
 
 
@@ -427,7 +508,7 @@ def rivals(task: Task) -> Iterator[Job]:
 
     def follow_up() -> list[Method]:
         layer = task.layers(0.5, 0.5)
-        found = task.saes(0, layer, sqs.sae.Standard(d_sae_per_head=256))
+        found = task.saes(0, layer, sae=sqs.sae.Standard(d_sae_per_head=256))
         for sae in found.values():
             sae.fold_W_dec_norm()
         targets = {scope_name(LAST): task.centroids(found)}
@@ -560,6 +641,8 @@ STUDIES = {
         norms,
         topics,
         noise,
+        mixtures,
+        factors,
         wordings,
         layers,
         runs,

@@ -21,7 +21,7 @@ from sae_query_steer.compare.exercise_task import (
 )
 from sae_query_steer.compare.generation import continuations
 from sae_query_steer.compare.learned import MOVE, POINT, SCOPE
-from sae_query_steer.compare.methods import Method, SteeringCase
+from sae_query_steer.compare.methods import Descent, Method, SteeringCase
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.prompts import chat_prompt
 from sae_query_steer.learning import TargetLearner, no_moves
@@ -114,23 +114,43 @@ class Task:
         wording = "train" if wording else None
         return exercise_cases(self.model, name, split, n, seed=1, wording=wording)
 
-    def _saes(self, seed: int = 0, layers: Sequence[int] = (), sae: Any = TOP_K) -> Encoders:
-        """Return the trained SAEs of a run of layers, made once for each seed."""
+    def _saes(
+        self,
+        seed: int = 0,
+        layers: Sequence[int] = (),
+        *,
+        sae: Any = None,
+        texts: str | None = None,
+        **changes: Any,
+    ) -> Encoders:
+        """Return the trained SAEs of a run of layers, made once for each seed.
+
+        Args:
+            seed: of the training.
+            layers: None are `run`.
+            sae: another kind of SAE than TopK.
+            texts: a file to train on instead of the task's prompts and answers.
+            changes: of TopK's settings (k, d_sae_per_head) and of `TrainingConfig`.
+        """
         layers = layers or self.run
-        kind = "" if sae == TOP_K else f"{type(sae).__name__.lower()}-"
+        told = changes | ({} if texts is None else {"texts": Path(texts).stem})
+        kind = "" if sae is None else f"{type(sae).__name__.lower()}-"
+        kind += "".join(f"{name}{value}-" for name, value in told.items())
         folder = self.out / f"saes-{kind}{layers[0]}-{layers[-1]}-seed{seed}"
         if not folder.exists():
+            sizes = {name: changes.pop(name) for name in ("k", "d_sae_per_head") if name in changes}
+            config = {
+                "sae": replace(TOP_K, **sizes) if sae is None else sae,
+                "training_tokens": self.args.training_tokens,
+                "train_batch_size_tokens": 512,
+                "metric_tokens": 4096,
+                "seed": seed,
+            }
             found = sqs.train_query_saes(
                 self.model,
-                self.texts,
+                self.texts if texts is None else sqs.read_texts(texts),
                 sqs.query_sites(self.model, layers),
-                sqs.TrainingConfig(
-                    sae=sae,
-                    training_tokens=self.args.training_tokens,
-                    train_batch_size_tokens=512,
-                    metric_tokens=4096,
-                    seed=seed,
-                ),
+                sqs.TrainingConfig(**config | changes),
             )
             found.save(folder)
         return dict(sqs.QuerySAEs.load(folder))
@@ -156,8 +176,10 @@ class Task:
         scope: Any = SCOPE,
         shuffled: bool = False,
         wrong: float = 0.0,
+        label_seed: int = 0,
         draws: int = 1,
         by_output_score: bool = False,
+        descent: Descent | None = None,
         **learning: Any,
     ) -> Any:
         """Return learned moves, or points from centroids to start from; learned once.
@@ -172,14 +194,16 @@ class Task:
             scope: the tokens that are changed.
             shuffled: give each example the class of another one: a control of capacity.
             wrong: share of the examples that get the class after theirs.
+            label_seed: of which examples these are.
             draws: learn from so many prompts of each topic and class; see `made_examples`.
             by_output_score: one gradient, no updates; see `TargetLearner.fit_output_scores`.
+            descent: the steps towards points; None means `POINT`.
             learning: of `TargetLearner`.
         """
         folder = self.out / "targets" / name
         if folder.exists():
             return sqs.LearnedTargets.load(folder)
-        descent = MOVE if start is None else POINT
+        descent = MOVE if start is None else descent or POINT
         recipe = sqs.LatentGradientSteerer(
             encoders,
             no_moves(self.model, encoders, self.classes) if start is None else start,
@@ -202,7 +226,7 @@ class Task:
             labels = [some[0][i].label for i in order.tolist()]
             some = [relabelled(examples, labels) for examples in some]
         if wrong:
-            draw = torch.rand(len(indices), generator=torch.Generator().manual_seed(0))
+            draw = torch.rand(len(indices), generator=torch.Generator().manual_seed(label_seed))
             names, labels = list(map(str, self.classes)), [str(e.label) for e in some[0]]
             after = {name: names[i - len(names) + 1] for i, name in enumerate(names)}
             labels = [after[k] if x < wrong else k for k, x in zip(labels, draw, strict=True)]
@@ -212,7 +236,7 @@ class Task:
         given: Any = {"held_out": range(first, len(indices))}
         if self.from_counterparts:
             given["counterparts"] = some[1]
-        key = (topics, scope_name(scope), shuffled, wrong, draws)
+        key = (topics, scope_name(scope), shuffled, wrong, label_seed, draws)
         if key not in self.rows:  # the prompts run once for all targets
             self.rows = {key: learner.rows(some[0], **given)}
         fit = learner.fit_output_scores if by_output_score else learner.fit
