@@ -168,7 +168,10 @@ def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatc
     # Moves of queries act through attention patterns, and through nothing else.
     assert moves["frozen"] == pytest.approx(0.0, abs=1e-4)
     assert moves["patterns"] == pytest.approx(moves["whole"], rel=1e-3, abs=1e-4)
-    assert {row["measure"] for row in found} == {"effect", "drift", "heads"}
+    assert {row["measure"] for row in found} == {"effect", "drift", "heads", "sources", "cost"}
+    looked = next(row for row in found if row["measure"] == "sources")
+    kinds = [value for value in looked.values() if isinstance(value, list)]
+    assert [sum(side) for side in zip(*kinds, strict=True)] == pytest.approx([1.0, 1.0], abs=1e-3)
     if kind == "llama":
         figures.draw(tmp_path, tmp_path)
         assert len(list(tmp_path.glob("*.png"))) == 3

@@ -7,12 +7,14 @@ the request, written after the open prompt, as a share of what the request itsel
 measured as it is, with attention patterns held at those of the unsteered model, and with nothing
 but the changed patterns. Heads are ranked one by one on the first half of the cases, and those of
 the highest effect are steered on the other half. The change of next tokens of a textbook tells what
-the steer does to unrelated text. Targets are those that `experiments.exercise.run rivals` learned.
-Rows go to mechanism.jsonl; a stopped run continues with the next.
+the steer does to unrelated text. The cost is how much longer greedy answers of 24 tokens take in a
+batch of 12, both sides alternating. Targets are those that `experiments.exercise.run rivals` and
+`wide` learned. Rows go to mechanism.jsonl; a stopped run continues with the next.
 """
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -23,12 +25,14 @@ import torch
 from torch import Tensor
 
 import sae_query_steer as sqs
+from benchmarks.rounds import seconds_of
 from experiments.exercise.studies import residual_site
 from experiments.exercise.task import Task, task_parser
 from sae_query_steer.compare.exercise_task import MAX_NEW_TOKENS
 from sae_query_steer.compare.generation import continuations
 from sae_query_steer.compare.learned import MOVE, SCOPE
 from sae_query_steer.data.batches import TokenBatch, example_batches
+from sae_query_steer.data.prompts import chat_prompt
 from sae_query_steer.progress import progress_bar
 
 EVERY = sqs.scopes.EveryPosition()
@@ -42,6 +46,12 @@ STEERS = {
     "moves, random rows, 120 updates": ("wide-random-120-updates", "random", EVERY, 0.5),
     "offset of the residual stream": ("residual-20", "residual", SCOPE, 0.25),
     "offset of the residual stream, every token": ("residual-20-every", "residual", EVERY, 0.25),
+    "offset of the residual stream, every token, 120 updates": (
+        "residual-20-every-120-updates",
+        "residual",
+        EVERY,
+        0.25,
+    ),
 }
 """Folder of the targets, encoders, scope and budget."""
 
@@ -163,6 +173,80 @@ def drift(task: Task, make: Make, passages: Tensor) -> dict[str, float]:
     return {name: sum(parts) / len(parts) for name, parts in found.items()}
 
 
+def sources(task: Task, make: Make, batch: TokenBatch) -> dict[str, Any]:
+    """Return where the attention of all heads of the layers goes, unsteered and steered.
+
+    Mean over cases, heads and the tokens that the answer is written from: the share on each kind of
+    token, and the total variation between the two.
+    """
+    kinds, groups = token_kinds(task, batch)
+    index = batch.positions.index
+    own = (index >= batch.prompt_lengths[:, None] - 1) & (index < batch.lengths[:, None] - 1)
+    steerer, lengths = make(list(batch.labels)), batch.prompt_lengths.tolist()
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in task.wide]
+    with torch.no_grad():
+        _, plain = task.model.run_with_cache(batch.tokens, names_filter=names)
+        with steerer.apply(task.model, prompt_lengths=lengths):
+            _, steered = task.model.run_with_cache(batch.tokens, names_filter=names)
+    weight = own / own.sum(1, keepdim=True) / len(own) / len(names)
+    masses, moved = torch.zeros(2, len(kinds)), torch.zeros(())
+    for name in names:
+        patterns = torch.stack([plain[name], steered[name]]).float()
+        by_kind = torch.einsum("srhqk,rkg,rq->sg", patterns, groups, weight)
+        masses += by_kind / patterns.shape[2]
+        varied = (patterns[0] - patterns[1]).abs().sum(-1).mean(1) / 2
+        moved += (varied * weight).sum()
+    return {
+        "total_variation": float(moved),
+        **{kind: [round(float(m), 4) for m in masses[:, i]] for i, kind in enumerate(kinds)},
+    }
+
+
+def token_kinds(task: Task, batch: TokenBatch) -> tuple[list[str], Tensor]:
+    """Return the kinds of tokens, and which kind each token of a batch is [row, pos, kind]."""
+    kinds = ["first token", "chat template", "wording of the prompt", "topic", "answer"]
+    cases: Any = task.cases("open, trained wording", "test", len(task.classes) * 20)
+    topics = sorted({str(case.topic) for case in cases}, key=len, reverse=True)
+    tokenizer = task.model.tokenizer
+    before, after = chat_prompt("@", tokenizer).split("@")
+    found = torch.zeros(*batch.tokens.shape, len(kinds))
+    for row, length in enumerate(batch.prompt_lengths.tolist()):
+        text = tokenizer.decode(batch.tokens[row, :length])
+        (topic,) = [name for name in topics if name in text][:1]
+        start = text.index(topic)
+        end = text.index(after, len(before))
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert read["input_ids"] == batch.tokens[row, :length].tolist()
+        for place, (first, _) in enumerate(read["offset_mapping"]):
+            kind = 1 if first < len(before) or end <= first < end + len(after) else 2
+            kind = 4 if first >= end + len(after) else kind
+            kind = 3 if start <= first + 1 < start + len(topic) and kind == 2 else kind
+            found[row, place, kind if place else 0] = 1
+        found[row, length:, 4] = 1
+    return kinds, found
+
+
+def cost(task: Task, make: Make, rounds: int = 5) -> dict[str, Any]:
+    """Return how many times as long generation takes, and what a target holds.
+
+    "time" is the median over rounds, in pairs with unsteered generation, beside its range;
+    "latents" is the mean number of values of a class that are not 0.
+    """
+    cases = task.cases("open, trained wording", "test", 12)
+    prompts, steerer = [case.prompt for case in cases], make([case.target for case in cases])
+    written = partial(
+        continuations, task.model, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=len(prompts)
+    )
+    seconds = seconds_of(partial(written, steerer=steerer), written, rounds)
+    ratios = sorted(ours / plain for ours, plain in seconds)
+    held = sum(int((mean != 0).sum()) for mean in steerer.targets.means.values())
+    return {
+        "time": statistics.median(ratios),
+        "range": [ratios[0], ratios[-1]],
+        "latents": held / len(task.classes),
+    }
+
+
 def run(task: Task, n: int, text: Path, head_steer: str) -> None:
     """Measure what is not in the file yet."""
     file = task.out / "mechanism.jsonl"
@@ -177,6 +261,8 @@ def run(task: Task, n: int, text: Path, head_steer: str) -> None:
         measures = {
             "effect": lambda make=make: shares(task, make, plain, batches),
             "drift": lambda make=make: drift(task, make, passages),
+            "sources": lambda make=make: sources(task, make, batches[0][0]),
+            "cost": lambda make=make: cost(task, make),
         }
         if name == head_steer:
             measures["heads"] = lambda make=make: heads(task, make, plain, batches)
