@@ -1,7 +1,7 @@
 """How long the dashboard of a site takes to write and to open, and how large it is.
 
-    python -m benchmarks.dashboards [--d-sae N] [--k N] [--texts N] [--training-tokens N]
-                                    [--out DIR]
+    python -m benchmarks.dashboards [--quick] [--d-sae N] [--k N] [--texts N]
+                                    [--training-tokens N] [--out DIR]
 
 The tutor's layer 1, 4 heads, TopK SAEs of `--d-sae` latents a head of which `--k` fire, hardly
 trained. (How long a page takes depends on how many latents fire, not on what they mean.) Where
@@ -30,21 +30,25 @@ from sae_query_steer.toy import TutorCorpus
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--d-sae", type=int, default=4096, help="latents of each head")
-    parser.add_argument("--k", type=int, default=256, help="latents that may fire")
-    parser.add_argument("--texts", type=int, default=180, help="texts to read")
+    parser.add_argument("--quick", action="store_true", help="defaults 128, 8 and 60")
+    parser.add_argument("--d-sae", type=int, help="latents of each head, default 4096")
+    parser.add_argument("--k", type=int, help="latents that may fire, default 256")
+    parser.add_argument("--texts", type=int, help="texts to read, default 180")
     parser.add_argument("--training-tokens", type=int, default=600, help="to train the SAEs on")
     parser.add_argument("--out", type=Path, default=None, help="keep the pages here")
     given = parser.parse_args()
+    sizes = (128, 8, 60) if given.quick else (4096, 256, 180)
+    named = (given.d_sae, given.k, given.texts)
+    d_sae, k, n_texts = (own or size for own, size in zip(named, sizes, strict=True))
     model = sqs.load_tutor()
-    examples = TutorCorpus("train", seed=0).examples(given.texts)
+    examples = TutorCorpus("train", seed=0).examples(n_texts)
     texts = [example.prompt + example.response for example in examples]
     saes = sqs.train_query_saes(
         model,
         texts,
         sqs.query_sites(model, [1]),
         sqs.TrainingConfig(
-            sae=sqs.sae.TopK(d_sae_per_head=given.d_sae, k=given.k),
+            sae=sqs.sae.TopK(d_sae_per_head=d_sae, k=k),
             training_tokens=given.training_tokens,
         ),
     )

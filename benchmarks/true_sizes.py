@@ -1,7 +1,7 @@
 """One layer of the paper's models at its true size: forward pass and SAEs, seconds a token.
 
-    python -m benchmarks.true_sizes [--model mistral phi3] [--layers 8-20] [--d-sae N] [--k N]
-                                    [--batch-tokens N] [--context-size N] [--rounds N]
+    python -m benchmarks.true_sizes [--quick] [--model mistral phi3] [--layers 8-20] [--d-sae N]
+                                    [--k N] [--batch-tokens N] [--context-size N] [--rounds N]
                                     [--threads N] [--device D] [--dtype T] [--autocast]
 
 A random block of the published width runs `--batch-tokens` tokens; then TopK SAEs of all its heads
@@ -48,13 +48,14 @@ SIZES = {
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="one round of 1,024 tokens")
     parser.add_argument("--model", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--layers", default="8-20", help="layers of the run that is extrapolated")
     parser.add_argument("--d-sae", type=int, default=1024, help="latents of each head")
     parser.add_argument("--k", type=int, default=32, help="latents that may fire")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a step")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a step, default 4096")
     parser.add_argument("--context-size", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
+    parser.add_argument("--rounds", type=int, help="measured rounds, default 3")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--device", default="cpu", help="where to run")
     dtypes = ("float32", "bfloat16", "float16")
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--autocast", action="store_true", help="train SAEs in bfloat16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.batch_tokens = args.batch_tokens or (1024 if args.quick else 4096)
+    args.rounds = args.rounds or (1 if args.quick else 3)
     layers = index_list(args.layers)
     if layers is None:
         parser.error("--layers all is not allowed: name them, such as 8-20")
