@@ -202,10 +202,14 @@ def test_choices_of_the_method_are_measured_one_at_a_time(tmp_path, monkeypatch)
     run.run(own, ["mixtures"], "0/1", only=('"story": 1.0, "letter": 0.5',))
     run.run(own, ["noise"], "0/1", only=('"wrong": 0.3',))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 * 3 + 3 + 4 * 3
+    assert len(rows) == 4 * 3 + 3 + 5 * 3
     removed = {json.dumps(row["setting"]): row["kl_removed"] for row in rows}
     assert len(set(removed.values())) > len(rows) / 2  # each change and seed is another result
     k4 = own.saes(0, own.run, k=4)
     assert {sae.cfg.k for sae in k4.values()} == {4}
+    (site,), norms = own.dictionary("sampled"), []
+    for kind in ("trained", "sampled"):
+        norms.append(own.dictionary(kind)[site].W_dec.norm(dim=-1))
+    torch.testing.assert_close(*norms)
     trained = {path.name for path in tmp_path.glob("saes-*")}
     assert any("texts" in name and "other" in name for name in trained)

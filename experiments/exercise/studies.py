@@ -217,7 +217,7 @@ def norms(task: Task) -> Iterator[Job]:
 def topics(task: Task) -> Iterator[Job]:
     """Success against the number of topics that targets are learned from."""
     for seed, n in product(SEEDS, (2, 5, 10)):
-        for kind in ("trained", "random", "permuted", *["dense"] * (not seed)):
+        for kind in ("trained", "random", "permuted", "sampled", *["dense"] * (not seed)):
             yield (
                 {"study": "topics", "dictionary": kind, "topics": n, "n": task.args.n_study}
                 | told_seed(seed),
@@ -229,7 +229,7 @@ def topics(task: Task) -> Iterator[Job]:
 def noise(task: Task) -> Iterator[Job]:
     """Success against the share of examples with a wrong class, which the seed draws too."""
     for wrong, seed in product((0.3, 0.1, 0.0), SEEDS):
-        for kind in ("trained", "random", "permuted", "dense"):
+        for kind in ("trained", "random", "permuted", "sampled", "dense"):
             learning = {"seed": seed, "wrong": wrong, "label_seed": seed}
             yield (
                 {"study": "noise", "dictionary": kind, "wrong": wrong, "n": task.args.n_study}
@@ -417,7 +417,7 @@ def wide(task: Task) -> Iterator[Job]:
     for size in (1, 2, 4, 32):
         # a head's change is about the same however few latents it has
         rate = LONG["learning_rate"] * max(1.0, (8 / size) ** 0.5)
-        for kind in ("trained", "random", "permuted"):
+        for kind in ("trained", "random", "permuted", "sampled"):
             learning = {"n_latents": size, **LONG, "learning_rate": rate}
             yield job(f"{kind}, {size} a head, 120 updates", kind, **learning)
     for seed in (1, 2):

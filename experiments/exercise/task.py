@@ -1,8 +1,10 @@
 """The tasks of the studies: examples, judge, SAEs and learned targets, made once in a folder."""
 
 import argparse
+import copy
 import json
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -25,6 +27,8 @@ from sae_query_steer.compare.methods import Descent, Method, SteeringCase
 from sae_query_steer.compare.scorer import TextScorer
 from sae_query_steer.data.prompts import chat_prompt
 from sae_query_steer.learning import TargetLearner, no_moves
+from sae_query_steer.models.activations import read_activations
+from sae_query_steer.sae.core import with_weights
 from sae_query_steer.scopes.joins import scope_name
 
 Encoders = Mapping[str, Any]
@@ -156,14 +160,44 @@ class Task:
         return dict(sqs.QuerySAEs.load(folder))
 
     def dictionary(self, kind: Any, layers: Sequence[int] = (), seed: int = 0) -> Encoders:
-        """Return trained SAEs, a control of them, or dense encoders, of some layers."""
+        """Return trained SAEs, a control of them, or dense encoders, of some layers.
+
+        Controls are those of `control_dictionaries`, and "sampled": see `sampled_rows`.
+        """
         layers = layers or self.run
         if kind == "dense":
             return dict(sqs.sae.identity_encoders(sqs.query_sites(self.model, layers)))
         found = self.saes(seed, self.run if set(layers) <= set(self.run) else tuple(layers))
-        if kind != "trained":
+        if kind == "sampled":
+            found = self.sampled_rows(found, seed)
+        elif kind != "trained":
             found = sqs.baselines.control_dictionaries(found, kind, seed=seed)
         return {name: sae for name, sae in found.items() if layer_of(name) in layers}
+
+    def sampled_rows(self, saes: Encoders, seed: int) -> Encoders:
+        """Return SAEs whose decoder rows are queries of tokens drawn from the task's texts.
+
+        The mean query of the head is taken off, and rows have the norms of the trained ones: what
+        a dictionary has without training. The encoder is their transpose.
+        """
+        draw = random.Random(seed)
+        tokenizer = self.model.tokenizer
+        ids = [tokenizer(text)["input_ids"][:64] for text in draw.choices(self.texts, k=64)]
+        rows = [torch.tensor([one]) for one in ids]
+        read = [read_activations(self.model, row, list(saes)) for row in rows]
+        found = {}
+        for name, sae in saes.items():
+            queries = torch.cat([one[name][0, 1:] for one in read])  # [token head d_head]
+            weights = {key: value.clone() for key, value in sae.state_dict().items()}
+            n_rows = weights["W_dec"].shape[1]
+            chosen = queries[[draw.randrange(len(queries)) for _ in range(n_rows)]]
+            drawn = (chosen - queries.mean(0)).transpose(0, 1).to(weights["W_dec"])
+            norms = weights["W_dec"].norm(dim=-1, keepdim=True)
+            weights["W_dec"] = (drawn * norms / drawn.norm(dim=-1, keepdim=True)).contiguous()
+            weights["W_enc"] = weights["W_dec"].mT.contiguous()
+            config = copy.deepcopy(sae.cfg)
+            found[name] = with_weights(type(sae), config, weights, sae.W_dec.device)
+        return found
 
     def learned(
         self,
