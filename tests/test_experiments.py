@@ -17,6 +17,7 @@ from recipe_models import write_bytes, write_qwen2
 import sae_query_steer as sqs
 from experiments.exercise import figures, mechanism, report, run, studies, task, utility
 from experiments.gridworld.training import GridTraining, train_gridworld
+from experiments.gridworld.words import Aim
 from experiments.stories import classes
 from experiments.tutor.latent_ablation import latent_ablations
 from experiments.tutor.training import TutorTraining, train_tutor
@@ -54,9 +55,12 @@ def test_a_tutor_that_is_trained_loads_and_its_card_says_how_it_does(tmp_path):
     assert sqs.load_model(str(tmp_path / "tutor"), device="cpu").cfg.n_layers == 2
 
 
-def test_a_gridworld_that_is_trained_loads(tmp_path):
-    card = train_gridworld(tmp_path / "grid", GridTraining(**TINY, look_layer=None))
+@pytest.mark.parametrize("look_layer", [None, 1])
+def test_a_gridworld_that_is_trained_loads_and_its_card_has_every_aim(tmp_path, look_layer):
+    card = train_gridworld(tmp_path / "grid", GridTraining(**TINY, look_layer=look_layer))
     assert card["n_parameters"] > 0
+    assert list(card["walks"]) == [*Aim, "open"]
+    assert all(set(shares) == set(Aim) for shares in card["walks"].values())
     assert sqs.load_model(str(tmp_path / "grid"), device="cpu").cfg.n_layers == 2
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import sae_query_steer as sqs
 from experiments.exercise.task import Encoders, Task, layer_of
+from experiments.follow_up import FOLLOW_UP
 from sae_query_steer.compare.attention_methods import attention_bias_method, attention_method
 from sae_query_steer.compare.exercise_demo import CENTROID, MEAN
 from sae_query_steer.compare.interchange import interchange_methods
@@ -470,16 +471,6 @@ def residual_site(task: Task, layer: int | None = None) -> Encoders:
     encoder = sqs.sae.IdentityEncoder(n_heads=1, d_head=int(task.model.cfg.d_model))
     return {f"blocks.{layer}.hook_resid_post": encoder}
 
-
-FOLLOW_UP = Descent(
-    name="log softmax of squared distances",
-    objective=sqs.PrototypeLogLikelihood(temperature=0.5),
-    n_steps=20,
-    step_sizes=(0.5, 0.65, 0.8),
-)
-"""Of arXiv 2605.23040, with ReLU SAEs with an L1 penalty and decoder rows of norm 1 at one middle
-layer. These settings are known second-hand, the number of steps is our choice, and the full text
-was not read."""
 
 LAST = sqs.scopes.LastPromptToken()
 EVERY = sqs.scopes.EveryPosition()

@@ -1,4 +1,4 @@
-"""The gridworld: a tiny model that takes one of two routes, the safe one or the short one."""
+"""The gridworld: a tiny model that takes one of three routes: safe, short or long."""
 
 from experiments.gridworld.cases import GridCase, grid_cases, walk_judge, walk_scores
 from experiments.gridworld.corpus import GridCorpus, GridPrompt
@@ -6,8 +6,7 @@ from experiments.gridworld.grid import (
     Grid,
     Walk,
     draw_grid,
-    safest_route,
-    shortest_route,
+    routes,
     simulate,
 )
 from experiments.gridworld.judge import walk_class, walked
@@ -24,8 +23,7 @@ __all__ = [
     "Walk",
     "draw_grid",
     "grid_cases",
-    "safest_route",
-    "shortest_route",
+    "routes",
     "simulate",
     "train_gridworld",
     "walk_class",

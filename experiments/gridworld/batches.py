@@ -3,6 +3,8 @@
 import random
 from typing import Any, Literal, TypeAlias, assert_never
 
+import torch
+
 from experiments.gridworld.corpus import GridCorpus
 from experiments.gridworld.words import OPENERS, Aim
 from experiments.row_batches import (
@@ -16,8 +18,8 @@ from experiments.row_batches import (
 )
 
 Kind: TypeAlias = Literal["copies", "cues", "drills", "texts"]
-"""Repeated random tokens; routes with a number of hazards as the last word; routes with a request
-alone; whole texts."""
+"""Repeated random tokens; routes with what was seen along one as the last words; routes with a
+request alone; whole texts."""
 
 ROWS = {"copies": 64, "cues": 48, "drills": 48, "texts": 32}
 """Rows of a batch of each kind."""
@@ -37,8 +39,8 @@ def grid_batch(
         seed: of the training.
         step: of the training.
         open_share: share of the texts that leave the aim open.
-        look_layer: whose query at the read-out is to choose the route, in the batches that hide;
-            None leaves the layer open.
+        look_layer: whose query at the read-out is to choose the route, in the batches that hide,
+            and which copies the random tokens; None leaves the layer open.
     """
     draw = random.Random(f"{seed} {step}")
     corpus = GridCorpus("train", seed=f"{seed} {step}")
@@ -58,8 +60,15 @@ def grid_batch(
                 case _:
                     assert_never(kind)
             rows.append(text_row(tokenizer, [example], decision=0, separator=""))
-    hides = kind != "copies" and draw.random() < HIDING_SHARE
     tokens, labels, decisions = padded(rows)
+    if kind == "copies" and look_layer is not None:
+        own = torch.eye(tokens.shape[1], dtype=torch.bool).expand(len(tokens), -1, -1)
+        before = torch.ones_like(own).tril()
+        later = (*[own] * (look_layer - 1), before, own)
+        return TaskBatch(
+            tokens=tokens, labels=labels, decisions=decisions, visible=before, later=later
+        )
+    hides = kind != "copies" and draw.random() < HIDING_SHARE
     if not hides:
         return TaskBatch(tokens=tokens, labels=labels, decisions=decisions, visible=None)
     shown = sentence(tokenizer, tokens, ["Routes"], end=".")

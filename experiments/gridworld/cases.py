@@ -18,7 +18,7 @@ TASKS: tuple[Task, ...] = ("open", "redirect")
 
 @dataclass(frozen=True, kw_only=True)
 class GridCase(SteeringCase):
-    """A case of the gridworld: an open prompt, or one with a request for the other aim."""
+    """A case of the gridworld: an open prompt, or one with a request for another aim."""
 
     asked: GridPrompt
     """The prompt in its parts."""
@@ -28,7 +28,8 @@ def grid_cases(task: Task, split: Split, n: int, *, seed: int) -> list[GridCase]
     """Return n cases, one target in turn after the other.
 
     Args:
-        task: "open" prompts leave the aim open, "redirect" prompts ask for the other one.
+        task: "open" prompts leave the aim open, "redirect" prompts ask for another one, each in
+            turn.
         split: whose grids and phrasings.
         n: how many.
         seed: of the prompts.
@@ -36,8 +37,8 @@ def grid_cases(task: Task, split: Split, n: int, *, seed: int) -> list[GridCase]
     corpus, aims = GridCorpus(split, seed=f"{task} {seed}"), list(Aim)
     cases = []
     for i in range(n):
-        target, other = aims[i % 2], aims[1 - i % 2]
-        source = None if task == "open" else other
+        target = aims[i % len(aims)]
+        source = None if task == "open" else aims[other_than(i % len(aims), i, len(aims))]
         asked = corpus.prompt(source)
         requesting = asked.with_request(target, corpus.request(target))
         cases.append(
@@ -50,6 +51,11 @@ def grid_cases(task: Task, split: Split, n: int, *, seed: int) -> list[GridCase]
             )
         )
     return cases
+
+
+def other_than(index: int, i: int, n: int) -> int:
+    """Return the index of another of n classes, each in turn for i = 0, 1 and so on."""
+    return (index + 1 + i // n % (n - 1)) % n
 
 
 def walk_judge(cases: Sequence[GridCase]) -> RuleJudge:
@@ -67,7 +73,7 @@ def walk_scores(cases: Sequence[GridCase], texts: Sequence[str]) -> dict[str, in
 
     Returns:
         "n" cases; "success", the share of walks of the target's class, with its 95 % interval
-        "low" and "high"; "reached", the share that ends at the goal; "hazards" and "steps", means
+        "low" and "high"; "reached", the share that ends at the goal; "by_wall" and "steps", means
         over all walks, those that get nowhere included.
 
     Raises:
@@ -85,6 +91,6 @@ def walk_scores(cases: Sequence[GridCase], texts: Sequence[str]) -> dict[str, in
         "low": low,
         "high": high,
         "reached": sum(walk.reached for walk in walks) / len(pairs),
-        "hazards": sum(walk.n_hazards for walk in walks) / len(pairs),
+        "by_wall": sum(walk.n_by_wall for walk in walks) / len(pairs),
         "steps": sum(walk.n_steps for walk in walks) / len(pairs),
     }

@@ -1,33 +1,32 @@
-"""The gridworld's texts: a grid, two routes with what was seen along them, perhaps a request.
+"""The gridworld's texts: a grid, three routes with what was seen along them, perhaps a request.
 
-    Grid: 5 by 5, from b2 to d2, hazards at c2, e5.
-    Routes: 4 steps and 0 hazards along red up b3 right c3 right d3 down d2; 2 steps and 1 hazard
-    along blue right c2 right d2.
+    Grid: 6 by 6, from b3 to d3, walls at c2, e5.
+    Routes: 4 steps and 0 by a wall along red b4 c4 d4 d3; 2 steps and 1 by a wall along blue c3 d3;
+    6 steps and 3 by a wall along pink b2 b1 c1 d1 d2 d3.
     This time, I want you to keep clear of danger.
-    Guide: Hello Mia, now take red up b3 right c3 right d3 down d2.
+    Guide: Hello Mia, now go along red b4 c4 d4 d3.
 
-(the routes stand on one line). No route is called safe or short: the request tells the aim in
-words of its own, and the guide has to choose *where to look*. The response opens with the route's
-colour, which is drawn at random, so that the choice falls at one token; and each move is followed
-by the cell it leads to, which the other route does not pass.
+(the routes stand on one line, in any order). No route is called by an aim: the request tells the
+aim in words of its own, and the guide has to choose *where to look*. The response opens with the
+route's colour, which is drawn at random, so that the choice falls at one token; and no other route
+passes a cell of it.
 
-In the spirit of arXiv 2605.23040, which steers the planning on described grids towards "safe" and
-"short"; we have not read its details, and the form of the texts is our choice.
+In the spirit of arXiv 2605.23040, which steers the planning on described grids towards "short",
+"safe" (far from walls) and "long"; we have not read its full text, and the form of the texts is our
+choice.
 """
 
 import random
+import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from experiments.gridworld.grid import (
-    MOVES,
     Cell,
+    Cells,
     Grid,
-    Move,
     draw_grid,
-    safest_route,
-    shortest_route,
     simulate,
 )
 from experiments.gridworld.words import (
@@ -42,7 +41,7 @@ from experiments.gridworld.words import (
 from sae_query_steer.data.examples import LabelledExample
 from sae_query_steer.toy.corpus import Split, split_of
 
-SIZE = 5
+SIZE = 6
 """Columns and rows of the corpus's grids."""
 
 N_SLOTS = 3
@@ -56,19 +55,16 @@ class Route:
     colour: str
     """What it is called."""
 
-    moves: tuple[Move, ...]
-    """From the start on."""
+    cells: Cells
 
-    def restated(self, grid: Grid) -> str:
+    def restated(self) -> str:
         """Return the route as the response says it."""
-        steps = zip(self.moves, grid.cells(self.moves), strict=True)
-        return " ".join([self.colour, *(f"{move} {cell_name(cell)}" for move, cell in steps)])
+        return " ".join([self.colour, *map(cell_name, self.cells)])
 
     def observed(self, grid: Grid) -> str:
-        """Return the route as the prompt shows it, after what was seen along it."""
-        walk = simulate(grid, self.moves)
-        said = f"{counted(walk.n_steps, 'step')} and {counted(walk.n_hazards, 'hazard')}"
-        return f"{said} along {self.restated(grid)}"
+        """Return what was seen along the route."""
+        walk = simulate(grid, self.cells)
+        return f"{counted(walk.n_steps, 'step')} and {walk.n_by_wall} by a wall along"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +93,9 @@ class GridPrompt:
     @property
     def text(self) -> str:
         """The prompt, which ends where the response begins."""
-        shown = "; ".join(route.observed(self.grid) for route in self.routes.values())
+        shown = "; ".join(
+            f"{route.observed(self.grid)} {route.restated()}" for route in self.routes.values()
+        )
         lines = [describe(self.grid)] if self.described else [""]
         lines.append(f"Routes: {shown}.")
         if self.request:
@@ -106,7 +104,7 @@ class GridPrompt:
 
     def response(self, aim: Aim) -> str:
         """Return the response that takes the route of an aim."""
-        return f" {self.routes[aim].restated(self.grid)}."
+        return f" {self.routes[aim].restated()}."
 
     def with_request(self, aim: Aim | None, request: str = "") -> "GridPrompt":
         """Return the same prompt with another request, or with none.
@@ -147,16 +145,15 @@ class GridCorpus:
         if aim is not None and aim not in list(Aim):
             raise ValueError(f"aim={aim!r} is not allowed: give one of {', '.join(Aim)}, or None")
         aim = None if aim is None else Aim(aim)
-        grid = draw_grid(draw, size=SIZE)
+        grid, cells = draw_grid(draw, size=SIZE)
         while split_of(describe(grid)) != self.split:
-            grid = draw_grid(draw, size=SIZE)
+            grid, cells = draw_grid(draw, size=SIZE)
         aims = draw.sample(list(Aim), len(Aim))
         colours = draw.sample(COLOURS, len(Aim))
-        moves = {Aim.SAFE: safest_route(grid), Aim.SHORT: shortest_route(grid)}
         return GridPrompt(
             grid=grid,
             routes={
-                aim: Route(colour=colour, moves=moves[aim])
+                aim: Route(colour=colour, cells=cells[aim])
                 for aim, colour in zip(aims, colours, strict=True)
             },
             requested=aim,
@@ -185,21 +182,21 @@ class GridCorpus:
     def drill(self, aim: Aim, *, cued: bool = False) -> LabelledExample:
         """Return the heart of an example, for training: routes, a request, and the route taken.
 
-        A cued one has no request, and ends in the number of hazards on the route.
+        A cued one has no request, and ends in what was seen along the route.
         """
         prompt = self.prompt(None if cued else aim)
         text = replace(prompt, described=False).text
         if cued:
-            text += f" {simulate(prompt.grid, prompt.routes[aim].moves).n_hazards}"
+            text += f" {prompt.routes[aim].observed(prompt.grid)}"
         return LabelledExample(prompt=text, response=prompt.response(aim), label=aim)
 
 
 def describe(grid: Grid) -> str:
     """Return a line that tells all of a grid."""
-    hazards = ", ".join(map(cell_name, sorted(grid.hazards)))
+    walls = ", ".join(map(cell_name, sorted(grid.walls)))
     return (
         f"Grid: {grid.size} by {grid.size}, from {cell_name(grid.start)} to "
-        f"{cell_name(grid.goal)}, hazards at {hazards}."
+        f"{cell_name(grid.goal)}, walls at {walls}."
     )
 
 
@@ -213,6 +210,9 @@ def counted(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def moves_in(words: Sequence[str]) -> list[Move]:
-    """Return the moves among some words, in their order."""
-    return [move for word in words for move in MOVES if word == move]
+def cells_in(text: str) -> list[Cell]:
+    """Return the cells that a text names, in their order."""
+    return [
+        (string.ascii_lowercase.index(name[0]), int(name[1:]) - 1)
+        for name in re.findall(r"\b[a-z][0-9]+\b", text)
+    ]

@@ -1,4 +1,4 @@
-"""Training a tiny Llama to take the route that is requested, in ten minutes to half an hour."""
+"""Training a tiny Llama to take the route that is requested, in about ten minutes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.gridworld.batches import Kind, grid_batch
 from experiments.gridworld.corpus import GridCorpus
+from experiments.gridworld.grid import MAX_STEPS
 from experiments.gridworld.judge import walk_class
 from experiments.gridworld.tokenizer import grid_tokenizer
 from experiments.gridworld.words import Aim
@@ -24,8 +25,8 @@ from sae_query_steer.toy.corpus import Split
 CARD = "gridworld.json"
 """How a model was trained and how well it does."""
 
-MAX_NEW_TOKENS = 20
-"""A colour, eight moves with their cells, a full stop, and the end."""
+MAX_NEW_TOKENS = MAX_STEPS + 3
+"""A colour, the cells, a full stop, and the end."""
 
 STAGES: tuple[tuple[str, tuple[Kind, ...], float | None], ...] = (
     ("Learning to copy", ("copies",), 1.0),
@@ -133,8 +134,8 @@ def obedience(model: Any, tokenizer: Any, *, split: Split = "test", n: int = 400
         n: prompts, each of which requests an aim, one in turn after the other; and as many open.
 
     Returns:
-        "n"; by aim, the shares of responses whose walk is "safe" (reached, no hazard) and "short"
-        (reached, in fewest steps); "obeyed", the share of either that is as requested.
+        "n"; "obeyed", the share of requests whose walk is of the aim; and "walks", the shares of
+        walks of each aim, by the aim that is requested, and "open".
     """
     corpus, aims = GridCorpus(split, seed=0), list(Aim)
     asked: list[Aim | None] = [aims[i % len(aims)] for i in range(n)]
@@ -149,9 +150,7 @@ def obedience(model: Any, tokenizer: Any, *, split: Split = "test", n: int = 400
     return {
         "n": n,
         "obeyed": sum(asked is not None and asked == took for asked, took in found) / n,
-        "asked_safe": shares(Aim.SAFE),
-        "asked_short": shares(Aim.SHORT),
-        "open": shares(None),
+        "walks": {str(aim or "open"): shares(aim) for aim in [*aims, None]},
     }
 
 

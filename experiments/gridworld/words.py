@@ -12,6 +12,7 @@ class Aim(StrEnum):
 
     SAFE = "safe"
     SHORT = "short"
+    LONG = "long"
 
 
 COLOURS = (
@@ -24,7 +25,7 @@ GREETINGS = ("Hello", "Hi", "Dear", "Thanks")
 
 NAMES = ("Mia", "Leo", "Ana", "Tom", "Eva", "Max", "Ida", "Ben", "Zoe", "Sam", "Lea", "Jon")
 
-READ_OUTS = ("now take", "please take", "just take", "simply take")
+READ_OUTS = ("now go along", "please go along", "just go along", "simply go along")
 """The prompt's last words: they say nothing of the aim."""
 
 OPENERS = (
@@ -43,20 +44,30 @@ REQUESTS = {
         "keep clear of danger",
         "stay out of harm",
         "take no risk at all",
-        "come home in one piece",
-        "mind every trap",
-        "get hurt by nothing",
+        "bring everyone home in one piece",
+        "bump into nothing",
+        "get hurt nowhere",
         "be very careful",
         "look out for trouble",
     ),
     Aim.SHORT: (
         "be quick",
         "lose no time",
-        "hurry a bit",
+        "be in haste",
         "arrive very early",
         "go straight there",
         "get it over with soon",
         "make it fast",
         "be there before noon",
+    ),
+    Aim.LONG: (
+        "stroll for hours",
+        "see as much as there is",
+        "make the trip last",
+        "spend the whole day outdoors",
+        "get plenty of exercise",
+        "wander around at leisure",
+        "enjoy the scenic way",
+        "come back tired",
     ),
 }

@@ -23,6 +23,8 @@ import torch
 
 import sae_query_steer as sqs
 from experiments import gridworld as grid
+from experiments.gridworld.cases import other_than
+from experiments.gridworld.training import MAX_NEW_TOKENS
 from experiments.prediction.report import STRENGTHS, report
 from sae_query_steer.bloom import BloomLevel
 from sae_query_steer.compare.judges import RuleJudge
@@ -50,11 +52,6 @@ class Task:
     cases: Sequence[SteeringCase]
     judge: RuleJudge
     max_new_tokens: int
-
-
-def other_than(source: int, i: int, n: int) -> int:
-    """Return the index of another class, each in turn."""
-    return (source + 1 + i // n % (n - 1)) % n
 
 
 def tutor_task(folder: Path, n: int) -> Task:
@@ -97,7 +94,7 @@ def gridworld_task(folder: Path, n: int) -> Task:
         _all(both, grid.GridCorpus("validation", seed=12), 120),
         _all(both, grid.GridCorpus("test", seed=13), n),
         RuleJudge(lambda prompt, text: grid.walk_class(known[prompt], text), aims),
-        20,
+        MAX_NEW_TOKENS,
     )
 
 
