@@ -1,5 +1,6 @@
 """Targets learned through the frozen model: gradients, limits, early stopping, resume, files."""
 
+import copy
 from dataclasses import replace
 
 import pandas as pd
@@ -207,6 +208,18 @@ def test_moves_stay_in_the_range_of_the_latents_and_keep_to_their_number(model, 
     total = learner(model, recipe(model, saes), n_latents_total=5, **few).fit(data[0])
     joined = torch.cat([mean.flatten(1) for mean in total.means.values()], dim=1)
     assert 1 <= int((joined != 0).sum(-1).max()) <= 5
+
+
+def test_latents_with_equal_rows_are_no_more_than_the_number_allowed(model, saes, data):
+    twins = copy.deepcopy(dict(saes))
+    for sae in twins.values():
+        for name in ("W_enc", "b_enc", "W_dec"):
+            weight = getattr(sae, name).data
+            weight.copy_(weight[(slice(None),) * (name == "W_enc") + (slice(None), slice(0, 1))])
+    few = {"n_updates": 6, "every": 2}
+    learned = learner(model, recipe(model, twins), n_latents=2, **few).fit(data[0])
+    for mean in learned.means.values():
+        assert int((mean != 0).sum(-1).max()) == 2
 
 
 def test_a_penalty_makes_moves_smaller(model, saes, data):

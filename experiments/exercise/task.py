@@ -183,14 +183,15 @@ class Task:
         draw = random.Random(seed)
         tokenizer = self.model.tokenizer
         ids = [tokenizer(text)["input_ids"][:64] for text in draw.choices(self.texts, k=64)]
+        alike = len(os.path.commonprefix(ids))  # the template: its queries are the same each time
         rows = [torch.tensor([one]) for one in ids]
         read = [read_activations(self.model, row, list(saes)) for row in rows]
         found = {}
         for name, sae in saes.items():
-            queries = torch.cat([one[name][0, 1:] for one in read])  # [token head d_head]
+            queries = torch.cat([one[name][0, alike:] for one in read])  # [token head d_head]
             weights = {key: value.clone() for key, value in sae.state_dict().items()}
             n_rows = weights["W_dec"].shape[1]
-            chosen = queries[[draw.randrange(len(queries)) for _ in range(n_rows)]]
+            chosen = queries[draw.sample(range(len(queries)), n_rows)]
             drawn = (chosen - queries.mean(0)).transpose(0, 1).to(weights["W_dec"])
             norms = weights["W_dec"].norm(dim=-1, keepdim=True)
             weights["W_dec"] = (drawn * norms / drawn.norm(dim=-1, keepdim=True)).contiguous()

@@ -298,8 +298,8 @@ def _prune(values: Float[Tensor, "*any d"], wanted: int, done: float) -> None:
     n = values.shape[-1]
     keep = max(wanted, round(n * (min(wanted, n) / n) ** done))
     if keep < n:
-        least = values.abs().topk(keep, dim=-1).values[..., -1:]
-        values[values.abs() < least] = 0
+        kept = values.abs().topk(keep, dim=-1).indices  # of equal values no more than that
+        values.masked_fill_(torch.ones_like(values, dtype=torch.bool).scatter(-1, kept, False), 0)
 
 
 @dataclass(frozen=True, eq=False)
