@@ -30,7 +30,7 @@ from sae_query_steer.toy import TutorCorpus
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="defaults 128, 8 and 60")
+    parser.add_argument("--quick", action="store_true", help="128 latents, 8 fire, 60 texts")
     parser.add_argument("--d-sae", type=int, help="latents of each head, default 4096")
     parser.add_argument("--k", type=int, help="latents that may fire, default 256")
     parser.add_argument("--texts", type=int, help="texts to read, default 180")

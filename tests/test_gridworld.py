@@ -133,3 +133,5 @@ def test_scores_of_walks_that_take_the_source_s_route_or_the_target_s():
     assert (kept["success"], steered["success"], steered["reached"]) == (0, 1, 1)
     judge = walk_judge(cases)
     assert {str(label) for label in judge.classes} == set(Aim)
+    texts = [case.asked.response(Aim(case.target)) for case in cases]
+    assert list(judge([c.prompt for c in cases], texts)) == [case.target for case in cases]

@@ -1,15 +1,16 @@
 """How learned targets act on SmolLM2, and what else they change.
 
-    python -m experiments.exercise.mechanism --out runs/exercise
+    python -m experiments.exercise.mechanism --out runs/exercise --text FILE
 
 The effect is the gain of the mean log-likelihood of a token of the answer that the model gives to
 the request, written after the open prompt, as a share of what the request itself gains. It is
 measured as it is, with attention patterns held at those of the unsteered model, and with nothing
 but the changed patterns. Heads are ranked one by one on the first half of the cases, and those of
 the highest effect are steered on the other half. The change of next tokens of a textbook tells what
-the steer does to unrelated text. The cost is how much longer greedy answers of 24 tokens take in a
-batch of 12, both sides alternating. Targets are those that `experiments.exercise.run rivals` and
-`wide` learned. Rows go to mechanism.jsonl; a stopped run continues with the next.
+the steer does to unrelated text, and "sources" to which kinds of tokens the heads turn. The cost is
+how much longer greedy answers of 24 tokens take in a batch of 12, both sides alternating. Targets
+are those that `experiments.exercise.run rivals` and `wide` learned. Rows go to mechanism.jsonl; a
+stopped run continues with the next.
 """
 
 import json
@@ -152,7 +153,7 @@ def heads(task: Task, make: Make, plain: Sequence[Sequence[float]], batches: Any
     return {"effect_by_number": found, "ranked": ranked, "alone": [alone[one] for one in ranked]}
 
 
-def drift(task: Task, make: Make, passages: Tensor) -> dict[str, float]:
+def drift(task: Task, make: Make, passages: Tensor) -> dict[str, Any]:
     """Return how the next tokens of unrelated text change, in nats, mean over its tokens."""
     labels = [task.classes[i % len(task.classes)] for i in range(len(passages))]
     found: dict[str, list[float]] = {"kl": [], "jensen_shannon": []}
@@ -170,7 +171,8 @@ def drift(task: Task, make: Make, passages: Tensor) -> dict[str, float]:
 
         found["kl"].append(mean_kl(plain, changed))
         found["jensen_shannon"].append((mean_kl(plain, middle) + mean_kl(changed, middle)) / 2)
-    return {name: sum(parts) / len(parts) for name, parts in found.items()}
+    means = {name: sum(parts) / len(parts) for name, parts in found.items()}
+    return {"n": len(passages), **means}
 
 
 def sources(task: Task, make: Make, batch: TokenBatch) -> dict[str, Any]:
@@ -180,6 +182,7 @@ def sources(task: Task, make: Make, batch: TokenBatch) -> dict[str, Any]:
     token, and the total variation between the two.
     """
     kinds, groups = token_kinds(task, batch)
+    n = len(batch.labels)
     index = batch.positions.index
     own = (index >= batch.prompt_lengths[:, None] - 1) & (index < batch.lengths[:, None] - 1)
     steerer, lengths = make(list(batch.labels)), batch.prompt_lengths.tolist()
@@ -197,6 +200,7 @@ def sources(task: Task, make: Make, batch: TokenBatch) -> dict[str, Any]:
         varied = (patterns[0] - patterns[1]).abs().sum(-1).mean(1) / 2
         moved += (varied * weight).sum()
     return {
+        "n": n,
         "total_variation": float(moved),
         **{kind: [round(float(m), 4) for m in masses[:, i]] for i, kind in enumerate(kinds)},
     }
@@ -205,7 +209,7 @@ def sources(task: Task, make: Make, batch: TokenBatch) -> dict[str, Any]:
 def token_kinds(task: Task, batch: TokenBatch) -> tuple[list[str], Tensor]:
     """Return the kinds of tokens, and which kind each token of a batch is [row, pos, kind]."""
     kinds = ["first token", "chat template", "wording of the prompt", "topic", "answer"]
-    cases: Any = task.cases("open, trained wording", "test", len(task.classes) * 20)
+    cases: Any = task.cases("open, trained wording", "test", len(batch.labels))
     topics = sorted({str(case.topic) for case in cases}, key=len, reverse=True)
     tokenizer = task.model.tokenizer
     before, after = chat_prompt("@", tokenizer).split("@")
@@ -217,10 +221,10 @@ def token_kinds(task: Task, batch: TokenBatch) -> tuple[list[str], Tensor]:
         end = text.index(after, len(before))
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         assert read["input_ids"] == batch.tokens[row, :length].tolist()
-        for place, (first, _) in enumerate(read["offset_mapping"]):
+        for place, (first, last) in enumerate(read["offset_mapping"]):
             kind = 1 if first < len(before) or end <= first < end + len(after) else 2
             kind = 4 if first >= end + len(after) else kind
-            kind = 3 if start <= first + 1 < start + len(topic) and kind == 2 else kind
+            kind = 3 if first < start + len(topic) and start < last and kind == 2 else kind
             found[row, place, kind if place else 0] = 1
         found[row, length:, 4] = 1
     return kinds, found
@@ -241,6 +245,7 @@ def cost(task: Task, make: Make, rounds: int = 5) -> dict[str, Any]:
     ratios = sorted(ours / plain for ours, plain in seconds)
     held = sum(int((mean != 0).sum()) for mean in steerer.targets.means.values())
     return {
+        "n": len(prompts),
         "time": statistics.median(ratios),
         "range": [ratios[0], ratios[-1]],
         "latents": held / len(task.classes),

@@ -198,7 +198,7 @@ SEEDS = (0, 1, 2)
 
 
 def told_seed(seed: int) -> dict[str, int]:
-    """Return what a setting says of a seed; of the first nothing."""
+    """Return the seed of a setting; empty for seed 0."""
     return {"seed": seed} if seed else {}
 
 
@@ -230,7 +230,8 @@ def topics(task: Task) -> Iterator[Job]:
 def noise(task: Task) -> Iterator[Job]:
     """Success against the share of examples with a wrong class, which the seed draws too."""
     for wrong, seed in product((0.3, 0.1, 0.0), SEEDS):
-        for kind in ("trained", "random", "permuted", "sampled", "dense"):
+        dense = ["dense"] * bool(wrong or not seed)  # which has no seed but that of the labels
+        for kind in ("trained", "random", "permuted", "sampled", *dense):
             learning = {"seed": seed, "wrong": wrong, "label_seed": seed}
             yield (
                 {"study": "noise", "dictionary": kind, "wrong": wrong, "n": task.args.n_study}
@@ -263,7 +264,7 @@ def mixtures(task: Task) -> Iterator[Job]:
 FACTORS: Sequence[dict[str, Any]] = (
     *[{"k": k} for k in (4, 64)],
     *[{"d_sae_per_head": d} for d in (64, 1024)],
-    *[{"training_tokens": n} for n in (10_240, 163_840)],
+    {"training_tokens": 10_240},
     *[{"lr": lr} for lr in (3e-4, 3e-3)],
     *[{"learning_rate": rate} for rate in (0.1, 0.4)],
     *[{"n_updates": n} for n in (5, 60)],

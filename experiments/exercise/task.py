@@ -131,7 +131,7 @@ class Task:
 
         Args:
             seed: of the training.
-            layers: None are `run`.
+            layers: empty means `run`.
             sae: another kind of SAE than TopK.
             texts: a file to train on instead of the task's prompts and answers.
             changes: of TopK's settings (k, d_sae_per_head) and of `TrainingConfig`.
@@ -228,8 +228,8 @@ class Task:
             start: centroids of points.
             scope: the tokens that are changed.
             shuffled: give each example the class of another one: a control of capacity.
-            wrong: share of the examples that get the class after theirs.
-            label_seed: of which examples these are.
+            wrong: probability that an example, held out or not, gets the class after its own.
+            label_seed: seed of the draw of wrong labels.
             draws: learn from so many prompts of each topic and class; see `made_examples`.
             by_output_score: one gradient, no updates; see `TargetLearner.fit_output_scores`.
             descent: the steps towards points; None means `POINT`.

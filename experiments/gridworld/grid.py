@@ -105,7 +105,7 @@ def simulate(grid: Grid, cells: Sequence[Cell]) -> Walk:
 
 
 def routes(grid: Grid) -> dict[Aim, Cells] | None:
-    """Return a route for each aim, or None where the aims are not three things.
+    """Return a route for each aim, or None if no three such routes are found.
 
     The safe route has no step beside a wall, the short one as few steps as can be, and the long one
     at least `DETOUR` more than the safe one. They share no cell but start and goal, so that any

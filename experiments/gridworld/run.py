@@ -131,8 +131,8 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
 
     methods = prompt_methods(opened, seed=args.seed, shots=(2,))
     methods += interchange_methods(model, [[best], layers])
-    middle = [site for site in sites if site.layer in {best, len(sites) // 2}]
-    relu = trained(middle, sqs.sae.Standard(d_sae_per_head=256))
+    chosen = [site for site in sites if site.layer in {best, len(sites) // 2}]
+    relu = trained(chosen, sqs.sae.Standard(d_sae_per_head=256))
     for sae in relu.values():
         sae.fold_W_dec_norm()
     of = {descent.name: descent for descent in DESCENTS}
@@ -140,7 +140,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     for name, encoders, descents, steered in (
         ("dense descent", dense, [of["squared distance"]], [best]),
         ("SAE descent", saes, [of["prototype"], of["squared distance"]], [best]),
-        ("follow-up", relu, [FOLLOW_UP], [site.layer for site in middle]),
+        ("follow-up", relu, [FOLLOW_UP], [site.layer for site in chosen]),
     ):
         found = sqs.CentroidTargetBuilder(model, encoders).fit(labelled)
         for layer in steered:
