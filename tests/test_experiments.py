@@ -135,6 +135,26 @@ def test_studies_of_exercises_are_told_with_intervals_and_paired_differences():
     assert report.part(rows[0], 1, [0]) == rows[0]
 
 
+def test_dictionaries_are_compared_over_settings_and_seeds():
+    rows = [
+        {
+            "setting": {"study": "noise", "dictionary": kind, "wrong": wrong, "tasks": ["open"]}
+            | ({"seed": seed} if seed else {}),
+            "open": {"each": [1] * n + [0] * (10 - n)},
+        }
+        for kind, of_seed in (("trained", [(8, 6), (9, 7), (7, 9)]), ("random", [(5, 5)] * 3))
+        for seed, hits in enumerate(of_seed)
+        for wrong, n in zip((0.3, 0.0), hits, strict=True)
+    ]
+    (told,) = report.over_seeds(rows).to_dict("records")
+    assert (told["ahead"], told["of"], told["by seed"]) == (
+        "random",
+        "trained",
+        "-0.20 / -0.30 / -0.30",
+    )
+    assert told["mean"] == "-0.27 [-0.41, -0.12]"  # sem 0.0333, t 4.303
+
+
 @pytest.mark.filterwarnings("ignore::sae_query_steer.learning.learner.LearningWarning")
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "phi3"])
 def test_rivals_and_mechanism_run_on_a_model_of_each_family(tmp_path, monkeypatch, kind):

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from sae_query_steer.compare.scores import paired_difference
 from sae_query_steer.diagnostics.metrics import wilson_interval
@@ -65,6 +66,32 @@ def differences(rows: list[dict[str, Any]]) -> pd.DataFrame:
                 line[task] = f"{told.mean:+.2f} [{told.low:+.2f}, {told.high:+.2f}]"
         found.append(line)
     return pd.DataFrame(found).astype(object).fillna("")
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return how far dictionaries are ahead of each other by seed, mean over settings of studies.
+
+    The interval is Student's over the seeds, 95 %.
+    """
+    found = []
+    for row in rows:
+        told = dict(row["setting"])
+        kind, seed = told.pop("dictionary"), told.pop("seed", 0)
+        scores = next(s for task, s in row.items() if task in told["tasks"])
+        found.append((json.dumps(told), seed, kind, float(np.mean(scores["each"]))))
+    columns = ["setting", "seed", "dictionary", "success"]
+    success = pd.DataFrame(found, columns=columns).pivot_table(
+        index=["setting", "seed"], columns="dictionary", values="success"
+    )
+    lines = []
+    for one, other in combinations(success.columns, 2):
+        ahead = (success[one] - success[other]).dropna().groupby("seed").mean()
+        line = {"ahead": one, "of": other, "by seed": " / ".join(f"{d:+.2f}" for d in ahead)}
+        if len(ahead) > 1:
+            low, high = student.interval(0.95, len(ahead) - 1, ahead.mean(), ahead.sem())
+            line["mean"] = f"{ahead.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+        lines.append(line)
+    return pd.DataFrame(lines).astype(object).fillna("")
 
 
 def part(row: dict[str, Any], every: int, of: Sequence[int]) -> dict[str, Any]:
@@ -120,6 +147,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     lines = (Path(given.out) / "results.jsonl").read_text().splitlines()
     results = [part(json.loads(line), given.every, given.of) for line in lines]
+    seeded = [row for row in results if row["setting"]["study"] in ("topics", "noise")]
     for study in dict.fromkeys(row["setting"]["study"] for row in results):
         own = [row for row in results if row["setting"]["study"] == study]
         print(f"\n## {study}\n")
@@ -127,6 +155,8 @@ if __name__ == "__main__":
         if study in ("methods", "seeds", "norms", "topics", "wide", "rivals"):
             print()
             print(markdown_table(differences(own)))
+        if study == "noise":
+            print(f"\n{markdown_table(over_seeds(seeded))}")
         if study == "layers":
             print(f"\n{foretold(own)}")
         for limit in ("n_latents", "n_latents_total"):
